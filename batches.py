@@ -1,0 +1,354 @@
+"""Token ids on disk -> batches: shards, the stream that joins them, training and validation rows, a prefetch thread.
+
+    stream = TokenStream(folder, "train", tokenizer)     # memory-mapped; folder from data.prepare
+    batches = Batches(stream, seq_len=256, seed=1)
+    ids, targets, weights = batches.get(first, count)    # (count, 256) each; samples first ... first + count - 1
+
+Training data is an endless row of samples, and sample i is a function of (seed, i) and of nothing else. A step takes
+the next samples and each rank and micro-batch a slice of them, so the number of ranks does not change the data, and a
+run continues with nothing but its step number.
+"""
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from torch import Tensor
+
+from configurator import UserError
+from corpus import reading
+
+FORMAT = 1  # of meta.json
+HEADERS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version) of llm.c and modded-nanogpt -> dtype of ids
+
+Batch = tuple[Tensor, Tensor, Tensor | None]  # ids (B, T) int64, targets (B, T) int64, weights (B, T) float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards
+
+
+@contextmanager
+def replacing(path: Path):
+    """A binary file that appears under its name when it is complete and on the disk."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+class ShardWriter:
+    """Cuts a stream of ids into .npy files of `shard_tokens` each: uint16 where the vocabulary fits, else uint32."""
+
+    def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int):
+        self.folder, self.split, self.vocab_size = folder, split, vocab_size
+        self.buffer = np.empty(shard_tokens, np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        self.filled = self.tokens = 0
+        self.shards: list[list] = []  # [file name, tokens]
+
+    def write(self, ids: np.ndarray) -> None:
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            raise UserError(f"the tokenizer made ids up to {ids.max()}, beyond its vocabulary of {self.vocab_size}")
+        self.tokens += len(ids)
+        while len(ids):
+            some = ids[: len(self.buffer) - self.filled]
+            self.buffer[self.filled : self.filled + len(some)] = some
+            self.filled, ids = self.filled + len(some), ids[len(some) :]
+            if self.filled == len(self.buffer):
+                self.flush()
+
+    def flush(self) -> None:
+        name = f"{self.split}_{len(self.shards):05d}.npy"
+        with replacing(self.folder / name) as file:
+            np.save(file, self.buffer[: self.filled])
+        self.shards.append([name, self.filled])
+        self.filled = 0
+
+    def close(self) -> list[list]:
+        """[[file name, tokens], ...] of all shards."""
+        if self.filled:
+            self.flush()
+        return self.shards
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """The ids of a file, 1-D and memory-mapped: .npy, headerless .bin (uint16, nanoGPT), or .bin of llm.c.
+
+    Raises UserError if the file is missing, or shorter than its header says.
+    """
+    with reading(path):
+        try:
+            if path.suffix == ".npy":
+                ids = np.load(path, mmap_mode="r")
+            else:
+                header = np.fromfile(path, "<i4", 256)  # magic, version, number of ids, zeros
+                dtype = HEADERS.get(tuple(header[:2].tolist()))
+                length = (int(header[2]),) if dtype else None  # None: all of the file
+                ids = np.memmap(path, dtype or "<u2", "r", 1024 if dtype else 0, length)
+        except ValueError:  # what numpy says if bytes are missing
+            raise UserError(f"{path} is cut short, or no file of token ids") from None
+    if ids.ndim != 1 or ids.dtype.kind not in "ui":
+        raise UserError(f"{path} holds {ids.ndim}-dimensional {ids.dtype}, expected a row of token ids")
+    return np.asarray(ids)  # a plain view of the mapped file, faster to slice
+
+
+def read_meta(folder: Path) -> dict:
+    """meta.json of a prepared folder."""
+    path = folder / "meta.json"
+    with reading(path):
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    if meta.get("format") != FORMAT:
+        raise UserError(f"{path} has format {meta.get('format')}, expected {FORMAT}; remove the folder to make it anew")
+    return meta
+
+
+class TokenStream:
+    """The shards of one split of a prepared folder as one array of ids, memory-mapped.
+
+    With `tokenizer`, raises UserError if the ids were made by another one.
+    """
+
+    def __init__(self, folder: Path, split: str, tokenizer=None):
+        self.meta = read_meta(folder)
+        if tokenizer and tokenizer.fingerprint != self.meta["tokenizer"]:
+            raise UserError(f"the tokens in {folder} were made by tokenizer {self.meta['tokenizer']}, "
+                            f"but tokenizer {tokenizer.fingerprint} is in use")  # fmt: skip
+        self.name, self.eot = f"{split} of {self.meta['name']}", self.meta["eot"]
+        self.shards = []
+        for name, tokens in self.meta["splits"][split]["shards"]:
+            self.shards.append(open_shard(folder / name))
+            if len(self.shards[-1]) != tokens:
+                raise UserError(f"{folder / name} holds {len(self.shards[-1]):,} ids, its meta.json says {tokens:,}")
+        self.bounds = np.cumsum([0] + [len(shard) for shard in self.shards])  # shard k is bounds[k] ... bounds[k + 1]
+
+    def __len__(self) -> int:
+        return int(self.bounds[-1])
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Ids start ... start + length - 1, from as many shards as it takes; fewer at the end of the stream."""
+        parts, stop = [], min(start + length, len(self))
+        while start < stop:
+            k = int(np.searchsorted(self.bounds, start, side="right")) - 1
+            end = min(stop, int(self.bounds[k + 1]))
+            parts.append(self.shards[k][start - self.bounds[k] : end - self.bounds[k]])
+            start = end
+        return np.concatenate(parts) if len(parts) != 1 else parts[0]
+
+    def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """(B, length) int64: the ids from each of B starts on, zeros behind the end of the stream."""
+        rows = np.zeros((len(starts), length), np.int64)
+        shard = np.searchsorted(self.bounds, starts, side="right") - 1
+        inside = starts + length <= self.bounds[shard + 1]
+        for k in np.unique(shard[inside]):
+            mine = inside & (shard == k)
+            rows[mine] = sliding_window_view(self.shards[k], length)[starts[mine] - self.bounds[k]]
+        for i in np.flatnonzero(~inside):  # across a border
+            ids = self.read(int(starts[i]), length)
+            rows[i, : len(ids)] = ids
+        return rows
+
+    def document_ends(self) -> np.ndarray:
+        """The positions behind each end-of-text token, and the end of the stream; one pass over the shards."""
+        begin_and_ids = zip(self.bounds[:-1], self.shards, strict=True)
+        ends = [begin + 1 + np.flatnonzero(ids == self.eot) for begin, ids in begin_and_ids]
+        return np.unique(np.append(np.concatenate(ends), len(self)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training rows
+
+
+class Batches:
+    """An endless row of samples out of a stream.
+
+    `window="stream"`: an epoch cuts the stream into windows of T = `seq_len` predictions, from an offset in [0, T) that
+    is new in each epoch, and shows each window once. `window="document"`: rows begin where a document does and hold
+    whole documents, at most T + 1 tokens, the rest being padding of weight 0; a document longer than that goes over
+    several rows, and `long_documents` counts them.
+    `order="shuffled"`: a keyed permutation per epoch; "sequential": in the order of the text, offset 0.
+    """
+
+    def __init__(self, stream: TokenStream, seq_len: int, seed: int = 0, order: str = "shuffled",
+                 window: str = "stream"):  # fmt: skip
+        if len(stream) < seq_len + 1:
+            raise UserError(f"{stream.name} has {len(stream):,} tokens, fewer than seq_len + 1 = {seq_len + 1:,}")
+        self.stream, self.seq_len, self.seed, self.shuffled = stream, seq_len, seed, order == "shuffled"
+        self.lengths, self.offsets, self.long_documents = None, 1, 0
+        if window == "document":
+            ends = stream.document_ends()
+            self.long_documents = int((np.diff(ends, prepend=0) > seq_len + 1).sum())
+            self.starts, self.lengths = document_rows(ends, seq_len)
+        else:
+            n = (len(stream) - 1) // seq_len
+            if self.shuffled:  # leave room for the offset; what an epoch leaves out, another one shows
+                n = max(1, (len(stream) - seq_len) // seq_len)
+                self.offsets = min(seq_len, len(stream) - n * seq_len)
+            self.starts = range(0, n * seq_len, seq_len)
+        self.per_epoch = len(self.starts)
+
+    def get(self, first: int, count: int) -> Batch:
+        """Samples first ... first + count - 1."""
+        epochs, rows = np.divmod(np.arange(first, first + count), self.per_epoch)
+        offsets = np.zeros_like(rows)
+        if self.shuffled:
+            for epoch in np.unique(epochs):
+                now, keys = epochs == epoch, round_keys(self.seed, int(epoch))
+                offsets[now] = int(keys[-1]) % self.offsets
+                rows[now] = permute(rows[now], self.per_epoch, keys[:-1])
+        if self.lengths is None:
+            return to_batch(self.stream.rows(rows * self.seq_len + offsets, self.seq_len + 1))
+        return to_batch(self.stream.rows(self.starts[rows], self.seq_len + 1), self.lengths[rows], self.stream.eot)
+
+
+def to_batch(rows: np.ndarray, lengths: np.ndarray | None = None, pad: int = 0) -> Batch:
+    """(B, T + 1) ids -> ids, targets, weights. If `lengths` is given, row i is real up to lengths[i]: behind it ids
+    become `pad` and weights 0."""
+    weights = None
+    if lengths is not None:
+        real = np.arange(rows.shape[1]) < lengths[:, None]
+        rows[~real] = pad
+        weights = torch.from_numpy(real[:, 1:].astype(np.float32))
+    rows = torch.from_numpy(rows)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), weights
+
+
+def document_rows(ends: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, lengths) of rows that hold as many whole documents as fit into seq_len + 1 tokens.
+
+    A longer document is cut into rows that overlap by one token, so that each of its tokens is predicted once; what
+    remains of it shares a row with the documents behind it.
+
+    >>> document_rows(np.array([3, 5, 15]), seq_len=5)  ->  [0, 5, 10], [5, 6, 5]
+    """
+    starts, lengths, start, k = [], [], 0, 0
+    while start < ends[-1]:
+        k = int(np.searchsorted(ends, start + seq_len + 1, side="right"))  # documents that end within the row
+        whole = k > 0 and ends[k - 1] > start
+        length = int(ends[k - 1]) - start if whole else seq_len + 1
+        if length > 1:  # a single token predicts nothing
+            starts.append(start)
+            lengths.append(length)
+        start += length if whole else seq_len
+    return np.array(starts), np.array(lengths)
+
+
+ROUNDS = 6
+
+
+def round_keys(seed: int, epoch: int) -> np.ndarray:
+    """ROUNDS + 1 independent 64-bit keys."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * (ROUNDS + 1)).digest()
+    return np.frombuffer(digest, "<u8")
+
+
+def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """A pseudo-random permutation of 0 ... n - 1 that needs no table: where each index goes.
+
+    A Feistel network (Luby and Rackoff 1988) permutes the smallest 2^(2h) >= n numbers whatever its round function is,
+    because each round is undone by repeating it; an image beyond n is sent through again until it falls below, which
+    is again a permutation (cycle walking, Black and Rogaway 2002).
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    result, todo = index.astype(np.uint64), np.arange(len(index))
+    while len(todo):
+        left, right = result[todo] >> half, result[todo] & mask
+        for key in keys:
+            left, right = right, left ^ (scramble(right + key) & mask)
+        result[todo] = left << half | right
+        todo = todo[result[todo] >= n]
+    return result.astype(np.int64)
+
+
+def scramble(x: np.ndarray) -> np.ndarray:
+    """Mix the bits of 64-bit integers: the finaliser of splitmix64 (Steele et al. 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation rows
+
+
+class Validation:
+    """Fixed windows over a stream, side by side from its beginning, the last one padded: the same in every run.
+
+    With `max_tokens`, only as many windows as that, evenly spread. `tokens` is the number of predictions in all the
+    windows and `bytes` the text that they stand for, so nats / ln 2 / bytes is bits per byte. (End-of-text tokens are
+    predictions that stand for no bytes.)
+    """
+
+    def __init__(self, stream: TokenStream, seq_len: int, tokenizer, max_tokens: int = 0):
+        self.stream, self.seq_len = stream, seq_len
+        self.starts = np.arange(0, len(stream) - 1, seq_len)
+        limit = max(1, max_tokens // seq_len) if max_tokens else len(self.starts)
+        if limit < len(self.starts):
+            self.starts = self.starts[np.linspace(0, len(self.starts) - 1, limit).round().astype(np.int64)]
+        self.lengths = np.minimum(seq_len + 1, len(stream) - self.starts)
+        self.tokens = int((self.lengths - 1).sum())
+        sizes = np.array([len(token) for token in tokenizer.token_bytes()])
+        self.bytes = sum(int(sizes[stream.read(int(start) + 1, seq_len)].sum()) for start in self.starts)
+
+    def __len__(self) -> int:
+        """The number of windows."""
+        return len(self.starts)
+
+    def get(self, first: int, count: int) -> Batch:
+        """Windows first ... first + count - 1, fewer at the end; the weights are always there."""
+        now = slice(first, first + count)
+        return to_batch(self.stream.rows(self.starts[now], self.seq_len + 1), self.lengths[now], self.stream.eot)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prefetching
+
+
+class Prefetcher:
+    """Calls `fetch(step)` in a thread, `ahead` steps before they are asked for, and brings the tensors to the device.
+
+        with Prefetcher(lambda step: batches.get(step * B, B), first=step, device=device) as prefetcher:
+            ids, targets, weights = prefetcher.next()
+
+    On CUDA the tensors are pinned by the thread and copied without blocking. What goes wrong in the thread is raised
+    by `next()`.
+    """
+
+    def __init__(self, fetch: Callable[[int], Batch], first: int, device: torch.device | str = "cpu", ahead: int = 2):
+        self.fetch, self.device = fetch, torch.device(device)
+        self.cuda = self.device.type == "cuda"
+        self.thread = ThreadPoolExecutor(1, "prefetch", self.start_thread)
+        self.waiting = deque(self.thread.submit(self.load, step) for step in range(first, first + ahead))
+        self.step = first + ahead
+
+    def start_thread(self) -> None:
+        if self.cuda:  # a thread begins on GPU 0, and pinning would open a context there on every rank
+            torch.cuda.set_device(self.device)
+
+    def load(self, step: int) -> Batch:
+        return tuple(t.pin_memory() if self.cuda and t is not None else t for t in self.fetch(step))
+
+    def next(self) -> Batch:
+        """The batch of the next step, on the device."""
+        self.waiting.append(self.thread.submit(self.load, self.step))
+        self.step += 1
+        return tuple(t if t is None else t.to(self.device, non_blocking=True) for t in self.waiting.popleft().result())
+
+    def close(self) -> None:
+        self.thread.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()

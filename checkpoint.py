@@ -1,0 +1,121 @@
+"""Checkpoints: written whole or not at all, checked before they are believed, loaded without executing anything.
+
+A run's folder holds `step_00000500.pt` files, of which the newest `keep` remain, and `best.pt`. Each is a dictionary
+of tensors, numbers and strings: the model, the optimizer's state, the step, the settings and the tokenizer as JSON,
+so that sampling needs nothing but the file.
+"""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import torch
+
+from configurator import UserError, find_path, pick
+from model import LanguageModel, ModelConfig
+from tokenizer import tokenizer_from_dict
+
+FORMAT = 1
+
+
+def save(path: Path, state: dict) -> None:
+    """Write `state` to a temporary name, force it to the disk, rename. The old file stays until the new one is whole.
+
+    Raises UserError if it cannot be written (disk full, read-only folder); nothing is left behind then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}; earlier checkpoints are intact") from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut, where folders can be opened (not on Windows)."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def save_step(folder: Path, step: int, state: dict, keep: int) -> Path:
+    """Save as `step_<step>.pt`, then remove all but the newest `keep` of these."""
+    path = folder / f"step_{step:08d}.pt"
+    save(path, state)
+    for old in steps(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def steps(folder: Path) -> list[Path]:
+    """The step checkpoints of a run's folder, oldest first."""
+    return sorted(folder.glob("step_*.pt"))
+
+
+def damage(path: Path) -> str:
+    """What is wrong with the file, '' if nothing: torch's format is a zip with a checksum for every tensor."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+            return f"checksum of {bad} does not match" if bad else ""
+    except (zipfile.BadZipFile, EOFError) as error:
+        return f"not a whole file ({error})"
+
+
+def load(path: str | Path) -> dict:
+    """Read a checkpoint to the CPU. Raises UserError if it is missing, damaged or of another kind."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} not found")
+    if problem := damage(path):
+        raise UserError(f"checkpoint {path} is damaged: {problem}")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this program (format {FORMAT})")
+    return state
+
+
+def load_newest(folder: Path, say=print) -> dict | None:
+    """The newest undamaged step checkpoint of a folder, None if there is none; says which ones it had to pass over."""
+    for path in reversed(steps(folder)):
+        if problem := damage(path):
+            say(f"{path} is damaged ({problem}): we go back to the one before")
+        else:
+            return load(path)
+    return None
+
+
+def find(where: str | Path = "", root: str | Path = "out") -> Path:
+    """A checkpoint file: `where` itself, the best (else the newest) one of folder `where`, or of the newest run.
+
+    Raises UserError if there is none.
+    """
+    if not where:
+        runs = [p.parent for p in find_path(root).glob("*/*.pt")]
+        if not runs:
+            raise UserError("there is no trained model yet: `python train.py` makes one")
+        where = max(runs, key=lambda run: max(p.stat().st_mtime for p in run.glob("*.pt")))
+    path = find_path(where)
+    if path.is_dir():
+        candidates = [path / "best.pt", *reversed(steps(path))]
+        path = next((p for p in candidates if p.is_file()), path)
+        if path.is_dir():
+            raise UserError(f"{path} holds no checkpoint")
+    return path
+
+
+def load_model(path: Path, device="cpu"):
+    """(model in eval mode, tokenizer, state) of a checkpoint; the averaged weights where the run kept them."""
+    state = load(path)
+    settings = json.loads(state["settings"])
+    model = LanguageModel(pick(ModelConfig, settings))
+    model.load_state_dict(state["ema"] if state.get("ema") else state["model"])
+    return model.to(device).eval(), tokenizer_from_dict(json.loads(state["tokenizer"])), state

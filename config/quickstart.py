@@ -1,0 +1,6 @@
+"""The model of `make quickstart`: about three minutes on two CPU cores, on the Python standard library's own source.
+
+The defaults of train.py are this run; the file exists to be read, copied and changed.
+"""
+
+dataset = "stdlib"

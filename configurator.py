@@ -1,0 +1,274 @@
+"""Settings: defaults < config files in order < environment < command line, typed and checked.
+
+    python train.py config/shakespeare_char.py MAX_STEPS=200 --lr=1e-3 --no-compile
+    USE_LORA=1 python train.py
+
+Each concern declares its settings as a dataclass in its own file, one field a line, and the comment behind a field is
+its help text:
+
+    @dataclass
+    class OptimSettings:
+        lr: float = 1e-3           # peak learning rate
+
+`configure([OptimSettings, ...])` makes one flat table of them. A config file is Python that assigns to these names;
+it may compute and import modules, but every public name that it leaves must be a setting, so a typo is an error and
+not a setting silently ignored. Values from outside are parsed by the field's type and never evaluated.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import json
+import os
+import re
+import sys
+import traceback
+import types
+import typing
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+# Names that people know from other repositories. They are not accepted, only recognised in the error message.
+KNOWN_ELSEWHERE = {
+    "n_embd": "d_model", "hidden_size": "d_model", "dim": "d_model", "n_heads": "n_head", "num_heads": "n_head",
+    "num_attention_heads": "n_head", "n_layers": "n_layer", "num_hidden_layers": "n_layer", "num_layers": "n_layer",
+    "num_key_value_heads": "n_kv_head", "intermediate_size": "d_ff", "hidden_dim": "d_ff", "block_size": "seq_len",
+    "context_length": "seq_len", "max_position_embeddings": "seq_len", "max_seq_len": "seq_len", "maxlen": "seq_len",
+    "max_iters": "max_steps", "steps": "max_steps", "num_iterations": "max_steps", "iters": "max_steps",
+    "learning_rate": "lr", "lr_max": "lr", "max_lr": "lr", "lr_min": "min_lr", "eval_rate": "eval_interval",
+    "warm_up": "warmup_steps", "warmup_iters": "warmup_steps", "warmup": "warmup_steps", "temp": "temperature",
+    "max_new": "max_new_tokens", "num_samples": "n_samples", "gradient_accumulation_steps": "grad_accum",
+    "accum_steps": "grad_accum", "ckpt_path": "init_from", "base_ckpt": "init_from", "resume": "init_from",
+    "checkpoint": "init_from", "spm_model": "tokenizer", "tokenizer_file_name": "tokenizer", "data_dir": "dataset",
+    "compile_model": "compile", "tie_weights": "tie_embeddings", "tied": "tie_embeddings", "out": "out_dir",
+    "label_smooth": "label_smoothing", "ema_decay": "ema", "mlp": "ffn", "attention_dropout": "dropout",
+    "micro_batch_size": "batch_size", "input_text": "prompt", "start": "prompt",
+}  # fmt: skip
+
+
+class UserError(Exception):
+    """A mistake of the user: one sentence that names the file, line or setting and says what to do."""
+
+
+def run(main) -> None:
+    """Run a script's `main()`: a UserError becomes one sentence and exit code 2, Ctrl-C exit code 130.
+
+    Anything else is a bug of ours and keeps its traceback.
+    """
+    script = Path(sys.argv[0]).name
+    rank = os.environ.get("RANK", "0")
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"\n{script}{f' [rank {rank}]' if rank != '0' else ''}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{script}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our pipe went away (`| head`): not an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def find_path(path: str | Path) -> Path:
+    """An absolute path as it is; a relative one where you are, or, if nothing is there, beside the scripts.
+
+    So every script finds `config/gpt2.py`, `data/` and `out/` from any directory.
+    """
+    path = Path(path).expanduser()
+    return path if path.is_absolute() or path.exists() else ROOT / path
+
+
+class Settings:
+    """A flat table: `s.lr`, its origin `s.source["lr"]`, and `s.part(OptimSettings)` for one concern."""
+
+    def __init__(self, parts: list[type]):
+        self.parts, self.source, self.configs = parts, {}, []
+        for part in parts:
+            for field in dataclasses.fields(part):
+                if field.name in self.source:
+                    raise ValueError(f"two dataclasses declare the setting {field.name}")
+                default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+                setattr(self, field.name, default)
+                self.source[field.name] = "default"
+        self.types = {name: hint for part in parts for name, hint in typing.get_type_hints(part).items()}
+
+    def set(self, name: str, value, source: str) -> None:
+        setattr(self, name, value)
+        self.source[name] = source
+
+    def given(self, name: str) -> bool:
+        """True if the user chose the value, be it the default one."""
+        return self.source[name] != "default"
+
+    def part(self, cls: type):
+        """One concern's settings as an instance of its dataclass."""
+        return pick(cls, self.to_dict())
+
+    def to_dict(self) -> dict:
+        """All values, JSON-able, as they are saved with a run."""
+        return {name: getattr(self, name) for name in self.source}
+
+    def report(self) -> str:
+        """Every setting that somebody chose, and who did."""
+        chosen = {n: f"{n} = {getattr(self, n)!r}" for n in self.source if self.given(n)}
+        width = max((len(text) for text in chosen.values()), default=0)
+        return "\n".join(f"  {text:<{min(width, 60)}}  ({self.source[n]})" for n, text in chosen.items())
+
+
+def pick(cls: type, values: dict):
+    """Build the dataclass `cls` from those entries of `values` that are its fields.
+
+    >>> pick(OptimSettings, {"lr": 0.1, "seq_len": 64})  ->  OptimSettings(lr=0.1)
+    """
+    return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+
+
+def configure(parts: list[type], argv: list[str] | None = None, environ=None, doc: str = "") -> Settings:
+    """Resolve the settings of a script from its arguments (default `sys.argv[1:]`) and the environment.
+
+    Accepts `config/x.py`, `KEY=value`, `--key=value`, `--key value`, `--flag`, `--no-flag`; keys in any case; a
+    `list[str]` setting may be repeated. `--help` prints the table. Raises UserError.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    environ = os.environ if environ is None else environ
+    settings = Settings(parts)
+    if any(arg in ("-h", "--help", "help") for arg in argv):
+        print(help_text(settings, doc))
+        sys.exit(0)
+    files, assignments = split_arguments(settings, argv)
+    for file in files:
+        read_config_file(settings, file)
+    for name in settings.source:
+        if text := environ.get(name.upper(), ""):  # an empty variable counts as not set
+            settings.set(name, parse(settings, name, text, f"environment variable {name.upper()}"), "environment")
+    for name, text in assignments:
+        value = parse(settings, name, text, "command line")
+        if typing.get_origin(settings.types[name]) is list and settings.source[name] == "command line":
+            value = getattr(settings, name) + value
+        settings.set(name, value, "command line")
+    return settings
+
+
+def split_arguments(settings: Settings, argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """['a.py', 'LR=1', '--compile', '--seed', '2'] -> (['a.py'], [('lr','1'), ('compile','true'), ('seed','2')])"""
+    files, assignments, rest = [], [], list(argv)
+    while rest:
+        arg = rest.pop(0)
+        if not arg.startswith("-") and "=" not in arg:
+            if not arg.endswith(".py"):
+                raise UserError(f"argument {arg!r}: expected a config file (.py), KEY=value or --key=value; see --help")
+            files.append(arg)
+            continue
+        key, equals, text = arg.lstrip("-").partition("=")
+        key = key.replace("-", "_").lower()
+        if key.startswith("no_") and key not in settings.source and is_bool(settings, key[3:]):
+            key, equals, text = key[3:], "=", "false" if not equals else str(text.lower() in ("0", "false"))
+        elif not equals:
+            known(settings, key, "command line")
+            if is_bool(settings, key):
+                text = rest.pop(0) if rest and rest[0].lower() in BOOLEANS else "true"
+            elif rest:
+                text = rest.pop(0)
+            else:
+                raise UserError(f"--{key} needs a value, as in --{key}={getattr(settings, key) or '...'}")
+        assignments.append((known(settings, key, "command line"), text))
+    return files, assignments
+
+
+def read_config_file(settings: Settings, file: str) -> None:
+    """Run a config file in a namespace of its own and take over what it leaves there."""
+    path = find_path(file)
+    if not path.is_file():
+        names = sorted(f"config/{p.name}" for p in (ROOT / "config").glob("*.py"))
+        raise UserError(f"config file {file} not found; there are {', '.join(names)}")
+    namespace = {"__file__": str(path), "__name__": path.stem}
+    try:
+        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), namespace)
+    except Exception as error:  # whatever is wrong inside it is the file's mistake
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else (lines or ["?"])[-1]
+        raise UserError(f"{file}, line {line}: {type(error).__name__}: {error}") from None
+    for key, value in namespace.items():
+        if key.startswith("_") or isinstance(value, types.ModuleType):
+            continue
+        name = known(settings, key.lower(), file)
+        settings.set(name, check(settings, name, value, file), file)
+    settings.configs.append(path.stem)
+
+
+BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
+
+def is_bool(settings: Settings, name: str) -> bool:
+    return settings.types.get(name) is bool
+
+
+def known(settings: Settings, key: str, where: str) -> str:
+    """The key itself, or a UserError that names the nearest known one."""
+    if key in settings.source:
+        return key
+    elsewhere = KNOWN_ELSEWHERE.get(key)
+    near = [elsewhere] if elsewhere in settings.source else difflib.get_close_matches(key, settings.source, 1, 0.5)
+    hint = f"did you mean {near[0]}?" if near else "--help lists the settings."
+    raise UserError(f"unknown setting {key} ({where}): {hint}")
+
+
+def parse(settings: Settings, name: str, text: str, where: str):
+    """Text from outside -> a value of the field's type: '1e5' -> 100000 for an int, 'off' -> False for a bool."""
+    hint = settings.types[name]
+    if hint is bool:
+        if text.lower() not in BOOLEANS:
+            raise UserError(f"{name}={text} ({where}): expected true or false")
+        return BOOLEANS[text.lower()]
+    if hint in (int, float):
+        try:
+            return check(settings, name, int(text) if re.fullmatch(r"[+-]?[\d_]+", text) else float(text), where)
+        except ValueError:
+            kind = "a whole number" if hint is int else "a number"
+            example = f"{name}={getattr(settings, name)}"
+            raise UserError(f"{name}={text} ({where}): expected {kind}, as in {example}") from None
+    return check(settings, name, [text] if typing.get_origin(hint) is list else text, where)
+
+
+def check(settings: Settings, name: str, value, where: str):
+    """A value that is already Python: integers are fine for floats, 1e5 for ints, and nothing else is bent."""
+    hint = settings.types[name]
+    if typing.get_origin(hint) is typing.Literal:
+        if value in typing.get_args(hint):
+            return value
+        raise UserError(f"{name}={value} ({where}): choose one of {', '.join(map(str, typing.get_args(hint)))}")
+    if typing.get_origin(hint) is list:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return value
+        raise UserError(f"{name}={value!r} ({where}): expected a list of strings")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"{name}={value!r} ({where}): expected {hint.__name__}, got {type(value).__name__}")
+
+
+def help_text(settings: Settings, doc: str) -> str:
+    """The script's docstring and the table of its settings, with the comments of the source as help."""
+    lines = [inspect.cleandoc(doc or ""), ""]
+    for part in settings.parts:
+        lines.append(f"{part.__name__} ({Path(inspect.getfile(part)).name})")
+        comments = field_comments(part)
+        for field in dataclasses.fields(part):
+            hint = settings.types[field.name]
+            literal = typing.get_origin(hint) is typing.Literal
+            choices = f" [{' | '.join(map(str, typing.get_args(hint)))}]" if literal else ""
+            default = json.dumps(getattr(settings, field.name))
+            lines.append(f"  {field.name + ' = ' + default:<34} {comments[field.name]}{choices}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def field_comments(part: type) -> dict[str, str]:
+    """{'lr': 'peak learning rate', ...} read from the trailing comments of a dataclass's source."""
+    pattern = re.compile(r"^\s+(\w+): [^#]*?(?:#\s*(.*))?$", re.MULTILINE)
+    return {name: comment for name, comment in pattern.findall(inspect.getsource(part))}

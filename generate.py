@@ -1,0 +1,146 @@
+"""From ids to more ids: prefill, one token at a time through the cache, and the rules by which a token is chosen.
+
+    for new in stream(model, [prompt_ids], sampling):     # new: one id per row, None where a row has ended
+        ...
+    texts = generate(model, [prompt_ids], sampling)       # the same, collected: a list of new ids per row
+
+The rules apply in this order: repetition penalty and bans, temperature, top-k, top-p, min-p.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from configurator import UserError
+from model import LanguageModel
+
+
+@dataclass
+class SamplingSettings:
+    max_new_tokens: int = 256   # tokens to generate per sample, at most
+    min_new_tokens: int = 0     # no end of text before so many tokens
+    temperature: float = 0.8    # 0 takes the most likely token, 1 samples the model's own distribution
+    top_k: int = 0              # only the k most likely tokens; 0 = all
+    top_p: float = 0.95         # only the most likely tokens that together reach p (arXiv 1904.09751); 1 = all
+    min_p: float = 0.0          # only tokens at least min_p times as likely as the likeliest (arXiv 2407.01082)
+    repetition_penalty: float = 1.0  # on logits of generated tokens: l/p if positive, else l·p (arXiv 1909.05858)
+    no_repeat_ngram: int = 0    # no sequence of n generated tokens twice; 0 = off
+    seed: int = 1337            # of the random numbers
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "no_repeat_ngram"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("top_p", "min_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}={getattr(self, name)} must be between 0 and 1")
+        if self.repetition_penalty <= 0:
+            raise UserError(f"repetition_penalty={self.repetition_penalty} must be positive; 1 switches it off")
+
+
+def generate(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSettings | None = None,
+             stop_ids: tuple[int, ...] = ()) -> list[list[int]]:  # fmt: skip
+    """Continue every prompt; returns the new ids of each, without the stop token. See `stream`."""
+    rows: list[list[int]] = [[] for _ in prompts]
+    for new in stream(model, prompts, sampling, stop_ids):
+        for row, token in zip(rows, new, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows
+
+
+@torch.inference_mode()
+def stream(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSettings | None = None,
+           stop_ids: tuple[int, ...] = ()) -> Iterator[list[int | None]]:  # fmt: skip
+    """Yield the next token of every row until all have ended or max_new_tokens is reached.
+
+    Prompts may differ in length but not be empty; they share one batch, padded on the left, and the logits of a row
+    do not depend on the others. When the context is full, the newest half of it is read again and the rest
+    forgotten; longer prompts keep their newest seq_len tokens. The model is left in the mode it was in.
+    """
+    sampling = sampling or SamplingSettings()
+    if not prompts or not all(prompts):
+        raise ValueError("every prompt needs at least one token")
+    device = model.embed.weight.device
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    seq_len = model.cfg.seq_len
+    rows = [list(prompt) for prompt in prompts]
+    new: list[list[int]] = [[] for _ in rows]
+    ended = [False] * len(rows)
+    was_training = model.training
+    model.eval()
+    try:
+        cache, logits = prefill(model, [row[-seq_len:] for row in rows], sampling.max_new_tokens)
+        for n in range(sampling.max_new_tokens):
+            banned = stop_ids if n < sampling.min_new_tokens else ()
+            tokens = choose(logits, sampling, generator, new, banned).tolist()
+            for i, token in enumerate(tokens):
+                ended[i] = ended[i] or token in stop_ids
+                if not ended[i]:
+                    new[i].append(token)
+                    rows[i].append(token)
+            yield [None if end else token for end, token in zip(ended, tokens, strict=True)]
+            if all(ended) or n + 1 == sampling.max_new_tokens:
+                return
+            if cache.length == cache.size:
+                cache, logits = prefill(model, [row[-(seq_len // 2 or 1) :] for row in rows], seq_len)
+            else:
+                logits = model(torch.tensor(tokens, device=device)[:, None], cache=cache, n_logits=1)[:, -1]
+    finally:
+        model.train(was_training)
+
+
+def prefill(model: LanguageModel, rows: list[list[int]], more: int):
+    """Read the rows at once: a cache with room for up to `more` further tokens, and the logits (B, V) of the next."""
+    device = model.embed.weight.device
+    longest = max(map(len, rows))
+    cache = model.new_cache(len(rows), min(model.cfg.seq_len, longest + more))
+    pad = [longest - len(row) for row in rows]
+    if any(pad):
+        cache.pad = torch.tensor(pad, device=device)
+    ids = torch.tensor([[0] * n + row for n, row in zip(pad, rows, strict=True)], device=device)
+    return cache, model(ids, cache=cache, n_logits=1)[:, -1]
+
+
+def choose(logits: Tensor, sampling: SamplingSettings, generator: torch.Generator,
+           generated: list[list[int]], banned: tuple[int, ...] = ()) -> Tensor:  # fmt: skip
+    """logits (B, V) -> chosen ids (B,). `generated` are the new tokens of each row, for penalty and bans."""
+    logits = logits.float()
+    for i, row in enumerate(generated):
+        if sampling.repetition_penalty != 1 and row:
+            seen = torch.tensor(sorted(set(row)), device=logits.device)  # once per token, however often it came
+            values = logits[i, seen]
+            penalty = sampling.repetition_penalty
+            logits[i, seen] = torch.where(values > 0, values / penalty, values * penalty)
+        if ban := [*banned, *ngram_bans(row, sampling.no_repeat_ngram)]:
+            logits[i, ban] = float("-inf")
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    probs = filter_probs(logits / sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def ngram_bans(row: list[int], n: int) -> list[int]:
+    """Tokens that would complete an n-gram that the row already has: ([1, 2, 3, 1, 2], 3) -> [3]"""
+    if n < 1 or len(row) < n:
+        return []
+    last = row[len(row) - n + 1 :]
+    return [row[i + n - 1] for i in range(len(row) - n + 1) if row[i : i + n - 1] == last]
+
+
+def filter_probs(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    """logits (B, V) -> probabilities (B, V), zero outside the allowed tokens; the likeliest is always allowed."""
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    probs = logits.softmax(dim=-1)
+    if top_p < 1:
+        ordered, index = probs.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(dim=-1) - ordered  # what the likelier ones already have
+        outside = (before >= top_p) & (before > 0)
+        probs = probs.masked_fill(outside.scatter(-1, index, outside), 0.0)
+    if min_p > 0:
+        probs = probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0)
+    return probs  # torch.multinomial needs no normalisation

@@ -1,0 +1,79 @@
+"""The log of a run: one line on the screen, one row in `log.csv`.
+
+On a terminal the line of the current step is rewritten in place and validations stay; elsewhere every line stays.
+"""
+
+import csv
+import sys
+import time
+from pathlib import Path
+
+from eval import Score
+from machine import Machine, peak_flops
+
+COLUMNS = ["step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "val_loss", "val_bits_per_byte"]
+
+
+class Log:
+    """Written by the first process only. `first` is the step that the run continues from: later rows are dropped."""
+
+    def __init__(self, folder: Path, max_steps: int, first: int, machine: Machine, flops_per_token: int):
+        self.max_steps, self.machine, self.flops_per_token = max_steps, machine, flops_per_token
+        self.peak = peak_flops(machine)
+        self.live = sys.stdout.isatty()
+        self.since = (first, time.perf_counter())  # step and time of the last line
+        self.paused = 0.0  # seconds since then that were not training
+        self.path = folder / "log.csv"
+        if machine.is_main:
+            rows = []
+            if self.path.is_file():
+                with open(self.path, encoding="utf-8", newline="") as file:
+                    rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first]
+            with open(self.path, "w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows)
+
+    def pause(self, seconds: float) -> None:
+        """Time that belongs to saving or validation: it does not count in tokens/s."""
+        self.paused += seconds
+
+    def step(self, step: int, tokens: int, seconds: float, loss: float, lr: float, norm: float, per_step: int) -> None:
+        """After `step` steps: the mean loss since the last line, the learning rate and gradient norm of this one."""
+        if not self.machine.is_main:
+            return
+        last_step, last_time = self.since
+        elapsed = time.perf_counter() - last_time - self.paused
+        rate = (step - last_step) * per_step / max(elapsed, 1e-9)
+        self.since, self.paused = (step, time.perf_counter()), 0.0
+        mfu = f"{self.flops_per_token * rate / self.peak:.1%}" if self.peak else "-"
+        left = (self.max_steps - step) * per_step / rate
+        width = len(str(self.max_steps))
+        line = (f"step {step:{width}}/{self.max_steps}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:5.2f}  "
+                f"{rate:9,.0f} tok/s  mfu {mfu}  left {clock(left)}")  # fmt: skip
+        print(f"\r{line}" if self.live else line, end="" if self.live else "\n", flush=True)
+        self.row(step=step, tokens=tokens, seconds=f"{seconds:.2f}", loss=f"{loss:.6f}", lr=f"{lr:.6e}",
+                 grad_norm=f"{norm:.4f}", tokens_per_second=f"{rate:.0f}")  # fmt: skip
+
+    def validation(self, step: int, tokens: int, score: Score, note: str = "") -> None:
+        width = len(str(self.max_steps))
+        self.say(f"step {step:{width}}/{self.max_steps}  validation loss {score.loss:.4f}  "
+                 f"perplexity {score.perplexity:.2f}  bits/byte {score.bits_per_byte:.4f}{note}")  # fmt: skip
+        self.row(step=step, tokens=tokens, val_loss=f"{score.loss:.6f}", val_bits_per_byte=f"{score.bits_per_byte:.6f}")
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the live one."""
+        if self.machine.is_main:
+            print(f"\r{text:<100}" if self.live else text, flush=True)
+
+    def row(self, **values) -> None:
+        if self.machine.is_main:
+            with open(self.path, "a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, COLUMNS).writerow(values)
+
+
+def clock(seconds: float) -> str:
+    """75 -> '1:15', 3700 -> '1:01:40'"""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

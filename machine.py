@@ -1,0 +1,141 @@
+"""The machine: which device and precision to use and why, several processes, memory, and the peak rates for MFU."""
+
+import ctypes
+import os
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from configurator import UserError
+
+
+@dataclass
+class MachineSettings:
+    device: str = "auto"        # cpu, cuda, cuda:1, mps; auto takes the fastest there is
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights stay float32
+    compile: bool = False       # torch.compile the model; without this setting: on CUDA only
+    compile_backend: str = "inductor"  # backend of torch.compile
+
+
+@dataclass
+class Machine:
+    """What the run found out about where it runs."""
+
+    device: torch.device
+    dtype: torch.dtype
+    reason: str  # why this dtype
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    stop: bool = field(default=False)  # set by a signal
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self):
+        """Matrix products in self.dtype, everything that needs range in float32."""
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def print(self, *args, **kwargs) -> None:
+        """Print on the first process only."""
+        if self.is_main:
+            print(*args, **kwargs, flush=True)
+
+    def describe(self) -> str:
+        kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        ranks = f", {self.world_size} processes" if self.world_size > 1 else ""
+        return f"{kind}{threads}{ranks}, {str(self.dtype).removeprefix('torch.')} ({self.reason})"
+
+
+def choose_machine(s: MachineSettings) -> Machine:
+    """Resolve device and precision; read rank and world size from torchrun's environment (no process group yet)."""
+    rank, world_size, local_rank = (int(os.environ.get(k, d)) for k, d in
+                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+    name = s.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and world_size > 1:
+        name = f"cuda:{local_rank}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
+    elif device.type == "cpu":
+        keep_memory()
+    dtype, reason = choose_dtype(s.dtype, device)
+    return Machine(device, dtype, reason, rank, world_size, local_rank)
+
+
+def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of matrix products and the reason for it, in words."""
+    if wanted != "auto":
+        return getattr(torch, wanted), "as set"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "native on this GPU"
+        return torch.float16, "this GPU has no native bfloat16"
+    if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16, "native on this CPU"
+    return torch.float32, f"no fast bfloat16 on this {device.type}"
+
+
+def keep_memory() -> None:
+    """Ask glibc to keep freed memory: a training step frees and takes back hundreds of MB, and every page that goes
+    through the kernel is zeroed and faulted in again (a quarter of the time of GPT-2's step on two cores)."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt is not None:
+            mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap is not handed back
+
+
+def init_processes(machine: Machine) -> None:
+    """Join the process group of torchrun, if there is one. Prepare data before: a collective times out."""
+    if machine.world_size > 1:
+        backend = "nccl" if machine.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, device_id=machine.device if backend == "nccl" else None)
+
+
+# Dense peak rates in FLOP/s of bfloat16 products, from the vendors' data sheets.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+    "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def peak_flops(machine: Machine) -> float | None:
+    """Peak FLOP/s of all devices of the run together, None where we do not know it."""
+    if machine.device.type != "cuda" or machine.dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(machine.device)
+    return next((rate * machine.world_size for key, rate in PEAK_FLOPS.items() if key in name), None)
+
+
+def peak_memory(machine: Machine) -> float:
+    """GB used at most so far: of the device on CUDA, else of the process."""
+    if machine.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(machine.device) / 1e9
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

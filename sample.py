@@ -1,0 +1,118 @@
+"""Let a trained model write.
+
+    python sample.py --prompt "def "                       # the newest run
+    python sample.py --prompt "def " --prompt "class "     # several prompts in one batch
+    python sample.py --prompts_file prompts.txt            # one prompt per line
+    echo "import" | python sample.py                       # a prompt from a pipe
+    python sample.py --init_from out/gpt2 --n_samples 3 --temperature 0
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+import torch
+
+import checkpoint
+from configurator import UserError, configure, find_path, run
+from generate import SamplingSettings, generate, stream
+from machine import MachineSettings, choose_machine
+from tokenizer import StreamDecoder
+
+__all__ = ["generate", "stream"]  # `from sample import generate`
+
+
+@dataclass
+class SampleSettings:
+    init_from: str = ""         # checkpoint file or run's folder; default: the newest run in out/
+    prompt: list[str] = field(default_factory=list)  # text to continue; may be repeated
+    prompts_file: str = ""      # file with one prompt per line
+    n_samples: int = 1          # samples per prompt
+    stop: list[str] = field(default_factory=list)  # end a sample before this text; may be repeated
+    allow_special: bool = False  # read names of special tokens in prompts as these tokens
+
+
+SETTINGS = [SampleSettings, SamplingSettings, MachineSettings]
+
+
+def main() -> None:
+    s = configure(SETTINGS, doc=__doc__)
+    machine = choose_machine(s.part(MachineSettings))
+    sampling = s.part(SamplingSettings)
+    path = checkpoint.find(s.init_from)
+    model, tokenizer, state = checkpoint.load_model(path, machine.device)
+    if s.given("dtype") or machine.device.type == "cuda":
+        model.to(machine.dtype)
+    print(f"[{path}, step {state['progress']['step']}]", file=sys.stderr)
+    texts = read_prompts(s)
+    prompts = [encode_prompt(tokenizer, text, s.allow_special) for text in texts for _ in range(s.n_samples)]
+    texts = [text for text in texts for _ in range(s.n_samples)]
+    too_long = sum(len(ids) > model.cfg.seq_len for ids in prompts)
+    if too_long:
+        print(f"[{too_long} prompts are longer than the context of {model.cfg.seq_len} tokens: we keep their end]",
+              file=sys.stderr)  # fmt: skip
+    if len(prompts) == 1:
+        stream_one(model, tokenizer, prompts[0], texts[0], sampling, s.stop)
+        return
+    for i, (text, ids) in enumerate(zip(texts, generate(model, prompts, sampling, stop_ids(tokenizer)), strict=True)):
+        print(f"--- {i + 1} of {len(prompts)}\n{text}{cut(tokenizer.decode(ids), s.stop)}")
+
+
+def read_prompts(s) -> list[str]:
+    """--prompt, --prompts_file, or what a pipe brings; without any, one empty prompt: the model begins a document."""
+    prompts = list(s.prompt)
+    if s.prompts_file:
+        path = find_path(s.prompts_file)
+        try:
+            prompts += [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line]
+        except OSError as error:
+            raise UserError(f"prompts_file={s.prompts_file}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"prompts_file={s.prompts_file} is not UTF-8 text; save it as UTF-8") from None
+        if not prompts:
+            raise UserError(f"prompts_file={s.prompts_file} has no lines")
+    if not prompts and not sys.stdin.isatty() and (piped := sys.stdin.read()):
+        prompts = [piped.removesuffix("\n")]
+    return prompts or [""]
+
+
+def encode_prompt(tokenizer, text: str, allow_special: bool = False) -> list[int]:
+    """Prompt -> ids. An empty one is the token that stands before a document."""
+    ids = tokenizer.encode(text, allow_special=allow_special)
+    begin = tokenizer.role("bos") if tokenizer.role("bos") is not None else tokenizer.role("eot")
+    if not ids and begin is None:
+        raise UserError("this tokenizer has no token to begin a document with: give a --prompt")
+    return ids or [begin]
+
+
+def stop_ids(tokenizer) -> tuple[int, ...]:
+    """End of text, and padding, which is never text."""
+    return tuple({tokenizer.role(name) for name in ("eot", "eos", "pad")} - {None})
+
+
+def cut(text: str, stops: list[str]) -> str:
+    """The text up to the first of the stop strings: ('a b c', ['b']) -> 'a '"""
+    return text[: min((i for i in map(text.find, stops) if i >= 0), default=len(text))]
+
+
+def stream_one(model, tokenizer, prompt: list[int], text: str, sampling: SamplingSettings, stops: list[str]) -> None:
+    """Print one sample while it is made. What could be the beginning of a stop string waits until that is decided."""
+    print(text, end="", flush=True)
+    decoder, shown, made = StreamDecoder(tokenizer), 0, ""
+    hold = max((len(stop) - 1 for stop in stops), default=0)
+    for (token,) in stream(model, [prompt], sampling, stop_ids(tokenizer)):
+        made += decoder.push(token) if token is not None else ""
+        end = cut(made, stops)
+        visible = len(end) if end != made else max(shown, len(made) - hold)
+        print(end[shown:visible], end="", flush=True)
+        shown = visible
+        if end != made:
+            break
+    else:
+        made += decoder.flush()
+        print(cut(made, stops)[shown:], end="")
+    print(flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    run(main)

@@ -1,0 +1,195 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from configurator import KNOWN_ELSEWHERE, ROOT, UserError, configure, find_path, pick
+
+
+@dataclass
+class Alpha:
+    lr: float = 1e-3            # peak learning rate
+    max_steps: int = 100        # optimizer steps
+    compile: bool = True        # compile the model
+    name: str = ""              # of the run
+
+
+@dataclass
+class Beta:
+    kind: Literal["a", "b"] = "a"  # which one
+    prompt: list[str] = field(default_factory=list)  # may be repeated
+    d_model: int = 64           # width
+
+
+def settings(*argv, **environ):
+    return configure([Alpha, Beta], list(argv), environ)
+
+
+@pytest.mark.parametrize("word, value", [("True", True), ("true", True), ("1", True), ("on", True), ("yes", True),
+                                         ("False", False), ("false", False), ("0", False), ("off", False)])  # fmt: skip
+@pytest.mark.parametrize("form", ["compile={}", "--compile={}", "COMPILE={}", "--compile {}"])
+def test_booleans_mean_what_they_say(form, word, value):
+    assert settings(*form.format(word).split()).compile is value
+    assert settings(COMPILE=word).compile is value
+
+
+def test_flags_switch_on_and_no_flags_switch_off():
+    assert settings("compile=false", "--compile").compile is True
+    assert settings("--no-compile").compile is False
+    assert settings("--no_compile").compile is False
+    assert settings("--compile", "--lr", "2").compile is True
+
+
+def test_all_ways_of_writing_a_value_agree():
+    for argv in (["lr=0.5"], ["LR=0.5"], ["--lr=0.5"], ["--lr", "0.5"], ["--LR", "5e-1"]):
+        assert settings(*argv).lr == 0.5
+    assert settings("--max-steps=7").max_steps == 7
+
+
+def test_precedence_is_default_file_environment_command_line(tmp_path):
+    first, second = tmp_path / "one.py", tmp_path / "two.py"
+    first.write_text("lr = 0.1\nmax_steps = 1\nd_model = 1\nname = 'one'\n")
+    second.write_text("max_steps = 2\nd_model = 2\nname = 'two'\n")
+    s = settings(str(first), str(second), "name=line", D_MODEL="3", NAME="environment")
+    assert (s.lr, s.max_steps, s.d_model, s.name, s.kind) == (0.1, 2, 3, "line", "a")
+    assert [s.source[n] for n in ("lr", "max_steps", "d_model", "name", "kind")] == [
+        str(first), str(second), "environment", "command line", "default"]  # fmt: skip
+    assert "d_model = 3" in s.report() and "kind" not in s.report()
+
+
+def test_a_config_file_may_compute_and_import(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text("import math\n_hidden = 3\nlr = 1 / math.sqrt(4)\nmax_steps = 12 * 10\n")
+    s = settings(str(file))
+    assert (s.lr, s.max_steps) == (0.5, 120)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("learning_rate = 1", ["learning_rate", "did you mean lr"]),
+    ("lr = 'fast'", ["lr='fast'", "expected float"]),
+    ("x = (", ["line 1", "SyntaxError"]),
+    ("lr = 1\nmax_steps = 1 // 0", ["line 2", "ZeroDivisionError"]),
+    ("kind = 'c'", ["kind=c", "a, b"]),
+    ("compile = 1", ["compile=1", "expected bool"]),
+])  # fmt: skip
+def test_mistakes_in_a_config_file_name_the_file_and_the_remedy(tmp_path, text, words):
+    file = tmp_path / "wrong.py"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        settings(str(file))
+    assert all(word in str(error.value) for word in [*words, "wrong.py"]), error.value
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["learing_rate=1"], ["learing_rate"]),
+    (["max_step=1"], ["did you mean max_steps"]),
+    (["n_embd=1"], ["did you mean d_model"]),
+    (["max_iters=1"], ["did you mean max_steps"]),
+    (["lr=abc"], ["lr=abc", "a number"]),
+    (["max_steps=1.5"], ["max_steps", "whole number"]),
+    (["max_steps=true"], ["max_steps", "whole number"]),
+    (["compile=maybe"], ["compile=maybe", "true or false"]),
+    (["--lr"], ["--lr needs a value"]),
+    (["nothere.py"], ["nothere.py", "not found"]),
+    (["word"], ["word", "KEY=value"]),
+])  # fmt: skip
+def test_mistakes_on_the_command_line_get_one_sentence(argv, words):
+    with pytest.raises(UserError) as error:
+        settings(*argv)
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_are_parsed_by_the_type_of_the_field_and_never_evaluated():
+    s = settings("max_steps=1e5", "lr=1", "name=__import__('os')")
+    assert (s.max_steps, s.lr, s.name) == (100_000, 1.0, "__import__('os')")
+    assert type(s.max_steps) is int and type(s.lr) is float
+    assert settings("max_steps=100_000").max_steps == 100_000
+
+
+def test_lists_take_every_repetition_and_replace_the_default():
+    assert settings("--prompt", "a", "--prompt=b").prompt == ["a", "b"]
+    assert settings().prompt == []
+
+
+def test_an_empty_environment_variable_counts_as_not_set():
+    assert settings(LR="").lr == 1e-3 and settings(LR="").source["lr"] == "default"
+
+
+def test_two_declarations_of_one_name_are_a_bug():
+    @dataclass
+    class Again:
+        lr: float = 1.0
+
+    with pytest.raises(ValueError, match="lr"):
+        configure([Alpha, Again], [], {})
+
+
+def test_pick_takes_the_fields_and_leaves_the_rest():
+    assert pick(Alpha, {"lr": 2.0, "unrelated": 1}) == Alpha(lr=2.0)
+    assert settings("lr=2").part(Alpha) == Alpha(lr=2.0)
+
+
+def test_settings_are_json(tmp_path):
+    assert json.loads(json.dumps(settings("lr=2").to_dict()))["lr"] == 2
+
+
+def test_paths_are_found_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_path("model.py") == ROOT / "model.py"
+    (tmp_path / "model.py").touch()
+    assert find_path("model.py").resolve() == tmp_path / "model.py"
+
+
+SCRIPTS = ["train.py", "sample.py"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_lists_every_setting_with_its_comment(script, tmp_path):
+    result = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = [line for line in result.stdout.splitlines() if line.startswith("  ") and " = " in line]
+    assert len(rows) > 10
+    assert all(len(row.split(" = ", 1)[1].split(None, 1)) == 2 for row in rows), "a setting has no comment"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_users_mistake_is_one_sentence_and_exit_code_2(script, tmp_path):
+    result = subprocess.run([sys.executable, ROOT / script, "n_embd=3"], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_no_setting_shares_a_name_with_what_torchrun_sets():
+    import sample
+    import train
+
+    torchrun = {"LOCAL_RANK", "RANK", "GROUP_RANK", "ROLE_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "ROLE_WORLD_SIZE",
+                "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "ROLE_NAME",
+                "TORCHELASTIC_RUN_ID", "PYTHON_EXEC", "OMP_NUM_THREADS", "PATH", "HOME", "USER", "LANG"}  # fmt: skip
+    for parts in (train.SETTINGS, sample.SETTINGS):
+        names = configure(parts, [], {}).source  # a collision between dataclasses raises here
+        assert not torchrun & {name.upper() for name in names}
+
+
+def test_names_known_elsewhere_point_to_settings_that_exist():
+    import sample
+    import train
+
+    names = set(configure(train.SETTINGS, [], {}).source) | set(configure(sample.SETTINGS, [], {}).source)
+    assert set(KNOWN_ELSEWHERE.values()) <= names, set(KNOWN_ELSEWHERE.values()) - names
+
+
+def test_every_config_file_is_accepted():
+    import train
+
+    files = sorted((ROOT / "config").glob("*.py"))
+    assert files
+    for file in files:
+        s = configure(train.SETTINGS, [str(file)], {})
+        assert s.part(train.ModelConfig).d_model > 0
+    assert os.path.exists(ROOT / "config" / "quickstart.py")

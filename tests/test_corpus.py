@@ -1,0 +1,319 @@
+"""Raw text: nothing is lost or invented on the way from a file to documents, and train and val never share one."""
+
+import gzip
+import hashlib
+import http.server
+import importlib.util
+import json
+import random
+import re
+import threading
+import tracemalloc
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+
+import corpus
+from configurator import ROOT, UserError
+from corpus import download, jsonl_pieces, open_corpus, text_files, text_pieces
+
+
+def documents(pieces) -> list[str]:
+    """Pieces -> whole documents."""
+    result, parts = [], []
+    for text, ends in pieces:
+        parts.append(text)
+        if ends:
+            result.append("".join(parts))
+            parts = []
+    assert not parts, "the last document was never closed"
+    return result
+
+
+def settings(**changes) -> SimpleNamespace:
+    base = {"dataset": "stdlib", "data_path": "", "val_path": "", "val_share": 0.05, "text_field": "text"}
+    return SimpleNamespace(**base | {key: str(v) if key.endswith("path") else v for key, v in changes.items()})
+
+
+def splits(**changes) -> tuple[list[str], list[str]]:
+    raw = open_corpus(settings(**changes))
+    return documents(raw.pieces("train")), documents(raw.pieces("val"))
+
+
+def write(path, text: str | bytes):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_separator_lines_make_documents(tmp_path):
+    file = write(tmp_path / "a.txt", "one\n<|endoftext|>\n<|endoftext|>\ntwo\n\n<|endoftext|>\nthree")
+    assert documents(text_pieces(file)) == ["one\n", "two\n\n", "three"]
+
+
+def test_only_a_line_that_is_exactly_the_separator_separates(tmp_path):
+    text = "a <|endoftext|>\n<|endoftext|> b\n <|endoftext|>\nc"
+    assert documents(text_pieces(write(tmp_path / "a.txt", text))) == [text]
+
+
+def test_file_without_separators_is_one_document(tmp_path):
+    assert documents(text_pieces(write(tmp_path / "a.txt", "a\n\nb\n"))) == ["a\n\nb\n"]
+
+
+def test_windows_file_gives_the_same_text(tmp_path):
+    text = "é\n<|endoftext|>\nzwei\r drei\n"
+    windows = write(tmp_path / "a.txt", b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert documents(text_pieces(windows)) == documents(text_pieces(write(tmp_path / "b.txt", text)))
+
+
+@pytest.mark.parametrize("piece", [14, 15, 20, 64])
+def test_documents_do_not_depend_on_how_a_file_is_cut_into_pieces(tmp_path, monkeypatch, piece):
+    rng = random.Random(0)
+    parts = ["<|endoftext|>", "\n", "\r\n", "\r", "a", "é", "😀", "<|endo", "text|>", " "]
+    for _ in range(60):
+        text = "".join(rng.choices(parts, weights=[4, 8, 3, 1, 3, 1, 1, 1, 1, 1], k=40))
+        expected = [""]
+        for line in re.findall(r"[^\n]*\n|[^\n]+", text.replace("\r\n", "\n")):
+            if line.removesuffix("\n") == "<|endoftext|>":
+                expected.append("")
+            else:
+                expected[-1] += line
+        expected = [document for document in expected if document]
+        monkeypatch.setattr(corpus, "PIECE", piece)
+        assert documents(text_pieces(write(tmp_path / "a.txt", text))) == expected, repr(text)
+
+
+def test_a_piece_stays_small_whatever_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "PIECE", 1000)
+    for text in ("line\n" * 10_000, "x" * 50_000):
+        assert max(len(piece) for piece, _ in text_pieces(write(tmp_path / "a.txt", text))) <= 2100
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    file = write(tmp_path / "big.txt", b"All work and no play makes Jack a dull boy.\n" * 1_200_000)  # 53 MB
+    tracemalloc.start()
+    total = sum(len(text) for text, _ in open_corpus(settings(data_path=file)).pieces("train"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total > 50_000_000 and peak < 16_000_000
+
+
+def test_text_that_is_not_utf8_names_file_offset_and_line(tmp_path):
+    file = write(tmp_path / "latin.txt", b"\xef\xbb\xbfgood\nfine\ncaf\xe9 noir\n")
+    with pytest.raises(UserError, match=r"latin\.txt is not UTF-8: byte 0xe9 at offset 16, line 3"):
+        documents(text_pieces(file))
+
+
+def test_bad_byte_is_located_behind_many_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "PIECE", 5)
+    with pytest.raises(UserError, match="offset 803, line 201"):
+        documents(text_pieces(write(tmp_path / "a.txt", "é\r\n".encode() * 200 + b"abc\xff\n")))
+
+
+def test_utf16_gets_its_own_sentence(tmp_path):
+    with pytest.raises(UserError, match="UTF-16"):
+        documents(text_pieces(write(tmp_path / "a.txt", "hello".encode("utf-16"))))
+
+
+def test_gzip_gives_the_same_documents(tmp_path):
+    write(tmp_path / "a.txt.gz", gzip.compress(b"one\n<|endoftext|>\ntwo"))
+    write(tmp_path / "b.jsonl.gz", gzip.compress(b'{"text": "three"}\n'))
+    assert documents(corpus.files_pieces(text_files(tmp_path), "text")) == ["one\n", "two", "three"]
+
+
+def test_cut_gzip_file_is_one_sentence(tmp_path):
+    file = write(tmp_path / "a.txt.gz", gzip.compress(random.Random(0).randbytes(10_000).hex().encode())[:-100])
+    with pytest.raises(UserError, match=r"a\.txt\.gz is damaged or cut short"):
+        documents(text_pieces(file))
+
+
+def test_jsonl_takes_one_field_or_all_strings(tmp_path):
+    records = [{"title": "T", "text": "a\nb", "n": 1}, {"title": "", "text": "c"}]
+    file = write(tmp_path / "a.jsonl", "\ufeff" + "\n\n".join(map(json.dumps, records)) + "\n")
+    assert documents(jsonl_pieces(file, "text")) == ["a\nb", "c"]
+    assert documents(jsonl_pieces(file, "title")) == ["T"]
+    assert documents(jsonl_pieces(file, "*")) == ["T\na\nb", "\nc"]
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ('{"text": "b"', "line 2 is not JSON"),
+        ('{"content": "b", "id": 3}', "line 2 has no field 'text'; it has content, id"),
+        ('{"text": 7}', "line 2: field 'text' holds a int"),
+        ('["text"]', "line 2: expected an object"),
+        ("null", "line 2: expected an object"),
+        (b'{"text": "\xe9"}', "line 2 is not UTF-8 at byte 10"),
+    ],
+)
+def test_broken_jsonl_line_names_file_and_line(tmp_path, line, sentence):
+    line = line if isinstance(line, bytes) else line.encode()
+    file = write(tmp_path / "a.jsonl", b'{"text": "a"}\n' + line + b'\n{"text": "c"}\n')
+    with pytest.raises(UserError, match=rf"a\.jsonl, {sentence}"):
+        documents(jsonl_pieces(file, "text"))
+
+
+def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
+    file = write(tmp_path / "a.jsonl", r'{"text": "ok \ud83d\ude00, half \ud83d"}')
+    assert documents(jsonl_pieces(file, "text")) == ["ok 😀, half \ufffd"]
+
+
+def test_folder_is_read_recursively_in_natural_order(tmp_path):
+    for name in ("b_10.txt", "b_2.txt", "a/x.jsonl", ".hidden/y.txt", "notes.md", "b_²3.txt"):
+        write(tmp_path / name, "x")
+    names = [path.relative_to(tmp_path).as_posix() for path in text_files(tmp_path)]
+    assert names == ["a/x.jsonl", "b_2.txt", "b_10.txt", "b_²3.txt"]
+
+
+@pytest.mark.parametrize("name, sentence", [("missing.txt", "not found"), ("empty", "holds no text")])
+def test_missing_text_is_one_sentence(tmp_path, name, sentence):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=sentence):
+        text_files(tmp_path / name)
+
+
+def test_file_that_vanishes_is_one_sentence(tmp_path):
+    raw = open_corpus(settings(data_path=write(tmp_path / "a.txt", "x\n" * 100)))
+    (tmp_path / "a.txt").unlink()
+    for use in (raw.sources, lambda: documents(raw.pieces("train"))):
+        with pytest.raises(UserError, match=r"cannot read .*a\.txt"):
+            use()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Train and val
+
+
+def test_single_document_is_cut_at_a_line_near_its_end(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(2000))
+    train, val = splits(data_path=write(tmp_path / "a.txt", text), val_share=0.1)
+    assert train[0] + val[0] == text and train[0].endswith("\n")
+    assert 0.099 < len(val[0]) / len(text) < 0.102
+
+
+def test_single_document_of_many_pieces_is_cut_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "PIECE", 100)
+    text = "".join(f"line {i}\n" for i in range(2000))
+    train, val = splits(data_path=write(tmp_path / "a.txt", text), val_share=0.1)
+    assert train[0] + val[0] == text and 0.099 < len(val[0]) / len(text) < 0.102
+
+
+def test_document_without_newlines_is_cut_all_the_same(tmp_path):
+    train, val = splits(data_path=write(tmp_path / "a.txt", "x" * 1000), val_share=0.1)
+    assert (len(train[0]), len(val[0])) == (900, 100)
+
+
+def test_many_documents_are_split_whole_and_their_copies_never_part(tmp_path):
+    texts = [f"document {i} " * (1 + i % 7) for i in range(3000)]
+    lines = [json.dumps({"text": text}) for text in [*texts, *texts[::-1]]]
+    train, val = splits(data_path=write(tmp_path / "a.jsonl", "\n".join(lines)))
+    assert sorted(train + val) == sorted(texts * 2)
+    assert not set(train) & set(val)
+    assert 0.03 < len(val) / 6000 < 0.07
+
+
+@pytest.mark.parametrize("n", [5, 20, 60])
+def test_few_documents_are_split_whole_too(tmp_path, n):
+    texts = [f"{i} some words\n" * 10 for i in range(n)]
+    for i, text in enumerate(texts):
+        write(tmp_path / f"{i}.txt", text)
+    train, val = splits(data_path=tmp_path)
+    assert sorted(train + val) == sorted(texts) and 1 <= len(val) <= max(1, n / 10)
+
+
+def test_new_documents_do_not_move_old_ones_to_the_other_split(tmp_path):
+    texts = [f"document {i}" for i in range(3000)]
+    file = write(tmp_path / "a.txt", "\n<|endoftext|>\n".join(texts[:2000]))
+    train, val = map(set, splits(data_path=file))
+    write(file, "\n<|endoftext|>\n".join(["new", *texts]))
+    train2, val2 = map(set, splits(data_path=file))
+    assert len(train - train2) <= 1 and val <= val2  # the last document gained a newline
+
+
+def test_val_path_replaces_the_split(tmp_path):
+    for name in ("a.txt", "b.txt", "val.txt"):
+        write(tmp_path / name, name)
+    assert splits(data_path=tmp_path / "a.txt", val_path=tmp_path / "b.txt") == (["a.txt"], ["b.txt"])
+    train, val = splits(data_path=tmp_path, val_path=tmp_path / "val.txt")
+    assert (train, val) == (["a.txt", "b.txt"], ["val.txt"]), "validation text inside data_path was trained on"
+    with pytest.raises(UserError, match="nothing is left to train on"):
+        splits(data_path=tmp_path / "a.txt", val_path=tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1])
+def test_val_share_out_of_range_is_refused(tmp_path, share):
+    with pytest.raises(UserError, match="val_share"):
+        splits(data_path=write(tmp_path / "a.txt", "a"), val_share=share)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Corpora of data/
+
+
+def load_prepare(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "data" / name / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_unknown_dataset_names_the_known_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="shakespeare, stdlib"):
+        open_corpus(settings(dataset="shakespear"))
+
+
+def test_stdlib_is_found_from_any_directory_and_split_by_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train, val = splits(dataset="stdlib")
+    assert 5e6 < sum(map(len, train + val)) < 40e6
+    assert 0.02 < sum(map(len, val)) / sum(map(len, train + val)) < 0.1
+    assert len(set(train) & set(val)) == 0
+    assert splits(dataset="stdlib") == (train, val)
+
+
+def test_stdlib_skips_and_lists_files_that_are_not_utf8(tmp_path, monkeypatch):
+    prepare = load_prepare("stdlib")
+    monkeypatch.setattr(prepare, "FOLDER", tmp_path)
+    for i in range(100):
+        write(tmp_path / f"m{i}.py", f"x = {i}")
+    write(tmp_path / "test" / "test_m.py", "left out")
+    write(tmp_path / "latin.py", b"# caf\xe9")
+    assert len([*prepare.documents("train"), *prepare.documents("val")]) == 100
+    assert prepare.skipped == [tmp_path / "latin.py"]
+
+
+def test_python_without_its_sources_is_one_sentence(tmp_path, monkeypatch):
+    prepare = load_prepare("stdlib")
+    monkeypatch.setattr(prepare, "FOLDER", tmp_path)
+    with pytest.raises(UserError, match="no library sources"):
+        list(prepare.documents("train"))
+
+
+def test_shakespeare_takes_the_file_that_is_there_and_splits_like_nanogpt(tmp_path, monkeypatch):
+    prepare = load_prepare("shakespeare")
+    monkeypatch.setattr(prepare, "FILE", write(tmp_path / "input.txt", "First Citizen:\n" * 100))
+    train, val = [next(prepare.documents(split)) for split in ("train", "val")]
+    assert (len(train), len(val)) == (1350, 150) and train + val == "First Citizen:\n" * 100
+
+
+@pytest.fixture
+def server(tmp_path):
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=write(tmp_path / "www/a.txt", "hello").parent)
+    handler.log_message = lambda *args: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def test_download_checks_what_it_got(tmp_path, server):
+    sha256 = hashlib.sha256(b"hello").hexdigest()
+    path = tmp_path / "new" / "a.txt"
+    assert download(server + "a.txt", path, 5, sha256).read_text() == "hello"
+    for url, size, sha in (("a.txt", 6, sha256), ("a.txt", 5, "0" * 64), ("b.txt", 5, sha256)):
+        other = tmp_path / "other.txt"
+        with pytest.raises(UserError, match="by hand and put it at"):
+            download(server + url, other, size, sha)
+        assert not list(tmp_path.glob("other*")), "a failed download left something behind"

@@ -1,0 +1,241 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from configurator import ROOT, UserError, configure
+from model import LanguageModel, ModelConfig, head_pass
+
+TINY = dict(vocab_size=97, seq_len=32, d_model=32, n_layer=2, n_head=4)
+KINDS = {
+    "quickstart": dict(n_kv_head=2),
+    "llama": dict(ffn="swiglu", qk_norm=False, n_kv_head=2, tie_embeddings=False),
+    "gpt2": dict(ffn="gelu", norm="layernorm", position="learned", qk_norm=False, bias=True),
+    "nope": dict(ffn="silu", position="none", n_kv_head=1, head_dim=12),
+}
+
+
+def tiny(kind="quickstart", **changes) -> LanguageModel:
+    torch.manual_seed(0)
+    return LanguageModel(ModelConfig(**{**TINY, **KINDS[kind], **changes})).eval()
+
+
+def shaken(model: LanguageModel) -> LanguageModel:
+    """Larger random weights: at initialisation every model is nearly linear, and mistakes hide."""
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_never_changes_an_output_before_it(kind):
+    model = shaken(tiny(kind))
+    ids = torch.randint(97, (2, 32))
+    before = model(ids)
+    for t in (1, 7, 31):
+        changed = ids.clone()
+        changed[:, t] = (changed[:, t] + 1) % 97
+        after = model(changed)
+        assert torch.equal(after[:, :t], before[:, :t]), "the past sees the future"
+        assert not torch.equal(after[:, t:], before[:, t:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_causality_holds_in_bf16_training_too(kind):
+    model = shaken(tiny(kind)).train()
+    ids = torch.randint(97, (2, 32))
+    changed = ids.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 97
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = model(ids), model(changed)
+    assert torch.equal(a[:, :9], b[:, :9]) and not torch.equal(a[:, 9:], b[:, 9:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_initial_loss_is_that_of_guessing(kind):
+    model = tiny(kind)
+    ids, targets = torch.randint(97, (8, 32)), torch.randint(97, (8, 32))
+    assert model(ids, targets).mean().item() == pytest.approx(math.log(97), rel=0.05)
+    assert model(ids[:, :-1], ids[:, 1:]).mean().item() == pytest.approx(math.log(97), rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["quickstart", "gpt2"])
+def test_noise_cannot_be_predicted(kind):
+    """Independent random tokens: any loss below ln V on fresh ones would be a leak from the future."""
+    model = tiny(kind, vocab_size=16).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        ids = torch.randint(16, (16, 33))
+        optimizer.zero_grad()
+        model(ids[:, :-1], ids[:, 1:]).mean().backward()
+        optimizer.step()
+    ids = torch.randint(16, (256, 33))
+    assert model.eval()(ids[:, :-1], ids[:, 1:]).mean().item() == pytest.approx(math.log(16), abs=0.02)
+
+
+def numbers(model, config):
+    counts = {n: p.numel() for n, p in model.named_parameters()}
+    assert sum(counts.values()) == model.count_parameters()["total"]
+    return counts
+
+
+@pytest.mark.parametrize("name, total", [("lumen", 128_404_224), ("tinystories", 22_696_448), ("gpt2", 124_439_808)])
+def test_presets_have_exactly_the_promised_parameters(name, total):
+    with torch.device("meta"):
+        model = LanguageModel(configure([ModelConfig], [], {}).part(ModelConfig))
+        import train
+
+        model = LanguageModel(configure(train.SETTINGS, [str(ROOT / f"config/{name}.py")], {}).part(ModelConfig))
+    assert model.count_parameters()["total"] == total
+
+
+def test_parameters_and_flops_equal_the_hand_count():
+    model = tiny(n_kv_head=2)  # d 32, 2 layers, 4 heads of 8, relu2 of 128
+    attention = 32 * 32 + 2 * 32 * 16 + 32 * 32
+    matrices = 2 * (attention + 2 * 32 * 128)
+    norms = 2 * (2 * 32 + 2 * 8) + 32
+    assert model.count_parameters() == {
+        "total": 97 * 32 + matrices + norms, "embedding": 97 * 32, "active": 97 * 32 + matrices + norms}  # fmt: skip
+    assert model.flops_per_token() == 6 * (matrices + 97 * 32) + 12 * 2 * 32 * 32
+    assert model.flops_per_token(16) == 6 * (matrices + 97 * 32) + 12 * 2 * 32 * 16
+
+
+def test_bias_false_means_no_biases():
+    assert not [n for n, _ in tiny("gpt2", bias=False).named_parameters() if "bias" in n]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("per_token", ["none", "weights", "upstream"])
+def test_head_loss_and_its_gradients_equal_cross_entropy(tied, smoothing, per_token, monkeypatch):
+    monkeypatch.setitem(__import__("model").CHUNK_ELEMENTS, "cpu", 97 * 5)  # several chunks, the last one shorter
+    model = shaken(tiny(tie_embeddings=tied, label_smoothing=smoothing)).train()
+    ids, targets = torch.randint(97, (2, 32)), torch.randint(97, (2, 32))
+    factor = torch.rand(2, 32) if per_token != "none" else torch.ones(2, 32)
+
+    nats = model(ids, targets, factor if per_token == "weights" else None)
+    ((nats * factor).sum() if per_token == "upstream" else nats.sum()).mul(0.01).backward()
+    result = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    logits = model(ids).view(-1, 97)
+    expected = F.cross_entropy(logits, targets.view(-1), reduction="none", label_smoothing=smoothing).view(2, 32)
+    (expected * factor).sum().mul(0.01).backward()
+    assert torch.allclose(nats, expected * factor if per_token == "weights" else expected, atol=1e-4, rtol=1e-5)
+    for a, p in zip(result, model.parameters(), strict=True):
+        assert torch.allclose(a, p.grad, atol=1e-5 * p.grad.abs().max().item() + 1e-8)
+
+
+def test_label_smoothing_is_for_training_only():
+    model = tiny(label_smoothing=0.3)
+    ids = torch.randint(97, (2, 32))
+    smooth = model.train()(ids, ids).mean()
+    assert not torch.allclose(smooth, model.eval()(ids, ids).mean())
+    assert torch.allclose(model(ids, ids).mean(), F.cross_entropy(model(ids).view(-1, 97), ids.view(-1)))
+
+
+def test_loss_stays_fp32_under_bf16_autocast():
+    x, weight = torch.randn(64, 16).bfloat16(), torch.randn(97, 16).bfloat16()
+    targets = torch.randint(97, (64,))
+    nats, _, _ = head_pass(x, weight, targets, torch.ones(64), 0.0, False)
+    expected = F.cross_entropy((x @ weight.T).float(), targets, reduction="none")
+    assert nats.dtype == torch.float32 and torch.allclose(nats, expected, atol=1e-5)
+
+
+def test_accumulation_of_small_batches_equals_one_large_batch():
+    model = tiny().train()
+    ids, targets = torch.randint(97, (32, 32)), torch.randint(97, (32, 32))
+    gradients = []
+    for rows in (32, 8, 1):
+        model.zero_grad()
+        for i in range(0, 32, rows):
+            (model(ids[i : i + rows], targets[i : i + rows]).sum() / targets.numel()).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("setting", [dict(n_head=5), dict(n_kv_head=3), dict(head_dim=7), dict(n_layer=0),
+                                     dict(dropout=1.0), dict(vocab_size=0)])  # fmt: skip
+def test_sizes_that_do_not_fit_are_refused_in_one_sentence(setting):
+    with pytest.raises(UserError) as error:
+        ModelConfig(**{**TINY, **setting})
+    assert next(iter(setting)) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_dropout_acts_in_training_and_not_in_eval():
+    model = tiny(dropout=0.5)
+    ids = torch.randint(97, (1, 32))
+    assert torch.equal(model(ids), model(ids))
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
+
+
+def test_logits_equal_gpt2_of_transformers():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=32, n_embd=32, n_layer=2, n_head=4)).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    names = {"ln_1": "attn_norm", "ln_2": "ffn_norm", "attn.c_proj": "attn.o", "mlp.c_fc": "ffn.up",
+             "mlp.c_proj": "ffn.down", "wte": "embed", "wpe": "position", "ln_f": "norm", "h": "blocks"}  # fmt: skip
+    state = {}
+    for key, value in theirs.transformer.state_dict().items():
+        value = value.T if value.ndim == 2 and "attn." in key or "mlp." in key and value.ndim == 2 else value  # Conv1D
+        for old, new in names.items():
+            key = ".".join(new if part == old else part for part in key.split(".")) if "." not in old else key.replace(
+                f"{old}.", f"{new}.")
+        if "c_attn" in key:
+            state |= {key.replace("c_attn", n): part for n, part in zip("qkv", value.chunk(3), strict=True)}
+        else:
+            state[key] = value
+    model = tiny("gpt2", norm_eps=1e-5)
+    model.load_state_dict(state | {"head.weight": state["embed.weight"]})
+    ids = torch.randint(97, (2, 32))
+    assert torch.allclose(model(ids), theirs(ids).logits, atol=1e-5 * theirs(ids).logits.abs().max().item())
+
+
+@pytest.mark.parametrize("n_kv_head, theta, tied", [(4, 10000.0, False), (2, 500000.0, True), (1, 10000.0, True)])
+def test_logits_equal_llama_of_transformers(n_kv_head, theta, tied):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    theirs = LlamaForCausalLM(LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=n_kv_head, max_position_embeddings=32, rms_norm_eps=1e-5, tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": theta})).eval()  # fmt: skip
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    state = {}
+    for key, value in theirs.state_dict().items():
+        for old, new in (("model.", ""), ("embed_tokens", "embed"), ("layers", "blocks"), ("self_attn", "attn"),
+                         ("post_attention_layernorm", "ffn_norm"), ("input_layernorm", "attn_norm"), ("mlp", "ffn"),
+                         ("_proj", ""), ("lm_head", "head")):  # fmt: skip
+            key = key.replace(old, new)
+        state[key] = value
+    state.setdefault("head.weight", state["embed.weight"])
+    model = tiny("llama", n_kv_head=n_kv_head, rope_theta=theta, d_ff=48, norm_eps=1e-5, tie_embeddings=tied)
+    model.load_state_dict(state)
+    ids = torch.randint(97, (2, 32))
+    assert torch.allclose(model(ids), theirs(ids).logits, atol=1e-5 * theirs(ids).logits.abs().max().item())
+
+
+def test_logits_equal_qwen3_of_transformers_with_its_norm_of_queries_and_keys():
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    theirs = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=12,
+        num_key_value_heads=2, max_position_embeddings=32, rms_norm_eps=1e-6, tie_word_embeddings=False)).eval()  # fmt: skip
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    state = {}
+    for key, value in theirs.state_dict().items():
+        for old, new in (("model.", ""), ("embed_tokens", "embed"), ("layers", "blocks"), ("self_attn", "attn"),
+                         ("post_attention_layernorm", "ffn_norm"), ("input_layernorm", "attn_norm"), ("mlp", "ffn"),
+                         ("_proj", ""), ("lm_head", "head")):  # fmt: skip
+            key = key.replace(old, new)
+        state[key] = value
+    model = tiny("llama", n_kv_head=2, d_ff=48, head_dim=12, qk_norm=True, rope_theta=10000.0)
+    model.load_state_dict(state)
+    ids = torch.randint(97, (2, 32))
+    assert torch.allclose(model(ids), theirs(ids).logits, atol=1e-5 * theirs(ids).logits.abs().max().item())
