@@ -25,6 +25,7 @@ lint: .venv/tested
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
+	@echo "installing torch, numpy, tiktoken and sentencepiece into .venv (once, some minutes)"
 	.venv/bin/pip install -q -r requirements.txt
 	touch $@
 

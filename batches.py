@@ -11,6 +11,7 @@ run continues with nothing but its step number.
 
 import hashlib
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable
@@ -136,13 +137,13 @@ class TokenStream:
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Ids start ... start + length - 1, from as many shards as it takes; fewer at the end of the stream."""
-        parts, stop = [], min(start + length, len(self))
+        parts, stop = [self.shards[0][:0]], min(start + length, len(self))
         while start < stop:
             k = int(np.searchsorted(self.bounds, start, side="right")) - 1
             end = min(stop, int(self.bounds[k + 1]))
             parts.append(self.shards[k][start - self.bounds[k] : end - self.bounds[k]])
             start = end
-        return np.concatenate(parts) if len(parts) != 1 else parts[0]
+        return np.concatenate(parts)
 
     def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """(B, length) int64: the ids from each of B starts on, zeros behind the end of the stream."""
@@ -183,18 +184,18 @@ class Batches:
         if len(stream) < seq_len + 1:
             raise UserError(f"{stream.name} has {len(stream):,} tokens, fewer than seq_len + 1 = {seq_len + 1:,}")
         self.stream, self.seq_len, self.seed, self.shuffled = stream, seq_len, seed, order == "shuffled"
-        self.lengths, self.offsets, self.long_documents = None, 1, 0
+        self.starts = self.lengths = None  # of the rows, where documents decide
+        self.offsets, self.long_documents = 1, 0
         if window == "document":
             ends = stream.document_ends()
-            self.long_documents = int((np.diff(ends, prepend=0) > seq_len + 1).sum())
             self.starts, self.lengths = document_rows(ends, seq_len)
+            self.per_epoch = len(self.starts)
+            self.long_documents = int((np.diff(ends, prepend=0) > seq_len + 1).sum())
+        elif self.shuffled:  # leave room for the offset; what one epoch leaves out, another one shows
+            self.per_epoch = max(1, (len(stream) - seq_len) // seq_len)
+            self.offsets = min(seq_len, len(stream) - self.per_epoch * seq_len)
         else:
-            n = (len(stream) - 1) // seq_len
-            if self.shuffled:  # leave room for the offset; what an epoch leaves out, another one shows
-                n = max(1, (len(stream) - seq_len) // seq_len)
-                self.offsets = min(seq_len, len(stream) - n * seq_len)
-            self.starts = range(0, n * seq_len, seq_len)
-        self.per_epoch = len(self.starts)
+            self.per_epoch = (len(stream) - 1) // seq_len
 
     def get(self, first: int, count: int) -> Batch:
         """Samples first ... first + count - 1."""
@@ -205,7 +206,7 @@ class Batches:
                 now, keys = epochs == epoch, round_keys(self.seed, int(epoch))
                 offsets[now] = int(keys[-1]) % self.offsets
                 rows[now] = permute(rows[now], self.per_epoch, keys[:-1])
-        if self.lengths is None:
+        if self.starts is None:
             return to_batch(self.stream.rows(rows * self.seq_len + offsets, self.seq_len + 1))
         return to_batch(self.stream.rows(self.starts[rows], self.seq_len + 1), self.lengths[rows], self.stream.eot)
 
@@ -254,18 +255,18 @@ def round_keys(seed: int, epoch: int) -> np.ndarray:
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """A pseudo-random permutation of 0 ... n - 1 that needs no table: where each index goes.
 
-    A Feistel network (Luby and Rackoff 1988) permutes the smallest 2^(2h) >= n numbers whatever its round function is,
-    because each round is undone by repeating it; an image beyond n is sent through again until it falls below, which
-    is again a permutation (cycle walking, Black and Rogaway 2002).
+    A Feistel network (Luby and Rackoff 1988) on pairs of digits, index = left * side + right with side = ceil(sqrt n),
+    permutes the side^2 >= n pairs whatever its round function is, because each round can be undone by subtraction. An
+    image of n or more is sent through again until it is smaller, and that is again a permutation (cycle walking, Black
+    and Rogaway 2002).
     """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
+    side = np.uint64(math.isqrt(n - 1) + 1)
     result, todo = index.astype(np.uint64), np.arange(len(index))
     while len(todo):
-        left, right = result[todo] >> half, result[todo] & mask
+        left, right = np.divmod(result[todo], side)
         for key in keys:
-            left, right = right, left ^ (scramble(right + key) & mask)
-        result[todo] = left << half | right
+            left, right = right, (left + scramble(right + key) % side) % side
+        result[todo] = left * side + right
         todo = todo[result[todo] >= n]
     return result.astype(np.int64)
 
@@ -282,11 +283,12 @@ def scramble(x: np.ndarray) -> np.ndarray:
 
 
 class Validation:
-    """Fixed windows over a stream, side by side from its beginning, the last one padded: the same in every run.
+    """Fixed windows over a stream, side by side from its beginning, the last one padded: the same in every run,
+    however the training rows are cut.
 
     With `max_tokens`, only as many windows as that, evenly spread. `tokens` is the number of predictions in all the
-    windows and `bytes` the text that they stand for, so nats / ln 2 / bytes is bits per byte. (End-of-text tokens are
-    predictions that stand for no bytes.)
+    windows and `bytes` the text that they stand for, so nats / ln 2 / bytes is bits per byte. (End-of-text tokens and
+    unknown characters are predictions that stand for no bytes.)
     """
 
     def __init__(self, stream: TokenStream, seq_len: int, tokenizer, max_tokens: int = 0):
@@ -342,7 +344,8 @@ class Prefetcher:
         """The batch of the next step, on the device."""
         self.waiting.append(self.thread.submit(self.load, self.step))
         self.step += 1
-        return tuple(t if t is None else t.to(self.device, non_blocking=True) for t in self.waiting.popleft().result())
+        batch = self.waiting.popleft().result()
+        return tuple(t if t is None else t.to(self.device, non_blocking=self.cuda) for t in batch)
 
     def close(self) -> None:
         self.thread.shutdown(wait=True, cancel_futures=True)

@@ -117,5 +117,9 @@ def load_model(path: Path, device="cpu"):
     state = load(path)
     settings = json.loads(state["settings"])
     model = LanguageModel(pick(ModelConfig, settings))
-    model.load_state_dict(state["ema"] if state.get("ema") else state["model"])
+    model.load_state_dict(state["model"])
+    if state.get("ema"):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(state["ema"]["weights"][name])
     return model.to(device).eval(), tokenizer_from_dict(json.loads(state["tokenizer"])), state

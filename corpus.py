@@ -20,6 +20,7 @@ import hashlib
 import http.client
 import importlib.util
 import json
+import os
 import re
 import shutil
 import urllib.request
@@ -85,12 +86,11 @@ def open_files(s, val: list[Path]) -> RawCorpus:
     """The text file or folder `data_path`, split here unless it has validation files of its own."""
     known = {path.resolve() for path in val}
     files = [path for path in text_files(s.data_path) if path.resolve() not in known]  # val may lie in the folder
-    name = Path(s.data_path).name.split(".")[0] or "corpus"
     every = lambda: files_pieces(files, s.text_field)  # noqa: E731
     if val and not files:
         raise UserError(f"val_path={s.val_path} is all the text of data_path; nothing is left to train on")
     if val:
-        return RawCorpus(name, files, lambda split: every())
+        return RawCorpus(path_name(s.data_path), files, lambda split: every())
     if not 0 < s.val_share < 1:
         raise UserError(f"val_share={s.val_share} must lie between 0 and 1, or val_path name a file to validate on")
     plan: list[Split] = []  # made at the first use: it reads the corpus, and a current cache does not need it
@@ -100,7 +100,12 @@ def open_files(s, val: list[Path]) -> RawCorpus:
             plan.append(plan_split(every(), s.val_share))
         return split_pieces(every(), plan[0], split)
 
-    return RawCorpus(name, files, pieces)
+    return RawCorpus(path_name(s.data_path), files, pieces)
+
+
+def path_name(path: str | Path) -> str:
+    """ "../my.txt.gz" -> "my" """
+    return find_path(path).resolve().name.split(".")[0] or "corpus"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,7 +322,7 @@ def record_text(record, text_field: str, where: str) -> str:
 
 def download(url: str, path: Path, size: int, sha256: str) -> Path:
     """Fetch `url` to `path` under a temporary name, and rename it when size (bytes) and hash are right."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # other ranks may be at it too
     by_hand = f"fetch {url} by hand and put it at {path}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,15 +20,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from batches import FORMAT, ShardWriter, TokenStream, open_shard, read_meta, replacing
-from configurator import ROOT, UserError, configure, find_path, pick, run
-from corpus import Piece, RawCorpus, list_files, open_corpus
+from configurator import UserError, configure, find_path, pick, run
+from corpus import SUFFIXES, Piece, RawCorpus, list_files, open_corpus, path_name
 from model import ModelConfig
 from tokenizer import load_tokenizer, train_tokenizer
 
@@ -49,7 +49,7 @@ class DataSettings:
     val_share: float = 0.05     # share of data_path that is kept for validation
     text_field: str = "text"    # field of a .jsonl record that holds the text; * = all its strings
     tokenizer: str = "bpe"      # bpe or char: trained on the training text; else a tokenizer's file or folder
-    tokenizer_pattern: str = "gpt4"  # how bpe splits text into words before it merges: a name of bpe.PATTERNS
+    tokenizer_pattern: str = "gpt2"  # how bpe splits text into words before it merges: a name of bpe.PATTERNS
     tokenizer_bytes: int = 1_000_000_000  # bytes of training text, at most, that the tokenizer is trained on
     shard_tokens: int = 33_554_432  # tokens per file: 64 MB of uint16
     cache_dir: str = "data/cache"  # folder that keeps the tokens
@@ -98,14 +98,15 @@ def find_source(s) -> tuple[RawCorpus, object, dict[str, list[Path]]]:
     if s.tokenizer in TRAINED and not (where / "tokenizer.json").is_file():
         raise UserError(f"{s.data_path} holds token ids, and only their own tokenizer reads them: tokenizer=<its file>")
     files = shards["train"] + shards["val"]
-    return RawCorpus(Path(s.data_path).stem, files, pieces=None), load_tokenizer(where), shards
+    return RawCorpus(path_name(s.data_path), files, pieces=None), load_tokenizer(where), shards
 
 
 def cache_key(sources: list, tokenizer, s) -> str:
     """A hash of all that decides which tokens come out."""
-    made = tokenizer.fingerprint if tokenizer else [s.vocab_size, s.tokenizer_pattern, s.tokenizer_bytes]
+    made = tokenizer.fingerprint if tokenizer else [wanted_vocabulary(s), s.tokenizer_pattern, s.tokenizer_bytes]
     paths = [str(find_path(path).resolve()) if path else "" for path in (s.data_path, s.val_path)]
-    decides = [FORMAT, sources, s.dataset, paths, s.val_share, s.text_field, s.tokenizer, made, s.shard_tokens]
+    kind = "" if tokenizer else s.tokenizer
+    decides = [FORMAT, sources, s.dataset, paths, s.val_share, s.text_field, kind, made, s.shard_tokens]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
 
 
@@ -145,12 +146,15 @@ def make_tokenizer(raw: RawCorpus, s, quiet: bool):
     if first is None:
         raise UserError(f"{raw.name} holds no text to train on")
     say(f"data: training a {s.tokenizer} tokenizer on {raw.name}", quiet)
-    tokenizer = train_tokenizer(s.tokenizer, chain([first], texts), s.vocab_size, pattern=s.tokenizer_pattern,
+    tokenizer = train_tokenizer(s.tokenizer, chain([first], texts), wanted_vocabulary(s), pattern=s.tokenizer_pattern,
                                 max_bytes=s.tokenizer_bytes)  # fmt: skip
     check_vocabulary(tokenizer.vocab_size, s)
-    if s.tokenizer == "bpe" and tokenizer.vocab_size < s.vocab_size:
-        say(f"data: the text has pairs for {tokenizer.vocab_size:,} entries only, not for {s.vocab_size:,}", quiet)
     return tokenizer
+
+
+def wanted_vocabulary(s) -> int:
+    """Entries of the tokenizer to train; 0 = all characters, unless somebody asked for fewer."""
+    return 0 if s.tokenizer == "char" and s.source["vocab_size"] == "default" else s.vocab_size
 
 
 def check_vocabulary(size: int, s) -> None:
@@ -193,23 +197,18 @@ def encode_pieces(tokenizer, pieces: Iterator[Piece], eot: int) -> Iterator[np.n
             batch.append(text)
             size += len(text)
         if batch and (size >= BATCH or not ends):
-            yield encode_batch(tokenizer, batch, eot)
+            yield encode_documents(tokenizer, batch, eot)
             batch, size = [], 0
         if not ends:  # a long document: the tokenizer knows where it may be cut
-            ids = tokenizer.encode_stream(chain([text], rest_of_document(pieces)))
-            while len(some := np.fromiter(islice(ids, BATCH), np.int64)):
-                yield some
+            yield from tokenizer.encode_stream_to_numpy(chain([text], rest_of_document(pieces)))
             yield np.array([eot])
     if batch:
-        yield encode_batch(tokenizer, batch, eot)
+        yield encode_documents(tokenizer, batch, eot)
 
 
-def encode_batch(tokenizer, texts: list[str], eot: int) -> np.ndarray:
-    flat = []
-    for ids in tokenizer.encode_batch(texts):
-        flat += ids
-        flat.append(eot)
-    return np.array(flat, dtype=np.int64)
+def encode_documents(tokenizer, texts: list[str], eot: int) -> np.ndarray:
+    end = np.array([eot])
+    return np.concatenate([part for text in texts for part in (tokenizer.encode_to_numpy(text), end)])
 
 
 def rest_of_document(pieces: Iterator[Piece]) -> Iterator[str]:
@@ -225,20 +224,29 @@ def rest_of_document(pieces: Iterator[Piece]) -> Iterator[str]:
 
 def find_shards(s) -> dict[str, list[Path]]:
     """The files of token ids at `data_path`, split by what their names say; {} if it holds text."""
-    root, suffixes = find_path(s.data_path), (".npy", ".bin")
-    files = [path for path in list_files(root, suffixes) if path.suffix in suffixes]
+    root = find_path(s.data_path)
+    base, files = root if root.is_dir() else root.parent, shard_files(root)
     if not files:
         return {}
-    own = [path.resolve() for path in list_files(s.val_path, suffixes)] if s.val_path else []
+    if root.is_dir() and list_files(root, SUFFIXES):
+        raise UserError(f"{s.data_path} holds both text and token ids; keep one of them there, or name a single file")
+    own = shard_files(s.val_path) if s.val_path else []
     val, train = [], []
     for path in files:
-        words = re.split(r"[^a-z]+", path.relative_to(root.parent).as_posix().lower())
-        (val if {"val", "valid", "validation"} & set(words) else train).append(path.resolve())
-    val, train = own or val, [path for path in train if path not in own]
+        words = re.split(r"[^a-z]+", path.relative_to(base.absolute()).as_posix().lower())
+        (val if {"val", "valid", "validation"} & set(words) else train).append(path)
+    if s.val_path:
+        known = {path.resolve() for path in own}
+        val, train = own, [path for path in train if path.resolve() not in known]
     if not (train and val):
-        raise UserError(f"{s.data_path} has {len(train)} shards to train on and {len(val)} with val in their names; "
-                        "we need both, or val_path=<file or folder of shards>")  # fmt: skip
+        raise UserError(f"{s.data_path} has {len(train)} shards to train on, and there are {len(val)} to validate on "
+                        "(those with val in their names, or val_path=<file or folder of shards>)")  # fmt: skip
     return {"train": train, "val": val}
+
+
+def shard_files(path: str | Path) -> list[Path]:
+    suffixes = (".npy", ".bin")
+    return [file.absolute() for file in list_files(path, suffixes) if file.suffix in suffixes]
 
 
 def count_shards(files: list[Path], tokenizer, progress: "Progress") -> dict:
@@ -338,7 +346,7 @@ def summary(folder: Path) -> str:
 def main() -> None:
     argv = sys.argv[1:]
     if argv and not argv[0].startswith("-") and "=" not in argv[0]:
-        ours = (ROOT / "data" / argv[0] / "prepare.py").is_file()
+        ours = find_path(Path("data") / argv[0] / "prepare.py").is_file()
         argv[:1] = [f"dataset={argv[0]}", "data_path="] if ours else [f"data_path={argv[0]}"]
     print(summary(prepare(configure([ModelConfig, DataSettings], argv, doc=__doc__))))
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from configurator import UserError
 from eval import Score
 from machine import Machine, peak_flops
 
@@ -25,41 +26,57 @@ class Log:
         self.paused = 0.0  # seconds since then that were not training
         self.path = folder / "log.csv"
         if machine.is_main:
-            rows = []
-            if self.path.is_file():
-                with open(self.path, encoding="utf-8", newline="") as file:
-                    rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first]
-            with open(self.path, "w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                writer.writerows(rows)
+            try:
+                self.start(first)
+            except OSError as error:
+                raise UserError(f"cannot write {self.path} ({error.strerror}); set another out_dir") from None
+
+    def start(self, first: int) -> None:
+        """Make the file, or take back the rows of steps that will be done again."""
+        rows = []
+        if self.path.is_file():
+            with open(self.path, encoding="utf-8", newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
 
     def pause(self, seconds: float) -> None:
         """Time that belongs to saving or validation: it does not count in tokens/s."""
         self.paused += seconds
 
-    def step(self, step: int, tokens: int, seconds: float, loss: float, lr: float, norm: float, per_step: int) -> None:
-        """After `step` steps: the mean loss since the last line, the learning rate and gradient norm of this one."""
+    def step(self, progress, lr: float, norm: float, per_step: int) -> None:
+        """The mean loss since the last line; the learning rate and gradient norm of the last step."""
         if not self.machine.is_main:
             return
         last_step, last_time = self.since
         elapsed = time.perf_counter() - last_time - self.paused
-        rate = (step - last_step) * per_step / max(elapsed, 1e-9)
-        self.since, self.paused = (step, time.perf_counter()), 0.0
+        rate = (progress.step - last_step) * per_step / max(elapsed, 1e-9)
+        self.since, self.paused = (progress.step, time.perf_counter()), 0.0
+        loss = progress.nats / max(progress.learned, 1)
         mfu = f"{self.flops_per_token * rate / self.peak:.1%}" if self.peak else "-"
-        left = (self.max_steps - step) * per_step / rate
-        width = len(str(self.max_steps))
-        line = (f"step {step:{width}}/{self.max_steps}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:5.2f}  "
-                f"{rate:9,.0f} tok/s  mfu {mfu}  left {clock(left)}")  # fmt: skip
+        left = self.clock((self.max_steps - progress.step) * per_step / rate)
+        line = (f"{self.name(progress.step)}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:5.2f}  "
+                f"{rate:9,.0f} tok/s  mfu {mfu}  left {left}")  # fmt: skip
         print(f"\r{line}" if self.live else line, end="" if self.live else "\n", flush=True)
-        self.row(step=step, tokens=tokens, seconds=f"{seconds:.2f}", loss=f"{loss:.6f}", lr=f"{lr:.6e}",
-                 grad_norm=f"{norm:.4f}", tokens_per_second=f"{rate:.0f}")  # fmt: skip
+        self.row(step=progress.step, tokens=progress.tokens, seconds=f"{progress.seconds:.2f}", loss=f"{loss:.6f}",
+                 lr=f"{lr:.6e}", grad_norm=f"{norm:.4f}", tokens_per_second=f"{rate:.0f}")  # fmt: skip
 
-    def validation(self, step: int, tokens: int, score: Score, note: str = "") -> None:
-        width = len(str(self.max_steps))
-        self.say(f"step {step:{width}}/{self.max_steps}  validation loss {score.loss:.4f}  "
-                 f"perplexity {score.perplexity:.2f}  bits/byte {score.bits_per_byte:.4f}{note}")  # fmt: skip
-        self.row(step=step, tokens=tokens, val_loss=f"{score.loss:.6f}", val_bits_per_byte=f"{score.bits_per_byte:.6f}")
+    def validation(self, progress, score: Score, better: bool) -> None:
+        self.say(f"{self.name(progress.step)}  validation loss {score.loss:.4f}  perplexity {score.perplexity:.2f}  "
+                 f"bits/byte {score.bits_per_byte:.4f}{'  best' if better else ''}")  # fmt: skip
+        self.row(step=progress.step, tokens=progress.tokens, val_loss=f"{score.loss:.6f}",
+                 val_bits_per_byte=f"{score.bits_per_byte:.6f}")  # fmt: skip
+
+    def name(self, step: int) -> str:
+        return f"step {step:{len(str(self.max_steps))}}/{self.max_steps}"
+
+    def close(self) -> None:
+        """End the live line."""
+        if self.live and self.machine.is_main:
+            print(flush=True)
 
     def say(self, text: str) -> None:
         """A line that stays, above the live one."""
@@ -71,9 +88,9 @@ class Log:
             with open(self.path, "a", encoding="utf-8", newline="") as file:
                 csv.DictWriter(file, COLUMNS).writerow(values)
 
-
-def clock(seconds: float) -> str:
-    """75 -> '1:15', 3700 -> '1:01:40'"""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    @staticmethod
+    def clock(seconds: float) -> str:
+        """75 -> '1:15', 3700 -> '1:01:40'"""
+        minutes, seconds = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -4,7 +4,7 @@ import ctypes
 import os
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -31,7 +31,6 @@ class Machine:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    stop: bool = field(default=False)  # set by a signal
 
     @property
     def is_main(self) -> bool:
@@ -47,9 +46,9 @@ class Machine:
             dist.all_reduce(tensor)
         return tensor
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+    def any(self, flag: bool) -> bool:
+        """True on every process if it is on one."""
+        return bool(self.all_reduce(torch.tensor(float(flag), device=self.device))) if self.world_size > 1 else flag
 
     def print(self, *args, **kwargs) -> None:
         """Print on the first process only."""

@@ -1,0 +1,704 @@
+"""Byte-level byte-pair encoding (BPE): learn a vocabulary, turn text into ids and back, read and write tokenizer.json.
+
+    python bpe.py my.txt more.txt --vocab_size 4096 --pattern gpt4 --out out/tokenizer
+
+A regular expression cuts text into pieces (roughly words, each with the space before it). A piece is its UTF-8 bytes,
+and the 256 bytes are the first tokens: every text can be written and nothing is unknown. Training looks for the pair
+of neighbours that is most frequent inside the pieces, makes it a token, and starts again (Sennrich et al. 2016,
+Radford et al. 2019):
+
+    hug pug hugs   h u g   p u g   h u g s    most frequent: u g
+                   h ug    p ug    h ug s     most frequent: h ug
+                   hug     p ug    hug s
+
+Encoding replays this: of all neighbours in a piece that are a known pair, the pair learned first is joined first.
+
+One observation carries the rest of the file. Joined tokens never come apart. So where a token t appears, nothing was
+ever joined across its borders, and inside them happened just what happens when the bytes of t are encoded alone. Hence
+  1. training never makes one token from two different pairs (`learn_merges` asserts it), and
+  2. a token whose own bytes do not encode to it never appears (`BPETokenizer._core` builds on it).
+"""
+
+import argparse
+import cProfile
+import heapq
+import json
+import multiprocessing
+import os
+import pstats
+import sys
+import time
+import unicodedata
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import cached_property, partial
+from itertools import chain, islice, pairwise
+from pathlib import Path
+
+import numpy as np
+import regex
+import tiktoken
+
+from configurator import UserError, run
+
+SPECIALS = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]  # our trainers always reserve these
+
+# How text is cut into pieces. llama.cpp knows these three as gpt-2, llama-bpe and qwen2.
+_CL100K = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
+           r"|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
+PATTERNS = {
+    # contractions, letters, digits, marks (each with a space before it), white space
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    # GPT-4, Llama 3: contractions in capitals too, any one mark may lead a word, newlines end a piece, digits in threes
+    "gpt4": _CL100K.replace("DIGITS", r"\p{N}{1,3}"),
+    # Qwen: the same with single digits
+    "qwen2": _CL100K.replace("DIGITS", r"\p{N}"),
+}
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_NEMO = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+         r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
+CUTTABLE = {*PATTERNS.values(), _NEMO}  # the patterns for which SAFE_CUT holds
+
+# Files hold tokens as text. GPT-2 shows each byte as one visible character: itself, or (a space, say) one from 256 on.
+_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_ORDER = _VISIBLE + [byte for byte in range(256) if byte not in _VISIBLE]
+_SHOWN = {byte: chr(byte if byte in _VISIBLE else 256 + i - len(_VISIBLE)) for i, byte in enumerate(_ORDER)}
+_MEANT = {char: byte for byte, char in _SHOWN.items()}
+BYTES = [bytes([byte]) for byte in _ORDER]  # ids 0 ... 255 of what we train, as in GPT-2
+
+
+def spell(token: bytes) -> str:
+    """b" cat" -> "Ġcat" """
+    return token.decode("latin-1").translate(_SHOWN)
+
+
+def unspell(name: str) -> bytes:
+    """ "Ġcat" -> b" cat"; KeyError for a character that shows no byte."""
+    return bytes([_MEANT[char] for char in name])
+
+
+def utf8(text: str) -> bytes:
+    """The bytes of `text`. Half a surrogate pair (from a broken JSON escape) is no character: UserError."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text holds a lone surrogate, U+{ord(text[error.start]):04X}, which UTF-8 cannot express; "
+                        "text.encode('utf-8', 'replace').decode() repairs it") from None  # fmt: skip
+
+
+# ---- cutting long text ----------------------------------------------------------------------------------------------
+
+CHUNK = 1 << 20  # characters
+# Behind a letter or digit, and before anything but a letter, combining mark, digit or apostrophe, all patterns in
+# CUTTABLE end a piece, whatever follows; and Unicode composes nothing across. (?r) searches from the end.
+SAFE_CUT = regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{M}\p{N}'])")
+
+
+def safe_chunks(texts: Iterable[str], limit: int = CHUNK, names: Collection[str] = ()) -> Iterator[str]:
+    """Cut the concatenation of `texts` into chunks below 2 `limit` characters that have the same pieces as the whole.
+
+    None of `names` is cut either. The work is linear: a chunk is searched once, from its end, and what is left over
+    holds no cut. If `limit` characters hold none, the chunk ends anyway, and the ids around there may differ from
+    those of the whole text; decoding still gives the text.
+    """
+    finder, reach = find_names(names), max(map(len, names), default=0)
+
+    def cut_of(text: str) -> int:
+        for match in SAFE_CUT.finditer(text, 0, max(0, len(text) - reach)):
+            cut = match.start()
+            nearby = finder.finditer(text, max(0, cut - reach), cut + reach, overlapped=True) if finder else ()
+            if not any(name.start() < cut < name.end() for name in nearby):
+                return cut
+        return len(text)
+
+    held, size = [], 0
+    for text in texts:
+        for start in range(0, len(text), limit):
+            held.append(text[start : start + limit])
+            size += len(held[-1])
+            if size >= limit:
+                chunk = "".join(held)
+                cut = cut_of(chunk)
+                yield chunk[:cut]
+                held, size = [chunk[cut:]], len(chunk) - cut
+    if size:
+        yield "".join(held)
+
+
+def find_names(names: Iterable[str]) -> regex.Pattern | None:
+    """A pattern that finds `names`, and of several that begin at one place the longest."""
+    names = sorted(names, key=len, reverse=True)
+    return regex.compile(f"({'|'.join(map(regex.escape, names))})") if names else None
+
+
+# ---- training: count pieces, then learn merges ----------------------------------------------------------------------
+
+BATCH = 2 << 20  # characters that a counting process gets at once
+
+
+def count_pieces(texts: Iterable[str], pattern: str, max_bytes: int = 0, workers: int = 0,
+                 progress: Callable | None = None) -> Counter[str]:  # fmt: skip
+    """How often each piece occurs: {" the": 2, "cat": 1}. Reads `max_bytes` bytes at most (0: all).
+
+    No pair reaches over two pieces, so training needs nothing else of the corpus and never holds it in memory.
+    `workers` processes share the work (0: one per CPU); the counts do not depend on their number.
+    """
+    total, done = Counter(), 0
+    batches = _batches(first_bytes(texts, max_bytes))
+    for counts, n_bytes in _map_in_order(partial(_count_batch, pattern), batches, workers or os.cpu_count()):
+        for piece, n in counts.items():
+            total[piece] += n
+        done += n_bytes
+        if progress:
+            progress("count", done, max_bytes)
+    return total
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch, size = [], 0
+    for text in texts:
+        for chunk in safe_chunks([text]):
+            batch.append(chunk)
+            size += len(chunk)
+            if size >= BATCH:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _count_batch(pattern: str, texts: list[str]) -> tuple[Counter[str], int]:
+    counts, split = Counter(), regex.compile(pattern).findall
+    for text in texts:
+        counts.update(split(text))
+    return counts, sum(len(utf8(text)) for text in texts)
+
+
+def _map_in_order(function: Callable, items: Iterator, workers: int) -> Iterator:
+    """`map` by several processes, with 2 `workers` items in memory; by none if there is nothing to share."""
+    head = list(islice(items, 2))
+    if workers == 1 or len(head) < 2:
+        yield from map(function, chain(head, items))
+        return
+    # A forked worker need not import our caller's modules again; macOS and Windows have to start afresh.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    with ProcessPoolExecutor(workers, context) as pool:
+        pending = deque()
+        for item in chain(head, items):
+            pending.append(pool.submit(function, item))
+            if len(pending) >= 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def first_bytes(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+    """`texts` up to `max_bytes` bytes (0: all of them); a character that would be cut in half is dropped."""
+    left = max_bytes
+    for text in texts:
+        data = utf8(text) if max_bytes else b""
+        if max_bytes and len(data) >= left:
+            yield data[:left].decode("utf-8", "ignore")
+            return
+        left -= len(data)
+        yield text
+
+
+def learn_merges_textbook(pieces: dict[bytes, int], n_merges: int, forbidden: Collection[bytes] = ()) -> list[tuple]:
+    """The algorithm itself, slow because it counts everything anew for each merge. `learn_merges` agrees with it.
+
+    {b"hug": 10, b"pug": 5, b"hugs": 5}, 2 -> [(b"u", b"g"), (b"h", b"ug")]
+
+    Of equally frequent pairs that with the smaller (older) left id wins, then that with the smaller right id. Joining
+    goes from left to right: a a a becomes aa a. Tokens in `forbidden` are not made. Ends early if no pair is left.
+    """
+    ids = {token: i for i, token in enumerate(BYTES)}
+    split = {piece: [piece[i : i + 1] for i in range(len(piece))] for piece in pieces}
+    merges = []
+    while len(merges) < n_merges:
+        counts = Counter()
+        for piece, tokens in split.items():
+            for left, right in pairwise(tokens):
+                if left + right not in forbidden:
+                    counts[left, right] += pieces[piece]
+        if not counts:
+            break
+        left, right = min(counts, key=lambda pair: (-counts[pair], ids[pair[0]], ids[pair[1]]))  # noqa: B023
+        merges.append((left, right))
+        ids[left + right] = len(ids)
+        for tokens in split.values():
+            for i in range(len(tokens) - 1):
+                if tokens[i : i + 2] == [left, right]:
+                    tokens[i : i + 2] = [left + right]
+    return merges
+
+
+def learn_merges(pieces: dict[bytes, int], n_merges: int, forbidden: Collection[bytes] = (),
+                 progress: Callable | None = None) -> list[tuple[bytes, bytes]]:  # fmt: skip
+    """What `learn_merges_textbook` returns, in time about proportional to the text of the *different* pieces.
+
+    Three ideas: counts change only where something is joined; an index says which pieces hold a pair; a heap knows
+    the most frequent pair. Counts only fall, but for the pairs with the newest token, and these enter the heap when
+    they are complete. So an entry on top whose count has fallen goes back with its present count, and the next one
+    is looked at.
+
+    A piece is a str with one character per token, chr(id), and a pair is two such characters. Then `split` and `join`
+    do what the textbook does token by token, from left to right and in C, and pairs compare like their ids.
+    """
+    tokens, merges = list(BYTES), []
+    first_ids = {token[0]: i for i, token in enumerate(BYTES)}
+    words = [piece.decode("latin-1").translate(first_ids) for piece in pieces]
+    times = list(pieces.values())  # word i occurs times[i] times
+    counts, where = defaultdict(int), defaultdict(list)
+    for i, word in enumerate(words):
+        for pair in map(str.__add__, word, word[1:]):
+            counts[pair] += times[i]
+            where[pair].append(i)
+    heap = [(-n, pair) for pair, n in counts.items()]
+    heapq.heapify(heap)
+
+    while heap and len(merges) < n_merges:
+        n, pair = heapq.heappop(heap)
+        if counts[pair] != -n:
+            if counts[pair]:
+                heapq.heappush(heap, (-counts[pair], pair))
+            continue
+        a, b = pair
+        left, right = tokens[ord(a)], tokens[ord(b)]
+        if left + right in forbidden:
+            continue
+        new = chr(len(tokens))
+        tokens.append(left + right)
+        merges.append((left, right))
+
+        fresh = defaultdict(int)  # counts of the pairs that hold the new token
+        for i in where.pop(pair):
+            gaps = words[i].split(pair)  # what stands before, between and behind the places of the pair
+            if len(gaps) == 1:
+                continue  # one of the two was joined with another neighbour since the index was written
+            n, words[i] = times[i], new.join(gaps)
+            for before, behind in pairwise(gaps):
+                if before:
+                    counts[before[-1] + a] -= n
+                    fresh[before[-1] + new] += n
+                    where[before[-1] + new].append(i)
+                if behind:
+                    counts[b + behind[0]] -= n
+                    fresh[new + behind[0]] += n
+                    where[new + behind[0]].append(i)
+            if not all(gaps[1:-1]):  # the pair twice in a row, a b a b
+                n *= gaps[1:-1].count("")
+                counts[b + a] -= n
+                fresh[new + new] += n
+                where[new + new].append(i)
+        counts[pair] = 0
+        for pair, n in fresh.items():
+            counts[pair] = n
+            heapq.heappush(heap, (-n, pair))
+        if progress and (len(merges) % 1000 == 0 or len(merges) == n_merges):
+            progress("merge", len(merges), n_merges)
+    assert len(set(tokens)) == len(tokens), "two pairs made the same token"
+    return merges
+
+
+# ---- encoding and decoding ------------------------------------------------------------------------------------------
+
+
+def join_pairs(piece: bytes, rank: Callable[[tuple[bytes, bytes]], int | None], until: int = 1) -> list[bytes]:
+    """Encode one piece: join the neighbours of lowest rank (the leftmost of them), again and again.
+
+    b"hugs", {(b"u", b"g"): 0, (b"h", b"ug"): 1}.get -> [b"hug", b"s"]
+
+    Stops when no neighbours have a rank, or at `until` tokens. Quadratic in the length of the piece.
+    """
+    tokens = [piece[i : i + 1] for i in range(len(piece))]
+    while len(tokens) > until:
+        known = [(r, i) for i, pair in enumerate(pairwise(tokens)) if (r := rank(pair)) is not None]
+        if not known:
+            break
+        _, i = min(known)
+        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
+    return tokens
+
+
+def lookup(table: dict[int, bytes], ids: Iterable[int]) -> bytes:
+    try:
+        return b"".join([table[i] for i in ids])
+    except KeyError as error:
+        raise UserError(f"id {error} is not in this vocabulary of {max(table) + 1}: was it made by another tokenizer?"
+                        ) from None  # fmt: skip
+
+
+class BPETokenizer:
+    """Text to ids and back. Made by `train`, `load` or `from_dict`, and not changed afterwards.
+
+    vocab          {token: id} of what can be made from bytes; ids in any order
+    merges         [(left, right), ...], the one learned first at the front
+    patterns       expressions that cut text into pieces, one after the other (nearly all tokenizers have one)
+    added          tokens that are searched in the text before anything else, as tokenizer.json lists them; special
+                   ones only with allow_special, so that no document can contain an end-of-text token
+    ignore_merges  a piece that is a token becomes that token, even if no merges lead there (Llama 3)
+    nfc            text is composed to NFC first (Qwen), and the round trip exact up to that
+    config, post   tokenizer_config.json, and the file's post-processor: carried along. `encode` never adds a
+                   begin-of-text token; `tokenizer.Tokenizer.role` knows it
+    """
+
+    def __init__(self, vocab: dict[bytes, int], merges: list[tuple[bytes, bytes]], patterns: list[str],
+                 added: Collection[dict] = (), ignore_merges: bool = False, nfc: bool = False,
+                 config: dict | None = None, post: dict | None = None):  # fmt: skip
+        self.vocab, self.merges, self.patterns, self.added = vocab, merges, patterns, list(added)
+        self.ignore_merges, self.nfc, self.config, self.post = ignore_merges, nfc, config or {}, post
+        self.added_ids = {token["content"]: token["id"] for token in self.added}
+        self.specials = {token["content"]: token["id"] for token in self.added if token["special"]}
+        self._check()
+        self._ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self._bytes = {i: token for token, i in vocab.items()} | {i: utf8(t) for t, i in self.added_ids.items()}
+        self.vocab_size = max(self._bytes) + 1  # ids may have holes
+        self._splits = [_compile(pattern) for pattern in patterns]
+        self._names = {allow: [t for t in self.added_ids if allow or t not in self.specials] for allow in (True, False)}
+        self._finders = {allow: find_names(names) for allow, names in self._names.items()}
+
+    def _check(self) -> None:
+        not_in_utf8 = (b"\xc0", b"\xc1", *(bytes([byte]) for byte in range(0xF5, 0x100)))
+        if missing := [spell(byte) for byte in BYTES if byte not in self.vocab and byte not in not_in_utf8]:
+            raise UserError(f"the vocabulary lacks {len(missing)} of the 256 bytes ({' '.join(missing[:8])} ...): some "
+                            "text could not be written")  # fmt: skip
+        for left, right in self.merges:
+            if not {left, right, left + right} <= self.vocab.keys():
+                raise UserError(f"the merge {spell(left)} {spell(right)} needs a token that is not in the vocabulary")
+        ids = [(i, spell(token)) for token, i in self.vocab.items()] + [(i, name) for name, i in self.added_ids.items()]
+        if not len(set(ids)) == len(dict(ids)) == len({name for _, name in ids}) or "" in self.added_ids:
+            raise UserError("two tokens have the same id or the same name, or a special token is empty")
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, pattern: str = "gpt2", specials: Iterable[str] = SPECIALS,
+              max_bytes: int = 0, workers: int = 0, progress: Callable | None = None) -> "BPETokenizer":  # fmt: skip
+        """Learn from documents. The same texts give the same tokenizer, whatever `workers` is.
+
+        `vocab_size` counts 256 bytes, merges and specials, and ids are in this order. Text that runs out of pairs
+        gives a smaller vocabulary and a line on stderr. `progress(phase, done, total)` hears of phase "count" (in
+        bytes; total 0: unknown) and of phase "merge".
+        """
+        specials = list(dict.fromkeys(specials))
+        n_merges = vocab_size - len(BYTES) - len(specials)
+        if pattern not in PATTERNS:
+            raise UserError(f"pattern={pattern} is none of {', '.join(PATTERNS)}")
+        if n_merges < 0:
+            raise UserError(f"vocab_size={vocab_size} is too small: 256 bytes and {len(specials)} special tokens need "
+                            f"{vocab_size - n_merges}")  # fmt: skip
+        pieces = count_pieces(texts, PATTERNS[pattern], max_bytes, workers, progress)
+        # A file could not tell a special token from a merged one that is spelled like it.
+        forbidden = {unspell(special) for special in specials if set(special) <= _MEANT.keys()}
+        merges = learn_merges({utf8(p): n for p, n in pieces.items()}, n_merges, forbidden, progress)
+        if len(merges) < n_merges:
+            print(f"the text has pairs for {vocab_size - n_merges + len(merges):,} tokens only, not for {vocab_size:,}",
+                  file=sys.stderr)  # fmt: skip
+        vocab = {token: i for i, token in enumerate(BYTES + [left + right for left, right in merges])}
+        return cls(vocab, merges, [PATTERNS[pattern]], added_tokens(specials, len(vocab)), config=config_for(specials))
+
+    @cached_property
+    def _core(self) -> tuple[tiktoken.Encoding, np.ndarray] | None:
+        """(tiktoken's encoder, its ids -> ours); None where it could not give the ids of `encode_reference`.
+
+        tiktoken has no merges: it looks up the whole piece, and else joins neighbours whenever the result is a token,
+        lowest rank first. That is the same if all tokens encode to themselves. Those that do not never appear and are
+        left out; but with `ignore_merges` they appear as whole pieces, so they stay. This goes wrong if two tokens
+        that are no merge join to one of them: no file that we know has such a token, and then we do without tiktoken.
+        """
+        single, joined, whole = [], [], []
+        for token, i in self.vocab.items():
+            last = tuple(join_pairs(token, self._ranks.get, until=2))
+            if len(token) == 1:
+                single.append((i, token))
+            elif last in self._ranks:
+                joined.append((self._ranks[last], token))
+            elif self.ignore_merges:
+                whole.append((i, token))
+                if len(last) == 2:
+                    return None
+        order = [token for group in (single, joined, whole) for _, token in sorted(group)]
+        ranks = {token: rank for rank, token in enumerate(order)}
+        try:  # we look for special tokens ourselves, but tiktoken, if it has none, finds an empty one everywhere
+            core = tiktoken.Encoding("ours", pat_str=self._splits[-1].pattern, mergeable_ranks=ranks,
+                                     special_tokens={"<|never|>": len(order)})  # fmt: skip
+        except ValueError:  # a pattern that only the `regex` package understands
+            return None
+        return core, np.array([self.vocab[token] for token in order], np.uint32)
+
+    def _segments(self, text: str, allow_special: bool) -> list[int | str]:
+        """Find the added tokens: "a<|pad|>b" -> ["a", 258, "b"]."""
+        finder = self._finders[allow_special]
+        parts = finder.split(text) if finder else [text]
+        parts[1::2] = [self.added_ids[name] for name in parts[1::2]]
+        if self.nfc:
+            parts[::2] = [unicodedata.normalize("NFC", part) for part in parts[::2]]
+        return parts
+
+    def _pieces(self, text: str, splits: list[regex.Pattern]) -> list[str]:
+        """ "a cat" -> ["a", " cat"] """
+        pieces = [text]
+        for split in splits:
+            pieces = [match.group() for piece in pieces for match in split.finditer(piece)]
+        return pieces
+
+    def encode_reference(self, text: str, allow_special: bool = False) -> list[int]:
+        """What `encode` returns, without tiktoken."""
+        ids = []
+        for segment in self._segments(text, allow_special):
+            if isinstance(segment, int):
+                ids.append(segment)
+                continue
+            for piece in map(utf8, self._pieces(segment, self._splits)):
+                known = self.ignore_merges and piece in self.vocab
+                ids.extend(self.vocab[token] for token in ([piece] if known else join_pairs(piece, self._ranks.get)))
+        return ids
+
+    def encode_to_numpy(self, text: str, allow_special: bool = False) -> np.ndarray:
+        """Ids as uint32: the fastest way, and other threads run meanwhile."""
+        utf8(text)  # complains of surrogates, which tiktoken would replace
+        if self._core is None:
+            return np.array(self.encode_reference(text, allow_special), np.uint32)
+        core, our_ids = self._core
+        found = [np.empty(0, np.uint32)]
+        for segment in self._segments(text, allow_special):
+            if isinstance(segment, int):
+                found.append(np.array([segment], np.uint32))
+            else:  # tiktoken takes one pattern, the last
+                for part in self._pieces(segment, self._splits[:-1]):
+                    found.append(our_ids[core.encode_to_numpy(part, disallowed_special=())])
+        return np.concatenate(found)
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Ids of `text`; in it, the names of special tokens are plain text unless `allow_special`."""
+        return self.encode_to_numpy(text, allow_special).tolist()
+
+    def encode_batch(self, texts: Iterable[str], allow_special: bool = False, threads: int = 0) -> list[list[int]]:
+        """`encode` of each, by `threads` threads (0: one per CPU)."""
+        _ = self._core  # made here once, and not by every thread
+        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+            return list(pool.map(partial(self.encode, allow_special=allow_special), texts))
+
+    def encode_stream_to_numpy(self, texts: Iterable[str], allow_special: bool = False) -> Iterator[np.ndarray]:
+        """Ids of the concatenation of `texts`, equal to `encode` of the whole, in bounded memory: see `safe_chunks`.
+
+        If a file brought a split pattern that is not in CUTTABLE, all of the text is held instead.
+        """
+        known = len(self.patterns) == 1 and self.patterns[0] in CUTTABLE
+        chunks = safe_chunks(texts, CHUNK, self._names[allow_special]) if known else ["".join(texts)]
+        yield from (self.encode_to_numpy(chunk, allow_special) for chunk in chunks)
+
+    def encode_stream(self, texts: Iterable[str], allow_special: bool = False) -> Iterator[int]:
+        """The same, id by id."""
+        for ids in self.encode_stream_to_numpy(texts, allow_special):
+            yield from ids.tolist()
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Bytes of `ids`, special tokens by their names. UserError for an id that is not in the vocabulary."""
+        return lookup(self._bytes, ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; bytes that are no UTF-8 (half a character, say) show as U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of every id; b"" for special tokens and for ids that stand for nothing."""
+        special = set(self.specials.values())
+        return [b"" if i in special else self._bytes.get(i, b"") for i in range(self.vocab_size)]
+
+    # ---- files ------------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict:
+        """JSON-able: the contents of tokenizer.json (Hugging Face's format) and of tokenizer_config.json."""
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        splits = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+                  for pattern in self.patterns]  # fmt: skip
+        sequence = {"type": "Sequence", "pretokenizers": [*splits, byte_level | {"use_regex": False}]}
+        vocab = {spell(token): i for token, i in self.vocab.items()} | self.added_ids
+        model = {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": self.ignore_merges,
+            "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
+            "merges": [[spell(left), spell(right)] for left, right in self.merges],
+        }  # fmt: skip
+        document = {
+            "version": "1.0", "truncation": None, "padding": None, "added_tokens": self.added,
+            "normalizer": {"type": "NFC"} if self.nfc else None,
+            "pre_tokenizer": byte_level if self.patterns == [PATTERNS["gpt2"]] else sequence,
+            "post_processor": self.post, "decoder": byte_level | {"add_prefix_space": True}, "model": model,
+        }  # fmt: skip
+        return {"tokenizer": document, "config": self.config}
+
+    @classmethod
+    def from_dict(cls, d: dict, source: str = "this tokenizer") -> "BPETokenizer":
+        """Inverse of `to_dict`. What a file of others asks for and we do not have is named in a UserError."""
+        return cls(**_read_document(d["tokenizer"], source), config=d["config"])
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json, which Hugging Face's tokenizers and transformers load, and tokenizer_config.json."""
+        write_json(Path(folder) / "tokenizer_config.json", self.config)
+        write_json(Path(folder) / "tokenizer.json", self.to_dict()["tokenizer"])
+
+    @classmethod
+    def load(cls, path: str | Path) -> "BPETokenizer":
+        """Read a tokenizer.json, or the folder of one, and the tokenizer_config.json beside it if there is one."""
+        path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        return cls.from_dict({"tokenizer": read_json(path), "config": read_config(path)}, str(path))
+
+
+def _compile(pattern: str) -> regex.Pattern:
+    """`pattern`, extended by: and what it does not match is one piece (as Hugging Face has it)."""
+    try:
+        if regex.fullmatch(pattern, ""):
+            raise UserError(f"the split pattern {pattern} matches the empty text")
+        return regex.compile(pattern if pattern in CUTTABLE else rf"{pattern}|(?:(?!{pattern})[\s\S])+")
+    except regex.error as error:
+        raise UserError(f"the split pattern {pattern} is not one that we can read: {error}") from None
+
+
+def added_tokens(specials: Iterable[str], first_id: int) -> list[dict]:
+    """Special tokens as tokenizer.json lists them."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return [{"id": first_id + i, "content": special, **flags} for i, special in enumerate(specials)]
+
+
+def config_for(specials: Collection[str]) -> dict:
+    """The tokenizer_config.json of a tokenizer with some of our SPECIALS."""
+    roles = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
+    return {"tokenizer_class": "PreTrainedTokenizerFast"} | {k: v for k, v in roles.items() if v in specials}
+
+
+def _read_document(document: dict, source: str) -> dict:
+    """The contents of a tokenizer.json -> arguments of BPETokenizer."""
+
+    def steps(section: str, inner: str) -> list[dict]:  # a section is null, one step, or a sequence of steps
+        step = document.get(section)
+        return [] if step is None else step[inner] if step["type"] == "Sequence" else [step]
+
+    def refuse(what: str):
+        raise UserError(f"{source} asks for {what}, which we do not have: we read byte-level BPE only")
+
+    if not isinstance(document, dict) or "model" not in document:
+        raise UserError(f"{source} is not a tokenizer.json: it has no model")
+    model = document["model"]
+    if model.get("type", "BPE") != "BPE":
+        refuse(f"a {model['type']} model")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(key):
+            refuse(f"{key}={model[key]}")
+    for step in steps("normalizer", "normalizers"):
+        if step["type"] != "NFC":
+            refuse(f"the normalizer {step['type']}")
+    if [step["type"] for step in steps("decoder", "decoders")] != ["ByteLevel"]:
+        refuse("a decoder other than ByteLevel")
+
+    patterns, splits = [], steps("pre_tokenizer", "pretokenizers")
+    for step in splits:
+        if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+            patterns.append(step["pattern"].get("Regex") or regex.escape(step["pattern"]["String"]))
+        elif step["type"] == "Digits":
+            patterns.append(r"\p{N}" if step["individual_digits"] else r"\p{N}+")
+        elif step["type"] == "ByteLevel" and not step["add_prefix_space"] and step is splits[-1]:
+            patterns += [PATTERNS["gpt2"]] if step.get("use_regex", True) else []
+        else:
+            refuse(f"the pre-tokenizer {json.dumps(step)}")
+    if not splits or splits[-1]["type"] != "ByteLevel":
+        refuse("pre-tokenizing without ByteLevel")
+
+    added = document.get("added_tokens", [])
+    for token in added:
+        for key in ("single_word", "lstrip", "rstrip"):
+            if token.get(key):
+                refuse(f"{key} of the added token {token['content']}")
+    try:
+        merges = [read_merge(merge) for merge in model["merges"]]
+        # The vocabulary may list the added tokens again: then they are ordinary ones too only if merges make them.
+        made, names = {spell(left + right) for left, right in merges} | _MEANT.keys(), {t["content"] for t in added}
+        vocab = {unspell(name): i for name, i in model["vocab"].items() if name in made or name not in names}
+    except KeyError as error:
+        raise UserError(f"{source} is not byte-level BPE: the character {error} in a token shows no byte") from None
+    return {"vocab": vocab, "merges": merges, "patterns": patterns or [r"[\s\S]+"], "added": added,
+            "ignore_merges": model.get("ignore_merges", False), "nfc": bool(steps("normalizer", "normalizers")),
+            "post": document.get("post_processor")}  # fmt: skip
+
+
+def read_merge(merge: str | list[str]) -> tuple[bytes, bytes]:
+    """ "Ġ c" (old files) or ["Ġ", "c"] (new ones) -> (b" ", b"c"). In files a space shows as Ġ, so split is safe."""
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return unspell(left), unspell(right)
+
+
+def read_config(path: Path) -> dict:
+    """The tokenizer_config.json beside a tokenizer's file; {} if there is none."""
+    path = path.with_name("tokenizer_config.json")
+    return read_json(path) if path.exists() else {}
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write under a temporary name, then rename: others see the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+    temporary.replace(path)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer on text files.")
+    parser.add_argument("files", nargs="+", type=Path, help="UTF-8 text")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="bytes, merges and specials together")
+    parser.add_argument("--pattern", default="gpt2", help=f"how text is cut into pieces: {', '.join(PATTERNS)}")
+    parser.add_argument("--max_bytes", type=int, default=0, help="stop reading after so many bytes (0: read all)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that count (0: one per CPU)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer.json")
+    parser.add_argument("--profile", action="store_true", help="train in one process and show where the time goes")
+    args = parser.parse_args()
+    clock, phases = time.perf_counter(), {}
+
+    def progress(phase: str, done: int, total: int) -> None:  # remembers when each phase was last heard of
+        phases[phase] = (time.perf_counter() - clock, done)
+
+    profiler = cProfile.Profile()
+    if args.profile:
+        profiler.enable()
+    texts = (chunk for path in args.files for chunk in safe_chunks(read_blocks(path)))
+    tokenizer = BPETokenizer.train(texts, args.vocab_size, args.pattern, max_bytes=args.max_bytes,
+                                   workers=1 if args.profile else args.workers, progress=progress)  # fmt: skip
+    profiler.disable()
+    tokenizer.save(args.out)
+    counted, n_bytes = phases.get("count", (0, 0))
+    print(f"count  {counted:6.2f} s, {n_bytes / 1e6:.1f} MB")
+    print(f"merge  {phases.get('merge', (counted, 0))[0] - counted:6.2f} s, {len(tokenizer.merges):,} merges")
+
+    clock = time.perf_counter()
+    n_bytes = n_tokens = 0
+    for text in islice(safe_chunks(read_blocks(args.files[0])), 8):
+        n_bytes, n_tokens = n_bytes + len(utf8(text)), n_tokens + len(tokenizer.encode_to_numpy(text))
+    print(f"encode {time.perf_counter() - clock:6.2f} s, {n_bytes / 1e6:.1f} MB, "
+          f"{n_bytes / max(1, n_tokens):.2f} bytes per token")  # fmt: skip
+    print(f"{args.out / 'tokenizer.json'}: {tokenizer.vocab_size:,} tokens")
+    if args.profile:
+        pstats.Stats(profiler).sort_stats("tottime").print_stats(12)
+
+
+def read_blocks(path: Path) -> Iterator[str]:
+    """The text of a file, CHUNK characters at a time, its line ends untouched."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            while block := file.read(CHUNK):
+                yield block
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
+
+
+if __name__ == "__main__":
+    run(main)

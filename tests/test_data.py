@@ -1,0 +1,432 @@
+"""From settings to a folder of tokens: what is in it is the text, it is made once, and never a stale one is used."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import data
+from batches import Batches, TokenStream, Validation, read_meta
+from configurator import ROOT, UserError, configure
+from data import DataSettings, prepare
+from model import ModelConfig
+from tokenizer import load_tokenizer, train_tokenizer
+
+WORDS = "the cat sat on a mat and then it ran away from the big red dog because of a long loud noise".split()
+
+
+def prose(n: int, seed: int = 0) -> str:
+    """n lines of words, with numbers, so that they differ."""
+    rng = np.random.default_rng(seed)
+    lines = [f"{rng.integers(1000)} " + " ".join(rng.choice(WORDS, 8)) for _ in range(n)]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture
+def corpus_file(tmp_path):
+    return write(tmp_path / "my.txt", prose(2000))
+
+
+def write(path, text: str):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode())
+    return path
+
+
+def settings(tmp_path, **changes):
+    """Settings as the command line would make them."""
+    given = {"vocab_size": 300, "seq_len": 16, "cache_dir": tmp_path / "cache"} | changes
+    return configure([ModelConfig, DataSettings], [f"{key}={value}" for key, value in given.items()], environ={})
+
+
+def made(tmp_path, **changes):
+    return prepare(settings(tmp_path, **changes), quiet=True)
+
+
+def text_of(folder, split: str) -> str:
+    stream = TokenStream(folder, split)
+    return load_tokenizer(folder).decode(stream.read(0, len(stream)).tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is in the folder
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "char"])
+def test_tokens_are_the_text(tmp_path, corpus_file, tokenizer):
+    folder = made(tmp_path, data_path=corpus_file, tokenizer=tokenizer, shard_tokens=5000)
+    ours, meta = load_tokenizer(folder), read_meta(folder)
+    eot, text = ours.role("eot"), ""
+    for split in ("train", "val"):
+        stream, part = TokenStream(folder, split, ours), meta["splits"][split]
+        ids = stream.read(0, len(stream)).tolist()
+        assert ids[-1] == eot and ids.count(eot) == part["documents"] == 1
+        text += ours.decode(ids[:-1])
+        assert part["tokens"] == len(ids)
+        assert part["bytes"] == len(ours.decode_bytes(ids[:-1])) == sum(len(ours.token_bytes()[i]) for i in ids)
+        assert all(tokens == 5000 for _, tokens in part["shards"][:-1])
+    assert text == corpus_file.read_text()
+    assert meta["tokenizer"] == ours.fingerprint
+
+
+def test_long_document_gives_the_ids_of_the_whole(tmp_path, monkeypatch):
+    """A document comes in pieces that end anywhere; the ids must not show where."""
+    import corpus
+
+    monkeypatch.setattr(corpus, "PIECE", 100)
+    text = prose(300) + "x" * 500 + " 1234567\n\n\n   'll   don't" + prose(300, seed=1)
+    file, val = write(tmp_path / "a.txt", text), write(tmp_path / "val.txt", prose(50))
+    folder = made(tmp_path, data_path=file, val_path=val)
+    ours, stream = load_tokenizer(folder), TokenStream(folder, "train")
+    assert stream.read(0, len(stream)).tolist() == [*ours.encode(text), ours.role("eot")]
+
+
+def test_end_of_text_follows_each_document_and_never_comes_from_the_text(tmp_path):
+    texts = [prose(3, seed) + "<|endoftext|> in the text" for seed in range(400)]
+    file = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": text}) for text in texts))
+    folder = made(tmp_path, data_path=file, val_share=0.1)
+    ours, got = load_tokenizer(folder), []
+    for split in ("train", "val"):
+        stream = TokenStream(folder, split)
+        ids = stream.read(0, len(stream))
+        documents = np.split(ids, np.flatnonzero(ids == ours.role("eot")) + 1)
+        assert len(documents.pop()) == 0
+        got += [ours.decode(document[:-1].tolist()) for document in documents]
+    assert sorted(got) == sorted(texts)
+
+
+def test_bits_per_byte_counts_the_bytes_of_the_validation_text(tmp_path, corpus_file):
+    folder = made(tmp_path, data_path=corpus_file)
+    ours, stream = load_tokenizer(folder), TokenStream(folder, "val")
+    validation = Validation(stream, 16, ours)
+    first = len(ours.token_bytes()[stream.read(0, 1)[0]])  # the only token that is never predicted
+    assert validation.bytes == read_meta(folder)["splits"]["val"]["bytes"] - first
+    assert validation.tokens == len(stream) - 1
+
+
+def test_tokenizer_is_trained_on_the_training_text_alone(tmp_path):
+    train, val = write(tmp_path / "a.txt", prose(500)), write(tmp_path / "b.txt", prose(50) + "zebra é zebra\n" * 200)
+    folder = made(tmp_path, data_path=train, val_path=val, tokenizer="char")
+    meta = read_meta(folder)
+    assert meta["splits"]["train"]["unknown"] == 0 and meta["splits"]["val"]["unknown"] == 2 * 200 + 200
+    folder = made(tmp_path, data_path=train, val_path=val)
+    assert not any(b"zeb" in token for token in load_tokenizer(folder).token_bytes())
+
+
+def test_vocabulary_up_to_65536_is_stored_in_two_bytes(tmp_path, corpus_file):
+    assert TokenStream(made(tmp_path, data_path=corpus_file), "train").shards[0].dtype == np.uint16
+
+
+def test_tokenizer_of_a_file_is_used_as_it_is(tmp_path, corpus_file):
+    theirs = train_tokenizer("bpe", [prose(100, seed=5)], 280)
+    theirs.save(tmp_path / "theirs")
+    folder = made(tmp_path, data_path=corpus_file, tokenizer=tmp_path / "theirs")
+    assert read_meta(folder)["tokenizer"] == load_tokenizer(folder).fingerprint == theirs.fingerprint
+
+
+def test_character_vocabulary_holds_all_characters_unless_fewer_are_asked_for(tmp_path):
+    """Also where they are more than the default vocabulary of a model."""
+    chars = "".join(map(chr, range(0x4E00, 0x4E00 + 5000)))
+    file = write(tmp_path / "a.txt", "\n".join([chars] * 40))
+    argv = [f"data_path={file}", f"cache_dir={tmp_path / 'cache'}", "seq_len=16", "tokenizer=char"]
+    meta = read_meta(prepare(configure([ModelConfig, DataSettings], argv, {}), quiet=True))
+    assert meta["vocab_size"] > 5000 and meta["splits"]["val"]["unknown"] == 0
+    assert read_meta(made(tmp_path, data_path=file, tokenizer="char", vocab_size=1000))["vocab_size"] == 1000
+
+
+def test_text_with_too_few_pairs(tmp_path):
+    """Whoever asked for a vocabulary gets it or a sentence; the default becomes what the text has."""
+    file = write(tmp_path / "a.txt", "abab " * 200)
+    with pytest.raises(UserError, match=r"vocab_size=5000, but this text has pairs for 2\d\d entries only"):
+        made(tmp_path, data_path=file, vocab_size=5000)
+    argv = [f"data_path={file}", f"cache_dir={tmp_path / 'cache'}", "seq_len=4"]
+    s = configure([ModelConfig, DataSettings], argv, {})
+    assert read_meta(prepare(s, quiet=True))["vocab_size"] < s.vocab_size
+    with pytest.raises(UserError, match="entries only"):  # also when the smaller one is already there
+        prepare(configure([ModelConfig, DataSettings], [*argv, f"vocab_size={s.vocab_size}"], {}))
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    file = write(tmp_path / "big.txt", prose(2000) * 250)  # 23 MB, about 9 million tokens
+    theirs = train_tokenizer("bpe", [prose(100)], 300)
+    theirs.save(tmp_path / "theirs")
+    tracemalloc.start()
+    folder = made(tmp_path, data_path=file, tokenizer=tmp_path / "theirs", shard_tokens=1_000_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert read_meta(folder)["splits"]["train"]["tokens"] > 5_000_000 and peak < 100e6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+def test_second_call_makes_nothing(tmp_path, corpus_file, capsys, monkeypatch):
+    folder = made(tmp_path, data_path=corpus_file)
+    monkeypatch.setattr(data, "build", None)
+    assert prepare(settings(tmp_path, data_path=corpus_file)) == folder
+    assert "is current" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    assert made(tmp_path, data_path="my.txt") == folder, "the same file by another way to name it"
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["vocab_size=290", "tokenizer=char", "tokenizer_pattern=gpt4", "tokenizer_bytes=9000", "shard_tokens=999",
+     "val_share=0.2", "text_field=body", "val_path=other.jsonl"],
+)  # fmt: skip
+def test_every_setting_that_changes_the_tokens_makes_a_new_folder(tmp_path, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("a.jsonl", 0), ("other.jsonl", 1)):
+        write(tmp_path / name, "".join(json.dumps({"text": prose(20, i), "body": prose(20, i + seed)}) + "\n"
+                                       for i in range(30)))  # fmt: skip
+    key, value = change.split("=")
+    one = made(tmp_path, data_path="a.jsonl")
+    other = made(tmp_path, data_path="a.jsonl", **{key: value})
+    assert one != other
+    assert (one / "meta.json").read_text() != (other / "meta.json").read_text()
+
+
+def test_settings_that_do_not_change_the_tokens_use_the_same_folder(tmp_path, corpus_file):
+    one = made(tmp_path, data_path=corpus_file)
+    assert one == made(tmp_path, data_path=corpus_file, seq_len=8, data_order="sequential", data_window="document")
+
+
+def test_changed_file_makes_a_new_folder(tmp_path, corpus_file):
+    one = made(tmp_path, data_path=corpus_file)
+    write(corpus_file, corpus_file.read_text().replace("cat", "cow"))  # the same size
+    two = made(tmp_path, data_path=corpus_file)
+    assert one != two and "cow" in text_of(two, "train") and "cat" in text_of(one, "train")
+
+
+def test_file_added_to_a_folder_makes_a_new_one(tmp_path):
+    for i in range(3):
+        write(tmp_path / "texts" / f"{i}.txt", prose(100, i))
+    one = made(tmp_path, data_path=tmp_path / "texts")
+    write(tmp_path / "texts" / "3.txt", prose(100, 3))
+    assert one != made(tmp_path, data_path=tmp_path / "texts")
+
+
+def test_file_that_changes_while_it_is_read_is_refused(tmp_path, corpus_file, monkeypatch):
+    def slow(*args):
+        write(corpus_file, "changed " + prose(2000))
+        return encode(*args)
+
+    encode = data.encode_pieces
+    monkeypatch.setattr(data, "encode_pieces", slow)
+    with pytest.raises(UserError, match="changed while we read them"):
+        made(tmp_path, data_path=corpus_file)
+    assert not list(tmp_path.glob("cache/*/meta.json"))
+
+
+def test_what_a_killed_run_left_is_not_believed(tmp_path, corpus_file, monkeypatch):
+    whole = made(tmp_path, data_path=corpus_file, shard_tokens=2000)
+    files = {path.name: path.read_bytes() for path in whole.glob("*") if path.name != "lock"}
+    (whole / "meta.json").unlink()
+    (whole / "train_00001.npy").write_bytes(b"half")
+    (whole / "train_00099.npy").write_bytes(b"of an older one")
+    (whole / "val_00000.npy.part").write_bytes(b"half")
+    assert made(tmp_path, data_path=corpus_file, shard_tokens=2000) == whole
+    assert {path.name: path.read_bytes() for path in whole.glob("*") if path.name != "lock"} == files
+
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {root!r})
+import data
+from configurator import configure
+from model import ModelConfig
+encode = data.encode_pieces
+def slow(*args):
+    print("working", flush=True)
+    time.sleep({seconds})
+    yield from encode(*args)
+data.encode_pieces = slow
+print(data.prepare(configure([ModelConfig, data.DataSettings], {argv!r}, {{}})), flush=True)
+"""
+
+
+def start(tmp_path, file, seconds: float) -> subprocess.Popen:
+    argv = [f"data_path={file}", f"cache_dir={tmp_path / 'cache'}", "seq_len=16", "tokenizer=char"]
+    code = SCRIPT.format(root=str(ROOT), argv=argv, seconds=seconds)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(data.fcntl is None, reason="no locks on Windows")
+def test_two_processes_at_once_work_once(tmp_path, corpus_file):
+    runs = [start(tmp_path, corpus_file, 0.3) for _ in range(2)]
+    outputs = [run.communicate(timeout=60)[0] for run in runs]
+    assert sum(output.count("working") for output in outputs) == 2, "one of them should do both splits"
+    assert sum("waiting for the process" in output for output in outputs) <= 1
+    assert outputs[0].splitlines()[-1] == outputs[1].splitlines()[-1]
+
+
+@pytest.mark.skipif(data.fcntl is None, reason="no locks on Windows")
+def test_killed_process_leaves_no_lock_and_nothing_that_looks_complete(tmp_path, corpus_file):
+    run = start(tmp_path, corpus_file, 60)
+    while "working" not in run.stdout.readline():
+        time.sleep(0.01)
+    os.kill(run.pid, signal.SIGKILL)
+    run.communicate()
+    assert not list(tmp_path.glob("cache/*/meta.json"))
+    begin = time.monotonic()
+    assert text_of(made(tmp_path, data_path=corpus_file, tokenizer="char"), "train")
+    assert time.monotonic() - begin < 20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One sentence each
+
+
+@pytest.mark.parametrize("text", ["", "\n<|endoftext|>\n"[1:] * 3])
+def test_empty_corpus_is_one_sentence(tmp_path, text):
+    with pytest.raises(UserError, match="holds no text"):
+        made(tmp_path, data_path=write(tmp_path / "a.txt", text))
+    assert not list(tmp_path.glob("cache/*/meta.json"))
+
+
+def test_corpus_without_validation_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="holds no text for val"):
+        made(tmp_path, data_path=write(tmp_path / "a.txt", "x"), tokenizer="char")
+
+
+@pytest.mark.parametrize("short", ["train", "val"])
+def test_corpus_shorter_than_a_row_names_split_and_numbers(tmp_path, short):
+    files = {split: write(tmp_path / f"{split}.txt", "a few words\n" if split == short else prose(300))
+             for split in ("train", "val")}  # fmt: skip
+    with pytest.raises(UserError, match=rf"the {short} part of train has \d+ tokens, fewer than .* 101 of one row"):
+        made(tmp_path, data_path=files["train"], val_path=files["val"], seq_len=100, tokenizer="char")
+
+
+def test_missing_file_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.txt not found"):
+        made(tmp_path, data_path=tmp_path / "nothing.txt")
+
+
+def test_cache_that_cannot_be_written_is_one_sentence(tmp_path, corpus_file):
+    write(tmp_path / "cache", "a file where the folder should be")
+    with pytest.raises(UserError, match=r"cannot write .*cache_dir=<folder> puts it elsewhere"):
+        made(tmp_path, data_path=corpus_file)
+
+
+def test_full_disk_is_one_sentence_and_leaves_nothing_that_looks_complete(tmp_path, corpus_file, monkeypatch):
+    def full(file, array):
+        raise OSError("5000 requested and 17 written")  # what numpy says, without a number
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(UserError, match="cannot write .*17 written"):
+        made(tmp_path, data_path=corpus_file)
+    assert not list(tmp_path.glob("cache/*/meta.json"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token ids that somebody else made
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A folder of shards in another program's format, with the tokenizer that made them."""
+    tokenizer = train_tokenizer("bpe", [prose(200)], 300)
+    tokenizer.save(tmp_path / "shards")
+    eot = tokenizer.role("eot")
+    parts = {name: [*tokenizer.encode(prose(100, i)), eot] for i, name in
+             enumerate(("x_train_2", "x_train_10", "x_train_1", "x_val_0"))}  # fmt: skip
+    for name, ids in parts.items():
+        np.array(ids, "<u2").tofile(tmp_path / "shards" / f"{name}.bin")
+    return SimpleNamespace(folder=tmp_path / "shards", tokenizer=tokenizer, parts=parts)
+
+
+def test_shards_of_others_are_read_in_natural_order_with_their_tokenizer(tmp_path, shards):
+    folder = made(tmp_path, data_path=shards.folder)
+    train, val = TokenStream(folder, "train", shards.tokenizer), TokenStream(folder, "val")
+    p = shards.parts
+    assert train.read(0, len(train)).tolist() == p["x_train_1"] + p["x_train_2"] + p["x_train_10"]
+    assert val.read(0, len(val)).tolist() == p["x_val_0"]
+    part = read_meta(folder)["splits"]["train"]
+    assert part["bytes"] == sum(len(prose(100, i).encode()) for i in range(3)) and part["documents"] == 3
+
+
+def test_shards_need_their_tokenizer_and_validation(tmp_path, shards):
+    (shards.folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match="tokenizer=<its file>"):
+        made(tmp_path, data_path=shards.folder)
+    made(tmp_path, data_path=shards.folder, tokenizer=tmp_path / "tokenizer.json")
+    (shards.folder / "x_val_0.bin").rename(tmp_path / "other.bin")
+    for val_path in ("", write(tmp_path / "text.txt", prose(9))):  # text is no shard
+        with pytest.raises(UserError, match="has 3 shards to train on, and there are 0 to validate on"):
+            made(tmp_path, data_path=shards.folder, tokenizer=tmp_path / "tokenizer.json", val_path=val_path)
+    made(tmp_path, data_path=shards.folder, tokenizer=tmp_path / "tokenizer.json", val_path=tmp_path / "other.bin")
+
+
+def test_only_names_inside_the_folder_say_what_is_for_validation(tmp_path, shards):
+    (shards.folder / "val").mkdir()
+    (shards.folder / "x_train_10.bin").rename(tmp_path / "elsewhere.bin")
+    (shards.folder / "val" / "3.bin").symlink_to(tmp_path / "elsewhere.bin")
+    folder = shards.folder.rename(tmp_path / "validation study")
+    splits = read_meta(made(tmp_path, data_path=folder))["splits"]
+    assert [[name.rpartition("/")[2] for name, _ in splits[split]["shards"]] for split in ("train", "val")] == [
+        ["x_train_1.bin", "x_train_2.bin"], ["3.bin", "x_val_0.bin"]]  # fmt: skip
+
+
+def test_folder_with_text_and_shards_is_not_guessed_at(tmp_path, shards):
+    write(shards.folder / "input.txt", prose(100))
+    with pytest.raises(UserError, match="holds both text and token ids"):
+        made(tmp_path, data_path=shards.folder)
+    made(tmp_path, data_path=shards.folder / "input.txt")
+
+
+def test_ids_beyond_the_vocabulary_are_refused_wherever_they_are(tmp_path, shards):
+    file = shards.folder / "x_train_10.bin"
+    ids = np.fromfile(file, "<u2")
+    ids[-5] = 301
+    ids.tofile(file)
+    with pytest.raises(UserError, match=r"x_train_10\.bin holds id 301, but tokenizer \w+ has ids 0 \.\.\. 299"):
+        made(tmp_path, data_path=shards.folder)
+
+
+def test_prepared_folder_is_taken_as_it_is_unless_the_tokenizer_differs(tmp_path, corpus_file, shards):
+    folder = made(tmp_path, data_path=corpus_file)
+    assert made(tmp_path, data_path=folder) == folder
+    with pytest.raises(UserError, match=f"made by tokenizer {read_meta(folder)['tokenizer']}, but tokenizer "
+                                        f"{shards.tokenizer.fingerprint}"):  # fmt: skip
+        made(tmp_path, data_path=folder, tokenizer=shards.folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command, the settings
+
+
+def test_command_prepares_from_any_directory_and_shows_the_result(tmp_path, corpus_file):
+    command = [sys.executable, str(ROOT / "data.py"), "my.txt", "VOCAB_SIZE=300", "--seq_len=16", "cache_dir=here"]
+    (tmp_path / "here").mkdir()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "300 entries" in done.stdout and "bytes/token" in done.stdout
+    assert json.dumps(corpus_file.read_text()[:20])[:-1] in done.stdout
+    assert list((tmp_path / "here").glob("my-*/meta.json"))
+
+
+def test_command_ends_with_a_sentence_and_code_2(tmp_path):
+    command = [sys.executable, str(ROOT / "data.py"), "nothing.txt"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "nothing.txt not found" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_no_setting_is_a_variable_that_a_terminal_exports():
+    """GNU screen sets WINDOW, for one."""
+    assert not {"window", "order", "term", "shell", "path", "home", "user", "lang"} & set(DataSettings.__annotations__)
+
+
+def test_stdlib_goes_through_the_whole_way(tmp_path):
+    folder = made(tmp_path, tokenizer="char", seq_len=256)
+    part = read_meta(folder)["splits"]["train"]
+    assert part["documents"] > 300 and part["bytes"] > 4_000_000
+    ids, targets, weights = Batches(TokenStream(folder, "train"), 256, seed=1).get(0, 4)
+    assert ids.shape == (4, 256) and ids.max() < read_meta(folder)["vocab_size"]

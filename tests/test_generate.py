@@ -1,0 +1,167 @@
+import pytest
+import torch
+
+from configurator import UserError
+from generate import SamplingSettings, choose, filter_probs, generate, ngram_bans, stream
+from test_model import KINDS, shaken, tiny
+
+GREEDY = SamplingSettings(temperature=0, max_new_tokens=12)
+
+
+def naive(model, prompt, n):
+    """Greedy decoding without a cache: the whole text again for each token."""
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_logits_equal_uncached_ones(kind):
+    model = shaken(tiny(kind))
+    ids = torch.randint(97, (2, 32))
+    full = model(ids)
+    for cuts in ([1] * 32, [5, 1, 1, 9, 16], [31, 1]):
+        cache, parts = model.new_cache(2, 32), []
+        for part in ids.split(cuts, dim=1):
+            parts.append(model(part, cache=cache))
+        assert (torch.cat(parts, dim=1) - full).abs().max() < 1e-4 * full.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_of_different_length_in_one_batch_give_the_logits_of_each_alone(kind):
+    model = shaken(tiny(kind))
+    prompts = [[5], [1, 2, 3, 4, 5, 6, 7], [9, 8, 7]]
+    together = generate(model, prompts, GREEDY)
+    for prompt, row in zip(prompts, together, strict=True):
+        assert row == naive(model, prompt, 12)
+
+
+def test_generation_goes_on_past_the_context_from_its_newest_half():
+    model = shaken(tiny())
+    sampling = SamplingSettings(temperature=0, max_new_tokens=100)
+    (row,) = generate(model, [[1, 2, 3]], sampling)
+    assert len(row) == 100
+    ids = [1, 2, 3] + row
+    assert row[:29] == naive(model, [1, 2, 3], 29)  # up to 32 = seq_len
+    # the cache holds 32 tokens after ids[31] was read; then the 16 newest are read again
+    assert row[30:40] == naive(model, ids[33 - 16 : 33], 10)
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 80])
+def test_prompts_of_any_length_work(length):
+    (row,) = generate(shaken(tiny()), [[3] * length], GREEDY)
+    assert len(row) == 12
+
+
+def test_greedy_twice_is_identical_with_dropout_in_the_model():
+    model = shaken(tiny(dropout=0.5)).train()
+    assert generate(model, [[1, 2]], GREEDY) == generate(model, [[1, 2]], GREEDY)
+    assert model.training, "generation must leave the model in the mode it was in"
+
+
+def test_the_model_trains_on_after_generating():
+    model = tiny().train()
+    ids = torch.randint(97, (2, 32))
+    model(ids, ids).mean().backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    generate(model, [[1, 2]], GREEDY)
+    model.zero_grad()
+    model(ids, ids).mean().backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters(), strict=True))
+
+
+def test_abandoning_a_stream_leaves_the_model_in_its_mode():
+    model = tiny().train()
+    for _ in stream(model, [[1]], GREEDY):
+        break
+    assert model.training
+
+
+def test_seed_decides_the_sample():
+    model, sampling = tiny(), SamplingSettings(max_new_tokens=20, seed=1)
+    assert generate(model, [[1]], sampling) == generate(model, [[1]], sampling)
+    assert generate(model, [[1]], sampling) != generate(model, [[1]], SamplingSettings(max_new_tokens=20, seed=2))
+
+
+def test_rows_end_at_their_stop_token_and_the_others_go_on():
+    model = shaken(tiny())
+    prompts = [[5], [1, 2, 3], [9, 8, 7]]
+    free = generate(model, prompts, GREEDY)
+    stop = free[0][3]
+    rows = generate(model, prompts, GREEDY, (stop,))
+    for row, whole in zip(rows, free, strict=True):
+        assert row == (whole[: whole.index(stop)] if stop in whole else whole)
+
+
+def test_min_new_tokens_puts_off_the_end():
+    model = shaken(tiny())
+    first = generate(model, [[5]], GREEDY)[0][0]
+    assert generate(model, [[5]], GREEDY, (first,)) == [[]]
+    late = SamplingSettings(temperature=0, max_new_tokens=12, min_new_tokens=6)
+    (row,) = generate(model, [[5]], late, (first,))
+    assert len(row) >= 6 and first not in row
+
+
+def test_max_new_tokens_zero_generates_nothing():
+    assert generate(tiny(), [[1]], SamplingSettings(max_new_tokens=0)) == [[]]
+
+
+def chosen(logits, generated=(), **rules):
+    return choose(torch.tensor([logits]), SamplingSettings(**rules), torch.Generator(), [list(generated)]).item()
+
+
+def test_repetition_penalty_acts_once_per_token_and_on_both_signs():
+    assert chosen([3.0, 2.0], temperature=0, generated=[0], repetition_penalty=2.0) == 1
+    assert chosen([3.0, 1.0], temperature=0, generated=[0, 0, 0, 0], repetition_penalty=2.0) == 0  # 1.5, not 3/16
+    assert chosen([-1.0, -1.5], temperature=0, generated=[0], repetition_penalty=2.0) == 1
+    assert chosen([3.0, 2.0], temperature=0, repetition_penalty=2.0) == 0  # the prompt does not count
+
+
+def test_no_repeat_ngram_bans_what_would_complete_one_again():
+    assert ngram_bans([1, 2, 3, 1, 2], 3) == [3]
+    assert ngram_bans([1, 2, 3, 1, 2], 4) == []
+    assert ngram_bans([4, 4], 1) == [4, 4]
+    assert ngram_bans([1], 0) == []
+    assert chosen([0.0, 1.0, 2.0, 9.0], generated=[1, 2, 3, 1, 2], temperature=0, no_repeat_ngram=3) == 2
+
+
+def test_top_k_top_p_and_min_p_keep_what_they_say():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+
+    def kept(**rules):
+        return (filter_probs(logits, **rules)[0] > 0).tolist()
+
+    assert kept() == [True] * 4
+    assert kept(top_k=2) == [True, True, False, False]
+    assert kept(top_k=9) == [True] * 4
+    assert kept(top_p=0.5) == [True, False, False, False]
+    assert kept(top_p=0.51) == [True, True, False, False]
+    assert kept(top_p=0.0) == [True, False, False, False], "the nucleus is never empty"
+    assert kept(min_p=0.3) == [True, True, True, False]
+    assert kept(min_p=1.0) == [True, False, False, False]
+    # in this order: top-k renormalises before top-p looks, so 0.5/0.8 alone reaches 0.6
+    assert kept(top_k=2, top_p=0.6) == [True, False, False, False]
+
+
+def test_bans_come_before_the_nucleus_so_it_is_never_empty():
+    assert chosen([0.0, 0.0, 9.0], generated=[2], no_repeat_ngram=1, top_p=0.1) in (0, 1)
+
+
+def test_temperature_sharpens():
+    logits = torch.tensor([[1.0, 0.0]]).repeat(4000, 1)
+    share = {}
+    for t in (0.5, 1.0):
+        generator = torch.Generator().manual_seed(0)
+        rows = [[] for _ in range(4000)]
+        ids = choose(logits, SamplingSettings(temperature=t, top_p=1.0), generator, rows)
+        share[t] = 1 - ids.float().mean().item()
+    assert share[1.0] == pytest.approx(torch.sigmoid(torch.tensor(1.0)).item(), abs=0.03)
+    assert share[0.5] == pytest.approx(torch.sigmoid(torch.tensor(2.0)).item(), abs=0.03)
+
+
+@pytest.mark.parametrize("rule", [dict(temperature=-1.0), dict(top_p=1.5), dict(min_p=-0.1), dict(top_k=-1),
+                                  dict(repetition_penalty=0.0), dict(max_new_tokens=-1)])  # fmt: skip
+def test_rules_out_of_range_are_refused(rule):
+    with pytest.raises(UserError, match=next(iter(rule))):
+        SamplingSettings(**rule)

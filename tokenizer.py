@@ -1,0 +1,267 @@
+"""One interface over all kinds of tokenizers: loaded by their file, asked for roles, known by a fingerprint.
+
+    tokenizer = load_tokenizer("out/quickstart")        # the file says which kind it is
+    ids = tokenizer.encode("To be, or not to be")
+    tokenizer.decode(ids), tokenizer.role("eot"), tokenizer.fingerprint
+
+`Tokenizer` wraps a codec, which turns text into ids and back: `bpe.BPETokenizer`, or `CharTokenizer` below.
+"""
+
+import base64
+import codecs
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+import bpe
+from bpe import SPECIALS, BPETokenizer
+from configurator import UserError, find_path
+
+# Roles and the names under which they are known. A role is the token that `roles` names, or else
+# tokenizer_config.json ("eos_token": ...), or else the first of these that is among the *special* tokens.
+ROLES = {
+    "eot": ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>"),  # ends a document; if there is none: eos
+    "bos": ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "<|bos|>", "[BOS]", "<｜begin▁of▁sentence｜>"),
+    "eos": ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<｜end▁of▁sentence｜>"),
+    "pad": ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<｜▁pad▁｜>"),
+    "unk": ("<unk>", "<|unk|>", "[UNK]"),
+    "user": ("<|user|>", "<|user_start|>", "<｜User｜>"),  # ChatML spells its roles out: None
+    "assistant": ("<|assistant|>", "<|assistant_start|>", "<｜Assistant｜>"),
+    "system": ("<|system|>", "<|system_start|>"),
+    "end_of_turn": ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"),
+}
+
+
+class Tokenizer:
+    """Text to ids and back. The names of special tokens in a text are plain text unless `allow_special`.
+
+    specials   {name: id}
+    roles      {role: name of its token}, stronger than what the file and the table above say; saved with the rest
+    """
+
+    def __init__(self, codec: "BPETokenizer | CharTokenizer", roles: dict[str, str] | None = None):
+        self.codec, self.vocab_size, self.specials = codec, codec.vocab_size, codec.specials
+        if roles:
+            codec.config["roles"] = codec.config.get("roles", {}) | roles
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Ids of `text`, with no begin-of-text token: `role("bos")` is the caller's to add."""
+        return self.codec.encode_to_numpy(text, allow_special).tolist()
+
+    def encode_to_numpy(self, text: str, allow_special: bool = False) -> np.ndarray:
+        """Ids as uint32. BPE lets other threads run meanwhile."""
+        return self.codec.encode_to_numpy(text, allow_special)
+
+    def encode_batch(self, texts: Iterable[str], allow_special: bool = False, threads: int = 0) -> list[list[int]]:
+        """`encode` of each, by `threads` threads (0: one per CPU)."""
+        return self.codec.encode_batch(texts, allow_special, threads)
+
+    def encode_stream(self, texts: Iterable[str], allow_special: bool = False) -> Iterator[int]:
+        """The ids that `encode` gives for the concatenation of `texts`, in bounded memory (see `bpe.safe_chunks`)."""
+        for ids in self.codec.encode_stream_to_numpy(texts, allow_special):
+            yield from ids.tolist()
+
+    def encode_stream_to_numpy(self, texts: Iterable[str], allow_special: bool = False) -> Iterator[np.ndarray]:
+        """`encode_stream`, many ids at a time."""
+        return self.codec.encode_stream_to_numpy(texts, allow_special)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Bytes of `ids`, special tokens by their names. UserError for an id that is not in the vocabulary."""
+        return self.codec.decode_bytes(ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; bytes that are no UTF-8 (half a character, say) show as U+FFFD."""
+        return self.codec.decode_bytes(ids).decode("utf-8", "replace")
+
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of every id, for bits per byte; b"" for special tokens and for ids that stand for nothing."""
+        return self.codec.token_bytes()
+
+    def role(self, name: str) -> int | None:
+        """Id of the token that plays a role, a key of ROLES; None where this tokenizer has none."""
+        known = [each for each in ROLES[name] if each in self.specials]
+        config = self.codec.config
+        token = config.get("roles", {}).get(name) or config.get(f"{name}_token") or next(iter(known), None)
+        if token is None:
+            return self.role("eos") if name == "eot" else None
+        token = token["content"] if isinstance(token, dict) else token  # transformers writes either
+        ids = self.encode(token, allow_special=True)
+        if len(ids) != 1:
+            raise UserError(f"{token!r} is to be the {name} token, but this tokenizer has no such token")
+        return ids[0]
+
+    def needs(self, name: str) -> int:
+        """`role(name)`; UserError where there is none."""
+        if (i := self.role(name)) is None:
+            raise UserError(f"this tokenizer has no {name} token: name one of its tokens in tokenizer_config.json, as "
+                            f'"roles": {{"{name}": "..."}}')  # fmt: skip
+        return i
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of what decides about ids: vocabulary, merges, patterns, specials."""
+        decides = self.to_dict()["tokenizer"] | {"post_processor": None}
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+    def unk_rate(self, text: str) -> float:
+        """The share of the tokens of `text` that are <unk>; always 0 with BPE."""
+        ids = self.encode_to_numpy(text)
+        return float((ids == self.role("unk")).mean()) if len(ids) and self.role("unk") is not None else 0.0
+
+    def to_dict(self) -> dict:
+        """JSON-able, for checkpoints: {"tokenizer": tokenizer.json, "config": tokenizer_config.json}."""
+        return self.codec.to_dict()
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, each whole or not at all."""
+        bpe.write_json(Path(folder) / "tokenizer_config.json", self.codec.config)
+        bpe.write_json(Path(folder) / "tokenizer.json", self.to_dict()["tokenizer"])
+
+
+def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int, pattern: str = "gpt2",
+                    specials: Iterable[str] = SPECIALS, max_bytes: int = 0, workers: int = 0,
+                    progress: Callable | None = None) -> Tokenizer:  # fmt: skip
+    """A new tokenizer, "bpe" or "char", from documents; see their `train`. Characters have no use for `pattern`."""
+    if kind == "bpe":
+        return Tokenizer(BPETokenizer.train(texts, vocab_size, pattern, specials, max_bytes, workers, progress))
+    if kind == "char":
+        return Tokenizer(CharTokenizer.train(texts, vocab_size, specials, max_bytes))
+    raise UserError(f"a tokenizer of kind {kind} cannot be trained, only bpe and char")
+
+
+def tokenizer_from_dict(d: dict, source: str = "this tokenizer", roles: dict[str, str] | None = None) -> Tokenizer:
+    """Inverse of `to_dict`, for every kind. `source` is named in errors."""
+    if isinstance(d["tokenizer"], dict) and d["tokenizer"].get("type") == "char":
+        return Tokenizer(CharTokenizer(d["tokenizer"]["chars"], d["tokenizer"]["specials"], d["config"]), roles)
+    return Tokenizer(BPETokenizer.from_dict(d, source), roles)
+
+
+def load_tokenizer(path: str | Path, pattern: str = "", roles: dict[str, str] | None = None) -> Tokenizer:
+    """Read a tokenizer.json (ours of either kind, or Hugging Face's), GPT-2's vocab.json with merges.txt beside it,
+    tiktoken's x.tiktoken, or a folder with one of these.
+
+    The latter two do not say how text is cut: `pattern`, a key of `bpe.PATTERNS`, does; by default GPT-2's for
+    vocab.json and GPT-4's for .tiktoken. A .tiktoken file names no specials; ours take the ids behind its ranks.
+    """
+    path = find_path(path)
+    if path.is_dir():
+        found = [path / name for name in ("tokenizer.json", "vocab.json") if (path / name).exists()]
+        found += sorted(path.glob("*.tiktoken"))
+        if not found:
+            raise UserError(f"{path} holds no tokenizer.json, vocab.json or .tiktoken file")
+        path = found[0]
+    if path.suffix == ".tiktoken":
+        return Tokenizer(_read_tiktoken(path, bpe.PATTERNS[pattern or "gpt4"]), roles)
+    document, config = bpe.read_json(path), bpe.read_config(path)
+    if path.name.endswith("vocab.json"):
+        return Tokenizer(_read_gpt2(path, document, config, bpe.PATTERNS[pattern or "gpt2"]), roles)
+    return tokenizer_from_dict({"tokenizer": document, "config": config}, str(path), roles)
+
+
+def _read_gpt2(path: Path, names: dict[str, int], config: dict, pattern: str) -> BPETokenizer:
+    """vocab.json: {spelled token: id}; merges.txt: "left right" a line, behind a line with a version."""
+    merges_file = path.with_name(path.name.replace("vocab.json", "merges.txt"))
+    if not merges_file.exists():
+        raise UserError(f"{path} needs its {merges_file.name} beside it")
+    lines = merges_file.read_text(encoding="utf-8").split("\n")
+    merges = [bpe.read_merge(line) for line in lines if line and not line.startswith("#version")]
+    from_text = {bpe.spell(token) for token in bpe.BYTES} | {bpe.spell(left + right) for left, right in merges}
+    # What no merge makes cannot come from text, so it is a special token.
+    added = [bpe.added_tokens([name], i)[0] for name, i in names.items() if name not in from_text]
+    vocab = {bpe.unspell(name): i for name, i in names.items() if name in from_text}
+    return BPETokenizer(vocab, merges, [pattern], added, config=config)
+
+
+def _read_tiktoken(path: Path, pattern: str) -> BPETokenizer:
+    """Lines of base64, space, rank. tiktoken joins two neighbours if the result has a rank, so the merge that makes a
+    token is the last pair when the token itself is encoded; a token without one is found as a whole piece only."""
+    try:
+        rows = [line.split() for line in path.read_text(encoding="ascii").splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a file of tiktoken ranks: {error}") from None
+    last = [bpe.join_pairs(token, lambda pair: ranks.get(pair[0] + pair[1]), until=2)
+            for token in sorted(ranks, key=ranks.get)]  # fmt: skip
+    merges = [(pair[0], pair[1]) for pair in last if len(pair) == 2]
+    unmade = any(len(tokens) > 2 for tokens in last)
+    return BPETokenizer(ranks, merges, [pattern], bpe.added_tokens(SPECIALS, max(ranks.values()) + 1), unmade,
+                        config=bpe.config_for(SPECIALS))  # fmt: skip
+
+
+class CharTokenizer:
+    """One id per character, in the order of code points, then the specials. What was not in the data is <unk>."""
+
+    def __init__(self, chars: Iterable[str], specials: Iterable[str], config: dict | None = None):
+        self.chars, self.config = sorted(chars), config or {}
+        self.specials = {name: len(self.chars) + i for i, name in enumerate(specials)}
+        if "<unk>" not in self.specials or "" in self.specials or self.specials.keys() & set(self.chars):
+            raise UserError("a character tokenizer needs <unk> among its specials, and none that is empty or a character")
+        self.vocab_size = len(self.chars) + len(self.specials)
+        self._bytes = dict(enumerate(map(bpe.utf8, (*self.chars, *self.specials))))
+        self._ids = np.full(0x110000, self.specials["<unk>"], np.uint32)  # code point -> id
+        self._ids[[ord(char) for char in self.chars]] = np.arange(len(self.chars))
+        self._finder = bpe.find_names(self.specials)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int = 0, specials: Iterable[str] = SPECIALS,
+              max_bytes: int = 0) -> "CharTokenizer":  # fmt: skip
+        """All characters of `texts`, or, with `vocab_size` (which counts the specials), the most frequent ones."""
+        specials = list(dict.fromkeys(["<unk>", *specials]))
+        if vocab_size and vocab_size <= len(specials):
+            raise UserError(f"vocab_size={vocab_size} leaves no room for characters beside {len(specials)} specials")
+        counts = Counter()
+        for text in bpe.first_bytes(texts, max_bytes):
+            bpe.utf8(text)  # refuses lone surrogates
+            counts.update(text)
+        chars = sorted(counts, key=lambda char: (-counts[char], char))
+        return cls(chars[: vocab_size - len(specials)] if vocab_size else chars, specials, bpe.config_for(specials))
+
+    def encode_to_numpy(self, text: str, allow_special: bool = False) -> np.ndarray:
+        bpe.utf8(text)  # refuses lone surrogates
+        parts = self._finder.split(text) if allow_special else [text]
+        ids = [self._ids[np.frombuffer(part.encode("utf-32-le"), np.dtype("<u4"))] for part in parts]
+        ids[1::2] = [np.array([self.specials[name]], np.uint32) for name in parts[1::2]]  # found names, kept whole
+        return np.concatenate(ids)
+
+    def encode_batch(self, texts: Iterable[str], allow_special: bool = False, threads: int = 0) -> list[list[int]]:
+        return [self.encode_to_numpy(text, allow_special).tolist() for text in texts]  # a table lookup needs no threads
+
+    def encode_stream_to_numpy(self, texts: Iterable[str], allow_special: bool = False) -> Iterator[np.ndarray]:
+        chunks = bpe.safe_chunks(texts, names=self.specials if allow_special else ())
+        return (self.encode_to_numpy(chunk, allow_special) for chunk in chunks)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return bpe.lookup(self._bytes, ids)
+
+    def token_bytes(self) -> list[bytes]:
+        return [b"" if i >= len(self.chars) else token for i, token in self._bytes.items()]
+
+    def to_dict(self) -> dict:
+        document = {"type": "char", "chars": "".join(self.chars), "specials": list(self.specials)}
+        return {"tokenizer": document, "config": self.config}
+
+
+class StreamDecoder:
+    """Decode while ids arrive, never half a UTF-8 character:
+
+    decoder = StreamDecoder(tokenizer)
+    for i in ids: print(decoder.push(i), end="")
+    print(decoder.flush())
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, i: int) -> str:
+        """The text that is complete with id `i`, often ''."""
+        return self.decoder.decode(self.tokenizer.decode_bytes([i]))
+
+    def flush(self) -> str:
+        """U+FFFD if a character was left unfinished; ready for another text then."""
+        return self.decoder.decode(b"", final=True)
