@@ -93,6 +93,16 @@ def load_newest(folder: Path, say=print) -> dict | None:
     return None
 
 
+def best_score(folder: Path, step: int, otherwise: float) -> float:
+    """The lowest validation loss up to `step`: that of best.pt, which is saved after the step checkpoint."""
+    path = folder / "best.pt"
+    if path.is_file() and not damage(path):
+        progress = load(path)["progress"]
+        if progress["step"] <= step:
+            return progress["best"]
+    return otherwise
+
+
 def find(where: str | Path = "", root: str | Path = "out") -> Path:
     """A checkpoint file: `where` itself, the best (else the newest) one of folder `where`, or of the newest run.
 

@@ -236,14 +236,14 @@ def text_blocks(path: Path) -> Iterator[tuple[str, bool]]:
         while block != b"":
             block = file.read(PIECE)
             if done == 0 and block[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise UserError(f"{path} is UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
+                raise UserError(f"{path} is UTF-16, not UTF-8; convert it first: iconv -f UTF-16 -t UTF-8")
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 offset = done + len(block) - len(error.object) + error.start
                 line = lines + error.object[: error.start].count(b"\n")
                 raise UserError(f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {offset}, "
-                                f"line {line}; convert it: iconv -f LATIN1 -t UTF-8, or whatever it is in") from None
+                                f"line {line}; convert it first, for example: iconv -f LATIN1 -t UTF-8") from None
             done, lines, text = done + len(block), lines + text.count("\n"), held + text
             held = "\r" if text.endswith("\r") and block else ""
             yield text[: len(text) - len(held)].replace("\r\n", "\n"), not block

@@ -68,7 +68,7 @@ def prepare(s, quiet: bool = False) -> Path:
     folder = find_path(s.data_path)
     if s.data_path and (folder / "meta.json").is_file():  # it is such a folder itself
         if s.tokenizer not in TRAINED:
-            TokenStream(folder, "val", load_tokenizer(find_path(s.tokenizer)))  # refuses another tokenizer
+            TokenStream(folder, "val", existing_tokenizer(s))  # refuses another tokenizer
     else:
         raw, tokenizer, shards = find_source(s)
         sources = raw.sources()
@@ -93,12 +93,20 @@ def find_source(s) -> tuple[RawCorpus, object, dict[str, list[Path]]]:
     """(corpus, its tokenizer or None if one is to be trained, its shards per split if it is made of token ids)"""
     shards = find_shards(s) if s.data_path else {}
     if not shards:
-        return open_corpus(s), None if s.tokenizer in TRAINED else load_tokenizer(find_path(s.tokenizer)), {}
-    where = shards["train"][0].parent if s.tokenizer in TRAINED else find_path(s.tokenizer)
-    if s.tokenizer in TRAINED and not (where / "tokenizer.json").is_file():
+        return open_corpus(s), None if s.tokenizer in TRAINED else existing_tokenizer(s), {}
+    beside = shards["train"][0].parent / "tokenizer.json"
+    if s.tokenizer in TRAINED and not beside.is_file():
         raise UserError(f"{s.data_path} holds token ids, and only their own tokenizer reads them: tokenizer=<its file>")
-    files = shards["train"] + shards["val"]
-    return RawCorpus(path_name(s.data_path), files, pieces=None), load_tokenizer(where), shards
+    tokenizer = load_tokenizer(beside) if s.tokenizer in TRAINED else existing_tokenizer(s)
+    return RawCorpus(path_name(s.data_path), shards["train"] + shards["val"], pieces=None), tokenizer, shards
+
+
+def existing_tokenizer(s):
+    """The tokenizer of a file or folder."""
+    path = find_path(s.tokenizer)
+    if not path.exists():
+        raise UserError(f"tokenizer={s.tokenizer} is neither bpe nor char, nor a file or folder that exists")
+    return load_tokenizer(path)
 
 
 def cache_key(sources: list, tokenizer, s) -> str:
@@ -225,10 +233,10 @@ def rest_of_document(pieces: Iterator[Piece]) -> Iterator[str]:
 def find_shards(s) -> dict[str, list[Path]]:
     """The files of token ids at `data_path`, split by what their names say; {} if it holds text."""
     root = find_path(s.data_path)
-    base, files = root if root.is_dir() else root.parent, shard_files(root)
+    base, files = root if root.is_dir() else root.parent, shard_files(s.data_path)
     if not files:
         return {}
-    if root.is_dir() and list_files(root, SUFFIXES):
+    if root.is_dir() and list_files(s.data_path, SUFFIXES):
         raise UserError(f"{s.data_path} holds both text and token ids; keep one of them there, or name a single file")
     own = shard_files(s.val_path) if s.val_path else []
     val, train = [], []

@@ -25,6 +25,7 @@ class Log:
         self.since = (first, time.perf_counter())  # step and time of the last line
         self.paused = 0.0  # seconds since then that were not training
         self.path = folder / "log.csv"
+        self.validated = False  # whether the file has the validation of step `first`
         if machine.is_main:
             try:
                 self.start(first)
@@ -37,6 +38,7 @@ class Log:
         if self.path.is_file():
             with open(self.path, encoding="utf-8", newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first]
+        self.validated = bool(rows and rows[-1]["val_loss"] and int(rows[-1]["step"]) == first)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)

@@ -217,12 +217,12 @@ def muon_step(params: list[Tensor], momentum: Tensor, lr: float, s: OptimSetting
     """
     m, n = momentum.shape[1:]
     g = torch.cat([p.grad.reshape(-1, m, n) for p in params])  # (N, m, n), our own copy
-    weight, keep = 1 - s.muon_momentum, 1 - lr * s.weight_decay
-    if finite is not None:
-        g = torch.where(finite, g, 0.0)  # the update is then 0 as well
-        weight, keep = torch.where(finite, weight, 0.0), torch.where(finite, keep, 1.0)
+    keep, weight, ahead = 1 - lr * s.weight_decay, 1 - s.muon_momentum, s.muon_momentum
+    if finite is not None:  # where it is False: no gradient, no look ahead, so an update of zero
+        g = torch.where(finite, g, 0.0)
+        keep, weight, ahead = (torch.where(finite, x, y) for x, y in ((keep, 1.0), (weight, 0.0), (ahead, 0.0)))
     momentum.lerp_(g, weight)
-    g.lerp_(momentum, s.muon_momentum)  # Nesterov: look one step ahead
+    g.lerp_(momentum, ahead)  # Nesterov: look one step ahead
     update = orthogonalize(g.squeeze(0), dtype).view_as(g)  # a batch of one would be copied by the CPU's bmm
     for p, o in zip(params, update.split([p.numel() // (m * n) for p in params]), strict=True):
         p.mul_(keep).add_(o.view(p.shape), alpha=-lr * max(1, m / n) ** 0.5)
@@ -243,8 +243,8 @@ def roles(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        if p.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{name} is {p.dtype}: master weights are fp32, or small updates are rounded away")
+        if p.dtype != torch.float32:
+            raise ValueError(f"{name} is {p.dtype}: master weights must be fp32, or small updates are rounded away")
         if p.ndim < 2:
             role = "vector"
         elif id(p) in embeddings:
@@ -327,8 +327,9 @@ class Optimizer:
         state["applied"] += 1 if finite is None else finite
         for decay, names in self.adamw.items():
             scalars = adamw_scalars(state["applied"], factor * s.lr, decay, s, finite)
-            self.step_adamw([(self.params[n], self.params[n].grad.contiguous(), state[f"{n}.mean"], state[f"{n}.square"])
-                             for n in names], scalars, finite)  # fmt: skip
+            tensors = [(p := self.params[name], p.grad.contiguous(), state[f"{name}.mean"], state[f"{name}.square"])
+                       for name in names]  # fmt: skip
+            self.step_adamw(tensors, scalars, finite)
         dtype = matmul_dtype(self.device)
         for params, momentum in self.stacks:
             muon_step(params, momentum, factor * s.muon_lr, s, dtype, finite)

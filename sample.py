@@ -10,8 +10,6 @@
 import sys
 from dataclasses import dataclass, field
 
-import torch
-
 import checkpoint
 from configurator import UserError, configure, find_path, run
 from generate import SamplingSettings, generate, stream
@@ -34,8 +32,8 @@ class SampleSettings:
 SETTINGS = [SampleSettings, SamplingSettings, MachineSettings]
 
 
-def main() -> None:
-    s = configure(SETTINGS, doc=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    s = configure(SETTINGS, argv, doc=__doc__)
     machine = choose_machine(s.part(MachineSettings))
     sampling = s.part(SamplingSettings)
     path = checkpoint.find(s.init_from)
@@ -114,5 +112,4 @@ def stream_one(model, tokenizer, prompt: list[int], text: str, sampling: Samplin
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     run(main)

@@ -104,13 +104,18 @@ def main(argv: list[str] | None = None) -> int:
         if ema:
             ema.load_state_dict(start["ema"])
         progress = Progress(**start["progress"])
+        progress.best = checkpoint.best_score(out_dir, progress.step, progress.best)
     describe(model, batches, validation, plan, machine)
-    if progress.step >= plan.max_steps:
-        machine.print(f"the run is complete; MAX_STEPS={2 * plan.max_steps} would go on with it")
-        return 0
+    if progress.step > plan.max_steps:
+        raise UserError(f"the run in {out_dir} has {progress.step} steps already, more than {plan.max_steps}")
     fixed = {"format": checkpoint.FORMAT, "settings": json.dumps(s.to_dict()),
              "tokenizer": json.dumps(tokenizer.to_dict())}  # fmt: skip
-    code = train(s, plan, machine, out_dir, fixed, model, optimizer, ema, batches, validation, progress)
+    log = Log(out_dir, plan.max_steps, progress.step, machine, model.flops_per_token())
+    log.validated = machine.any(log.validated)  # the first process has read the file
+    if progress.step == plan.max_steps and log.validated:
+        machine.print(f"the run is complete; MAX_STEPS={2 * plan.max_steps} would go on with it")
+        return 0
+    code = train(s, plan, machine, out_dir, fixed, log, model, optimizer, ema, batches, validation, progress)
     if code == 0 and machine.is_main:
         finish(out_dir, model, tokenizer, machine)
     return code
@@ -232,10 +237,9 @@ def describe(model: LanguageModel, batches: Batches, validation: Validation, pla
 # The run
 
 
-def train(s: Settings, plan: Plan, machine: Machine, out_dir: Path, fixed: dict, model: LanguageModel, optimizer,
-          ema: EMA | None, batches: Batches, validation: Validation, progress: Progress) -> int:  # fmt: skip
+def train(s: Settings, plan: Plan, machine: Machine, out_dir: Path, fixed: dict, log: Log, model: LanguageModel,
+          optimizer, ema: EMA | None, batches: Batches, validation: Validation, progress: Progress) -> int:  # fmt: skip
     """The loop. Returns 0 at the end of the run, 128 + its number if a signal stopped it."""
-    log = Log(out_dir, plan.max_steps, progress.step, machine, model.flops_per_token())
     wrapped = wrap(model, s, machine)
     signals = catch_signals()
     stopped = False
@@ -244,6 +248,11 @@ def train(s: Settings, plan: Plan, machine: Machine, out_dir: Path, fixed: dict,
     def fetch(step: int):  # this process's share of the step's samples
         return batches.get(step * plan.sequences + machine.rank * plan.per_rank, plan.per_rank)
 
+    def due() -> bool:  # for a checkpoint and a validation
+        return progress.step % s.eval_interval == 0 or progress.step == plan.max_steps
+
+    if progress.step and due() and not log.validated:  # stopped between the two
+        validate(s, machine, out_dir, fixed, model, ema, validation, progress, log)
     with Prefetcher(fetch, progress.step, machine.device) as prefetcher:
         while progress.step < plan.max_steps and not stopped:
             begin = time.perf_counter()
@@ -257,8 +266,7 @@ def train(s: Settings, plan: Plan, machine: Machine, out_dir: Path, fixed: dict,
             progress.learned += learned
             progress.seconds += time.perf_counter() - begin
 
-            done = progress.step == plan.max_steps
-            at_log = done or progress.step % s.log_interval == 0  # on a GPU, only now does anybody wait for it
+            at_log = progress.step % s.log_interval == 0 or progress.step == plan.max_steps  # a GPU is waited for now
             if at_log or machine.device.type == "cpu":
                 stopped = machine.any(bool(signals))
             if at_log:
@@ -266,7 +274,7 @@ def train(s: Settings, plan: Plan, machine: Machine, out_dir: Path, fixed: dict,
                 progress.skipped = progress.step - int(optimizer.state["applied"])
                 log.step(progress, lr=factor * s.lr, norm=norm.item(), per_step=plan.sequences * s.seq_len)
                 progress.nats, progress.learned = nats.zero_().item(), 0
-            if progress.step % s.eval_interval == 0 or done or stopped:
+            if due() or stopped:
                 begin = time.perf_counter()
                 progress.nats = machine.all_reduce(nats.clone()).item()
                 save(s, machine, out_dir, fixed, model, optimizer, ema, progress)
@@ -321,10 +329,10 @@ def validate(s: Settings, machine: Machine, out_dir: Path, fixed: dict, model: L
         score = evaluate(model, validation, machine, s.batch_size)
         better = score.loss < progress.best
         progress.best = min(progress.best, score.loss)
-        log.validation(progress, score, better)
         if better and machine.is_main:
             state = {**fixed, "model": model.state_dict(), "progress": asdict(progress)}
             checkpoint.save(out_dir / "best.pt", state)
+        log.validation(progress, score, better)
 
 
 def catch_signals() -> list[int]:

@@ -310,6 +310,11 @@ def test_missing_file_is_one_sentence(tmp_path):
         made(tmp_path, data_path=tmp_path / "nothing.txt")
 
 
+def test_unknown_tokenizer_is_one_sentence(tmp_path, corpus_file):
+    with pytest.raises(UserError, match="tokenizer=bpee is neither bpe nor char, nor a file"):
+        made(tmp_path, data_path=corpus_file, tokenizer="bpee")
+
+
 def test_cache_that_cannot_be_written_is_one_sentence(tmp_path, corpus_file):
     write(tmp_path / "cache", "a file where the folder should be")
     with pytest.raises(UserError, match=r"cannot write .*cache_dir=<folder> puts it elsewhere"):

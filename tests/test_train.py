@@ -1,0 +1,280 @@
+"""The run as a whole, in small: train.main() with real files, in this process."""
+
+import csv
+import json
+import math
+import signal
+
+import pytest
+import torch
+
+import checkpoint
+import sample
+import train
+from configurator import UserError
+from generate import SamplingSettings, generate
+from model import LanguageModel, ModelConfig
+from optim import OptimSettings, lr_at
+
+WORDS = "the quick brown fox jumps over a lazy dog and runs home to eat some honey with its seven friends".split()
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    generator = torch.Generator().manual_seed(0)
+    words = [WORDS[i] for i in torch.randint(len(WORDS), (6000,), generator=generator)]
+    path = tmp_path_factory.mktemp("corpus") / "words.txt"
+    path.write_text("\n".join(" ".join(words[i : i + 9]) for i in range(0, 6000, 9)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def go(text, tmp_path, tmp_path_factory):
+    """Run train.main() with tiny settings; keyword arguments override them."""
+
+    def start(**changes):
+        settings = dict(data_path=text, cache_dir=text.parent / "cache", out_dir=tmp_path / "run", vocab_size=300,
+                        seq_len=16, d_model=32, n_layer=2, n_head=4, n_kv_head=2, batch_size=4, max_steps=12,
+                        warmup_steps=2, log_interval=1, eval_interval=6, eval_tokens=640, device="cpu",
+                        dtype="float32") | changes  # fmt: skip
+        return train.main([f"{name}={value}" for name, value in settings.items() if value is not None])
+
+    return start
+
+
+def rows(folder):
+    with open(folder / "log.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def column(folder, name):
+    return [float(row[name]) for row in rows(folder) if row[name]]
+
+
+def interrupt_at(monkeypatch, step, number=signal.SIGTERM):
+    """A real signal in the middle of the given step."""
+    original, seen = train.train_step, []
+
+    def wrapped(*args):
+        seen.append(1)
+        if len(seen) == step:
+            signal.raise_signal(number)
+        return original(*args)
+
+    monkeypatch.setattr(train, "train_step", wrapped)
+
+
+def same(a, b):
+    """Equal to the last bit, through dictionaries and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ("seconds", "settings"))
+    return a == b
+
+
+@pytest.mark.parametrize("step", [1, 5, 6, 11])
+@pytest.mark.parametrize("optimizer, dropout, ema", [("muon", 0.1, 0.9), ("adamw", 0.0, 0.0)])
+def test_resume_is_bit_exact_from_any_step(go, tmp_path, monkeypatch, step, optimizer, dropout, ema):
+    more = dict(optimizer=optimizer, dropout=dropout, ema=ema, log_interval=4, grad_accum=2)
+    assert go(out_dir=tmp_path / "whole", **more) == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        assert go(out_dir=tmp_path / "broken", **more) == 128 + signal.SIGTERM
+    assert checkpoint.steps(tmp_path / "broken")[-1].name == f"step_{step:08d}.pt"
+    assert go(out_dir=tmp_path / "broken", **more) == 0
+    for name in ("step_00000012.pt", "best.pt"):
+        whole, broken = (checkpoint.load(tmp_path / folder / name) for folder in ("whole", "broken"))
+        assert same(whole, broken), name
+    for name in ("step", "tokens", "loss", "lr", "grad_norm", "val_loss", "val_bits_per_byte"):
+        assert [r[name] for r in rows(tmp_path / "whole")] == [r[name] for r in rows(tmp_path / "broken")], name
+
+
+def test_the_same_settings_give_the_same_weights_and_another_seed_others(go, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        go(out_dir=tmp_path / name, seed=seed, max_steps=3)
+    a, b, c = (checkpoint.load(tmp_path / n / "step_00000003.pt")["model"] for n in "abc")
+    assert same(a, b) and not same(a, c)
+
+
+def test_training_learns(go, tmp_path):
+    go(max_steps=150, eval_interval=50, lr=3e-3)
+    losses = column(tmp_path / "run", "val_loss")
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.3
+    assert column(tmp_path / "run", "loss")[0] == pytest.approx(math.log(300), rel=0.05)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "cosine_restarts", "linear", "wsd", "constant"])
+def test_recorded_learning_rate_equals_the_formula_in_optimizer_steps(go, tmp_path, schedule):
+    go(schedule=schedule, lr=0.01, min_lr=0.002, t0=3, grad_accum=4, eval_interval=12)
+    settings = OptimSettings(schedule=schedule, lr=0.01, min_lr=0.002, warmup_steps=2, t0=3)
+    recorded = column(tmp_path / "run", "lr")
+    assert recorded == pytest.approx([0.01 * lr_at(step, settings, 12) for step in range(12)], rel=1e-6)
+    assert recorded[0] > 0 and max(recorded) == pytest.approx(0.01)
+    assert recorded[-1] == pytest.approx(0.01 if schedule == "constant" else 0.002)
+
+
+def test_accumulation_does_not_change_the_run(go, tmp_path):
+    go(out_dir=tmp_path / "a", batch_size=8, grad_accum=1, max_steps=4)
+    go(out_dir=tmp_path / "b", batch_size=2, grad_accum=4, max_steps=4)
+    go(out_dir=tmp_path / "c", batch_size=2, grad_accum=9, total_batch_size=8 * 16, max_steps=4)
+    for name in ("loss", "grad_norm", "val_loss"):
+        a, b, c = (column(tmp_path / folder, name) for folder in "abc")
+        assert a == pytest.approx(b, rel=1e-4) and b == pytest.approx(c, rel=1e-6)
+
+
+def test_max_tokens_sets_the_length(go, tmp_path):
+    go(max_tokens=5 * 4 * 16 - 3, max_steps=99)
+    assert checkpoint.load(checkpoint.find(tmp_path / "run"))["progress"]["tokens"] == 5 * 4 * 16
+
+
+def test_validation_does_not_change_the_training(go, tmp_path):
+    go(out_dir=tmp_path / "a", eval_interval=2, dropout=0.2)
+    go(out_dir=tmp_path / "b", eval_interval=12, eval_tokens=64, dropout=0.2)
+    assert column(tmp_path / "a", "loss") == column(tmp_path / "b", "loss")
+
+
+def test_best_holds_the_weights_that_were_scored_and_last_those_at_the_end(go, tmp_path):
+    from batches import TokenStream, Validation
+    from eval import evaluate
+    from machine import MachineSettings, choose_machine
+
+    go(lr=0.3, muon_lr=0.3, max_steps=18, ema=0.5, eval_interval=3)  # so large that it gets worse again
+    losses = column(tmp_path / "run", "val_loss")
+    model, tokenizer, state = checkpoint.load_model(tmp_path / "run" / "best.pt")
+    assert state["progress"]["step"] == 3 * (losses.index(min(losses)) + 1)
+    folder = next((tmp_path.parent / "corpus0").glob("**/meta.json"), None) or next(
+        tmp_path.parent.glob("corpus*/cache/*/meta.json"))
+    windows = Validation(TokenStream(folder.parent, "val", tokenizer), 16, tokenizer, 640)
+    machine = choose_machine(MachineSettings(device="cpu", dtype="float32"))
+    assert evaluate(model, windows, machine).loss == pytest.approx(min(losses), abs=1e-6)
+    assert [p.name for p in checkpoint.steps(tmp_path / "run")] == ["step_00000015.pt", "step_00000018.pt"]
+
+
+def test_the_averaged_weights_are_what_sampling_loads(go, tmp_path):
+    go(ema=0.9)
+    path = checkpoint.steps(tmp_path / "run")[-1]
+    model, _, state = checkpoint.load_model(path)
+    assert same(model.blocks[0].attn.q.weight.data, state["ema"]["weights"]["blocks.0.attn.q.weight"])
+    assert not same(model.blocks[0].attn.q.weight.data, state["model"]["blocks.0.attn.q.weight"])
+
+
+def test_train_sample_train_in_one_process(go, tmp_path, capsys):
+    go(max_steps=6)
+    sample.main([f"init_from={tmp_path / 'run'}", "prompt=the quick", "max_new_tokens=40", "temperature=0"])
+    first = capsys.readouterr().out.splitlines()[-1]
+    go(max_steps=12)
+    assert "the quick" in first
+    assert column(tmp_path / "run", "step")[-1] == 12
+
+
+def test_a_complete_run_says_so_and_changes_nothing(go, tmp_path, capsys):
+    go()
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    assert go() == 0
+    assert "the run is complete" in capsys.readouterr().out
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+
+
+def test_starting_from_a_checkpoint_takes_its_shape_and_tokenizer(go, text, tmp_path):
+    go(d_model=48, vocab_size=280)
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text() + "Zebras and quartz! " * 40)
+    shape = dict.fromkeys(("d_model", "n_layer", "n_head", "n_kv_head", "vocab_size", "seq_len"))
+    tune = dict(data_path=other, cache_dir=tmp_path / "cache", out_dir=tmp_path / "tuned", init_from=tmp_path / "run")
+    go(**tune, **shape, max_steps=2, lr=1e-9, muon_lr=1e-9)
+    base, tuned = checkpoint.load(tmp_path / "run/best.pt"), checkpoint.load(tmp_path / "tuned/step_00000002.pt")
+    assert base["tokenizer"] == tuned["tokenizer"]
+    for name, weight in base["model"].items():
+        assert torch.allclose(weight, tuned["model"][name], atol=1e-6)
+    go(**tune, **shape, max_steps=4, lr=1e-9, muon_lr=1e-9)  # and the tuned run continues
+    assert checkpoint.steps(tmp_path / "tuned")[-1].name == "step_00000004.pt"
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(d_model=64), ["d_model=32", "d_model=64", "out_dir"]),
+    (dict(n_kv_head=4), ["n_kv_head"]),
+    (dict(init_from="scratch"), ["scratch", "out_dir"]),
+    (dict(vocab_size=290), ["tokenizer", "out_dir"]),
+])  # fmt: skip
+def test_another_model_in_a_runs_folder_is_refused_and_nothing_is_lost(go, tmp_path, changes, words):
+    go(max_steps=3)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with pytest.raises(UserError) as error:
+        go(max_steps=6, **changes)
+    assert all(word in str(error.value) for word in words), error.value
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(data_path="nothere.txt"), ["nothere.txt"]),
+    (dict(total_batch_size=100), ["total_batch_size=100", "128"]),
+    (dict(total_batch_size=1000), ["total_batch_size=1000", "1024"]),
+    (dict(n_head=5), ["d_model=32", "n_head=5"]),
+    (dict(vocab_size=50000), ["vocab_size"]),
+    (dict(seq_len=100000), ["seq_len"]),
+    (dict(batch_size=0), ["batch_size=0"]),
+    (dict(device="tpu"), ["device=tpu"]),
+    (dict(optimizer="sgd"), ["optimizer=sgd", "muon"]),
+    (dict(tokenizer="nothere.json"), ["nothere.json"]),
+    (dict(max_steps=0), ["max_steps"]),
+    (dict(init_from="nothere"), ["nothere"]),
+])  # fmt: skip
+def test_a_mistake_gets_one_sentence_before_any_training(go, tmp_path, changes, words):
+    with pytest.raises(UserError) as error:
+        go(**changes)
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("run/*.pt"))
+
+
+def test_a_run_has_a_folder_of_its_own(monkeypatch):
+    def folder(*argv, **environ):
+        from configurator import configure
+
+        return train.run_folder(configure(train.SETTINGS, list(argv), environ)).relative_to(train.ROOT / "out").as_posix()
+
+    assert folder() == "quickstart"
+    assert folder("config/gpt2.py", "lr=1") == "gpt2"
+    assert folder("data_path=/x/my book.txt") == "quickstart-my book"
+    assert folder("config/gpt2.py", DATA_PATH="a/b.jsonl") == "gpt2-b"
+    assert folder("dataset=shakespeare") == "quickstart-shakespeare"
+
+
+def test_a_checkpoint_needs_no_other_file(go, tmp_path):
+    go(max_steps=2, tokenizer="char", vocab_size=None)
+    alone = tmp_path / "elsewhere" / "model.pt"
+    alone.parent.mkdir()
+    (tmp_path / "run" / "best.pt").rename(alone)
+    model, tokenizer, _ = checkpoint.load_model(alone)
+    assert tokenizer.decode(tokenizer.encode("the fox")) == "the fox"
+    assert model.cfg.vocab_size == tokenizer.vocab_size
+    assert generate(model, [tokenizer.encode("the")], SamplingSettings(max_new_tokens=3))
+
+
+def test_samples_and_settings_stay_with_the_run(go, tmp_path):
+    go(max_steps=2)
+    assert (tmp_path / "run" / "samples.txt").read_text(encoding="utf-8").count("--------") == 2
+    saved = json.loads(checkpoint.load(tmp_path / "run/best.pt")["settings"])
+    assert saved["d_model"] == 32 and saved["max_steps"] == 2
+
+
+def test_bf16_training_keeps_fp32_masters(go, tmp_path):
+    go(dtype="bfloat16", max_steps=3)
+    state = checkpoint.load(tmp_path / "run/step_00000003.pt")
+    tensors = [*state["model"].values(), *(t for n, t in state["optimizer"].items() if n != "applied")]
+    assert {t.dtype for t in tensors} == {torch.float32}
+
+
+@pytest.mark.parametrize("preset", ["quickstart", "llama", "gpt2"])
+def test_initial_loss_of_presets_is_that_of_guessing(preset):
+    """At full width and depth of 2: the head's scale is what matters."""
+    names = {"quickstart": [], "llama": ["config/lumen.py"], "gpt2": ["config/gpt2.py"]}[preset]
+    from configurator import configure
+
+    s = configure(train.SETTINGS, [*names, "n_layer=2", "vocab_size=8000"], {})
+    torch.manual_seed(0)
+    model = LanguageModel(s.part(ModelConfig)).eval()
+    ids = torch.randint(8000, (2, 128))
+    with torch.no_grad():
+        assert model(ids[:, :-1], ids[:, 1:]).mean().item() == pytest.approx(math.log(8000), rel=0.05)
