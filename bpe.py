@@ -351,7 +351,6 @@ class BPETokenizer:
         self.ignore_merges, self.nfc, self.config, self.post = ignore_merges, nfc, config or {}, post
         self.added_ids = {token["content"]: token["id"] for token in self.added}
         self.specials = {token["content"]: token["id"] for token in self.added if token["special"]}
-        self._check()
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
         self._bytes = {i: token for token, i in vocab.items()} | {i: utf8(t) for t, i in self.added_ids.items()}
         self.vocab_size = max(self._bytes) + 1  # ids may have holes
@@ -359,17 +358,20 @@ class BPETokenizer:
         self._names = {allow: [t for t in self.added_ids if allow or t not in self.specials] for allow in (True, False)}
         self._finders = {allow: find_names(names) for allow, names in self._names.items()}
 
+        self._missing = frozenset(range(256)) - {token[0] for token in vocab if len(token) == 1}
+        self._check()
+
     def _check(self) -> None:
-        not_in_utf8 = (b"\xc0", b"\xc1", *(bytes([byte]) for byte in range(0xF5, 0x100)))
-        if missing := [spell(byte) for byte in BYTES if byte not in self.vocab and byte not in not_in_utf8]:
-            raise UserError(f"the vocabulary lacks {len(missing)} of the 256 bytes ({' '.join(missing[:8])} ...): some "
-                            "text could not be written")  # fmt: skip
         for left, right in self.merges:
             if not {left, right, left + right} <= self.vocab.keys():
                 raise UserError(f"the merge {spell(left)} {spell(right)} needs a token that is not in the vocabulary")
         ids = [(i, spell(token)) for token, i in self.vocab.items()] + [(i, name) for name, i in self.added_ids.items()]
         if not len(set(ids)) == len(dict(ids)) == len({name for _, name in ids}) or "" in self.added_ids:
             raise UserError("two tokens have the same id or the same name, or a special token is empty")
+        for token in self.added:
+            for flag in ("single_word", "lstrip", "rstrip"):
+                if token.get(flag):
+                    raise UserError(f"the added token {token['content']} asks for {flag}, which we do not have")
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, pattern: str = "gpt2", specials: Iterable[str] = SPECIALS,
@@ -427,7 +429,10 @@ class BPETokenizer:
         return core, np.array([self.vocab[token] for token in order], np.uint32)
 
     def _segments(self, text: str, allow_special: bool) -> list[int | str]:
-        """Find the added tokens: "a<|pad|>b" -> ["a", 258, "b"]."""
+        """Find the added tokens: "a<|pad|>b" -> ["a", 258, "b"]. UserError for text that cannot be encoded."""
+        data = utf8(text)
+        if self._missing and (lost := self._missing.intersection(data)):
+            raise UserError(f"this vocabulary lacks the bytes {sorted(lost)} of the text, and would lose characters")
         finder = self._finders[allow_special]
         parts = finder.split(text) if finder else [text]
         parts[1::2] = [self.added_ids[name] for name in parts[1::2]]
@@ -456,7 +461,6 @@ class BPETokenizer:
 
     def encode_to_numpy(self, text: str, allow_special: bool = False) -> np.ndarray:
         """Ids as uint32: the fastest way, and other threads run meanwhile."""
-        utf8(text)  # complains of surrogates, which tiktoken would replace
         if self._core is None:
             return np.array(self.encode_reference(text, allow_special), np.uint32)
         core, our_ids = self._core
@@ -606,10 +610,6 @@ def _read_document(document: dict, source: str) -> dict:
         refuse("pre-tokenizing without ByteLevel")
 
     added = document.get("added_tokens", [])
-    for token in added:
-        for key in ("single_word", "lstrip", "rstrip"):
-            if token.get(key):
-                refuse(f"{key} of the added token {token['content']}")
     try:
         merges = [read_merge(merge) for merge in model["merges"]]
         # The vocabulary may list the added tokens again: then they are ordinary ones too only if merges make them.

@@ -7,6 +7,7 @@ so that sampling needs nothing but the file.
 
 import json
 import os
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -77,7 +78,10 @@ def load(path: str | Path) -> dict:
         raise UserError(f"checkpoint {path} not found")
     if problem := damage(path):
         raise UserError(f"checkpoint {path} is damaged: {problem}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise UserError(f"{path} is not a checkpoint of this program: {str(error).splitlines()[0]}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this program (format {FORMAT})")
     return state

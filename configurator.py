@@ -224,8 +224,9 @@ def parse(settings: Settings, name: str, text: str, where: str):
         return BOOLEANS[text.lower()]
     if hint in (int, float):
         try:
-            return check(settings, name, int(text) if re.fullmatch(r"[+-]?[\d_]+", text) else float(text), where)
-        except ValueError:
+            value = int(text) if re.fullmatch(r"[+-]?[\d_]+", text) else float(text)
+            return hint(value) if hint is float or int(value) == value else int(text)
+        except (ValueError, OverflowError):
             kind = "a whole number" if hint is int else "a number"
             example = f"{name}={getattr(settings, name)}"
             raise UserError(f"{name}={text} ({where}): expected {kind}, as in {example}") from None

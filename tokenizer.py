@@ -171,8 +171,10 @@ def _read_gpt2(path: Path, names: dict[str, int], config: dict, pattern: str) ->
     lines = merges_file.read_text(encoding="utf-8").split("\n")
     merges = [bpe.read_merge(line) for line in lines if line and not line.startswith("#version")]
     from_text = {bpe.spell(token) for token in bpe.BYTES} | {bpe.spell(left + right) for left, right in merges}
-    # What no merge makes cannot come from text, so it is a special token.
+    # What no merge makes cannot come from text, so it is a special token; transformers lists more in the config.
     added = [bpe.added_tokens([name], i)[0] for name, i in names.items() if name not in from_text]
+    more = config.get("added_tokens_decoder", {}).items()
+    added += [token | {"id": int(i)} for i, token in more if token["content"] not in names]
     vocab = {bpe.unspell(name): i for name, i in names.items() if name in from_text}
     return BPETokenizer(vocab, merges, [pattern], added, config=config)
 

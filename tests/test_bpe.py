@@ -456,8 +456,8 @@ def test_added_token_with_stripping_is_refused():
 def test_damaged_vocabularies_are_refused():
     document = json.loads(layout("gpt2").to_str())
     vocab = document["model"]["vocab"]
-    spelled = {name: i for name, i in vocab.items() if name != "Ġ"}
-    for damaged in (spelled, vocab | {"a": vocab["b"]}, vocab | {"世": 9999}):
+    no_space = {name: i for name, i in vocab.items() if name != "Ġ"}
+    for damaged in (no_space, vocab | {"a": vocab["b"]}, vocab | {"世": 9999}):
         with pytest.raises(UserError):
             load_hf(layout("gpt2"), vocab=damaged)
     with pytest.raises(UserError, match="no model"):

@@ -225,7 +225,8 @@ def test_logits_equal_qwen3_of_transformers_with_its_norm_of_queries_and_keys():
 
     theirs = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=12,
-        num_key_value_heads=2, max_position_embeddings=32, rms_norm_eps=1e-6, tie_word_embeddings=False)).eval()  # fmt: skip
+        num_key_value_heads=2, max_position_embeddings=32, rms_norm_eps=1e-6,
+        tie_word_embeddings=False)).eval()  # fmt: skip
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.2)
     state = {}

@@ -11,7 +11,7 @@ import torch
 import checkpoint
 import sample
 import train
-from configurator import UserError
+from configurator import UserError, configure
 from generate import SamplingSettings, generate
 from model import LanguageModel, ModelConfig
 from optim import OptimSettings, lr_at
@@ -230,9 +230,8 @@ def test_a_mistake_gets_one_sentence_before_any_training(go, tmp_path, changes, 
 
 def test_a_run_has_a_folder_of_its_own(monkeypatch):
     def folder(*argv, **environ):
-        from configurator import configure
-
-        return train.run_folder(configure(train.SETTINGS, list(argv), environ)).relative_to(train.ROOT / "out").as_posix()
+        path = train.run_folder(configure(train.SETTINGS, list(argv), environ))
+        return path.relative_to(train.ROOT / "out").as_posix()
 
     assert folder() == "quickstart"
     assert folder("config/gpt2.py", "lr=1") == "gpt2"
@@ -270,8 +269,6 @@ def test_bf16_training_keeps_fp32_masters(go, tmp_path):
 def test_initial_loss_of_presets_is_that_of_guessing(preset):
     """At full width and depth of 2: the head's scale is what matters."""
     names = {"quickstart": [], "llama": ["config/lumen.py"], "gpt2": ["config/gpt2.py"]}[preset]
-    from configurator import configure
-
     s = configure(train.SETTINGS, [*names, "n_layer=2", "vocab_size=8000"], {})
     torch.manual_seed(0)
     model = LanguageModel(s.part(ModelConfig)).eval()
