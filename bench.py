@@ -1,17 +1,21 @@
-"""Benchmarks: what the figures in docs/benchmarks.md come from. No download; the last line is one JSON document.
+"""Benchmarks: where the figures of docs/benchmarks.md come from. No download; the last line is one JSON document.
 
-    python bench.py optim                              # our AdamW and Muon against torch's
-    python bench.py step                               # tokens/s of a training step, of the presets that fit
-    python bench.py step --nanogpt ~/nanoGPT           # the same against a checkout of nanoGPT, in turn
-    python bench.py shakespeare --nanogpt ~/nanoGPT --data_path input.txt   # loss and time of its CPU recipe
-    python bench.py data                               # batches/s
+    python bench.py optim                                # our AdamW and Muon against torch's
+    python bench.py step                                 # tokens/s of a training step
+    python bench.py step NANOGPT=~/nanoGPT               # the same against a checkout of nanoGPT, in turn
+    python bench.py shakespeare NANOGPT=~/nanoGPT DATA_PATH=input.txt   # loss and time of nanoGPT's CPU recipe
+    python bench.py batches                              # batches/s of the loader
 
-Peers run in the same call, in turn with ours, so that a machine whose speed drifts slows both. We print medians.
+Peers run in the same call, in turn with ours, so that a machine whose speed drifts slows both. Figures are medians.
 """
 
+import contextlib
+import importlib.util
+import io
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,25 +24,211 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from batches import Batches, TokenStream
-from configurator import ROOT, Settings, UserError, configure, find_path, pick, run
+from configurator import ROOT, Settings, UserError, configure, find_path, run
 from data import DataSettings, prepare
 from machine import MachineSettings, choose_machine, peak_memory
 from model import LanguageModel, ModelConfig
-from optim import OptimSettings, build_optimizer
+from optim import OptimSettings, build_optimizer, clip_grad_norm
 
 
 @dataclass
 class BenchSettings:
     nanogpt: str = ""           # checkout of nanoGPT to compare with
-    repeats: int = 5            # measurements of each variant; we report the median
+    repeats: int = 5            # measurements of each variant, of which we report the median
     threads: int = 0            # CPU threads; 0 = all
-    seeds: int = 3              # runs of `shakespeare`, of each
-    batch: str = "1x512"        # sequences x tokens of a training step
-    worker: str = ""            # internal: what this process measures
+    batch_size: int = 1         # step: sequences in a step
+    seeds: int = 3              # shakespeare: runs of each
+    worker: str = ""            # internal: this process measures one variant and prints its seconds
 
 
 SETTINGS = [BenchSettings, ModelConfig, OptimSettings, DataSettings, MachineSettings]
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    names = {"optim": bench_optim, "step": bench_step, "shakespeare": bench_shakespeare, "batches": bench_batches}
+    if not argv or argv[0] not in names:
+        if argv and argv[0] not in ("-h", "--help"):
+            raise UserError(f"unknown benchmark {argv[0]}: choose one of {', '.join(names)}")
+        argv = ["--help"]
+    name = argv.pop(0) if argv[0] in names else ""
+    s = configure(SETTINGS, argv, doc=__doc__)
+    if s.threads:
+        torch.set_num_threads(s.threads)
+    if s.worker:
+        print(json.dumps(WORKERS[s.worker](s)))
+        return
+    machine = choose_machine(s.part(MachineSettings))
+    table = names[name](s, argv)
+    print(json.dumps({"bench": name, "machine": machine.describe(), "torch": torch.__version__, **table}))
+
+
+def worker(name: str, bench: str, argv: list[str]) -> dict:
+    """Measure one variant in a process of its own: memory and allocator settings are a process's."""
+    command = [sys.executable, __file__, bench, *argv, f"worker={name}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise UserError(f"{name}: {result.stderr.strip().splitlines()[-1]}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def show(rows: dict[str, dict], base: str) -> dict:
+    """Print a table of {variant: {column: median}} with the speed relative to `base`, and return it."""
+    for name, row in rows.items():
+        ratio = f"{rows[base]['ms'] / row['ms']:6.2f}x" if base in rows else ""
+        print(f"  {name:<28}" + "".join(f"{value:>12,.1f} {unit}" for unit, value in row.items()) + f"  {ratio}")
+    return {"rows": rows, "base": base}
+
+
+def timed(step, count: int) -> list[float]:
+    """Seconds of each of `count` calls."""
+    seconds = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A training step
+
+
+def step_ours(s: Settings) -> dict:
+    """Seconds of each of our steps: forward, backward, clipping, optimizer."""
+    machine = choose_machine(s.part(MachineSettings))
+    torch.manual_seed(0)
+    model = LanguageModel(s.part(ModelConfig)).to(machine.device)
+    optimizer = build_optimizer(model, s.part(OptimSettings))
+    ids = torch.randint(s.vocab_size, (s.batch_size, s.seq_len + 1), device=machine.device)
+    ids, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def step():
+        with machine.autocast():
+            loss = model(ids, targets).sum()
+        (loss / targets.numel()).backward()
+        norm = clip_grad_norm(model.parameters(), 1.0)
+        optimizer.step(1.0, finite=norm.isfinite())
+        optimizer.zero_grad()
+
+    seconds = timed(step, 4)[1:]
+    return {"seconds": seconds, "gb": peak_memory(machine)}
+
+
+def step_nanogpt(s: Settings) -> dict:
+    """The same of stock nanoGPT, as its train.py runs it on this device: on a CPU fp32, and AdamW as a loop."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", find_path(s.nanogpt) / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = module
+    spec.loader.exec_module(module)
+    cuda = torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.manual_seed(0)
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = module.GPT(module.GPTConfig(block_size=s.seq_len, vocab_size=s.vocab_size, n_layer=s.n_layer,
+                                            n_head=s.n_head, n_embd=s.d_model, dropout=0.0, bias=False)).to(device)
+        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device)
+    if cuda:
+        model = torch.compile(model)
+    ids = torch.randint(s.vocab_size, (s.batch_size, s.seq_len + 1), device=device)
+    ids, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext():
+            loss = model(ids, targets)[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    machine = choose_machine(MachineSettings(device=device))
+    return {"seconds": timed(step, 4)[1:], "gb": peak_memory(machine)}
+
+
+WORKERS = {"ours": step_ours, "nanogpt": step_nanogpt}
+
+
+def bench_step(s: Settings, argv: list[str]) -> dict:
+    """Tokens/s of a training step of the model that the settings describe; nanoGPT's is of the same width and depth."""
+    names = ["nanogpt", "ours"] if s.nanogpt else ["ours"]
+    seconds, memory = {n: [] for n in names}, {n: [] for n in names}
+    for _ in range(s.repeats):
+        for name in names:
+            result = worker(name, "step", argv)
+            seconds[name] += result["seconds"]
+            memory[name].append(result["gb"])
+    tokens = s.batch_size * s.seq_len
+    print(f"training step, {s.n_layer} layers x {s.d_model}, {s.vocab_size} entries, {s.batch_size} x {s.seq_len} tokens")
+    rows = {}
+    for name in names:
+        median = statistics.median(seconds[name])
+        spread = (max(seconds[name]) - min(seconds[name])) / median
+        rows[name] = {"ms": median * 1e3, "tok/s": tokens / median, "% spread": spread * 100,
+                      "GB": statistics.median(memory[name])}  # fmt: skip
+    return show(rows, names[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quality: nanoGPT's CPU recipe for tiny Shakespeare by characters
+
+
+RECIPE = dict(seq_len=64, d_model=128, n_layer=4, n_head=4, batch_size=12, max_steps=2000, eval_interval=250)
+
+
+def bench_shakespeare(s: Settings, argv: list[str]) -> dict:
+    """Validation loss and wall-clock seconds, model of the same size and the same number of tokens, several seeds."""
+    if not s.data_path:
+        raise UserError("shakespeare needs DATA_PATH=<tiny Shakespeare's input.txt>")
+    text = find_path(s.data_path).read_text(encoding="utf-8")
+    rows: dict[str, list[tuple[float, float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(1, s.seeds + 1):
+            if s.nanogpt:
+                rows.setdefault("nanogpt", []).append(shakespeare_nanogpt(s, Path(folder), text, seed))
+            rows.setdefault("ours", []).append(shakespeare_ours(Path(folder), text, seed, argv))
+    for name, values in rows.items():
+        losses, seconds = zip(*values, strict=True)
+        print(f"  {name:<10} validation loss {', '.join(f'{x:.3f}' for x in losses)}   "
+              f"seconds {', '.join(f'{x:.0f}' for x in seconds)}")  # fmt: skip
+    return {"rows": rows}
+
+
+def shakespeare_ours(folder: Path, text: str, seed: int, argv: list[str]) -> tuple[float, float]:
+    """(validation loss over all of nanoGPT's validation text, seconds) of one run of train.py."""
+    cut = int(0.9 * len(text))
+    (folder / "train.txt").write_text(text[:cut], encoding="utf-8")
+    (folder / "val.txt").write_text(text[cut:], encoding="utf-8")
+    own = [arg for arg in argv if not re.match(r"(?i)(nanogpt|data_path|seeds|repeats|threads)=", arg)]
+    settings = RECIPE | {"data_path": folder / "train.txt", "val_path": folder / "val.txt", "tokenizer": "char",
+                         "cache_dir": folder / "cache", "out_dir": folder / f"ours{seed}", "seed": seed,
+                         "eval_tokens": 0, "eval_interval": 2000, "warmup_steps": 50}  # fmt: skip
+    command = [sys.executable, str(ROOT / "train.py"), *(f"{k}={v}" for k, v in settings.items()), *own]
+    begin = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    seconds = time.perf_counter() - begin
+    last = (folder / f"ours{seed}" / "log.csv").read_text(encoding="utf-8").splitlines()[-1]
+    return float(last.split(",")[7]), seconds
+
+
+def shakespeare_nanogpt(s: Settings, folder: Path, text: str, seed: int) -> tuple[float, float]:
+    """The same of nanoGPT's train.py with the settings of its README."""
+    copy = folder / f"nanogpt{seed}"
+    shutil.copytree(find_path(s.nanogpt), copy, ignore=shutil.ignore_patterns(".git"))
+    (copy / "data/shakespeare_char/input.txt").write_text(text, encoding="utf-8")
+    subprocess.run([sys.executable, "data/shakespeare_char/prepare.py"], cwd=copy, check=True, capture_output=True)
+    train = (copy / "train.py").read_text(encoding="utf-8").replace("manual_seed(1337", f"manual_seed({seed}")
+    (copy / "train.py").write_text(train, encoding="utf-8")
+    command = [sys.executable, "train.py", "config/train_shakespeare_char.py", "--device=cpu", "--compile=False",
+               "--eval_iters=200", "--eval_interval=2000", "--log_interval=500", "--block_size=64", "--batch_size=12",
+               "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000",
+               "--dropout=0.0"]  # fmt: skip
+    begin = time.perf_counter()
+    result = subprocess.run(command, cwd=copy, check=True, capture_output=True, text=True)
+    seconds = time.perf_counter() - begin
+    return float(re.findall(r"val loss ([\d.]+)", result.stdout)[-1]), seconds

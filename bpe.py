@@ -296,8 +296,10 @@ def learn_merges(pieces: dict[bytes, int], n_merges: int, forbidden: Collection[
         for pair, n in fresh.items():
             counts[pair] = n
             heapq.heappush(heap, (-n, pair))
-        if progress and (len(merges) % 1000 == 0 or len(merges) == n_merges):
+        if progress and len(merges) % 1000 == 0:
             progress("merge", len(merges), n_merges)
+    if progress:
+        progress("merge", len(merges), n_merges)
     assert len(set(tokens)) == len(tokens), "two pairs made the same token"
     return merges
 
@@ -330,6 +332,14 @@ def lookup(table: dict[int, bytes], ids: Iterable[int]) -> bytes:
                         ) from None  # fmt: skip
 
 
+def split_text(text: str, splits: list[regex.Pattern]) -> list[str]:
+    """ "a cat" -> ["a", " cat"] """
+    pieces = [text]
+    for split in splits:
+        pieces = [match.group() for piece in pieces for match in split.finditer(piece)]
+    return pieces
+
+
 class BPETokenizer:
     """Text to ids and back. Made by `train`, `load` or `from_dict`, and not changed afterwards.
 
@@ -357,7 +367,6 @@ class BPETokenizer:
         self._splits = [_compile(pattern) for pattern in patterns]
         self._names = {allow: [t for t in self.added_ids if allow or t not in self.specials] for allow in (True, False)}
         self._finders = {allow: find_names(names) for allow, names in self._names.items()}
-
         self._missing = frozenset(range(256)) - {token[0] for token in vocab if len(token) == 1}
         self._check()
 
@@ -440,13 +449,6 @@ class BPETokenizer:
             parts[::2] = [unicodedata.normalize("NFC", part) for part in parts[::2]]
         return parts
 
-    def _pieces(self, text: str, splits: list[regex.Pattern]) -> list[str]:
-        """ "a cat" -> ["a", " cat"] """
-        pieces = [text]
-        for split in splits:
-            pieces = [match.group() for piece in pieces for match in split.finditer(piece)]
-        return pieces
-
     def encode_reference(self, text: str, allow_special: bool = False) -> list[int]:
         """What `encode` returns, without tiktoken."""
         ids = []
@@ -454,7 +456,7 @@ class BPETokenizer:
             if isinstance(segment, int):
                 ids.append(segment)
                 continue
-            for piece in map(utf8, self._pieces(segment, self._splits)):
+            for piece in map(utf8, split_text(segment, self._splits)):
                 known = self.ignore_merges and piece in self.vocab
                 ids.extend(self.vocab[token] for token in ([piece] if known else join_pairs(piece, self._ranks.get)))
         return ids
@@ -469,7 +471,7 @@ class BPETokenizer:
             if isinstance(segment, int):
                 found.append(np.array([segment], np.uint32))
             else:  # tiktoken takes one pattern, the last
-                for part in self._pieces(segment, self._splits[:-1]):
+                for part in split_text(segment, self._splits[:-1]):
                     found.append(our_ids[core.encode_to_numpy(part, disallowed_special=())])
         return np.concatenate(found)
 
@@ -535,8 +537,12 @@ class BPETokenizer:
 
     @classmethod
     def from_dict(cls, d: dict, source: str = "this tokenizer") -> "BPETokenizer":
-        """Inverse of `to_dict`. What a file of others asks for and we do not have is named in a UserError."""
-        return cls(**_read_document(d["tokenizer"], source), config=d["config"])
+        """Inverse of `to_dict`. What a file of others asks for and we do not have is named in a UserError, but its
+        settings for truncating and padding, which say how a program called `tokenizers`, are left out."""
+        try:
+            return cls(**_read_document(d["tokenizer"]), config=d["config"])
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, which Hugging Face's tokenizers and transformers load, and tokenizer_config.json."""
@@ -572,7 +578,7 @@ def config_for(specials: Collection[str]) -> dict:
     return {"tokenizer_class": "PreTrainedTokenizerFast"} | {k: v for k, v in roles.items() if v in specials}
 
 
-def _read_document(document: dict, source: str) -> dict:
+def _read_document(document: dict) -> dict:
     """The contents of a tokenizer.json -> arguments of BPETokenizer."""
 
     def steps(section: str, inner: str) -> list[dict]:  # a section is null, one step, or a sequence of steps
@@ -580,10 +586,10 @@ def _read_document(document: dict, source: str) -> dict:
         return [] if step is None else step[inner] if step["type"] == "Sequence" else [step]
 
     def refuse(what: str):
-        raise UserError(f"{source} asks for {what}, which we do not have: we read byte-level BPE only")
+        raise UserError(f"it asks for {what}, which we do not have: we read byte-level BPE only")
 
     if not isinstance(document, dict) or "model" not in document:
-        raise UserError(f"{source} is not a tokenizer.json: it has no model")
+        raise UserError("not a tokenizer.json: it has no model")
     model = document["model"]
     if model.get("type", "BPE") != "BPE":
         refuse(f"a {model['type']} model")
@@ -615,8 +621,8 @@ def _read_document(document: dict, source: str) -> dict:
         # The vocabulary may list the added tokens again: then they are ordinary ones too only if merges make them.
         made, names = {spell(left + right) for left, right in merges} | _MEANT.keys(), {t["content"] for t in added}
         vocab = {unspell(name): i for name, i in model["vocab"].items() if name in made or name not in names}
-    except KeyError as error:
-        raise UserError(f"{source} is not byte-level BPE: the character {error} in a token shows no byte") from None
+    except (KeyError, ValueError) as error:  # a character that shows no byte, or a merge of three
+        raise UserError(f"not byte-level BPE: a token or merge cannot be read: {error}") from None
     return {"vocab": vocab, "merges": merges, "patterns": patterns or [r"[\s\S]+"], "added": added,
             "ignore_merges": model.get("ignore_merges", False), "nfc": bool(steps("normalizer", "normalizers")),
             "post": document.get("post_processor")}  # fmt: skip
@@ -676,8 +682,8 @@ def main() -> None:
     profiler.disable()
     tokenizer.save(args.out)
     counted, n_bytes = phases.get("count", (0, 0))
-    print(f"count  {counted:6.2f} s, {n_bytes / 1e6:.1f} MB")
-    print(f"merge  {phases.get('merge', (counted, 0))[0] - counted:6.2f} s, {len(tokenizer.merges):,} merges")
+    merged, n_merges = phases["merge"]
+    print(f"count  {counted:6.2f} s, {n_bytes / 1e6:.1f} MB\nmerge  {merged - counted:6.2f} s, {n_merges:,} merges")
 
     clock = time.perf_counter()
     n_bytes = n_tokens = 0

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Literal, get_args, get_origin
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -44,16 +44,13 @@ class OptimSettings:
 
     def __post_init__(self):
         for field in fields(self):
-            choices = get_args(field.type) if get_origin(field.type) is Literal else ()
-            value = getattr(self, field.name)
+            value, choices = getattr(self, field.name), get_args(field.type)
             if choices and value not in choices:
                 raise UserError(f"{field.name}={value}: choose one of {', '.join(choices)}")
-        for name, low, high in (("beta1", 0, 1), ("beta2", 0, 1), ("muon_momentum", 0, 1)):
-            if not low < getattr(self, name) < high:
-                raise UserError(f"{name}={getattr(self, name)} must be between {low} and {high}")
-        for name in ("lr", "muon_lr", "t0", "t_mult", "decay_share"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)} must be above 0")
+            if field.name in ("beta1", "beta2", "muon_momentum") and not 0 < value < 1:
+                raise UserError(f"{field.name}={value} must be between 0 and 1")
+            if field.name in ("lr", "muon_lr", "t0", "t_mult", "decay_share") and value <= 0:
+                raise UserError(f"{field.name}={value} must be above 0")
         if self.min_lr > self.lr:
             raise UserError(f"min_lr={self.min_lr} is above lr={self.lr}: lower it, or set min_lr=-1 for lr / 10")
         if not 0 <= self.ema < 1:
@@ -210,22 +207,23 @@ def orthogonalize(g: Tensor, dtype: torch.dtype) -> Tensor:
 
 def muon_step(params: list[Tensor], momentum: Tensor, lr: float, s: OptimSettings, dtype: torch.dtype,
               finite: Tensor | None) -> None:  # fmt: skip
-    """One Muon step in place, for parameters whose last two dimensions are (m, n); momentum (N, m, n) holds them all.
+    """One Muon step in place, for N parameters (m, n), or (E, m, n) as experts have: then E matrices each.
 
-    A parameter with a leading dimension, as experts have, counts as that many matrices. The step has the size
-    lr·sqrt(max(1, m/n)): a change of the output that does not depend on the shape.
+    momentum is (N, m, n) or (N, E, m, n). The step has the size lr·sqrt(max(1, m/n)), with which the change of the
+    output does not depend on the shape.
     """
-    m, n = momentum.shape[1:]
-    g = torch.cat([p.grad.reshape(-1, m, n) for p in params])  # (N, m, n), our own copy
+    g = torch.stack([p.grad for p in params])  # like momentum, and our own copy
+    m, n = g.shape[-2:]
     keep, weight, ahead = 1 - lr * s.weight_decay, 1 - s.muon_momentum, s.muon_momentum
     if finite is not None:  # where it is False: no gradient, no look ahead, so an update of zero
         g = torch.where(finite, g, 0.0)
         keep, weight, ahead = (torch.where(finite, x, y) for x, y in ((keep, 1.0), (weight, 0.0), (ahead, 0.0)))
     momentum.lerp_(g, weight)
     g.lerp_(momentum, ahead)  # Nesterov: look one step ahead
-    update = orthogonalize(g.squeeze(0), dtype).view_as(g)  # a batch of one would be copied by the CPU's bmm
-    for p, o in zip(params, update.split([p.numel() // (m * n) for p in params]), strict=True):
-        p.mul_(keep).add_(o.view(p.shape), alpha=-lr * max(1, m / n) ** 0.5)
+    matrices = g.flatten(0, -3).squeeze(0)  # (m, n) if there is only one: on a CPU a batch of one is slower
+    update = orthogonalize(matrices, dtype).view_as(g)
+    for p, o in zip(params, update, strict=True):
+        p.mul_(keep).add_(o, alpha=-lr * max(1, m / n) ** 0.5)
 
 
 # ---- both together ---------------------------------------------------------------------------------------------------
@@ -290,24 +288,20 @@ class Optimizer:
         self.compiled = torch.compile(adamw_formula, dynamic=True) if compile else None
 
     def stack(self, matrices: dict[str, Tensor]) -> list[tuple[list[Tensor], Tensor]]:
-        """Matrices of one shape are updated by batched products: far fewer launches on a GPU, at most 512 MiB each.
+        """[(parameters of one shape, their momentum)]: a GPU updates up to 512 MiB of them by one batched product.
 
-        On a CPU one parameter at a time is as fast, and needs less memory. Returns [(parameters, momentum (N, m, n))].
+        On a CPU one at a time is as fast, and needs less memory.
         """
-        shapes = defaultdict(list)
+        names, stacks = defaultdict(list), []
         for name, p in matrices.items():
-            shapes[p.shape[-2:]].append(name)
-        stacks = []
-        for (m, n), names in shapes.items():
-            largest = max(matrices[name].numel() for name in names)
-            size = 1 if self.device.type == "cpu" else max(1, 2**27 // largest)
-            for chunk in (names[i : i + size] for i in range(0, len(names), size)):
-                params = [matrices[name] for name in chunk]
-                counts = [p.numel() // (m * n) for p in params]
-                momentum = torch.zeros(sum(counts), m, n, dtype=params[0].dtype, device=self.device)
-                for name, part in zip(chunk, momentum.split(counts), strict=True):
-                    self.state[f"{name}.momentum"] = part.view(matrices[name].shape)
-                stacks.append((params, momentum))
+            names[p.shape].append(name)
+        for shape in names:
+            size = 1 if self.device.type == "cpu" else max(1, 2**27 // shape.numel())
+            for i in range(0, len(names[shape]), size):
+                chunk = names[shape][i : i + size]
+                momentum = torch.zeros(len(chunk), *shape, device=self.device)
+                self.state.update({f"{name}.momentum": x for name, x in zip(chunk, momentum, strict=True)})
+                stacks.append(([matrices[name] for name in chunk], momentum))
         return stacks
 
     @torch.no_grad()

@@ -202,7 +202,7 @@ class CharTokenizer:
         self.chars, self.config = sorted(chars), config or {}
         self.specials = {name: len(self.chars) + i for i, name in enumerate(specials)}
         if "<unk>" not in self.specials or "" in self.specials or self.specials.keys() & set(self.chars):
-            raise UserError("a character tokenizer needs <unk> among its specials, and none that is empty or a character")
+            raise UserError("a character tokenizer needs <unk> as a special, and none that is empty or a character")
         self.vocab_size = len(self.chars) + len(self.specials)
         self._bytes = dict(enumerate(map(bpe.utf8, (*self.chars, *self.specials))))
         self._ids = np.full(0x110000, self.specials["<unk>"], np.uint32)  # code point -> id

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from test_model import KINDS, shaken, tiny
 
 from configurator import UserError
 from generate import SamplingSettings, choose, filter_probs, generate, ngram_bans, stream
+from test_model import KINDS, shaken, tiny
 
 GREEDY = SamplingSettings(temperature=0, max_new_tokens=12)
 

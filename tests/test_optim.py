@@ -142,20 +142,25 @@ def test_orthogonalize_brings_singular_values_near_one(shape):
     assert result.shape == shape and 0.5 < values.min() and values.max() < 1.3
 
 
-def test_muon_treats_experts_and_stacks_as_single_matrices():
+def test_muon_treats_stacks_and_experts_as_single_matrices():
     torch.manual_seed(0)
-    s = OptimSettings()
-    experts = nn.Parameter(torch.randn(3, 24, 16))
-    single = nn.Parameter(torch.randn(24, 16))
-    matrices = [*(nn.Parameter(e.clone()) for e in experts.detach()), nn.Parameter(single.detach().clone())]
-    experts.grad, single.grad = torch.randn(3, 24, 16), torch.randn(24, 16)
-    for p, g in zip(matrices, (*experts.grad, single.grad), strict=True):
-        p.grad = g.clone()
-    with torch.no_grad():
-        optim.muon_step([experts, single], torch.zeros(4, 24, 16), 0.1, s, torch.float32, None)
-        for p in matrices:
-            optim.muon_step([p], torch.zeros(1, 24, 16), 0.1, s, torch.float32, None)
-    torch.testing.assert_close(torch.cat([experts, single[None]]), torch.stack(matrices), rtol=1e-4, atol=1e-5)
+    weights, gradients = torch.randn(4, 24, 16), torch.randn(4, 24, 16)
+
+    def step(shapes: list[tuple[int, ...]], momentum: tuple[int, ...]) -> torch.Tensor:
+        params = [x.clone().view(shape) for x, shape in zip(weights.chunk(len(shapes)), shapes, strict=True)]
+        for p, g in zip(params, gradients.chunk(len(shapes)), strict=True):
+            p.grad = g.clone().view_as(p)
+        optim.muon_step(params, torch.zeros(momentum), 0.1, OptimSettings(), torch.float32, None)
+        return torch.cat([p.view(-1, 24, 16) for p in params])
+
+    stacked = step([(24, 16)] * 4, (4, 24, 16))
+    experts = step([(2, 24, 16)] * 2, (2, 2, 24, 16))
+    for i in range(4):
+        p = weights[i].clone()
+        p.grad = gradients[i].clone()
+        optim.muon_step([p], torch.zeros(1, 24, 16), 0.1, OptimSettings(), torch.float32, None)
+        torch.testing.assert_close(stacked[i], p)
+        torch.testing.assert_close(experts[i], p)
 
 
 # ---- both

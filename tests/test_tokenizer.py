@@ -15,7 +15,15 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 import bpe
 from bpe import PATTERNS, SPECIALS, BPETokenizer
 from configurator import UserError
-from tokenizer import ROLES, CharTokenizer, StreamDecoder, Tokenizer, load_tokenizer, tokenizer_from_dict, train_tokenizer
+from tokenizer import (
+    ROLES,
+    CharTokenizer,
+    StreamDecoder,
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_from_dict,
+    train_tokenizer,
+)
 
 SOURCE = Path(re.__file__).read_text(encoding="utf-8")[:20_000]
 TEXT = "it's  IT'S we'll 12345 3.14\n\n\tdéjà vu — 世界。你好 😀😀 नमस्ते \r\n  x = [1,  2]\n"
@@ -141,7 +149,7 @@ def test_our_tokenizers_have_the_roles_that_training_and_chat_need(trained):
     (["<|endoftext|>", "<|im_end|>"], {"eos_token": {"content": "<|im_end|>", "lstrip": False}, "pad_token": None},
      {"eot": "<|endoftext|>", "eos": "<|im_end|>", "pad": None}),
     (["</s>", "<end>"], {"roles": {"eot": "<end>"}}, {"eot": "<end>", "eos": "</s>"}),
-    (["<|user|>", "<|assistant|>"], {}, {"user": "<|user|>", "assistant": "<|assistant|>", "system": None, "eot": None}),
+    (["<|user|>", "<|assistant|>"], {}, {"user": "<|user|>", "assistant": "<|assistant|>", "eot": None}),
     (["[PAD]", "[UNK]"], {"pad_token": "a"}, {"pad": "a", "unk": "[UNK]"}),
 ])  # fmt: skip
 def test_roles_are_found_by_config_and_by_known_names(specials, config, expected):
@@ -203,6 +211,17 @@ def test_gpt2_files_have_the_ids_of_tiktoken(gpt2, tmp_path):
     assert ours.specials == {"<|endoftext|>": 699} and ours.role("eot") == 699
     for text in TEXTS:
         assert ours.encode(text) == theirs.encode(text)
+
+
+def test_qwen_tokens_of_the_config_are_found_beside_gpt2_files(tmp_path, gpt2):
+    (tmp_path / "vocab.json").write_text(json.dumps({bpe.spell(t): i for t, i in gpt2.vocab.items()}), "utf-8")
+    merges = "".join(f"{bpe.spell(left)} {bpe.spell(right)}\n" for left, right in gpt2.merges)
+    (tmp_path / "merges.txt").write_text(merges, encoding="utf-8")
+    end = {"content": "<|im_end|>", "lstrip": False, "normalized": False, "special": True}
+    config = {"added_tokens_decoder": {"700": end}, "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    ours = load_tokenizer(tmp_path, "qwen2")
+    assert ours.specials == {"<|im_end|>": 700} and ours.role("eot") == 700 and ours.vocab_size == 701
 
 
 def test_gpt2_vocabulary_without_merges_file_is_refused(tmp_path):
