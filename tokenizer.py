@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import bpe
+import bpe_train
 from bpe import SPECIALS, BPETokenizer
 from configurator import UserError, find_path
 
@@ -217,7 +218,7 @@ class CharTokenizer:
         if vocab_size and vocab_size <= len(specials):
             raise UserError(f"vocab_size={vocab_size} leaves no room for characters beside {len(specials)} specials")
         counts = Counter()
-        for text in bpe.first_bytes(texts, max_bytes):
+        for text in bpe_train.first_bytes(texts, max_bytes):
             bpe.utf8(text)  # refuses lone surrogates
             counts.update(text)
         chars = sorted(counts, key=lambda char: (-counts[char], char))

@@ -9,9 +9,10 @@ from configurator import ROOT
 
 FLOORS = [
     ["configurator"],
-    ["bpe", "attention", "ffn", "optim", "machine", "corpus"],
-    ["tokenizer", "model", "batches"],
-    ["data", "checkpoint", "generate"],
+    ["bpe_train", "attention", "ffn", "optim", "machine", "corpus"],
+    ["bpe", "model", "batches"],
+    ["tokenizer", "generate"],
+    ["data", "checkpoint"],
     ["eval"],
     ["log"],
     ["train", "sample", "bench"],

@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import bpe
+import bpe_train
 from bpe import BYTES, PATTERNS, SPECIALS, BPETokenizer, safe_chunks
 from configurator import UserError
 
@@ -95,8 +96,8 @@ def load_hf(hf: tokenizers.Tokenizer, **changes) -> BPETokenizer:
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_incremental_merges_are_those_of_the_textbook(pattern):
-    pieces = {piece.encode(): n for piece, n in bpe.count_pieces(TEXTS, PATTERNS[pattern], workers=1).items()}
-    assert bpe.learn_merges(pieces, 250) == bpe.learn_merges_textbook(pieces, 250)
+    pieces = {piece.encode(): n for piece, n in bpe_train.count_pieces(TEXTS, PATTERNS[pattern], workers=1).items()}
+    assert bpe_train.learn_merges(pieces, 250) == bpe_train.learn_merges_textbook(pieces, 250)
 
 
 def test_incremental_merges_are_those_of_the_textbook_where_pairs_overlap():
@@ -105,8 +106,8 @@ def test_incremental_merges_are_those_of_the_textbook_where_pairs_overlap():
         letters = rng.choice([b"a", b"ab", b"abc"])
         pieces = Counter(bytes(rng.choices(letters, k=rng.randint(1, 14))) for _ in range(rng.randint(1, 12)))
         forbidden = {b"ab", b"aaa"} if trial % 3 == 0 else set()
-        merges = bpe.learn_merges(pieces, 40, forbidden)
-        assert merges == bpe.learn_merges_textbook(pieces, 40, forbidden)
+        merges = bpe_train.learn_merges(pieces, 40, forbidden)
+        assert merges == bpe_train.learn_merges_textbook(pieces, 40, forbidden)
         assert len({left + right for left, right in merges}) == len(merges)  # no token twice
 
 
@@ -121,7 +122,7 @@ def test_merges_are_those_of_the_rust_trainer():
 
 
 def test_number_of_workers_does_not_change_the_tokenizer(monkeypatch):
-    monkeypatch.setattr(bpe, "BATCH", 2000)
+    monkeypatch.setattr(bpe_train, "BATCH", 2000)
     monkeypatch.setattr(bpe.safe_chunks, "__defaults__", (1000, ()))
     one, three = (BPETokenizer.train(TEXTS, 600, "gpt4", workers=n) for n in (1, 3))
     assert one.to_dict() == three.to_dict() == train(600).to_dict()
@@ -138,7 +139,7 @@ def test_documents_are_read_one_by_one_and_only_up_to_max_bytes():
     tokenizer = BPETokenizer.train(documents(), 300, max_bytes=500, workers=1)
     assert len(read) == 5  # of about 110 bytes each
     assert tokenizer.merges == train(300, "gpt2", [*read[:4], read[4][: 500 - len("".join(read[:4]))]]).merges
-    assert list(bpe.first_bytes(["aé", "éé", "x"], 6)) == ["aé", "é"]  # half an é is dropped
+    assert list(bpe_train.first_bytes(["aé", "éé", "x"], 6)) == ["aé", "é"]  # half an é is dropped
 
 
 def test_small_corpus_ends_with_a_smaller_vocabulary_and_says_so(capsys):
@@ -266,8 +267,8 @@ def test_stream_is_linear_and_bounded_even_without_separators(text, monkeypatch)
             searched.append(len(text))
             return bpe_cut.finditer(text, *bounds)
 
-    bpe_cut = bpe.SAFE_CUT
-    monkeypatch.setattr(bpe, "SAFE_CUT", Counting())
+    bpe_cut = bpe_train.SAFE_CUT
+    monkeypatch.setattr(bpe_train, "SAFE_CUT", Counting())
     for pieces in ([text], [text[i : i + 7] for i in range(0, len(text), 7)]):
         searched.clear()
         chunks = list(safe_chunks(pieces, 1000, ["<|pad|>"]))
@@ -293,7 +294,7 @@ def test_pieces_of_the_chunks_are_the_pieces_of_the_whole():
     for pattern in bpe.CUTTABLE:
         split = regex.compile(pattern)
         for text in texts:
-            for cut in (match.start() for match in bpe.SAFE_CUT.finditer(text)):
+            for cut in (match.start() for match in bpe_train.SAFE_CUT.finditer(text)):
                 assert split.findall(text[:cut]) + split.findall(text[cut:]) == split.findall(text)
 
 
