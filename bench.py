@@ -13,7 +13,6 @@ import contextlib
 import importlib.util
 import io
 import json
-import os
 import re
 import shutil
 import statistics
@@ -31,7 +30,7 @@ from configurator import ROOT, Settings, UserError, configure, find_path, run
 from data import DataSettings, prepare
 from machine import MachineSettings, choose_machine, peak_memory
 from model import LanguageModel, ModelConfig
-from optim import OptimSettings, build_optimizer, clip_grad_norm
+from optim import OptimSettings, build_optimizer, clip_grad_norm, roles
 
 
 @dataclass
@@ -164,7 +163,7 @@ def bench_step(s: Settings, argv: list[str]) -> dict:
             seconds[name] += result["seconds"]
             memory[name].append(result["gb"])
     tokens = s.batch_size * s.seq_len
-    print(f"training step, {s.n_layer} layers x {s.d_model}, {s.vocab_size} entries, {s.batch_size} x {s.seq_len} tokens")
+    print(f"training step: {s.n_layer} layers x {s.d_model}, {s.vocab_size} entries, {s.batch_size} x {s.seq_len}")
     rows = {}
     for name in names:
         median = statistics.median(seconds[name])
@@ -207,7 +206,8 @@ def shakespeare_ours(folder: Path, text: str, seed: int, argv: list[str]) -> tup
     own = [arg for arg in argv if not re.match(r"(?i)(nanogpt|data_path|seeds|repeats|threads)=", arg)]
     settings = RECIPE | {"data_path": folder / "train.txt", "val_path": folder / "val.txt", "tokenizer": "char",
                          "cache_dir": folder / "cache", "out_dir": folder / f"ours{seed}", "seed": seed,
-                         "eval_tokens": 0, "eval_interval": 2000, "warmup_steps": 50}  # fmt: skip
+                         "n_kv_head": 4, "eval_tokens": 0, "eval_interval": 2000, "warmup_steps": 50, "lr": 1e-2,
+                         "muon_lr": 0.01}  # fmt: skip
     command = [sys.executable, str(ROOT / "train.py"), *(f"{k}={v}" for k, v in settings.items()), *own]
     begin = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True, text=True)
@@ -232,3 +232,67 @@ def shakespeare_nanogpt(s: Settings, folder: Path, text: str, seed: int) -> tupl
     result = subprocess.run(command, cwd=copy, check=True, capture_output=True, text=True)
     seconds = time.perf_counter() - begin
     return float(re.findall(r"val loss ([\d.]+)", result.stdout)[-1]), seconds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimizer and the loader alone
+
+
+def bench_optim(s: Settings, argv: list[str]) -> dict:
+    """Milliseconds per optimizer step on a GPT-2-like model of 29.4 M parameters; the candidates take turns."""
+    cfg = ModelConfig(vocab_size=20000, seq_len=512, d_model=512, n_layer=6, n_head=8, ffn="gelu", norm="layernorm",
+                      qk_norm=False, position="learned", bias=True)  # fmt: skip
+
+    def model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        model = LanguageModel(cfg)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p) * 1e-3
+        return model
+
+    def matrices() -> torch.nn.ParameterList:  # both Muons on the same matrices, without the AdamW part of ours
+        chosen = torch.nn.ParameterList(roles(model())["matrix"].values())
+        for p in chosen:
+            p.grad = torch.randn_like(p)
+        return chosen
+
+    def torch_adamw(**how):
+        return torch.optim.AdamW(model().parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, **how).step
+
+    adamw = OptimSettings(optimizer="adamw", lr=1e-3)
+    clipped, clipped_by_torch = model(), model()
+    peers = {"adamw": "adamw torch fused", "muon": "muon torch", "clip": "clip torch"}
+    candidates = {
+        "adamw torch fused": torch_adamw(fused=True),
+        "adamw torch default": torch_adamw(),
+        "adamw ours": build_optimizer(model(), adamw).step,
+        "adamw ours compiled": build_optimizer(model(), adamw, compile=True).step,
+        "muon torch": torch.optim.Muon(matrices().parameters(), lr=0.02).step,
+        "muon ours": build_optimizer(matrices(), OptimSettings()).step,
+        "clip torch": lambda: torch.nn.utils.clip_grad_norm_(clipped_by_torch.parameters(), 1e6),
+        "clip ours": lambda: clip_grad_norm(clipped.parameters(), 1e6),
+    }
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for repeat in range(s.repeats + 2):  # two to warm up
+        for name, step in candidates.items():
+            times[name] += timed(step, 1)[: int(repeat >= 2)]
+    medians = {name: statistics.median(t) * 1e3 for name, t in times.items()}
+    print(f"optimizer step, 29.4 M parameters, {torch.get_num_threads()} threads, n={s.repeats}")
+    for name, ms in medians.items():
+        print(f"  {name:<22}{ms:>9.1f} ms  {ms / medians[peers[name.split()[0]]]:6.2f} of torch's best")
+    return {"threads": torch.get_num_threads(), "n": s.repeats, "ms": medians}
+
+
+def bench_batches(s: Settings, argv: list[str]) -> dict:
+    """Batches per second of the loader from the prepared corpus."""
+    folder = prepare(s, quiet=True)
+    rows = {}
+    for count, seq_len in ((12, 64), (32, 256), (64, 1024)):
+        batches, first = Batches(TokenStream(folder, "train"), seq_len, seed=1), iter(range(0, 10**9, count))
+        seconds = statistics.median(timed(lambda b=batches, f=first, n=count: b.get(next(f), n), 500))
+        rows[f"{count} x {seq_len}"] = {"ms": seconds * 1e3, "batches/s": 1 / seconds}
+    return show(rows, "")
+
+
+if __name__ == "__main__":
+    run(main)

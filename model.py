@@ -24,10 +24,10 @@ from ffn import FeedForward, default_d_ff
 class ModelConfig:
     vocab_size: int = 4096      # entries of the vocabulary; a tokenizer that is loaded, not trained, sets it
     seq_len: int = 256          # context length in tokens
-    d_model: int = 256          # width of the residual stream
-    n_layer: int = 6            # blocks
-    n_head: int = 4             # query heads
-    n_kv_head: int = 0          # key/value heads, shared by groups of query heads; 0 = n_head
+    d_model: int = 192          # width of the residual stream
+    n_layer: int = 4            # blocks
+    n_head: int = 6             # query heads
+    n_kv_head: int = 2          # key/value heads, each shared by a group of query heads; 0 = n_head
     head_dim: int = 0           # width of a head; 0 = d_model / n_head
     d_ff: int = 0               # hidden width of the feed-forward; 0 = 4 d_model, or 8/3 d_model for swiglu
     ffn: Literal["swiglu", "relu2", "gelu", "silu"] = "relu2"  # feed-forward

@@ -26,7 +26,7 @@ from configurator import UserError
 @dataclass
 class OptimSettings:
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: AdamW, but Muon for hidden matrices; adamw: AdamW for all
-    lr: float = 3e-3            # peak learning rate of AdamW
+    lr: float = 3e-2            # peak learning rate of AdamW; for optimizer=adamw rather 3e-3, less for large models
     muon_lr: float = 0.02       # peak learning rate of Muon; follows the same schedule
     min_lr: float = -1.0        # learning rate of the last step, on the scale of lr; -1 = lr / 10
     weight_decay: float = 0.1   # decoupled, times the learning rate; on matrices, not on embeddings, norms and biases
@@ -36,7 +36,7 @@ class OptimSettings:
     muon_momentum: float = 0.95  # Muon: memory of the mean of the gradient
     grad_clip: float = 1.0      # largest global norm of the gradient; 0 = no limit
     schedule: Literal["cosine", "cosine_restarts", "linear", "wsd", "constant"] = "cosine"  # after the warm-up
-    warmup_steps: int = 100     # steps in which the learning rate rises; at most half of the run
+    warmup_steps: int = 30      # steps in which the learning rate rises; at most half of the run
     t0: int = 2000              # cosine_restarts: steps of the first cycle
     t_mult: int = 2             # cosine_restarts: each cycle is so many times longer than the one before
     decay_share: float = 0.2    # wsd: share of the run, at its end, in which the learning rate falls linearly
@@ -51,6 +51,8 @@ class OptimSettings:
                 raise UserError(f"{field.name}={value} must be between 0 and 1")
             if field.name in ("lr", "muon_lr", "t0", "t_mult", "decay_share") and value <= 0:
                 raise UserError(f"{field.name}={value} must be above 0")
+            if field.name in ("weight_decay", "eps", "grad_clip", "warmup_steps") and value < 0:
+                raise UserError(f"{field.name}={value} must not be negative")
         if self.min_lr > self.lr:
             raise UserError(f"min_lr={self.min_lr} is above lr={self.lr}: lower it, or set min_lr=-1 for lr / 10")
         if not 0 <= self.ema < 1:

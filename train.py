@@ -37,14 +37,14 @@ class TrainSettings:
     out_dir: str = ""           # folder of the run; out/<config name> if empty, out/quickstart without a config
     init_from: str = "auto"     # auto continues the run in out_dir if there is one; scratch; or a checkpoint's path
     seed: int = 1337            # of the initial weights, the order of the data, and dropout
-    max_steps: int = 600        # length of the run in optimizer steps
+    max_steps: int = 480        # length of the run in optimizer steps
     max_tokens: int = 0         # length of the run in tokens instead, if not 0
-    batch_size: int = 32        # sequences in one forward pass of one process
+    batch_size: int = 16        # sequences in one forward pass of one process
     grad_accum: int = 1         # forward passes per step, all processes together
     total_batch_size: int = 0   # tokens per step, all processes together; if not 0, grad_accum follows from it
     log_interval: int = 10      # steps between lines of the log
-    eval_interval: int = 100    # steps between checkpoints, each followed by a validation
-    eval_tokens: int = 200_000  # validation tokens scored each time; 0 = all
+    eval_interval: int = 120    # steps between checkpoints, each followed by a validation
+    eval_tokens: int = 50_000   # validation tokens scored each time; 0 = all
     keep_checkpoints: int = 2   # step checkpoints that stay in the folder
 
 
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     if start:
         model.load_state_dict(start["model"])
     model.to(machine.device).train()
-    optimizer = build_optimizer(model, s.part(OptimSettings))
+    optimizer = build_optimizer(model, s.part(OptimSettings), wants_compile(s, machine))
     ema = EMA(model, s.ema) if s.ema else None
     progress = Progress()
     if start and start["resume"]:
@@ -210,9 +210,14 @@ def adopt_tokenizer(s: Settings, folder: Path, start: dict | None):
     return tokenizer
 
 
+def wants_compile(s: Settings, machine: Machine) -> bool:
+    """As set; else on CUDA only: on a CPU the products take nearly all the time, and a compiler is not always there."""
+    return s.compile if s.given("compile") else machine.device.type == "cuda"
+
+
 def wrap(model: LanguageModel, s: Settings, machine: Machine):
     """What the loop calls instead of the model: compiled, and averaging gradients over the processes."""
-    if s.compile if s.given("compile") else machine.device.type == "cuda":
+    if wants_compile(s, machine):
         model = torch.compile(model, backend=s.compile_backend, dynamic=False)
     if machine.world_size > 1:
         on_gpu = machine.device.type == "cuda"

@@ -20,3 +20,4 @@ batch_size = 8
 total_batch_size = 240 * 2048  # 491,520 tokens a step
 max_tokens = 10_000_000_000
 eval_interval = 250
+eval_tokens = 1_000_000

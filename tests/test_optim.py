@@ -303,7 +303,8 @@ def test_an_unknown_name_is_answered_with_the_choices(setting, choices):
         OptimSettings(**setting)
 
 
-@pytest.mark.parametrize("setting", [{"lr": 0.0}, {"min_lr": 1.0}, {"beta2": 1.0}, {"ema": 1.0}, {"t_mult": 0}])
+@pytest.mark.parametrize("setting", [{"lr": 0.0}, {"min_lr": 1.0}, {"beta2": 1.0}, {"ema": 1.0}, {"t_mult": 0},
+                                     {"weight_decay": -0.1}])
 def test_a_setting_out_of_range_is_a_sentence(setting):
     with pytest.raises(UserError, match=next(iter(setting))):
         OptimSettings(**setting)
@@ -357,6 +358,8 @@ def test_wsd_is_flat_and_then_falls_in_a_straight_line():
 
 def test_restarts_equal_torch_until_the_last_cycle_which_ends_with_the_run():
     """Cycles of 20, 40, 80 … steps after a warm-up of 10: they start at 10, 30, 70 and 150."""
+    starts = {step: optim.cycle_at(step, 10, 20, 2)[0] for step in (10, 29, 30, 69, 70, 149, 150)}
+    assert starts == {10: 10, 29: 10, 30: 30, 69: 30, 70: 70, 149: 70, 150: 150}
     s = settings("cosine_restarts", t0=20, t_mult=2)
     weight = nn.Parameter(torch.zeros(1))
     reference = torch.optim.SGD([weight], lr=1e-2)
