@@ -5,6 +5,7 @@
     python bench.py step NANOGPT=~/nanoGPT               # the same against a checkout of nanoGPT, in turn
     python bench.py shakespeare NANOGPT=~/nanoGPT DATA_PATH=input.txt   # loss and time of nanoGPT's CPU recipe
     python bench.py batches                              # batches/s of the loader
+    python bench.py kill REPEATS=50                      # SIGKILL at random moments; the end must have the same bits
 
 Peers run in the same call, in turn with ours, so that a machine whose speed drifts slows both. Figures are medians.
 """
@@ -13,6 +14,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import random
 import re
 import shutil
 import statistics
@@ -25,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+import checkpoint
 from batches import Batches, TokenStream
 from configurator import ROOT, Settings, UserError, configure, find_path, run
 from data import DataSettings, prepare
@@ -48,7 +51,8 @@ SETTINGS = [BenchSettings, ModelConfig, OptimSettings, DataSettings, MachineSett
 
 def main() -> None:
     argv = sys.argv[1:]
-    names = {"optim": bench_optim, "step": bench_step, "shakespeare": bench_shakespeare, "batches": bench_batches}
+    names = {"optim": bench_optim, "step": bench_step, "shakespeare": bench_shakespeare,
+             "batches": bench_batches, "kill": bench_kill}
     if not argv or argv[0] not in names:
         if argv and argv[0] not in ("-h", "--help"):
             raise UserError(f"unknown benchmark {argv[0]}: choose one of {', '.join(names)}")
@@ -292,6 +296,40 @@ def bench_batches(s: Settings, argv: list[str]) -> dict:
         seconds = statistics.median(timed(lambda b=batches, f=first, n=count: b.get(next(f), n), 500))
         rows[f"{count} x {seq_len}"] = {"ms": seconds * 1e3, "batches/s": 1 / seconds}
     return show(rows, "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Does a run survive?
+
+
+def bench_kill(s: Settings, argv: list[str]) -> dict:
+    """Kill a small run `repeats` times at random moments, and compare its end with that of a run left in peace."""
+    settings = dict(seq_len=32, d_model=32, n_layer=2, n_head=4, batch_size=4, max_steps=20 * s.repeats, dropout=0.1,
+                    eval_interval=3, eval_tokens=64, log_interval=1, device="cpu", vocab_size=512)  # fmt: skip
+    generator, interrupted = random.Random(0), 0
+    with tempfile.TemporaryDirectory() as folder:
+        def start(name: str) -> subprocess.Popen:
+            pairs = settings | {"out_dir": f"{folder}/{name}", "cache_dir": f"{folder}/cache"}
+            command = [sys.executable, str(ROOT / "train.py"), *(f"{k}={v}" for k, v in pairs.items())]
+            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+        def end(process: subprocess.Popen) -> None:
+            _, error = process.communicate()
+            if process.returncode:
+                raise UserError(f"the run failed: {error.strip().splitlines()[-1]}")
+
+        end(start("whole"))
+        for _ in range(s.repeats):
+            process = start("killed")
+            time.sleep(generator.uniform(2.5, 5.0))
+            interrupted += process.poll() is None
+            process.kill()
+            process.wait()
+        end(start("killed"))
+        a, b = (checkpoint.load_newest(Path(folder) / name) for name in ("whole", "killed"))
+        same = all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    print(f"killed {interrupted} times of {s.repeats}; weights at the end: {'the same' if same else 'DIFFERENT'}")
+    return {"killed": interrupted, "same": same}
 
 
 if __name__ == "__main__":

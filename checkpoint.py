@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,6 +17,11 @@ import torch
 from configurator import UserError, find_path, pick
 from model import LanguageModel, ModelConfig
 from tokenizer import tokenizer_from_dict
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 FORMAT = 1
 
@@ -27,16 +33,56 @@ def save(path: Path, state: dict) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
+    failed: list[OSError] = []  # torch.save hides the reason behind an error of its own
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
+        with open(temporary, "wb", buffering=0) as file:
+            torch.save(state, Reporting(file, failed))
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}; earlier checkpoints are intact") from None
+        reason = (failed or [error])[0]
+        if not isinstance(reason, OSError):
+            raise
+        raise UserError(f"cannot write {path} ({reason.strerror}); earlier checkpoints are intact") from None
+
+
+class Reporting:
+    """A file that writes all it is given, and appends the error to `failed` if it cannot."""
+
+    def __init__(self, file, failed: list[OSError]):
+        self.file, self.failed = file, failed
+
+    def write(self, data) -> int:
+        rest = memoryview(data).cast("B")
+        try:
+            while rest:
+                rest = rest[self.file.write(rest) :]
+        except OSError as error:
+            self.failed.append(error)
+            raise
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+@contextmanager
+def lock(folder: Path):
+    """Two runs in one folder would overwrite each other: the second is refused. The lock dies with its process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"cannot write in {folder} ({error.strerror}); set another out_dir") from None
+    with file:
+        try:
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process trains in {folder}; wait for it, or set another out_dir") from None
+        yield
 
 
 def sync_folder(folder: Path) -> None:
@@ -95,16 +141,6 @@ def load_newest(folder: Path, say=print) -> dict | None:
         else:
             return load(path)
     return None
-
-
-def best_score(folder: Path, step: int, otherwise: float) -> float:
-    """The lowest validation loss up to `step`: that of best.pt, which is saved after the step checkpoint."""
-    path = folder / "best.pt"
-    if path.is_file() and not damage(path):
-        progress = load(path)["progress"]
-        if progress["step"] <= step:
-            return progress["best"]
-    return otherwise
 
 
 def find(where: str | Path = "", root: str | Path = "out") -> Path:

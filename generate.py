@@ -41,10 +41,10 @@ class SamplingSettings:
 
 
 def generate(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSettings | None = None,
-             stop_ids: tuple[int, ...] = ()) -> list[list[int]]:  # fmt: skip
+             stop_ids: tuple[int, ...] = (), first: list[list[int]] | None = None) -> list[list[int]]:  # fmt: skip
     """Continue every prompt; returns the new ids of each, without the stop token. See `stream`."""
     rows: list[list[int]] = [[] for _ in prompts]
-    for new in stream(model, prompts, sampling, stop_ids):
+    for new in stream(model, prompts, sampling, stop_ids, first):
         for row, token in zip(rows, new, strict=True):
             if token is not None:
                 row.append(token)
@@ -53,12 +53,14 @@ def generate(model: LanguageModel, prompts: list[list[int]], sampling: SamplingS
 
 @torch.inference_mode()
 def stream(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSettings | None = None,
-           stop_ids: tuple[int, ...] = ()) -> Iterator[list[int | None]]:  # fmt: skip
+           stop_ids: tuple[int, ...] = (), first: list[list[int]] | None = None,
+           ) -> Iterator[list[int | None]]:  # fmt: skip
     """Yield the next token of every row until all have ended or max_new_tokens is reached.
 
     Prompts may differ in length but not be empty; they share one batch, padded on the left, and the logits of a row
     do not depend on the others. When the context is full, the newest half of it is read again and the rest
-    forgotten; longer prompts keep their newest seq_len tokens. The model is left in the mode it was in.
+    forgotten; longer prompts keep their newest seq_len tokens. `first[i]`, if not empty, are the only ids that row i
+    may begin with. The model is left in the mode it was in.
     """
     sampling = sampling or SamplingSettings()
     if not prompts or not all(prompts):
@@ -75,6 +77,8 @@ def stream(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSet
         cache, logits = prefill(model, [row[-seq_len:] for row in rows], sampling.max_new_tokens)
         for n in range(sampling.max_new_tokens):
             banned = stop_ids if n < sampling.min_new_tokens else ()
+            if first and n == 0:
+                logits = logits + allow_only(first, logits)
             tokens = choose(logits, sampling, generator, new, banned).tolist()
             for i, token in enumerate(tokens):
                 ended[i] = ended[i] or token in stop_ids
@@ -102,6 +106,14 @@ def prefill(model: LanguageModel, rows: list[list[int]], more: int):
         cache.pad = torch.tensor(pad, device=device)
     ids = torch.tensor([[0] * n + row for n, row in zip(pad, rows, strict=True)], device=device)
     return cache, model(ids, cache=cache, n_logits=1)[:, -1]
+
+
+def allow_only(ids: list[list[int]], logits: Tensor) -> Tensor:
+    """(B, V) of 0 for the ids of each row, and of -inf for the others; an empty list allows all."""
+    mask = torch.full_like(logits, float("-inf"))
+    for row, allowed in zip(mask, ids, strict=True):
+        row[allowed or slice(None)] = 0.0
+    return mask
 
 
 def choose(logits: Tensor, sampling: SamplingSettings, generator: torch.Generator,

@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-from configurator import UserError
 from eval import Score
 from machine import Machine, peak_flops
 
@@ -24,26 +23,31 @@ class Log:
         self.live = sys.stdout.isatty()
         self.since = (first, time.perf_counter())  # step and time of the last line
         self.paused = 0.0  # seconds since then that were not training
-        self.path = folder / "log.csv"
-        self.validated = False  # whether the file has the validation of step `first`
-        if machine.is_main:
-            try:
-                self.start(first)
-            except OSError as error:
-                raise UserError(f"cannot write {self.path} ({error.strerror}); set another out_dir") from None
-
-    def start(self, first: int) -> None:
-        """Make the file, or take back the rows of steps that will be done again."""
-        rows = []
-        if self.path.is_file():
+        self.path, self.first, self.rows = folder / "log.csv", first, []
+        if machine.is_main and self.path.is_file():
             with open(self.path, encoding="utf-8", newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first]
-        self.validated = bool(rows and rows[-1]["val_loss"] and int(rows[-1]["step"]) == first)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+                self.rows = list(csv.DictReader(file))
+        # Whether the file has the validation of step `first`.
+        self.validated = any(int(row["step"]) == first and row["val_loss"] for row in self.rows)
+
+    def begin(self) -> None:
+        """Make the file, without the rows of what will be done again: later steps, and the validation of this one."""
+        rows = [row for row in self.rows if int(row["step"]) < self.first or
+                (int(row["step"]) == self.first and not row["val_loss"])]  # fmt: skip
+        self.write("w", rows, header=True)
+
+    def write(self, mode: str, rows: list[dict], header: bool = False) -> None:
+        """A log that cannot be written is no reason to lose a run."""
+        if not self.machine.is_main:
+            return
+        try:
+            with open(self.path, mode, encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                if header:
+                    writer.writeheader()
+                writer.writerows(rows)
+        except OSError as error:
+            self.say(f"cannot write {self.path} ({error.strerror}); the run goes on")
 
     def pause(self, seconds: float) -> None:
         """Time that belongs to saving or validation: it does not count in tokens/s."""
@@ -60,8 +64,9 @@ class Log:
         loss = progress.nats / max(progress.learned, 1)
         mfu = f"{self.flops_per_token * rate / self.peak:.1%}" if self.peak else "-"
         left = self.clock((self.max_steps - progress.step) * per_step / rate)
+        skipped = f"  skipped {progress.skipped}" if progress.skipped else ""
         line = (f"{self.name(progress.step)}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:5.2f}  "
-                f"{rate:9,.0f} tok/s  mfu {mfu}  left {left}")  # fmt: skip
+                f"{rate:9,.0f} tok/s  mfu {mfu}  left {left}{skipped}")  # fmt: skip
         print(f"\r{line}" if self.live else line, end="" if self.live else "\n", flush=True)
         self.row(step=progress.step, tokens=progress.tokens, seconds=f"{progress.seconds:.2f}", loss=f"{loss:.6f}",
                  lr=f"{lr:.6e}", grad_norm=f"{norm:.4f}", tokens_per_second=f"{rate:.0f}")  # fmt: skip
@@ -86,9 +91,7 @@ class Log:
             print(f"\r{text:<100}" if self.live else text, flush=True)
 
     def row(self, **values) -> None:
-        if self.machine.is_main:
-            with open(self.path, "a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, COLUMNS).writerow(values)
+        self.write("a", [values])
 
     @staticmethod
     def clock(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -108,11 +109,28 @@ def keep_memory() -> None:
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap is not handed back
 
 
+def has_compiler() -> bool:
+    """Whether torch.compile will find the C++ compiler that it needs on a CPU."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+
+
 def init_processes(machine: Machine) -> None:
     """Join the process group of torchrun, if there is one. Prepare data before: a collective times out."""
     if machine.world_size > 1:
-        backend = "nccl" if machine.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, device_id=machine.device if backend == "nccl" else None)
+        # After a restart torchrun's store still has the addresses of the dead: each attempt gets keys of its own.
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        on_gpu = machine.device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size,
+                                device_id=machine.device if on_gpu else None)  # fmt: skip
+
+
+def leave_processes(machine: Machine) -> None:
+    """Leave together: a process whose peers are gone already may crash while it closes its connections."""
+    if machine.world_size > 1:
+        dist.barrier()
+        if machine.device.type == "cuda":
+            dist.destroy_process_group()
 
 
 # Dense peak rates in FLOP/s of bfloat16 products, from the vendors' data sheets.

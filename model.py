@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attention import Attention, KVCache, rope_table
 from configurator import UserError
@@ -40,6 +41,7 @@ class ModelConfig:
     bias: bool = False          # biases in linear layers and LayerNorm
     dropout: float = 0.0        # on embeddings, attention weights and branch outputs, in training only
     init_std: float = 0.02      # weights start as N(0, init_std²); branch outputs at 1/√(2 n_layer) of it
+    checkpoint_activations: bool = False  # keep the inputs of blocks only and compute the rest again
     label_smoothing: float = 0.0  # share of the target spread over the vocabulary, in training only
 
     def __post_init__(self):
@@ -140,7 +142,10 @@ class LanguageModel(nn.Module):
         rope = rope_table(positions, self.cfg.head_dim, self.cfg.rope_theta) if self.cfg.position == "rope" else None
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, cache.layers[i] if cache is not None else None, start, mask)
+            if self.cfg.checkpoint_activations and self.training and cache is None:
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope, cache.layers[i] if cache is not None else None, start, mask)
         if cache is not None:
             cache.length += T
         x = self.norm(x)

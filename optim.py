@@ -374,6 +374,38 @@ def restore(into: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> Non
         tensor.copy_(saved[name])
 
 
+# ---- fp16 ------------------------------------------------------------------------------------------------------------
+
+
+class LossScale:
+    """A factor for the loss that keeps fp16 gradients from vanishing (Micikevicius et al., arXiv 1710.03740).
+
+    It halves after a step whose gradient overflowed, which is skipped, and doubles after 2000 good ones. Lives on the
+    device: nobody waits for it.
+    """
+
+    def __init__(self, device: torch.device, value: float = 2.0**16):
+        self.value = torch.tensor(value, device=device)
+        self.good = torch.zeros((), device=device)  # steps since the last change
+
+    def unscale(self, params: Iterable[Tensor]) -> None:
+        torch._foreach_mul_([p.grad for p in params if p.grad is not None], 1 / self.value)
+
+    def update(self, finite: Tensor) -> None:
+        """After each step: `finite` is whether its gradient was."""
+        self.good = torch.where(finite, self.good + 1, 0.0)
+        grown = torch.where(self.good >= 2000, self.value * 2, self.value)
+        self.good = torch.where(self.good >= 2000, 0.0, self.good)
+        self.value = torch.where(finite, grown, self.value / 2)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"value": self.value, "good": self.good}
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        self.value.copy_(saved["value"])
+        self.good.copy_(saved["good"])
+
+
 # ---- average of the weights ------------------------------------------------------------------------------------------
 
 

@@ -41,17 +41,23 @@ def main(argv: list[str] | None = None) -> None:
     if s.given("dtype") or machine.device.type == "cuda":
         model.to(machine.dtype)
     print(f"[{path}, step {state['progress']['step']}]", file=sys.stderr)
-    texts = read_prompts(s)
-    prompts = [encode_prompt(tokenizer, text, s.allow_special) for text in texts for _ in range(s.n_samples)]
-    texts = [text for text in texts for _ in range(s.n_samples)]
+    texts = [text for text in read_prompts(s) for _ in range(s.n_samples)]
+    prompts, first = [], []
+    for i, text in enumerate(texts):
+        ids, begins = heal(tokenizer, encode_prompt(tokenizer, text, s.allow_special))
+        prompts.append(ids)
+        first.append(begins)
+        if begins:  # the sample brings the white space itself
+            texts[i] = tokenizer.decode(ids)
     too_long = sum(len(ids) > model.cfg.seq_len for ids in prompts)
     if too_long:
         print(f"[{too_long} prompts are longer than the context of {model.cfg.seq_len} tokens: we keep their end]",
               file=sys.stderr)  # fmt: skip
+    stops = stop_ids(tokenizer)
     if len(prompts) == 1:
-        stream_one(model, tokenizer, prompts[0], texts[0], sampling, s.stop)
+        print_stream(texts[0], stream(model, prompts, sampling, stops, first), StreamDecoder(tokenizer), s.stop)
         return
-    for i, (text, ids) in enumerate(zip(texts, generate(model, prompts, sampling, stop_ids(tokenizer)), strict=True)):
+    for i, (text, ids) in enumerate(zip(texts, generate(model, prompts, sampling, stops, first), strict=True)):
         print(f"--- {i + 1} of {len(prompts)}\n{text}{cut(tokenizer.decode(ids), s.stop)}")
 
 
@@ -82,6 +88,18 @@ def encode_prompt(tokenizer, text: str, allow_special: bool = False) -> list[int
     return ids or [begin]
 
 
+def heal(tokenizer, ids: list[int]) -> tuple[list[int], list[int]]:
+    """A prompt that ends in white space -> (the prompt without it, the ids that begin with it); else (ids, []).
+
+    In text, a space is part of the token of the word behind it: "def " as the tokens "def" and " " is something that
+    the model has hardly ever seen. So the model chooses a token that begins with the space.
+    """
+    spellings = tokenizer.token_bytes()
+    if len(ids) < 2 or not spellings[ids[-1]].isspace():
+        return ids, []
+    return ids[:-1], [i for i, spelling in enumerate(spellings) if spelling.startswith(spellings[ids[-1]])]
+
+
 def stop_ids(tokenizer) -> tuple[int, ...]:
     """End of text, and padding, which is never text."""
     return tuple({tokenizer.role(name) for name in ("eot", "eos", "pad")} - {None})
@@ -92,12 +110,12 @@ def cut(text: str, stops: list[str]) -> str:
     return text[: min((i for i in map(text.find, stops) if i >= 0), default=len(text))]
 
 
-def stream_one(model, tokenizer, prompt: list[int], text: str, sampling: SamplingSettings, stops: list[str]) -> None:
+def print_stream(text: str, tokens, decoder: StreamDecoder, stops: list[str]) -> None:
     """Print one sample while it is made. What could be the beginning of a stop string waits until that is decided."""
     print(text, end="", flush=True)
-    decoder, shown, made = StreamDecoder(tokenizer), 0, ""
+    shown, made = 0, ""
     hold = max((len(stop) - 1 for stop in stops), default=0)
-    for (token,) in stream(model, [prompt], sampling, stop_ids(tokenizer)):
+    for (token,) in tokens:
         made += decoder.push(token) if token is not None else ""
         end = cut(made, stops)
         visible = len(end) if end != made else max(shown, len(made) - hold)

@@ -21,14 +21,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from batches import Batches, Prefetcher, TokenStream, Validation
-from configurator import ROOT, Settings, UserError, configure, find_path, run
+from configurator import ROOT, Settings, UserError, configure, find_path, pick, run
 from data import DataSettings, prepare
 from eval import evaluate
 from generate import SamplingSettings, generate
 from log import Log
-from machine import Machine, MachineSettings, choose_machine, init_processes, peak_memory
+from machine import (
+    Machine,
+    MachineSettings,
+    choose_machine,
+    has_compiler,
+    init_processes,
+    leave_processes,
+    peak_memory,
+)
 from model import LanguageModel, ModelConfig
-from optim import EMA, OptimSettings, build_optimizer, clip_grad_norm, lr_at
+from optim import EMA, LossScale, OptimSettings, build_optimizer, clip_grad_norm, lr_at
 from tokenizer import load_tokenizer, tokenizer_from_dict
 
 
@@ -46,10 +54,15 @@ class TrainSettings:
     eval_interval: int = 120    # steps between checkpoints, each followed by a validation
     eval_tokens: int = 50_000   # validation tokens scored each time; 0 = all
     keep_checkpoints: int = 2   # step checkpoints that stay in the folder
+    stop_loss: float = 0.0      # end the run when the validation loss is this low
+    stop_ppl: float = 0.0       # end the run when the validation perplexity is this low
+    patience: int = 0           # end the run after so many validations without a better one; 0 = never
+    max_skipped: int = 20       # give up after so many steps in a row without a finite gradient
 
 
 SETTINGS = [TrainSettings, DataSettings, ModelConfig, OptimSettings, MachineSettings]
-MAY_CHANGE = {"dropout", "label_smoothing", "init_std"}  # model settings that do not touch the shape of a checkpoint
+# Model settings that do not touch the shape of a checkpoint.
+MAY_CHANGE = {"dropout", "label_smoothing", "init_std", "checkpoint_activations"}
 
 
 @dataclass
@@ -63,6 +76,8 @@ class Progress:
     learned: int = 0
     skipped: int = 0  # steps left out because the gradient was not finite
     best: float = math.inf  # lowest validation loss
+    worse: int = 0  # validations since then
+    ended: bool = False  # by stop_loss, stop_ppl or patience
 
 
 @dataclass
@@ -82,43 +97,25 @@ def main(argv: list[str] | None = None) -> int:
     machine.print(f"run      {out_dir}\nmachine  {machine.describe()}")
     if s.report():
         machine.print(f"settings\n{s.report()}")
-
     plan = plan_steps(s, machine)
-    start = starting_point(s, out_dir, machine)
-    folder = prepare(s, quiet=not machine.is_main)  # before the process group: it may take longer than a collective
-    tokenizer = adopt_tokenizer(s, folder, start)
-    init_processes(machine)
-    batches = Batches(TokenStream(folder, "train", tokenizer), s.seq_len, s.seed, s.data_order, s.data_window)
-    validation = Validation(TokenStream(folder, "val", tokenizer), s.seq_len, tokenizer, s.eval_tokens)
-
-    torch.manual_seed(s.seed)
-    model = LanguageModel(s.part(ModelConfig))
-    if start:
-        model.load_state_dict(start["model"])
-    model.to(machine.device).train()
-    optimizer = build_optimizer(model, s.part(OptimSettings), wants_compile(s, machine))
-    ema = EMA(model, s.ema) if s.ema else None
-    progress = Progress()
-    if start and start["resume"]:
-        optimizer.load_state_dict(start["optimizer"])
-        if ema:
-            ema.load_state_dict(start["ema"])
-        progress = Progress(**start["progress"])
-        progress.best = checkpoint.best_score(out_dir, progress.step, progress.best)
-    describe(model, batches, validation, plan, machine)
-    if progress.step > plan.max_steps:
-        raise UserError(f"the run in {out_dir} has {progress.step} steps already, more than {plan.max_steps}")
-    fixed = {"format": checkpoint.FORMAT, "settings": json.dumps(s.to_dict()),
-             "tokenizer": json.dumps(tokenizer.to_dict())}  # fmt: skip
-    log = Log(out_dir, plan.max_steps, progress.step, machine, model.flops_per_token())
-    log.validated = machine.any(log.validated)  # the first process has read the file
-    if progress.step == plan.max_steps and log.validated:
-        machine.print(f"the run is complete; MAX_STEPS={2 * plan.max_steps} would go on with it")
-        return 0
-    code = train(s, plan, machine, out_dir, fixed, log, model, optimizer, ema, batches, validation, progress)
-    if code == 0 and machine.is_main:
-        finish(out_dir, model, tokenizer, machine)
-    return code
+    with checkpoint.lock(out_dir) if machine.is_main else nullcontext():
+        start = starting_point(s, out_dir, machine)
+        folder = prepare(s, quiet=not machine.is_main)  # before the process group: a collective would time out
+        tokenizer = adopt_tokenizer(s, folder, start)
+        init_processes(machine)
+        try:
+            training = Run(s, plan, machine, out_dir, folder, tokenizer, start)
+            if training.is_complete():
+                machine.print(f"the run is complete; MAX_STEPS={2 * plan.max_steps} would go on with it")
+                leave_processes(machine)
+                return 0
+            code = training.train()
+            leave_processes(machine)
+            if code == 0 and machine.is_main:
+                finish(out_dir, training.model, tokenizer)
+            return code
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            raise out_of_memory(error, s) or error from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,7 +183,8 @@ def starting_point(s: Settings, out_dir: Path, machine: Machine) -> dict | None:
     state["resume"] = bool(existing)
     saved = json.loads(state["settings"])
     for name in {f.name for f in fields(ModelConfig)} - MAY_CHANGE - {"vocab_size"}:
-        if s.given(name) and ModelConfig(**{name: getattr(s, name)}) != ModelConfig(**{name: saved[name]}):
+        asked = pick(ModelConfig, saved | {name: getattr(s, name)})  # 0 may stand for what the checkpoint has
+        if s.given(name) and asked != pick(ModelConfig, saved):
             raise UserError(f"the checkpoint has {name}={saved[name]} and you ask for {name}={getattr(s, name)}; "
                             f"another out_dir begins another run")  # fmt: skip
         s.set(name, saved[name], "checkpoint")
@@ -212,7 +210,11 @@ def adopt_tokenizer(s: Settings, folder: Path, start: dict | None):
 
 def wants_compile(s: Settings, machine: Machine) -> bool:
     """As set; else on CUDA only: on a CPU the products take nearly all the time, and a compiler is not always there."""
-    return s.compile if s.given("compile") else machine.device.type == "cuda"
+    wanted = s.compile if s.given("compile") else machine.device.type == "cuda"
+    if wanted and machine.device.type == "cpu" and s.compile_backend == "inductor" and not has_compiler():
+        machine.print("compile  is off: there is no C++ compiler (g++, clang++ or CXX)")
+        return False
+    return wanted
 
 
 def wrap(model: LanguageModel, s: Settings, machine: Machine):
@@ -225,127 +227,204 @@ def wrap(model: LanguageModel, s: Settings, machine: Machine):
     return model
 
 
-def describe(model: LanguageModel, batches: Batches, validation: Validation, plan: Plan, machine: Machine) -> None:
-    counts, cfg = model.count_parameters(), model.cfg
-    per_step = plan.sequences * cfg.seq_len
-    accumulation = f" in {plan.per_rank // plan.micro_batch} forward passes" if plan.per_rank > plan.micro_batch else ""
-    machine.print(f"model    {counts['total']:,} parameters, {counts['total'] - counts['embedding']:,} without "
-                  f"embeddings; {model.flops_per_token() / 1e6:.0f} MFLOP per token")  # fmt: skip
-    machine.print(f"data     {len(batches.stream):,} tokens; validation on {validation.tokens:,}")
-    if batches.long_documents:
-        machine.print(f"         {batches.long_documents:,} documents are longer than a row and go over several")
-    machine.print(f"steps    {plan.max_steps:,} of {per_step:,} tokens{accumulation}: "
-                  f"{plan.max_steps * per_step / len(batches.stream):.2f} epochs")  # fmt: skip
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
 
-def train(s: Settings, plan: Plan, machine: Machine, out_dir: Path, fixed: dict, log: Log, model: LanguageModel,
-          optimizer, ema: EMA | None, batches: Batches, validation: Validation, progress: Progress) -> int:  # fmt: skip
-    """The loop. Returns 0 at the end of the run, 128 + its number if a signal stopped it."""
-    wrapped = wrap(model, s, machine)
-    signals = catch_signals()
-    stopped = False
-    nats = torch.tensor(progress.nats if machine.is_main else 0.0, device=machine.device)  # since the last line
+class Run:
+    """Model, optimizer and data of one run, and the loop that brings them together."""
 
-    def fetch(step: int):  # this process's share of the step's samples
-        return batches.get(step * plan.sequences + machine.rank * plan.per_rank, plan.per_rank)
+    def __init__(self, s: Settings, plan: Plan, machine: Machine, out_dir: Path, folder: Path, tokenizer,
+                 start: dict | None):  # fmt: skip
+        self.s, self.plan, self.machine, self.out_dir = s, plan, machine, out_dir
+        self.batches = Batches(TokenStream(folder, "train", tokenizer), s.seq_len, s.seed, s.data_order, s.data_window)
+        self.validation = Validation(TokenStream(folder, "val", tokenizer), s.seq_len, tokenizer, s.eval_tokens)
+        torch.manual_seed(s.seed)
+        self.model = LanguageModel(s.part(ModelConfig))
+        if start:
+            self.model.load_state_dict(start["model"])
+        self.model.to(machine.device).train()
+        self.optimizer = build_optimizer(self.model, s.part(OptimSettings), wants_compile(s, machine))
+        self.ema = EMA(self.model, s.ema) if s.ema else None
+        self.scale = LossScale(machine.device) if machine.dtype == torch.float16 else None
+        self.progress = Progress()
+        if start and start["resume"]:
+            self.restore(start)
+        self.log = Log(out_dir, plan.max_steps, self.progress.step, machine, self.model.flops_per_token())
+        # What a checkpoint says of the run, beside its tensors.
+        self.about = {"format": checkpoint.FORMAT, "settings": json.dumps(s.to_dict()),
+                      "tokenizer": json.dumps(tokenizer.to_dict())}  # fmt: skip
+        self.describe()
 
-    def due() -> bool:  # for a checkpoint and a validation
-        return progress.step % s.eval_interval == 0 or progress.step == plan.max_steps
+    def restore(self, start: dict) -> None:
+        self.optimizer.load_state_dict(start["optimizer"])
+        if self.ema:
+            if not start["ema"]:
+                raise UserError(f"the run in {self.out_dir} kept no average of the weights; go on with ema=0")
+            self.ema.load_state_dict(start["ema"])
+        if self.scale and start["scale"]:
+            self.scale.load_state_dict(start["scale"])
+        self.progress = Progress(**start["progress"])
+        if self.progress.step > self.plan.max_steps:
+            raise UserError(f"the run in {self.out_dir} has {self.progress.step} steps already, more than "
+                            f"{self.plan.max_steps}; set another out_dir, or a larger max_steps")  # fmt: skip
 
-    if progress.step and due() and not log.validated:  # stopped between the two
-        validate(s, machine, out_dir, fixed, model, ema, validation, progress, log)
-    with Prefetcher(fetch, progress.step, machine.device) as prefetcher:
-        while progress.step < plan.max_steps and not stopped:
-            begin = time.perf_counter()
-            torch.manual_seed(hash((s.seed, progress.step, machine.rank)))  # dropout is a function of the step
-            factor = lr_at(progress.step, s, plan.max_steps)
-            learned, norm = train_step(wrapped, model, optimizer, factor, prefetcher.next(), s, plan, machine, nats)
-            if ema:
-                ema.update()
-            progress.step += 1
-            progress.tokens += plan.sequences * s.seq_len
-            progress.learned += learned
-            progress.seconds += time.perf_counter() - begin
+    def describe(self) -> None:
+        counts, cfg, plan = self.model.count_parameters(), self.model.cfg, self.plan
+        per_step, parts = plan.sequences * cfg.seq_len, plan.per_rank // plan.micro_batch
+        self.machine.print(
+            f"model    {counts['total']:,} parameters, {counts['total'] - counts['embedding']:,} without embeddings; "
+            f"{self.model.flops_per_token() / 1e6:.0f} MFLOP per token\n"
+            f"data     {len(self.batches.stream):,} tokens; validation on {self.validation.tokens:,}")  # fmt: skip
+        if self.batches.long_documents:
+            self.machine.print(f"         {self.batches.long_documents:,} documents are longer than a row: cut")
+        self.machine.print(
+            f"steps    {plan.max_steps:,} of {per_step:,} tokens{f' in {parts} forward passes' if parts > 1 else ''}: "
+            f"{plan.max_steps * per_step / len(self.batches.stream):.2f} epochs")  # fmt: skip
 
-            at_log = progress.step % s.log_interval == 0 or progress.step == plan.max_steps  # a GPU is waited for now
-            if at_log or machine.device.type == "cpu":
-                stopped = machine.any(bool(signals))
-            if at_log:
-                progress.nats = machine.all_reduce(nats).item()
-                progress.skipped = progress.step - int(optimizer.state["applied"])
-                log.step(progress, lr=factor * s.lr, norm=norm.item(), per_step=plan.sequences * s.seq_len)
-                progress.nats, progress.learned = nats.zero_().item(), 0
-            if due() or stopped:
+    def due(self) -> bool:
+        """Whether a checkpoint and a validation follow this step."""
+        return self.progress.step % self.s.eval_interval == 0 or self.progress.step == self.plan.max_steps
+
+    def is_complete(self) -> bool:
+        validated = self.machine.any(self.log.validated)  # the first process has read the file
+        return self.progress.ended or (self.progress.step == self.plan.max_steps and validated)
+
+    def train(self) -> int:
+        """The loop. Returns 0 at the end of the run, 128 + its number if a signal stopped it."""
+        s, plan, machine, progress = self.s, self.plan, self.machine, self.progress
+        wrapped = wrap(self.model, s, machine)
+        signals, stopped = catch_signals(machine), False
+        # Nats since the last line of the log, and steps in a row without a finite gradient.
+        self.nats = torch.tensor(progress.nats if machine.is_main else 0.0, device=machine.device)
+        self.bad = torch.zeros((), device=machine.device)
+
+        def fetch(step: int):  # this process's share of the step's samples
+            return self.batches.get(step * plan.sequences + machine.rank * plan.per_rank, plan.per_rank)
+
+        self.log.begin()
+        if progress.step and self.due():  # the checkpoint is older than the validation that followed it
+            self.validate()
+        with Prefetcher(fetch, progress.step, machine.device) as prefetcher:
+            while progress.step < plan.max_steps and not stopped and not progress.ended:
                 begin = time.perf_counter()
-                progress.nats = machine.all_reduce(nats.clone()).item()
-                save(s, machine, out_dir, fixed, model, optimizer, ema, progress)
-                if not stopped:
-                    validate(s, machine, out_dir, fixed, model, ema, validation, progress, log)
-                log.pause(time.perf_counter() - begin)
-    log.close()
-    if stopped:
-        machine.print(f"stopped and saved at step {progress.step}; the same command goes on from there")
-        return 128 + max(signals, default=signal.SIGTERM)
-    machine.print(f"trained  {log.clock(progress.seconds)}, peak memory {peak_memory(machine):.1f} GB")
-    return 0
+                torch.manual_seed(hash((s.seed, progress.step, machine.rank)))  # dropout is a function of the step
+                factor = lr_at(progress.step, s, plan.max_steps)
+                learned, norm = self.step(wrapped, prefetcher.next(), factor)
+                progress.step += 1
+                progress.tokens += plan.sequences * s.seq_len
+                progress.learned += learned
+                progress.seconds += time.perf_counter() - begin
+
+                at_log = progress.step % s.log_interval == 0 or progress.step == plan.max_steps
+                if at_log or machine.device.type == "cpu":  # a GPU is waited for when there is something to log
+                    stopped = machine.any(bool(signals))
+                if at_log:
+                    self.report(factor, norm.item())
+                if self.due() or stopped:
+                    begin = time.perf_counter()
+                    self.save(must=stopped or progress.step == plan.max_steps)
+                    if not stopped:
+                        self.validate()
+                    self.log.pause(time.perf_counter() - begin)
+        self.log.close()
+        if stopped:
+            machine.print(f"stopped and saved at step {progress.step}; the same command goes on from there")
+            return 128 + max(signals, default=signal.SIGTERM)
+        machine.print(f"trained  {self.log.clock(progress.seconds)}, peak memory {peak_memory(machine):.1f} GB")
+        return 0
+
+    def step(self, wrapped, batch, factor: float) -> tuple[int, torch.Tensor]:
+        """One optimizer step; returns (learned tokens of all processes, gradient norm), and adds up `self.nats`.
+
+        Every learned token of the step weighs the same, however it is cut into processes and forward passes.
+        """
+        plan, machine = self.plan, self.machine
+        ids, targets, weights = batch  # (per_rank, T)
+        learned = targets.numel() * machine.world_size
+        if weights is not None:
+            learned = int(machine.all_reduce(weights.sum()))
+        for first in range(0, plan.per_rank, plan.micro_batch):
+            part = slice(first, first + plan.micro_batch)
+            last = first + plan.micro_batch >= plan.per_rank
+            with nullcontext() if last or machine.world_size == 1 else wrapped.no_sync():
+                with machine.autocast():
+                    loss = wrapped(ids[part], targets[part], None if weights is None else weights[part]).sum()
+                mean = loss * (machine.world_size / max(learned, 1))  # DDP averages over the processes
+                (mean * self.scale.value if self.scale else mean).backward()
+            self.nats += loss.detach().nan_to_num(0.0, 0.0, 0.0)
+        if self.scale:
+            self.scale.unscale(self.model.parameters())
+        norm = clip_grad_norm(self.model.parameters(), self.s.grad_clip)
+        finite = norm.isfinite()
+        self.optimizer.step(factor, finite=finite)
+        self.optimizer.zero_grad()
+        if self.scale:
+            self.scale.update(finite)
+        if self.ema:
+            self.ema.update()
+        self.bad = torch.where(finite, 0.0, self.bad + 1)
+        return learned, norm
+
+    def report(self, factor: float, norm: float) -> None:
+        """A line of the log; too many bad steps in a row end the run."""
+        progress = self.progress
+        progress.nats = self.machine.all_reduce(self.nats).item()
+        progress.skipped = progress.step - int(self.optimizer.state["applied"])
+        self.log.step(progress, factor * self.s.lr, norm, self.plan.sequences * self.s.seq_len)
+        progress.nats, progress.learned = self.nats.zero_().item(), 0
+        if self.bad >= self.s.max_skipped:
+            good = checkpoint.steps(self.out_dir)
+            raise UserError(f"no finite gradient in {int(self.bad)} steps in a row, at step {progress.step}: lower lr; "
+                            f"{f'the last good checkpoint is {good[-1]}' if good else 'nothing was saved yet'}")
+
+    def save(self, must: bool) -> None:
+        """The checkpoint from which the run goes on as if nothing had happened. Comes before validation.
+
+        If it cannot be written, a run goes on and says so, unless it `must`: this was its last chance.
+        """
+        self.progress.nats = self.machine.all_reduce(self.nats.clone()).item()
+        if not self.machine.is_main:
+            return
+        states = {"optimizer": self.optimizer, "ema": self.ema, "scale": self.scale}
+        state = {**self.about, "model": self.model.state_dict(), "progress": asdict(self.progress),
+                 **{name: part.state_dict() if part else None for name, part in states.items()}}  # fmt: skip
+        try:
+            checkpoint.save_step(self.out_dir, self.progress.step, state, self.s.keep_checkpoints)
+        except UserError as error:
+            if must:
+                raise
+            self.log.say(f"{error}; the run goes on without this checkpoint")
+
+    def validate(self) -> None:
+        """Score the weights that we would ship, and keep them in best.pt if there were none better."""
+        s, progress = self.s, self.progress
+        with self.ema.applied() if self.ema else nullcontext():
+            score = evaluate(self.model, self.validation, self.machine, s.batch_size)
+            better = score.loss < progress.best
+            progress.best, progress.worse = min(progress.best, score.loss), 0 if better else progress.worse + 1
+            reached = score.loss <= s.stop_loss or score.perplexity <= s.stop_ppl
+            progress.ended = reached or 0 < s.patience <= progress.worse
+            if better and self.machine.is_main:
+                state = {**self.about, "model": self.model.state_dict(), "progress": asdict(progress)}
+                try:
+                    checkpoint.save(self.out_dir / "best.pt", state)
+                except UserError as error:
+                    self.log.say(str(error))
+        self.log.validation(progress, score, better)
+        if progress.ended:
+            why = "the goal is reached" if reached else f"no better validation in {progress.worse}"
+            self.log.say(f"we stop here: {why}")
+            self.save(must=True)  # so that the same command does not go on
 
 
-def train_step(wrapped, model: LanguageModel, optimizer, factor: float, batch, s: Settings, plan: Plan,
-               machine: Machine, nats: torch.Tensor) -> tuple[int, torch.Tensor]:  # fmt: skip
-    """One optimizer step; adds this process's nats to `nats` and returns (learned tokens of all processes, norm).
-
-    Every learned token of the step weighs the same, however it is cut into processes and forward passes.
-    """
-    ids, targets, weights = batch  # (per_rank, T)
-    learned = targets.numel() * machine.world_size
-    if weights is not None:
-        learned = int(machine.all_reduce(weights.sum()))
-    for first in range(0, plan.per_rank, plan.micro_batch):
-        part = slice(first, first + plan.micro_batch)
-        last = first + plan.micro_batch >= plan.per_rank
-        with nullcontext() if last or machine.world_size == 1 else wrapped.no_sync():
-            with machine.autocast():
-                loss = wrapped(ids[part], targets[part], None if weights is None else weights[part]).sum()
-            (loss * (machine.world_size / max(learned, 1))).backward()  # DDP averages over the processes
-        nats += loss.detach()
-    norm = clip_grad_norm(model.parameters(), s.grad_clip)
-    optimizer.step(factor, finite=norm.isfinite())
-    optimizer.zero_grad()
-    return learned, norm
-
-
-def save(s: Settings, machine: Machine, out_dir: Path, fixed: dict, model: LanguageModel, optimizer,
-         ema: EMA | None, progress: Progress) -> None:  # fmt: skip
-    """The checkpoint from which the run goes on as if nothing had happened. Comes before validation, which may fail."""
-    if machine.is_main:
-        state = {**fixed, "model": model.state_dict(), "progress": asdict(progress)}
-        more = {"optimizer": optimizer.state_dict(), "ema": ema.state_dict() if ema else None}
-        checkpoint.save_step(out_dir, progress.step, state | more, s.keep_checkpoints)
-
-
-def validate(s: Settings, machine: Machine, out_dir: Path, fixed: dict, model: LanguageModel, ema: EMA | None,
-             validation: Validation, progress: Progress, log: Log) -> None:  # fmt: skip
-    """Score the weights that we would ship, and keep them in best.pt if there were none better."""
-    with ema.applied() if ema else nullcontext():
-        score = evaluate(model, validation, machine, s.batch_size)
-        better = score.loss < progress.best
-        progress.best = min(progress.best, score.loss)
-        if better and machine.is_main:
-            state = {**fixed, "model": model.state_dict(), "progress": asdict(progress)}
-            checkpoint.save(out_dir / "best.pt", state)
-        log.validation(progress, score, better)
-
-
-def catch_signals() -> list[int]:
-    """A list that collects SIGINT and SIGTERM, for the loop to see. A second Ctrl-C interrupts at once."""
+def catch_signals(machine: Machine) -> list[int]:
+    """A list that collects SIGINT and SIGTERM, for the loop to see. A second Ctrl-C interrupts at once; not under
+    torchrun, which passes on the one that every process has got from the terminal already."""
     caught: list[int] = []
 
     def handler(number: int, frame) -> None:
-        if number in caught:
+        if number in caught and machine.world_size == 1:
             raise KeyboardInterrupt
         caught.append(number)
 
@@ -354,7 +433,17 @@ def catch_signals() -> list[int]:
     return caught
 
 
-def finish(out_dir: Path, model: LanguageModel, tokenizer, machine: Machine) -> None:
+def out_of_memory(error: Exception, s: Settings) -> UserError | None:
+    """The sentence for running out of memory, None for any other error."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        smaller = max(1, s.batch_size // 2)
+        return UserError(f"out of memory with batch_size={s.batch_size}: try BATCH_SIZE={smaller} "
+                         f"GRAD_ACCUM={s.grad_accum * s.batch_size // smaller}, CHECKPOINT_ACTIVATIONS=1, or a smaller "
+                         "seq_len; the run is as it was last saved")  # fmt: skip
+    return None
+
+
+def finish(out_dir: Path, model: LanguageModel, tokenizer) -> None:
     """Samples in the run's folder, one on the screen, and the commands that come next."""
     begin = tokenizer.role("eot")
     sampling = SamplingSettings(max_new_tokens=min(200, model.cfg.seq_len))

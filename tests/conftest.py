@@ -7,6 +7,37 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402  (after the thread count is set)
+import pytest  # noqa: E402  (after the thread count is set)
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+WORDS = "the quick brown fox jumps over a lazy dog and runs home to eat some honey with its seven friends".split()
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    generator = torch.Generator().manual_seed(0)
+    words = [WORDS[i] for i in torch.randint(len(WORDS), (6000,), generator=generator)]
+    path = tmp_path_factory.mktemp("corpus") / "words.txt"
+    path.write_text("\n".join(" ".join(words[i : i + 9]) for i in range(0, 6000, 9)), encoding="utf-8")
+    return path
+
+
+def tiny_run(text, out_dir, **changes) -> list[str]:
+    """Arguments of train.py for a run of a second; None leaves a setting at its default."""
+    settings = dict(data_path=text, cache_dir=text.parent / "cache", out_dir=out_dir, vocab_size=300, seq_len=16,
+                    d_model=32, n_layer=2, n_head=4, n_kv_head=2, batch_size=4, max_steps=12, warmup_steps=2, lr=3e-3,
+                    log_interval=1, eval_interval=6, eval_tokens=640, device="cpu", dtype="float32")  # fmt: skip
+    return [f"{name}={value}" for name, value in (settings | changes).items() if value is not None]
+
+
+@pytest.fixture
+def go(text, tmp_path):
+    """Run train.main() with tiny settings; keyword arguments override them."""
+    import train
+
+    def start(**changes):
+        return train.main(tiny_run(text, changes.pop("out_dir", tmp_path / "run"), **changes))
+
+    return start

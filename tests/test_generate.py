@@ -165,3 +165,12 @@ def test_temperature_sharpens():
 def test_rules_out_of_range_are_refused(rule):
     with pytest.raises(UserError, match=next(iter(rule))):
         SamplingSettings(**rule)
+
+
+def test_a_row_begins_with_one_of_the_ids_it_may_begin_with():
+    model = shaken(tiny())
+    for temperature in (0.0, 1.5):
+        sampling = SamplingSettings(temperature=temperature, max_new_tokens=3)
+        rows = generate(model, [[1], [2], [3]], sampling, first=[[40, 41], [], [7]])
+        assert rows[0][0] in (40, 41) and rows[2][0] == 7
+    assert generate(model, [[1]], GREEDY, first=[[]]) == generate(model, [[1]], GREEDY)

@@ -11,7 +11,7 @@ TINY = dict(vocab_size=97, seq_len=32, d_model=32, n_layer=2, n_head=4)
 KINDS = {
     "quickstart": dict(n_kv_head=2),
     "llama": dict(ffn="swiglu", qk_norm=False, n_kv_head=2, tie_embeddings=False),
-    "gpt2": dict(ffn="gelu", norm="layernorm", position="learned", qk_norm=False, bias=True),
+    "gpt2": dict(ffn="gelu", norm="layernorm", position="learned", qk_norm=False, bias=True, n_kv_head=0),
     "nope": dict(ffn="silu", position="none", n_kv_head=1, head_dim=12),
 }
 

@@ -6,11 +6,10 @@ import pytest
 
 import sample
 from configurator import ROOT, UserError
-from test_train import go, text  # noqa: F401  (fixtures)
 
 
 @pytest.fixture
-def run(go, tmp_path):  # noqa: F811
+def run(go, tmp_path):
     go(max_steps=6, vocab_size=320)
     return tmp_path / "run"
 
@@ -98,3 +97,16 @@ def test_generate_can_be_imported_from_sample():
     from sample import generate
 
     assert callable(generate)
+
+
+def test_a_prompt_that_ends_in_a_space_goes_on_with_a_token_that_begins_with_it(capsys, run):
+    import checkpoint
+
+    _, tokenizer, _ = checkpoint.load_model(checkpoint.find(run))
+    ids, first = sample.heal(tokenizer, tokenizer.encode("the quick "))
+    assert tokenizer.decode(ids) == "the quick" and tokenizer.encode(" fox")[0] in first
+    assert all(tokenizer.decode([i]).startswith(" ") for i in first if i < 128)
+    assert sample.heal(tokenizer, tokenizer.encode("the quick")) == (tokenizer.encode("the quick"), [])
+    for more in ([], ["n_samples=2"]):
+        lines = out(capsys, run, "prompt=the quick ", *more).splitlines()
+        assert [line for line in lines if line.startswith("the quick ")]

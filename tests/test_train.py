@@ -16,31 +16,6 @@ from generate import SamplingSettings, generate
 from model import LanguageModel, ModelConfig
 from optim import OptimSettings, lr_at
 
-WORDS = "the quick brown fox jumps over a lazy dog and runs home to eat some honey with its seven friends".split()
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    generator = torch.Generator().manual_seed(0)
-    words = [WORDS[i] for i in torch.randint(len(WORDS), (6000,), generator=generator)]
-    path = tmp_path_factory.mktemp("corpus") / "words.txt"
-    path.write_text("\n".join(" ".join(words[i : i + 9]) for i in range(0, 6000, 9)), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def go(text, tmp_path, tmp_path_factory):
-    """Run train.main() with tiny settings; keyword arguments override them."""
-
-    def start(**changes):
-        settings = dict(data_path=text, cache_dir=text.parent / "cache", out_dir=tmp_path / "run", vocab_size=300,
-                        seq_len=16, d_model=32, n_layer=2, n_head=4, n_kv_head=2, batch_size=4, max_steps=12,
-                        warmup_steps=2, log_interval=1, eval_interval=6, eval_tokens=640, device="cpu",
-                        dtype="float32") | changes  # fmt: skip
-        return train.main([f"{name}={value}" for name, value in settings.items() if value is not None])
-
-    return start
-
 
 def rows(folder):
     with open(folder / "log.csv", encoding="utf-8") as file:
@@ -53,7 +28,7 @@ def column(folder, name):
 
 def interrupt_at(monkeypatch, step, number=signal.SIGTERM):
     """A real signal in the middle of the given step."""
-    original, seen = train.train_step, []
+    original, seen = train.Run.step, []
 
     def wrapped(*args):
         seen.append(1)
@@ -61,7 +36,7 @@ def interrupt_at(monkeypatch, step, number=signal.SIGTERM):
             signal.raise_signal(number)
         return original(*args)
 
-    monkeypatch.setattr(train, "train_step", wrapped)
+    monkeypatch.setattr(train.Run, "step", wrapped)
 
 
 def same(a, b):

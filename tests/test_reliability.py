@@ -1,0 +1,399 @@
+"""Runs that survive: several processes, kills, full disks, bad numbers. docs/reliability.md lists these tests."""
+
+import csv
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import checkpoint
+import train
+from configurator import ROOT, UserError
+from conftest import tiny_run
+from optim import LossScale
+from test_train import column, interrupt_at, same
+
+TRAIN = [sys.executable, str(ROOT / "train.py")]
+
+
+def launch(arguments, processes=0, script=None, restarts=0, **popen):
+    """Start train.py (or a script that wraps it), under torchrun if `processes`."""
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
+                    f"--max-restarts={restarts}"]  # fmt: skip
+        command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([*command, str(script or ROOT / "train.py"), *arguments], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **popen)  # fmt: skip
+
+
+def finish(process, timeout=300):
+    out, _ = process.communicate(timeout=timeout)
+    return process.returncode, out
+
+
+def wait_for(path, process, timeout=60):
+    begin = time.monotonic()
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() - begin < timeout
+        time.sleep(0.01)
+
+
+# ---- several processes
+
+
+CHECKED = """
+import sys, torch, torch.distributed as dist
+import train
+
+original = train.Run.train
+def checked(self):
+    code = original(self)
+    mine = torch.cat([p.detach().flatten() for p in self.model.parameters()])
+    all_of_them = [torch.empty_like(mine) for _ in range(self.machine.world_size)]
+    dist.all_gather(all_of_them, mine)
+    assert all(torch.equal(mine, other) for other in all_of_them), "the processes have different weights"
+    print("EQUAL", flush=True)
+    return code
+train.Run.train = checked
+if __name__ == "__main__":
+    train.run(train.main)
+"""
+
+
+@pytest.mark.parametrize("processes, more", [
+    (2, dict(grad_accum=2)),
+    (5, dict(batch_size=5, data_window="document", optimizer="adamw")),
+])  # fmt: skip
+def test_several_processes_train_as_one(text, tmp_path, go, processes, more):
+    """Same data, losses, validation and weights as one process, equal weights on all, one writer."""
+    script = tmp_path / "checked.py"
+    script.write_text(CHECKED)
+    go(out_dir=tmp_path / "one", **more)
+    code, out = finish(launch(tiny_run(text, tmp_path / "many", **more), processes, script))
+    assert code == 0 and out.count("EQUAL") == processes, out
+    for name in ("step", "tokens", "lr"):
+        assert column(tmp_path / "one", name) == column(tmp_path / "many", name)
+    for name in ("loss", "grad_norm", "val_loss", "val_bits_per_byte"):
+        assert column(tmp_path / "one", name) == pytest.approx(column(tmp_path / "many", name), rel=2e-4), name
+    one, many = (checkpoint.load(tmp_path / n / "step_00000012.pt")["model"] for n in ("one", "many"))
+    for name in one:
+        assert torch.allclose(one[name], many[name], atol=2e-4), name
+    assert out.count("step 12/12  loss") == 1
+
+
+def test_a_process_that_dies_costs_only_the_steps_since_the_last_save(text, tmp_path):
+    """torchrun --max-restarts starts all again; the result is that of a run without a death, to the last bit."""
+    script = tmp_path / "dies_once.py"
+    script.write_text(f"""
+import os, signal, sys
+import train
+
+original, marker = train.Run.step, {str(tmp_path / "died")!r}
+def step(self, *args):
+    if self.progress.step == 8 and self.machine.rank == 1 and not os.path.exists(marker):
+        open(marker, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *args)
+train.Run.step = step
+if __name__ == "__main__":
+    train.run(train.main)
+""")
+    code, out = finish(launch(tiny_run(text, tmp_path / "dies", eval_interval=3), 2, script, restarts=3))
+    assert code == 0 and (tmp_path / "died").exists() and "resume   from step 6" in out, out
+    code, out = finish(launch(tiny_run(text, tmp_path / "lives", eval_interval=3), 2))
+    assert code == 0, out
+    dies, lives = (checkpoint.load(tmp_path / n / "step_00000012.pt") for n in ("dies", "lives"))
+    assert same(dies["model"], lives["model"]) and same(dies["optimizer"], lives["optimizer"])
+    assert column(tmp_path / "dies", "loss") == column(tmp_path / "lives", "loss")
+
+
+def test_sizes_that_do_not_divide_by_the_processes_are_refused(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="3 processes; set batch_size=6"):
+        train.main(tiny_run(text, tmp_path / "run"))
+    with pytest.raises(UserError, match="nearest: 192"):
+        train.main(tiny_run(text, tmp_path / "run", total_batch_size=256))
+
+
+# ---- kills and signals
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(text, tmp_path, go, seed):
+    """SIGKILL, also while saving: the checkpoints come so often that many moments are inside one."""
+    more = dict(max_steps=60, eval_interval=2, eval_tokens=64, dropout=0.1)
+    go(out_dir=tmp_path / "whole", **more)
+    moments, run = random.Random(seed), tmp_path / "killed"
+    for _ in range(3):
+        process = launch(tiny_run(text, run, **more))
+        wait_for(run / "log.csv", process)
+        time.sleep(moments.uniform(0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        finish(process)
+    code, out = finish(launch(tiny_run(text, run, **more)))
+    assert code == 0, out
+    for name in ("step_00000060.pt", "best.pt"):
+        assert same(checkpoint.load(tmp_path / "whole" / name), checkpoint.load(run / name)), name
+    with open(run / "log.csv", encoding="utf-8") as file:
+        rows = [(row["step"], row["val_loss"] != "") for row in csv.DictReader(file)]
+    assert len(rows) == len(set(rows)) == 60 + 30, "the log has a gap or a duplicate"
+    assert column(tmp_path / "whole", "loss") == column(run, "loss")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_signal_saves_and_ends_the_run_and_it_goes_on(text, tmp_path, number, processes):
+    run = tmp_path / "run"
+    more = dict(max_steps=100_000, eval_interval=100_000, log_interval=5)
+    process = launch(tiny_run(text, run, **more), processes, start_new_session=True)
+    wait_for(run / "log.csv", process)
+    time.sleep(0.5)
+    if processes:  # as a terminal's Ctrl-C does: to every process of the group
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    code, out = finish(process)
+    assert code != 0 and "stopped and saved at step" in out, out
+    saved = checkpoint.load_newest(run)["progress"]["step"]
+    assert saved > 0
+    code, out = finish(launch(tiny_run(text, run, **more | dict(max_steps=saved + 2)), processes))
+    assert code == 0 and f"resume   from step {saved}" in out, out
+
+
+# ---- checkpoints that others wrapped
+
+
+@pytest.mark.parametrize("first, second", [(dict(compile=True), {}), ({}, dict(compile=True))])
+def test_compiled_and_plain_runs_continue_each_other(go, tmp_path, first, second):
+    backend = dict(compile_backend="aot_eager")
+    go(max_steps=6, **first, **backend)
+    names = checkpoint.load(tmp_path / "run/step_00000006.pt")["model"].keys()
+    assert not [name for name in names if name.startswith(("_orig_mod", "module"))]
+    go(max_steps=12, **second, **backend)
+    go(out_dir=tmp_path / "plain", max_steps=6)
+    go(out_dir=tmp_path / "plain", max_steps=12)
+    assert column(tmp_path / "run", "loss") == pytest.approx(column(tmp_path / "plain", "loss"), rel=1e-3)
+
+
+def test_without_a_compiler_the_run_says_so_and_goes_on(text, tmp_path, monkeypatch, go, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    assert go(max_steps=2, compile=True) == 0
+    assert "no C++ compiler" in capsys.readouterr().out
+
+
+# ---- numbers
+
+
+def test_fp16_scales_the_loss_and_skips_overflowing_steps(go, tmp_path, monkeypatch):
+    go(dtype="float16", max_steps=6)
+    state = checkpoint.load(tmp_path / "run/step_00000006.pt")
+    assert state["scale"]["value"] > 0 and state["model"]["embed.weight"].dtype == torch.float32
+    assert column(tmp_path / "run", "loss")[-1] < column(tmp_path / "run", "loss")[0]
+    go(out_dir=tmp_path / "bf16", dtype="bfloat16", max_steps=2)
+    assert checkpoint.load(tmp_path / "bf16/step_00000002.pt")["scale"] is None, "a loss scale is for fp16 alone"
+    # a scale that overflows at once: skipped and halved until it fits, and the weights stay finite
+    original = LossScale.__init__
+    monkeypatch.setattr(LossScale, "__init__", lambda self, device: original(self, device, 2.0**30))
+    go(out_dir=tmp_path / "high", dtype="float16", max_steps=14, eval_interval=14)
+    state = checkpoint.load(tmp_path / "high/step_00000014.pt")
+    assert 0 < state["progress"]["skipped"] < 14
+    assert state["scale"]["value"] == 2.0 ** (30 - state["progress"]["skipped"])
+    assert all(t.isfinite().all() for t in state["model"].values())
+
+
+def test_the_loss_scale_halves_at_once_and_doubles_after_2000_good_steps():
+    scale = LossScale(torch.device("cpu"), 8.0)
+    scale.update(torch.tensor(False))
+    assert scale.value == 4
+    for _ in range(1999):
+        scale.update(torch.tensor(True))
+    assert scale.value == 4
+    scale.update(torch.tensor(True))
+    assert scale.value == 8 and scale.good == 0
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([16.0, 8.0])
+    scale.unscale([p])
+    assert p.grad.tolist() == [2.0, 1.0]
+
+
+def poison(monkeypatch, steps):
+    """Gradients that are not finite in the given steps."""
+    original = train.clip_grad_norm
+    calls = []
+
+    def clip(params, max_norm):
+        params = list(params)
+        calls.append(1)
+        if len(calls) in steps:
+            params[0].grad.fill_(float("nan"))
+        return original(params, max_norm)
+
+    monkeypatch.setattr(train, "clip_grad_norm", clip)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(go, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, {3, 7})
+    assert go() == 0
+    state = checkpoint.load(tmp_path / "run/step_00000012.pt")
+    assert state["progress"]["skipped"] == 2 and int(state["optimizer"]["applied"]) == 10
+    assert all(t.isfinite().all() for t in state["model"].values())
+    assert "skipped 2" in capsys.readouterr().out
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(go, tmp_path, monkeypatch):
+    poison(monkeypatch, range(8, 100))
+    with pytest.raises(UserError) as error:
+        go(max_steps=40, max_skipped=4)
+    assert "step_00000006.pt" in str(error.value) and "4 steps in a row" in str(error.value)
+    assert all(t.isfinite().all() for t in checkpoint.load_newest(tmp_path / "run")["model"].values())
+
+
+def test_recomputed_activations_give_the_same_gradients(go, tmp_path):
+    for name, on in (("kept", False), ("recomputed", True)):
+        go(out_dir=tmp_path / name, checkpoint_activations=on, dropout=0.1, n_layer=3)
+    assert column(tmp_path / "kept", "loss") == column(tmp_path / "recomputed", "loss")
+    kept, again = (checkpoint.load(tmp_path / n / "step_00000012.pt")["model"] for n in ("kept", "recomputed"))
+    assert same(kept, again)
+
+
+def test_recomputing_saves_memory():
+    from test_model import tiny
+
+    def saved(**changes):
+        model, total = tiny(n_layer=6, **changes).train(), 0
+        ids = torch.randint(97, (4, 32))
+
+        def pack(tensor):
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(ids, ids)
+        return total
+
+    assert saved(checkpoint_activations=True) < saved() / 3
+
+
+# ---- ends and averages
+
+
+def test_the_run_ends_when_the_goal_is_reached_and_stays_ended(go, tmp_path, capsys):
+    for name, goal in (("loss", dict(stop_loss=5.5)), ("ppl", dict(stop_ppl=250.0))):
+        go(out_dir=tmp_path / name, max_steps=60, eval_interval=3, **goal)
+        last = column(tmp_path / name, "val_loss")
+        assert last[-1] <= 5.53 and all(loss > 5.5 for loss in last[:-1]) and column(tmp_path / name, "step")[-1] < 60
+        capsys.readouterr()
+        before = (tmp_path / name / "log.csv").read_bytes()
+        assert go(out_dir=tmp_path / name, max_steps=60, eval_interval=3, **goal) == 0
+        assert "complete" in capsys.readouterr().out and (tmp_path / name / "log.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("stop_at", [None, 8])
+def test_patience_counts_validations_without_a_better_one_across_a_resume(go, tmp_path, monkeypatch, stop_at):
+    settings = dict(lr=0.5, muon_lr=0.5, eval_interval=1, patience=4, max_steps=60)
+    if stop_at:
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, stop_at)
+            go(**settings)
+    go(**settings)
+    losses = column(tmp_path / "run", "val_loss")
+    best = losses.index(min(losses))
+    assert len(losses) == best + 1 + 4
+
+
+def test_ema_resume_without_ema_is_a_sentence(go):
+    go(max_steps=3)
+    with pytest.raises(UserError, match="ema=0"):
+        go(max_steps=6, ema=0.9)
+
+
+# ---- the machine
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_goes_on(text, tmp_path):
+    """A limit on the size of files stands for the full disk: it needs no privileges."""
+    run = tmp_path / "run"
+    code, out = finish(launch(tiny_run(text, run, max_steps=6)))
+    assert code == 0, out
+    size = (run / "step_00000006.pt").stat().st_size
+    before = (run / "step_00000006.pt").read_bytes()
+    limited = ["bash", "-c", f'ulimit -f {size // 1024 - 50}; exec "$@"', "-", *TRAIN]
+    result = subprocess.run([*limited, *tiny_run(text, run, max_steps=18)], capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "File too large" in result.stderr and "earlier checkpoints are intact" in result.stderr
+    assert "the run goes on without this checkpoint" in result.stdout  # that of step 12
+    assert (run / "step_00000006.pt").read_bytes() == before and not list(run.glob(".*.tmp"))
+    code, out = finish(launch(tiny_run(text, run, max_steps=18)))
+    assert code == 0 and "resume   from step 6" in out, out
+
+
+def test_two_runs_in_one_folder_are_refused(text, tmp_path):
+    run = tmp_path / "run"
+    process = launch(tiny_run(text, run, max_steps=100_000, eval_interval=100_000))
+    wait_for(run / "log.csv", process)
+    code, out = finish(launch(tiny_run(text, run)))
+    process.kill()
+    finish(process)
+    assert code == 2 and "another process trains in" in out
+    code, out = finish(launch(tiny_run(text, run)))  # the lock died with its holder
+    assert code == 0, out
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(go, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match="set another out_dir"):
+        go(out_dir=tmp_path / "file" / "run")
+
+
+def test_running_out_of_memory_names_the_settings_that_help(go, monkeypatch):
+    def allocate(*args):
+        return torch.empty(2**60)
+
+    monkeypatch.setattr(train.Run, "step", allocate)
+    with pytest.raises(UserError) as error:
+        go(batch_size=4)
+    assert all(word in str(error.value) for word in ("BATCH_SIZE=2", "GRAD_ACCUM=2", "CHECKPOINT_ACTIVATIONS"))
+
+
+def test_a_bug_keeps_its_traceback(go, monkeypatch):
+    monkeypatch.setattr(train.Run, "step", lambda *args: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        go()
+
+
+def test_a_vanished_shard_is_a_sentence(go, text):
+    cache = text.parent / "cache2"
+    go(max_steps=2, cache_dir=cache)
+    next(cache.glob("*/train_*.npy")).unlink()
+    with pytest.raises(UserError, match="train_00000.npy"):
+        go(max_steps=4, cache_dir=cache)
+
+
+def test_a_clock_that_jumps_does_not_matter(go, tmp_path, monkeypatch):
+    moments = iter([1e9, 2e9, 5.0] * 10_000)
+    monkeypatch.setattr(time, "time", lambda: next(moments))
+    go(max_steps=6)
+    os.utime(tmp_path / "run" / "step_00000006.pt", (10.0, 10.0))  # and files from 1970
+    assert go(max_steps=12) == 0
+    assert column(tmp_path / "run", "step")[-1] == 12 and min(column(tmp_path / "run", "seconds")) >= 0
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(go, tmp_path, capsys):
+    go()
+    newest = tmp_path / "run/step_00000012.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert go() == 0
+    out = capsys.readouterr().out
+    assert "step_00000012.pt is damaged" in out and "resume   from step 6" in out
+    assert checkpoint.load(newest)["progress"]["step"] == 12
