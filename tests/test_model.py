@@ -196,6 +196,18 @@ def test_logits_equal_gpt2_of_transformers():
     assert torch.allclose(model(ids), theirs(ids).logits, atol=1e-5 * theirs(ids).logits.abs().max().item())
 
 
+def with_our_names(theirs) -> dict[str, torch.Tensor]:
+    """The weights of a Llama or Qwen of transformers under our names."""
+    state = {}
+    for key, value in theirs.state_dict().items():
+        for old, new in (("model.", ""), ("embed_tokens", "embed"), ("layers", "blocks"), ("self_attn", "attn"),
+                         ("post_attention_layernorm", "ffn_norm"), ("input_layernorm", "attn_norm"), ("mlp", "ffn"),
+                         ("_proj", ""), ("lm_head", "head")):  # fmt: skip
+            key = key.replace(old, new)
+        state[key] = value
+    return state
+
+
 @pytest.mark.parametrize("n_kv_head, theta, tied", [(4, 10000.0, False), (2, 500000.0, True), (1, 10000.0, True)])
 def test_logits_equal_llama_of_transformers(n_kv_head, theta, tied):
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -206,13 +218,7 @@ def test_logits_equal_llama_of_transformers(n_kv_head, theta, tied):
         rope_parameters={"rope_type": "default", "rope_theta": theta})).eval()  # fmt: skip
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    state = {}
-    for key, value in theirs.state_dict().items():
-        for old, new in (("model.", ""), ("embed_tokens", "embed"), ("layers", "blocks"), ("self_attn", "attn"),
-                         ("post_attention_layernorm", "ffn_norm"), ("input_layernorm", "attn_norm"), ("mlp", "ffn"),
-                         ("_proj", ""), ("lm_head", "head")):  # fmt: skip
-            key = key.replace(old, new)
-        state[key] = value
+    state = with_our_names(theirs)
     state.setdefault("head.weight", state["embed.weight"])
     model = tiny("llama", n_kv_head=n_kv_head, rope_theta=theta, d_ff=48, norm_eps=1e-5, tie_embeddings=tied)
     model.load_state_dict(state)
@@ -229,13 +235,7 @@ def test_logits_equal_qwen3_of_transformers_with_its_norm_of_queries_and_keys():
         tie_word_embeddings=False)).eval()  # fmt: skip
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    state = {}
-    for key, value in theirs.state_dict().items():
-        for old, new in (("model.", ""), ("embed_tokens", "embed"), ("layers", "blocks"), ("self_attn", "attn"),
-                         ("post_attention_layernorm", "ffn_norm"), ("input_layernorm", "attn_norm"), ("mlp", "ffn"),
-                         ("_proj", ""), ("lm_head", "head")):  # fmt: skip
-            key = key.replace(old, new)
-        state[key] = value
+    state = with_our_names(theirs)
     model = tiny("llama", n_kv_head=2, d_ff=48, head_dim=12, qk_norm=True, rope_theta=10000.0)
     model.load_state_dict(state)
     ids = torch.randint(97, (2, 32))
