@@ -304,7 +304,7 @@ def bench_batches(s: Settings, argv: list[str]) -> dict:
 
 def bench_kill(s: Settings, argv: list[str]) -> dict:
     """Kill a small run `repeats` times at random moments, and compare its end with that of a run left in peace."""
-    settings = dict(seq_len=32, d_model=32, n_layer=2, n_head=4, batch_size=4, max_steps=20 * s.repeats, dropout=0.1,
+    settings = dict(seq_len=32, d_model=32, n_layer=2, n_head=4, batch_size=4, max_steps=120 * s.repeats, dropout=0.1,
                     eval_interval=3, eval_tokens=64, log_interval=1, device="cpu", vocab_size=512)  # fmt: skip
     generator, interrupted = random.Random(0), 0
     with tempfile.TemporaryDirectory() as folder:
@@ -321,7 +321,7 @@ def bench_kill(s: Settings, argv: list[str]) -> dict:
         end(start("whole"))
         for _ in range(s.repeats):
             process = start("killed")
-            time.sleep(generator.uniform(2.5, 5.0))
+            time.sleep(generator.uniform(2.2, 3.6))
             interrupted += process.poll() is None
             process.kill()
             process.wait()

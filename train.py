@@ -169,17 +169,19 @@ def starting_point(s: Settings, out_dir: Path, machine: Machine) -> dict | None:
     existing = checkpoint.steps(out_dir)
     if existing and s.init_from == "scratch":
         raise UserError(f"{out_dir} holds a run, and init_from=scratch would overwrite it; set another out_dir")
+    base = None if s.init_from in ("auto", "scratch") else checkpoint.find(s.init_from)
+    if base and base.resolve().parent == out_dir.resolve():
+        raise UserError(f"init_from={s.init_from} lies in the folder of this run, {out_dir}; set another out_dir")
     if existing:
         state = checkpoint.load_newest(out_dir, machine.print)
         if state is None:
             raise UserError(f"no checkpoint in {out_dir} can be read; remove the folder, or set another out_dir")
         machine.print(f"resume   from step {state['progress']['step']} (the same command continues a run)")
-    elif s.init_from in ("auto", "scratch"):
+    elif base is None:
         return None
     else:
-        path = checkpoint.find(s.init_from)
-        state = checkpoint.load(path)
-        machine.print(f"init     from {path}")
+        state = checkpoint.load(base)
+        machine.print(f"init     from {base}")
     state["resume"] = bool(existing)
     saved = json.loads(state["settings"])
     for name in {f.name for f in fields(ModelConfig)} - MAY_CHANGE - {"vocab_size"}:

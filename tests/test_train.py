@@ -166,6 +166,13 @@ def test_starting_from_a_checkpoint_takes_its_shape_and_tokenizer(go, text, tmp_
     assert checkpoint.steps(tmp_path / "tuned")[-1].name == "step_00000004.pt"
 
 
+def test_a_run_never_starts_from_a_checkpoint_into_the_folder_of_that_run(go, tmp_path):
+    go(max_steps=2)
+    for path in (tmp_path / "run", tmp_path / "run" / "best.pt"):
+        with pytest.raises(UserError, match="set another out_dir"):
+            go(max_steps=4, init_from=path)
+
+
 @pytest.mark.parametrize("changes, words", [
     (dict(d_model=64), ["d_model=32", "d_model=64", "out_dir"]),
     (dict(n_kv_head=4), ["n_kv_head"]),
