@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import checkpoint
+import data
 import sample
 import train
 from configurator import UserError, configure
+from conftest import tiny_run
 from generate import SamplingSettings, generate
 from model import LanguageModel, ModelConfig
 from optim import OptimSettings, lr_at
@@ -109,7 +111,7 @@ def test_validation_does_not_change_the_training(go, tmp_path):
     assert column(tmp_path / "a", "loss") == column(tmp_path / "b", "loss")
 
 
-def test_best_holds_the_weights_that_were_scored_and_last_those_at_the_end(go, tmp_path):
+def test_best_holds_the_weights_that_were_scored_and_last_those_at_the_end(go, text, tmp_path):
     from batches import TokenStream, Validation
     from eval import evaluate
     from machine import MachineSettings, choose_machine
@@ -118,9 +120,8 @@ def test_best_holds_the_weights_that_were_scored_and_last_those_at_the_end(go, t
     losses = column(tmp_path / "run", "val_loss")
     model, tokenizer, state = checkpoint.load_model(tmp_path / "run" / "best.pt")
     assert state["progress"]["step"] == 3 * (losses.index(min(losses)) + 1)
-    folder = next((tmp_path.parent / "corpus0").glob("**/meta.json"), None) or next(
-        tmp_path.parent.glob("corpus*/cache/*/meta.json"))
-    windows = Validation(TokenStream(folder.parent, "val", tokenizer), 16, tokenizer, 640)
+    folder = data.prepare(configure(train.SETTINGS, tiny_run(text, tmp_path / "run"), {}), quiet=True)
+    windows = Validation(TokenStream(folder, "val", tokenizer), 16, tokenizer, 640)
     machine = choose_machine(MachineSettings(device="cpu", dtype="float32"))
     assert evaluate(model, windows, machine).loss == pytest.approx(min(losses), abs=1e-6)
     assert [p.name for p in checkpoint.steps(tmp_path / "run")] == ["step_00000015.pt", "step_00000018.pt"]
