@@ -1,12 +1,16 @@
-"""Attention: rotary positions, grouped-query attention, and its key/value cache.
+"""Attention: rotary positions, ALiBi, grouped-query attention, and its key/value cache.
 
 Every class takes plain sizes and tensors, so the file can be read and used alone:
 
     attn = Attention(d_model=256, n_head=8, n_kv_head=2, head_dim=32)
-    y = attn(x, rope=rope_table(torch.arange(x.shape[1]), 32))            # x, y: (B, T, d_model)
+    y = attn(x, turn=partial(apply_rope, rope=rope_table(torch.arange(T), 32)))            # x, y: (B, T, d_model)
 
 Shapes: B batch, T tokens given, S tokens seen (cached + given), H query heads, K key/value heads, Dh width of a head.
 """
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +40,17 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
+@dataclass
+class Place:
+    """Where the tokens of a forward pass stand: worked out once by the model, read by every block."""
+
+    positions: Tensor  # (T,) or (B, T): counted from the beginning of each text
+    start: int = 0  # tokens that the cache holds already
+    mask: Tensor | None = None  # (B, 1, T, S), True = may see; None: causal
+    turn: Callable[[Tensor], Tensor] | None = None  # gives queries and keys their positions
+    wheels: Tensor | None = None  # the same for Enigma blocks: see enigma.wheel_index
+
+
 class KVCache:
     """Keys and values of one layer, allocated once: 2 · B · K · length · Dh elements."""
 
@@ -55,11 +70,13 @@ class Attention(nn.Module):
     """Causal self-attention with n_head queries that share n_kv_head keys and values (GQA, arXiv 2305.13245).
 
     n_kv_head = n_head is multi-head attention, n_kv_head = 1 multi-query attention. `qk_norm` normalises q and k per
-    head before the rotation, as Qwen3 does: logits stay bounded, and larger learning rates are stable.
+    head before the rotation, as Qwen3 does: logits stay bounded, and larger learning rates are stable. `slopes`, one
+    per head, switch ALiBi on.
     """
 
     def __init__(self, d_model: int, n_head: int, n_kv_head: int, head_dim: int, bias: bool = False,
-                 qk_norm: bool = False, dropout: float = 0.0, norm_eps: float = 1e-6):  # fmt: skip
+                 qk_norm: bool = False, dropout: float = 0.0, norm_eps: float = 1e-6,
+                 slopes: list[float] | None = None):  # fmt: skip
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim, self.dropout = n_head, n_kv_head, head_dim, dropout
         self.q = nn.Linear(d_model, n_head * head_dim, bias=bias)
@@ -68,16 +85,17 @@ class Attention(nn.Module):
         self.o = nn.Linear(n_head * head_dim, d_model, bias=bias)
         self.q_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
+        self.register_buffer("slopes", None if slopes is None else torch.tensor(slopes), persistent=False)  # (H,)
 
     def new_cache(self, batch: int, length: int, dtype: torch.dtype, device) -> KVCache:
         return KVCache(batch, self.n_kv_head, length, self.head_dim, dtype, device)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None,
+    def forward(self, x: Tensor, turn: Callable[[Tensor], Tensor] | None = None, cache: KVCache | None = None,
                 start: int = 0, mask: Tensor | None = None) -> Tensor:  # fmt: skip
         """x (B, T, D) at positions start.. -> (B, T, D).
 
-        With a cache, keys and values are appended to it and the past is seen. `mask` (broadcast to B, H, T, S; True =
-        may see) replaces the causal rule; without it flash kernels stay usable.
+        `turn` gives queries and keys (B, H or K, T, Dh) their positions. With a cache, keys and values are appended to
+        it and the past is seen. `mask` (broadcast to B, H, T, S; True = may see) replaces the causal rule.
         """
         B, T, _ = x.shape
         q = self.q(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, H, T, Dh)
@@ -85,19 +103,11 @@ class Attention(nn.Module):
         v = self.v(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, K, T, Dh)
         if self.q_norm is not None:
             q, k = norm_heads(q, self.q_norm), norm_heads(k, self.k_norm)
-        if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if turn is not None:
+            q, k = turn(q), turn(k)
         if cache is not None:
             k, v = cache.update(k.to(cache.k.dtype), v.to(cache.v.dtype), start)
-            if mask is None and 1 < T < k.shape[2]:  # several new tokens behind a past: causal, shifted by start
-                mask = causal_mask(torch.arange(start, start + T, device=x.device), k.shape[2])
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        dropout = self.dropout if self.training else 0.0
-        if use_explicit(q, mask, dropout):
-            y = explicit_attention(q, k, v)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1,
-                                               enable_gqa=self.n_kv_head != self.n_head)  # fmt: skip
+        y = attend(q.to(v.dtype), k.to(v.dtype), v, self.slopes, mask, self.dropout if self.training else 0.0)
         return self.o(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
 
 
@@ -106,7 +116,30 @@ def norm_heads(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps)
 
 
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None = None, mask: Tensor | None = None,
+           dropout: float = 0.0) -> Tensor:  # fmt: skip
+    """softmax(q·kᵀ/√Dh + bias)·v: q (B, H, T, Dh) are the last T of the positions of k and v (B, K, S, Dh).
+
+    Causal unless `mask` (see Attention.forward) says otherwise. Without a mask the flash kernels stay usable, with
+    ALiBi too. Returns (B, H, T, Dh).
+    """
+    T, S, Dh = q.shape[2], k.shape[2], q.shape[3]
+    if mask is None and use_explicit(q, S, dropout):
+        return explicit_attention(q, k, v, slopes)
+    if mask is None and 1 < T < S:  # several new tokens behind a past: causal, shifted by it
+        mask = causal_mask(torch.arange(S - T, S, device=q.device), S)
+    scale = Dh**-0.5  # of the true width: the line below may add channels
+    if slopes is not None and mask is None and T > 1:
+        q, k, v = alibi_channels(q, k, v, slopes)
+    elif slopes is not None:
+        bias = alibi_bias(slopes, T, S)
+        mask = (bias if mask is None else bias.masked_fill(~mask, float("-inf"))).to(q.dtype)
+    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1, scale=scale,
+                                       enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
+    return y[..., :Dh]
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None = None) -> Tensor:
     """Causal attention written out: q (B, H, T, Dh), k and v (B, K, T, Dh) -> (B, H, T, Dh).
 
     softmax(q·kᵀ/√Dh + mask)·v, where each group of H/K query heads reads one key head (arXiv 1706.03762).
@@ -114,19 +147,55 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     B, H, T, Dh = q.shape
     K = k.shape[1]
     mask = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+    if slopes is not None:
+        mask = (mask + alibi_bias(slopes, T, T)).to(q.dtype).view(K, H // K, T, T)
     q = (q * Dh**-0.5).reshape(B, K, H // K * T, Dh)  # the group's queries side by side: one product per key head
     scores = (q @ k.mT).view(B, K, H // K, T, T) + mask
     return (scores.softmax(dim=-1).view(B, K, H // K * T, T) @ v).view(B, H, T, Dh)
 
 
-def use_explicit(q: Tensor, mask: Tensor | None, dropout: float) -> bool:
+def use_explicit(q: Tensor, length: int, dropout: float) -> bool:
     """Whether writing it out is faster: for training in bfloat16 on a CPU up to 1024 tokens, where the flash kernel's
     backward does not use the CPU's bfloat16 products (2.3 times at 256 tokens, 1.2 at 1024), at T² memory."""
     T = q.shape[2]
     return (q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
-            and mask is None and not dropout and 1 < T <= 1024)  # fmt: skip
+            and 1 < T == length <= 1024 and not dropout)  # fmt: skip
 
 
 def causal_mask(positions: Tensor, length: int) -> Tensor:
     """positions (T,) of the queries -> (T, length) booleans: key s may be seen from position t if s <= t."""
     return torch.arange(length, device=positions.device) <= positions[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ALiBi: the further away, the less (arXiv 2108.12409)
+
+
+def alibi_slopes(n_head: int) -> list[float]:
+    """2^(-8h/H) for h = 1 … H; where H is no power of two, the paper's interleaving: 3 -> [2^-4, 2^-8, 2^-2]."""
+    power = 2 ** math.floor(math.log2(n_head))
+    slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
+    return slopes + [2 ** (-4 * h / power) for h in range(1, 2 * (n_head - power), 2)]
+
+
+def alibi_bias(slopes: Tensor, T: int, S: int) -> Tensor:
+    """slopes (H,) -> (H, T, S) fp32: -slope · distance from query t, the last T of S positions, to key s."""
+    positions = torch.arange(S, device=slopes.device, dtype=torch.float32)
+    return slopes.float()[:, None, None] * (positions - positions[S - T :, None])
+
+
+def alibi_channels(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ALiBi without a mask: two more channels, with which q·k grows by √Dh · slope · s at key s.
+
+    The distance t - s may become -s, because softmax does not see what is added to a whole row. s is cut into 256s and
+    ones, which bfloat16 holds exactly up to position 65,535. v gets zeros, and all of them up to a multiple of 8.
+    """
+    B, H, T, Dh = q.shape
+    steep = (slopes.float() * Dh**0.5)[:, None].expand(H, T)
+    s = torch.arange(k.shape[2], device=k.device)
+    extra = -(Dh + 2) % 8
+    more_q = F.pad(torch.stack((256 * steep, steep), dim=-1), (0, extra)).to(q.dtype)  # (H, T, 2 + extra)
+    more_k = F.pad(torch.stack((s // 256, s % 256), dim=-1), (0, extra)).to(k.dtype)  # (S, 2 + extra)
+    q = torch.cat((q, more_q.expand(B, -1, -1, -1)), dim=-1)
+    k = torch.cat((k, more_k.expand(*k.shape[:2], -1, -1)), dim=-1)
+    return q, k, F.pad(v, (0, 2 + extra))

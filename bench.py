@@ -4,6 +4,8 @@
     python bench.py step                                 # tokens/s of a training step
     python bench.py step NANOGPT=~/nanoGPT               # the same against a checkout of nanoGPT, in turn
     python bench.py shakespeare NANOGPT=~/nanoGPT DATA_PATH=input.txt   # loss and time of nanoGPT's CPU recipe
+    python bench.py depth                                # memory and time of reversible stacks, 4 to 48 layers
+    python bench.py ablation                             # what each part of the Enigma model is worth; hours
     python bench.py batches                              # batches/s of the loader
     python bench.py kill REPEATS=50                      # SIGKILL at random moments; the end must have the same bits
 
@@ -22,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -42,7 +44,8 @@ class BenchSettings:
     repeats: int = 5            # measurements of each variant, of which we report the median
     threads: int = 0            # CPU threads; 0 = all
     batch_size: int = 1         # step: sequences in a step
-    seeds: int = 3              # shakespeare: runs of each
+    seeds: int = 3              # shakespeare, ablation: runs of each
+    only: str = ""              # ablation: the one corpus to do, stdlib or shakespeare
     worker: str = ""            # internal: this process measures one variant and prints its seconds
 
 
@@ -52,7 +55,7 @@ SETTINGS = [BenchSettings, ModelConfig, OptimSettings, DataSettings, MachineSett
 def main() -> None:
     argv = sys.argv[1:]
     names = {"optim": bench_optim, "step": bench_step, "shakespeare": bench_shakespeare,
-             "batches": bench_batches, "kill": bench_kill}
+             "batches": bench_batches, "kill": bench_kill, "depth": bench_depth, "ablation": bench_ablation}
     if not argv or argv[0] not in names:
         if argv and argv[0] not in ("-h", "--help"):
             raise UserError(f"unknown benchmark {argv[0]}: choose one of {', '.join(names)}")
@@ -120,7 +123,8 @@ def step_ours(s: Settings) -> dict:
         optimizer.zero_grad()
 
     seconds = timed(step, 4)[1:]
-    return {"seconds": seconds, "gb": peak_memory(machine)}
+    weights = 16 * sum(p.numel() for p in model.parameters()) / 1e9  # with gradients and both moments of AdamW
+    return {"seconds": seconds, "gb": peak_memory(machine), "weights_gb": weights}
 
 
 def step_nanogpt(s: Settings) -> dict:
@@ -175,6 +179,92 @@ def bench_step(s: Settings, argv: list[str]) -> dict:
         rows[name] = {"ms": median * 1e3, "tok/s": tokens / median, "% spread": spread * 100,
                       "GB": statistics.median(memory[name])}  # fmt: skip
     return show(rows, names[0])
+
+
+# What a run of two more layers costs is what reversible stacks are about.
+STACKS = {"plain": [], "checkpointing": ["checkpoint_activations=1"], "reversible": ["reversible=1"],
+          "reversible, no grid": ["reversible=1", "reversible_grid=0"]}  # fmt: skip
+
+
+def bench_depth(s: Settings, argv: list[str]) -> dict:
+    """Seconds per step, and peak memory without weights, gradients and moments, of stacks of different depth."""
+    shape = [f"{k}={v}" for k, v in dict(seq_len=2048, d_model=256, n_head=4, n_kv_head=4, vocab_size=4096,
+                                         optimizer="adamw").items() if not s.given(k)]  # fmt: skip
+    rows = []
+    print(f"{'layers':>6}  {'stack':<20} {'ms/step':>9} {'of plain':>9} {'peak GB':>9} {'activations GB':>15}")
+    for depth in (4, 8, 16, 32, 48):
+        plain = 0.0
+        for name, more in STACKS.items():
+            one = worker("ours", "step", [*argv, *shape, *more, f"n_layer={depth}", f"batch_size={s.batch_size}"])
+            ms = statistics.median(one["seconds"]) * 1e3
+            plain = plain or ms
+            rows.append({"layers": depth, "stack": name, "ms": ms, "gb": one["gb"],
+                         "activations_gb": one["gb"] - one["weights_gb"]})  # fmt: skip
+            print(f"{depth:>6}  {name:<20} {ms:>9.0f} {ms / plain:>8.2f}x {one['gb']:>9.2f} "
+                  f"{rows[-1]['activations_gb']:>15.2f}")  # fmt: skip
+    return {"rows": rows}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quality: what each part of the Enigma model is worth
+
+
+ABLATION = {
+    "plain transformer, RoPE": "n_layer=4",
+    "plain transformer, ALiBi": "n_layer=4 position=alibi",
+    "reversible transformer, RoPE": "n_layer=4 reversible=1",
+    "reversible transformer, ALiBi": "n_layer=4 reversible=1 position=alibi",
+    "Enigma": "",
+    "without wheels": "wheels=none",
+    "with carrying wheels": "wheels=carry",
+    "without convolution": "kernel=0",
+    "without shears": "shears=0",
+}
+
+
+def bench_ablation(s: Settings, argv: list[str]) -> dict:
+    """Validation bits per byte of runs of equal parameters (by d_ff) and tokens, several seeds, on two corpora."""
+    corpora = {"shakespeare": {"data_path": s.data_path, "tokenizer": "char"}, "stdlib": {"vocab_size": 4096}}
+    base = dict(seq_len=128, d_model=128, n_head=4, n_kv_head=4, n_layer=0, n_enigma=4, reversible=1, batch_size=16,
+                max_steps=600, eval_interval=600, eval_tokens=100_000, lr=1e-2)  # fmt: skip
+    results: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for corpus, data in corpora.items():
+            if s.only not in ("", corpus) or data.get("data_path") == "":
+                continue
+            print(f"{corpus}: validation bits per byte of {s.seeds} seeds")
+            for name, text in ABLATION.items():
+                own = dict(pair.split("=") for pair in text.split())
+                if "n_layer" in own:
+                    own = {"n_enigma": 0, "reversible": 0} | own
+                settings = base | data | own
+                settings["d_ff"] = width_for(settings, base)
+                scores = []
+                for seed in range(1, s.seeds + 1):
+                    run = Path(folder) / f"{corpus}{len(results)}{name}{seed}".replace(" ", "_")
+                    pairs = settings | {"out_dir": run, "seed": seed}
+                    subprocess.run([sys.executable, str(ROOT / "train.py"), *(f"{k}={v}" for k, v in pairs.items())],
+                                   check=True, capture_output=True, text=True)  # fmt: skip
+                    last = (run / "log.csv").read_text(encoding="utf-8").splitlines()[-1]
+                    scores.append(float(last.split(",")[8]))
+                results.setdefault(corpus, {})[name] = scores
+                print(f"  {name:<30} {statistics.mean(scores):.4f}   {' '.join(f'{x:.4f}' for x in scores)}   "
+                      f"d_ff {settings['d_ff']}", flush=True)  # fmt: skip
+    return {"bits_per_byte": results}
+
+
+def width_for(settings: dict, base: dict) -> int:
+    """The d_ff (a multiple of 8) with which the blocks have the parameters of four plain ones of 4 d_model."""
+
+    def parameters(chosen: dict, d_ff: int) -> int:
+        pairs = {f.name: chosen[f.name] for f in fields(ModelConfig) if f.name in chosen} | {"d_ff": d_ff}
+        argv = [f"{k}={v}" for k, v in (pairs | {"vocab_size": 1}).items()]
+        with torch.device("meta"):
+            return LanguageModel(configure([ModelConfig], argv, {}).part(ModelConfig)).count_parameters()["total"]
+
+    wanted = parameters(base | {"n_layer": 4, "n_enigma": 0}, 4 * base["d_model"])
+    each = (parameters(settings, 16) - parameters(settings, 8)) // 8
+    return 8 + round((wanted - parameters(settings, 8)) / each / 8) * 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,15 +10,18 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import Attention, KVCache, rope_table
+from attention import Attention, KVCache, Place, alibi_slopes, apply_rope, rope_table
 from configurator import UserError
+from enigma import EnigmaBlock, wheel_index, wheel_sizes
 from ffn import FeedForward, default_d_ff
+from reversible import Branch, Chain
 
 
 @dataclass
@@ -35,19 +38,26 @@ class ModelConfig:
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # normalisation, before attention and feed-forward
     norm_eps: float = 1e-6      # added to the variance
     qk_norm: bool = True        # normalise queries and keys per head
-    position: Literal["rope", "learned", "none"] = "rope"  # how the model knows the order of tokens
+    position: Literal["rope", "alibi", "learned", "none"] = "rope"  # how the model knows the order of tokens
     rope_theta: float = 10000.0  # base of the rotary wavelengths
     tie_embeddings: bool = True  # the head is the embedding, transposed
     bias: bool = False          # biases in linear layers and LayerNorm
     dropout: float = 0.0        # on embeddings, attention weights and branch outputs, in training only
     init_std: float = 0.02      # weights start as N(0, init_std²); branch outputs at 1/√(2 n_layer) of it
     checkpoint_activations: bool = False  # keep the inputs of blocks only and compute the rest again
+    reversible: bool = False    # two streams that can be undone: the memory of training does not grow with the depth
+    reversible_grid: int = 14   # round what is added to the streams to multiples of 2^-this: undone exactly; 0 = off
+    n_enigma: int = 0           # Enigma blocks before the n_layer others; reversible models only
+    wheels: Literal["free", "carry", "none"] = "free"  # Enigma: wheels step with every token, like an odometer, or not
+    kernel: int = 4             # Enigma: taps of the dynamic convolution; 0 = no convolution
+    shears: bool = True         # Enigma: mix the channels of both streams by an invertible matrix
+    form: str = "mix"
     label_smoothing: float = 0.0  # share of the target spread over the vocabulary, in training only
 
     def __post_init__(self):
         """Fill in the zeros; refuse sizes that do not fit together."""
         for name in ("vocab_size", "seq_len", "d_model", "n_layer", "n_head"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) < (name != "n_layer" or not self.n_enigma):
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.head_dim and self.d_model % self.n_head:
             raise UserError(f"d_model={self.d_model} does not divide by n_head={self.n_head}: change one of them")
@@ -58,6 +68,16 @@ class ModelConfig:
             raise UserError(f"n_head={self.n_head} does not divide by n_kv_head={self.n_kv_head}")
         if self.position == "rope" and self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} is odd, and rotary positions turn channels in pairs")
+        if self.reversible and (self.dropout or self.checkpoint_activations):
+            name = "dropout" if self.dropout else "checkpoint_activations"
+            raise UserError(f"reversible=True computes every branch again, the same each time: set {name}=0")
+        if self.n_enigma and not self.reversible:
+            raise UserError(f"n_enigma={self.n_enigma} needs reversible=True")
+        if self.n_enigma and self.wheels != "none" and (self.n_head % 2 or self.n_kv_head % 2):
+            raise UserError(f"n_head={self.n_head} and n_kv_head={self.n_kv_head} must be even: half of the heads "
+                            "turn with wheels (wheels=none has none)")  # fmt: skip
+        if self.n_enigma and not 0 <= self.kernel <= self.seq_len:
+            raise UserError(f"kernel={self.kernel} must be between 0 and seq_len={self.seq_len}")
         for name in ("dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be in [0, 1)")
@@ -74,23 +94,39 @@ class Block(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
+        slopes = alibi_slopes(cfg.n_head) if cfg.position == "alibi" else None
         self.attn_norm = make_norm(cfg)
         self.attn = Attention(cfg.d_model, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.bias, cfg.qk_norm,
-                              cfg.dropout, cfg.norm_eps)  # fmt: skip
+                              cfg.dropout, cfg.norm_eps, slopes)  # fmt: skip
         self.ffn_norm = make_norm(cfg)
         self.ffn = FeedForward(cfg.d_model, cfg.d_ff, cfg.ffn, cfg.bias)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor, rope=None, cache: KVCache | None = None, start: int = 0, mask=None) -> Tensor:
-        x = x + self.dropout(self.attn(self.attn_norm(x), rope, cache, start, mask))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+    def attend(self, x: Tensor, place: Place, cache: KVCache | None = None) -> Tensor:
+        return self.dropout(self.attn(self.attn_norm(x), place.turn, cache, place.start, place.mask))
+
+    def think(self, x: Tensor, place: Place, cache: None = None) -> Tensor:
+        return self.dropout(self.ffn(self.ffn_norm(x)))
+
+    def forward(self, x: Tensor, place: Place, caches: tuple = (None, None)) -> Tensor:
+        """x (B, T, D) -> (B, T, D), on a single stream."""
+        x = x + self.attend(x, place, caches[0])
+        return x + self.think(x, place, caches[1])
+
+    def branches(self) -> list[Branch]:
+        """What a reversible model puts on two streams."""
+        return [Branch(self.attend, [self.attn_norm, self.attn]), Branch(self.think, [self.ffn_norm, self.ffn])]
+
+    def new_caches(self, batch: int, length: int, dtype: torch.dtype, device) -> list:
+        """A state for each branch, None for one that needs none."""
+        return [self.attn.new_cache(batch, length, dtype, device), None]
 
 
 class Cache:
-    """What decoding remembers: a state per layer, the number of positions filled, and each row's left padding."""
+    """What decoding remembers: each block's states, the number of positions filled, and each row's left padding."""
 
-    def __init__(self, layers: list[KVCache], size: int):
-        self.layers, self.size = layers, size
+    def __init__(self, blocks: list[list], size: int):
+        self.blocks, self.size = blocks, size
         self.length = 0
         self.pad: Tensor | None = None  # (B,) number of padding tokens before each row's first real one
 
@@ -104,15 +140,25 @@ class LanguageModel(nn.Module):
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.position = nn.Embedding(cfg.seq_len, cfg.d_model) if cfg.position == "learned" else None
         self.dropout = nn.Dropout(cfg.dropout)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        enigma = partial(EnigmaBlock, cfg.d_model, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.d_ff, cfg.ffn,
+                         cfg.kernel, cfg.shears, cfg.wheels != "none", cfg.bias, cfg.qk_norm, cfg.norm_eps, cfg.form)  # fmt: skip
+        self.blocks = nn.ModuleList([*(enigma() for _ in range(cfg.n_enigma)), *(Block(cfg) for _ in range(cfg.n_layer))])
         self.norm = make_norm(cfg)
         self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
+        self.chain = None
+        if cfg.reversible:
+            self.chain = Chain([branch for block in self.blocks for branch in block.branches()], cfg.reversible_grid)
+        if cfg.n_enigma:  # a fixed permutation of the channels of both streams
+            generator = torch.Generator().manual_seed(26)
+            self.register_buffer("plugboard", torch.randperm(2 * cfg.d_model, generator=generator))
         self.apply(self._init)
-        for block in self.blocks:  # 2 n_layer branches add up in the residual stream: keep its variance (GPT-2)
+        for block in self.blocks:  # 2 branches a block add up in the residual stream: keep its variance (GPT-2)
             for branch in (block.attn.o, block.ffn.down):
-                nn.init.normal_(branch.weight, std=cfg.init_std / math.sqrt(2 * cfg.n_layer))
+                nn.init.normal_(branch.weight, std=cfg.init_std / math.sqrt(2 * len(self.blocks)))
+            for shear in getattr(block, "shears", ()):
+                nn.init.zeros_(shear.weight)
 
     def _init(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -121,31 +167,26 @@ class LanguageModel(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, weights: Tensor | None = None,
-                cache: Cache | None = None, n_logits: int = 0) -> Tensor:  # fmt: skip
+                cache: Cache | None = None, n_logits: int = 0, positions: Tensor | None = None) -> Tensor:  # fmt: skip
         """ids (B, T) integers -> nats (B, T) fp32 where targets (B, T) are given, else logits.
 
         weights (B, T), default 1, multiply the nats: 0 for a token that is not learned. Logits are (B, T, V), or those
-        of the last n_logits positions. With a cache the ids continue what it holds. Raises ValueError past seq_len.
+        of the last n_logits positions. With a cache the ids continue what it holds. positions (B, T) that begin again
+        at 0 put several texts in a row, and none of them sees another. Raises ValueError past seq_len.
         """
         B, T = ids.shape
         start = cache.length if cache is not None else 0
         if start + T > self.cfg.seq_len:
             raise ValueError(f"{start + T} tokens are more than seq_len={self.cfg.seq_len}")
-        positions = torch.arange(start, start + T, device=ids.device)  # (T,)
-        mask = None
-        if cache is not None and cache.pad is not None:
-            mask = padding_mask(positions, cache.pad)
-            positions = (positions - cache.pad[:, None]).clamp(min=0)  # (B, T): each row counts from its first token
-        x = self.embed(ids)  # (B, T, D)
-        if self.position is not None:
-            x = x + self.position(positions)
-        rope = rope_table(positions, self.cfg.head_dim, self.cfg.rope_theta) if self.cfg.position == "rope" else None
-        x = self.dropout(x)
-        for i, block in enumerate(self.blocks):
-            if self.cfg.checkpoint_activations and self.training and cache is None:
-                x = checkpoint(block, x, rope, use_reentrant=False)
-            else:
-                x = block(x, rope, cache.layers[i] if cache is not None else None, start, mask)
+        x, place = self.embed_at(ids, start, cache.pad if cache is not None else None, positions)
+        if self.chain is not None:
+            x = self.through_chain(x, place, cache)
+        else:
+            for i, block in enumerate(self.blocks):
+                if self.cfg.checkpoint_activations and self.training and cache is None:
+                    x = checkpoint(block, x, place, use_reentrant=False)
+                else:
+                    x = block(x, place, cache.blocks[i] if cache is not None else (None, None))
         if cache is not None:
             cache.length += T
         x = self.norm(x)
@@ -155,10 +196,53 @@ class LanguageModel(nn.Module):
         weights = None if weights is None else weights.reshape(-1)
         return HeadLoss.apply(x.view(B * T, -1), self.head.weight, targets.reshape(-1), weights, smoothing).view(B, T)
 
+    def embed_at(self, ids: Tensor, start: int = 0, pad: Tensor | None = None,
+                 positions: Tensor | None = None) -> tuple[Tensor, Place]:  # fmt: skip
+        """ids (B, T) -> embeddings (B, T, D), and where they stand."""
+        cfg, mask = self.cfg, None
+        if positions is not None:
+            mask = example_mask(positions)
+        else:
+            positions = torch.arange(start, start + ids.shape[1], device=ids.device)  # (T,)
+            if pad is not None:
+                mask = padding_mask(positions, pad)
+                positions = (positions - pad[:, None]).clamp(min=0)  # (B, T): each row counts from its first token
+        x = self.embed(ids)  # (B, T, D)
+        if self.position is not None:
+            x = x + self.position(positions)
+        place = Place(positions, start, mask)
+        if cfg.position == "rope":
+            place.turn = partial(apply_rope, rope=rope_table(positions, cfg.head_dim, cfg.rope_theta))
+        if cfg.n_enigma and cfg.wheels != "none":
+            sizes = wheel_sizes(cfg.n_kv_head // 2, cfg.head_dim)
+            place.wheels = wheel_index(positions, sizes, cfg.head_dim, cfg.wheels == "carry")
+        return self.dropout(x), place
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, T, D) -> the two streams of a reversible model: copies, through the plugboard."""
+        x = self.chain.enter(x.to(torch.promote_types(x.dtype, torch.float32)))
+        if not self.cfg.n_enigma:
+            return x, x
+        return tuple(torch.cat((x, x), dim=-1).index_select(-1, self.plugboard).chunk(2, dim=-1))
+
+    def through_chain(self, x: Tensor, place: Place, cache: Cache | None) -> Tensor:
+        """The reversible stack: (B, T, D) -> (B, T, D), the mean of both streams."""
+        states = [state for states in cache.blocks for state in states] if cache is not None else None
+        a, b = self.chain(*self.split(x), place, caches=states)
+        if self.cfg.n_enigma:
+            a, b = torch.cat((a, b), dim=-1).index_select(-1, self.plugboard.argsort()).chunk(2, dim=-1)
+        return ((a + b) / 2).to(x.dtype)
+
+    @torch.no_grad()
+    def probe(self, ids: Tensor) -> tuple[float, float]:
+        """ids (B, T) -> (largest |x| in the streams, largest error of the inverse) of a reversible model."""
+        x, place = self.embed_at(ids)
+        return self.chain.probe(*self.split(x), place)
+
     def new_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` sequences of up to `length` tokens, in the dtype of the weights."""
         weight = self.embed.weight
-        return Cache([b.attn.new_cache(batch, length, weight.dtype, weight.device) for b in self.blocks], length)
+        return Cache([b.new_caches(batch, length, weight.dtype, weight.device) for b in self.blocks], length)
 
     def count_parameters(self) -> dict[str, int]:
         """{'total', 'embedding', 'active'}: all of them (tied ones once), the lookup tables, those a token uses."""
@@ -169,12 +253,12 @@ class LanguageModel(nn.Module):
     def flops_per_token(self, seq_len: int | None = None) -> int:
         """FLOPs of forward and backward per token at a context of seq_len, as the PaLM paper counts (appendix B).
 
-        6 per weight of a matrix product (2 forward, 4 backward), the head among them, and 12 · n_layer · n_head ·
+        6 per weight of a matrix product (2 forward, 4 backward), the head among them, and 12 · blocks · n_head ·
         head_dim · T for q·k and the weighted values, counted as if attention were not causal.
         """
         cfg = self.cfg
         matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        return 6 * matrices + 12 * cfg.n_layer * cfg.n_head * cfg.head_dim * (seq_len or cfg.seq_len)
+        return 6 * matrices + 12 * len(self.blocks) * cfg.n_head * cfg.head_dim * (seq_len or cfg.seq_len)
 
 
 def padding_mask(positions: Tensor, pad: Tensor) -> Tensor:
@@ -185,6 +269,14 @@ def padding_mask(positions: Tensor, pad: Tensor) -> Tensor:
     keys = torch.arange(int(positions[-1]) + 1, device=positions.device)  # (S,)
     query = positions[:, None]  # (T, 1)
     return (((keys <= query) & (keys >= pad[:, None, None])) | (keys == query))[:, None]
+
+
+def example_mask(positions: Tensor) -> Tensor:
+    """positions (B, T), each example counted from 0 -> (B, 1, T, T) booleans: causal, and within the example."""
+    example = (positions == 0).cumsum(dim=1)  # (B, T)
+    T = positions.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=positions.device).tril()
+    return ((example[:, :, None] == example[:, None, :]) & causal)[:, None]
 
 
 class HeadLoss(torch.autograd.Function):

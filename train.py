@@ -49,7 +49,7 @@ class TrainSettings:
     max_tokens: int = 0         # length of the run in tokens instead, if not 0
     batch_size: int = 16        # sequences in one forward pass of one process
     grad_accum: int = 1         # forward passes per step, all processes together
-    total_batch_size: int = 0   # tokens per step, all processes together; if not 0, grad_accum follows from it
+    total_batch_size: int = 0   # tokens per step, all processes together; if not 0, it is cut as batch_size allows
     log_interval: int = 10      # steps between lines of the log
     eval_interval: int = 120    # steps between checkpoints, each followed by a validation
     eval_tokens: int = 50_000   # validation tokens scored each time; 0 = all
@@ -139,20 +139,21 @@ def plan_steps(s: Settings, machine: Machine) -> Plan:
     for name in ("batch_size", "grad_accum", "log_interval", "eval_interval", "keep_checkpoints"):
         if getattr(s, name) < 1:
             raise UserError(f"{name}={getattr(s, name)} must be at least 1")
-    world, unit = machine.world_size, s.batch_size * machine.world_size
+    world = machine.world_size
     if s.total_batch_size:
         sequences = s.total_batch_size // s.seq_len
-        if s.total_batch_size % s.seq_len or sequences % unit:
-            nearest = max(1, round(s.total_batch_size / (unit * s.seq_len))) * unit * s.seq_len
+        if s.total_batch_size % s.seq_len or sequences % world:
+            nearest = max(1, round(s.total_batch_size / (world * s.seq_len))) * world * s.seq_len
             raise UserError(f"total_batch_size={s.total_batch_size} does not divide into {world} processes x "
-                            f"batch_size={s.batch_size} x seq_len={s.seq_len}; nearest: {nearest}")  # fmt: skip
+                            f"seq_len={s.seq_len}; nearest: {nearest}")  # fmt: skip
+        micro_batch = max(n for n in range(1, s.batch_size + 1) if sequences // world % n == 0)
     else:
         sequences = s.batch_size * s.grad_accum
         if sequences % world:
             raise UserError(f"batch_size x grad_accum = {sequences} sequences do not divide by {world} processes; "
                             f"set batch_size={-(-s.batch_size // world) * world}")  # fmt: skip
+        micro_batch = min(s.batch_size, sequences // world)
     per_rank = sequences // world
-    micro_batch = min(s.batch_size, per_rank)
     if per_rank % micro_batch:
         raise UserError(f"{per_rank} sequences per process do not divide by batch_size={s.batch_size}")
     max_steps = -(-s.max_tokens // (sequences * s.seq_len)) if s.max_tokens else s.max_steps
@@ -222,7 +223,10 @@ def wants_compile(s: Settings, machine: Machine) -> bool:
 def wrap(model: LanguageModel, s: Settings, machine: Machine):
     """What the loop calls instead of the model: compiled, and averaging gradients over the processes."""
     if wants_compile(s, machine):
-        model = torch.compile(model, backend=s.compile_backend, dynamic=False)
+        if model.chain is not None:  # its backward pass calls the branches one by one
+            model.chain.compile(backend=s.compile_backend, dynamic=False)
+        else:
+            model = torch.compile(model, backend=s.compile_backend, dynamic=False)
     if machine.world_size > 1:
         on_gpu = machine.device.type == "cuda"
         model = DistributedDataParallel(model, device_ids=[machine.device.index] if on_gpu else None)
@@ -414,6 +418,11 @@ class Run:
                 except UserError as error:
                     self.log.say(str(error))
         self.log.validation(progress, score, better)
+        if self.model.chain is not None:
+            ids = self.validation.get(0, 1)[0].to(self.machine.device)
+            with self.machine.autocast():
+                largest, error = self.model.probe(ids)
+            self.log.say(f"         reversible: max |x| {largest:.3g}, error of the inverse {error:.2g}")
         if progress.ended:
             why = "the goal is reached" if reached else f"no better validation in {progress.worse}"
             self.log.say(f"we stop here: {why}")

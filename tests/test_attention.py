@@ -1,8 +1,19 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from attention import Attention, apply_rope, explicit_attention, rope_table, use_explicit
+from attention import (
+    Attention,
+    alibi_bias,
+    alibi_slopes,
+    apply_rope,
+    attend,
+    explicit_attention,
+    rope_table,
+    use_explicit,
+)
 
 
 def qk(head_dim, seed=0):
@@ -59,13 +70,13 @@ def test_explicit_attention_is_taken_in_bf16_training_on_cpu_and_agrees_with_the
     torch.manual_seed(0)
     attn = Attention(32, 4, 2, 8, qk_norm=True)
     x = torch.randn(2, 12, 32)
-    rope = rope_table(torch.arange(12), 8)
+    turn = partial(apply_rope, rope=rope_table(torch.arange(12), 8))
     with torch.autocast("cpu", torch.bfloat16):
-        explicit = attn(x, rope)
+        explicit = attn(x, turn)
         with torch.no_grad():
-            kernel = attn(x, rope)
+            kernel = attn(x, turn)
     q = torch.zeros(1, 1, 12, 8, dtype=torch.bfloat16)
-    assert use_explicit(q, None, 0.0) and not use_explicit(q.float(), None, 0.0)
+    assert use_explicit(q, 12, 0.0) and not use_explicit(q.float(), 12, 0.0)
     assert torch.allclose(explicit.float(), kernel.float(), atol=0.02)
 
 
@@ -78,8 +89,8 @@ def test_grouped_queries_equal_multi_head_with_repeated_keys(n_head, n_kv_head, 
         "q.weight": grouped.q.weight, "o.weight": grouped.o.weight,
         **{f"{n}.weight": getattr(grouped, n).weight.view(n_kv_head, head_dim, 32)
            .repeat_interleave(n_head // n_kv_head, 0).reshape(-1, 32) for n in "kv"}})  # fmt: skip
-    x, rope = torch.randn(2, 7, 32), rope_table(torch.arange(7), head_dim)
-    assert torch.allclose(grouped(x, rope), full(x, rope), atol=1e-6)
+    x, turn = torch.randn(2, 7, 32), partial(apply_rope, rope=rope_table(torch.arange(7), head_dim))
+    assert torch.allclose(grouped(x, turn), full(x, turn), atol=1e-6)
 
 
 def test_attention_dropout_is_off_in_eval_mode():
@@ -88,3 +99,54 @@ def test_attention_dropout_is_off_in_eval_mode():
     assert torch.equal(attn(x), attn(x))
     attn.train()
     assert not torch.equal(attn(x), attn(x))
+
+
+# ---- ALiBi -----------------------------------------------------------------------------------------------------------
+
+
+def written_out(q, k, v, slopes):
+    """The paper's formula, head by head, for the last T of S positions."""
+    T, S = q.shape[2], k.shape[2]
+    group = q.shape[1] // k.shape[1]
+    rows = torch.arange(S - T, S)[:, None]
+    out = []
+    for h, slope in enumerate(slopes):
+        scores = q[:, h] @ k[:, h // group].mT / q.shape[-1] ** 0.5 + slope * (torch.arange(S) - rows)
+        out.append(scores.masked_fill(torch.arange(S) > rows, float("-inf")).softmax(-1) @ v[:, h // group])
+    return torch.stack(out, dim=1)
+
+
+@pytest.mark.parametrize("n_head", [1, 2, 3, 6, 8, 12])
+def test_alibi_slopes_equal_those_of_transformers(n_head):
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    theirs = build_alibi_tensor(torch.ones(1, 2), n_head, torch.float32)[:, 0, 1]  # slope times position 1
+    assert torch.allclose(torch.tensor(alibi_slopes(n_head)), theirs)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40], ids=["one new token", "some behind a past", "all"])
+@pytest.mark.parametrize("head_dim", [8, 12])
+def test_alibi_equals_the_formula_with_and_without_a_mask(tokens, head_dim):
+    q = torch.randn(2, 4, tokens, head_dim)
+    k, v = torch.randn(2, 2, 40, head_dim), torch.randn(2, 2, 40, head_dim)
+    slopes = torch.tensor(alibi_slopes(4))
+    expected = written_out(q, k, v, slopes)
+    assert torch.allclose(attend(q, k, v, slopes), expected, atol=1e-5)
+    seen = torch.arange(40) <= torch.arange(40 - tokens, 40)[:, None]
+    assert torch.allclose(attend(q, k, v, slopes, seen), expected, atol=1e-5)
+    if tokens == 40:
+        assert torch.allclose(explicit_attention(q, k, v, slopes), expected, atol=1e-5)
+
+
+def test_alibi_without_a_mask_is_exact_in_bf16_at_far_positions():
+    """Position 30,001 itself is not a bfloat16; cut in two it is."""
+    torch.manual_seed(0)
+    k, v = torch.randn(1, 1, 30_003, 8), torch.randn(1, 1, 30_003, 8)
+    q, slopes = torch.randn(1, 1, 30_003, 8), torch.tensor([0.5])
+    half = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), slopes)[:, :, -1:]
+    expected = written_out(q[:, :, -1:].bfloat16().float(), k.bfloat16().float(), v.bfloat16().float(), [0.5])
+    assert (half.float() - expected).abs().max() < 0.03
+
+
+def test_alibi_bias_is_zero_at_the_query_itself():
+    assert alibi_bias(torch.tensor([0.5]), 2, 4).tolist() == [[[-1.0, -0.5, 0.0, 0.5], [-1.5, -1.0, -0.5, 0.0]]]

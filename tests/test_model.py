@@ -12,6 +12,9 @@ KINDS = {
     "quickstart": dict(n_kv_head=2),
     "llama": dict(ffn="swiglu", qk_norm=False, n_kv_head=2, tie_embeddings=False),
     "gpt2": dict(ffn="gelu", norm="layernorm", position="learned", qk_norm=False, bias=True, n_kv_head=0),
+    "alibi": dict(position="alibi", n_kv_head=2),
+    "reversible": dict(reversible=True, n_kv_head=2),
+    "enigma": dict(reversible=True, n_enigma=2, n_layer=1, position="alibi", n_kv_head=2),
     "nope": dict(ffn="silu", position="none", n_kv_head=1, head_dim=12),
 }
 
@@ -60,7 +63,7 @@ def test_initial_loss_is_that_of_guessing(kind):
     assert model(ids[:, :-1], ids[:, 1:]).mean().item() == pytest.approx(math.log(97), rel=0.05)
 
 
-@pytest.mark.parametrize("kind", ["quickstart", "gpt2"])
+@pytest.mark.parametrize("kind", ["quickstart", "gpt2", "reversible", "enigma"])
 def test_noise_cannot_be_predicted(kind):
     """Independent random tokens: any loss below ln V on fresh ones would be a leak from the future."""
     model = tiny(kind, vocab_size=16).train()

@@ -1,0 +1,275 @@
+"""Conversations: messages -> ids and what is to be learned of them, and a talk with a model that keeps its cache.
+
+    template = Template("chatml", tokenizer)
+    ids, learned = template.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+
+    chat = Chat(model, tokenizer, "chatml", system="Be brief.")
+    for piece in chat.say("Hi"):
+        print(piece, end="", flush=True)
+
+A conversation is a list of {"role": "system" | "user" | "assistant", "content": str}: perhaps a system text, then user
+and assistant by turns. A message of the user may have an "input", the text that an instruction is about.
+
+Every part (a marker, a text, an end) is turned into ids by itself, and these ids get the mask of the part. So nothing
+is ever searched for among ids, and a marker that somebody typed is text like any other.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from configurator import UserError
+from generate import SamplingSettings, choose
+from tokenizer import StreamDecoder, Tokenizer
+
+TEMPLATES = ("chatml", "alpaca", "inst")
+
+Message = dict[str, str]
+
+
+@dataclass
+class ChatSettings:
+    template: Literal["chatml", "alpaca", "inst"] = "chatml"  # how a conversation is written down
+    system: str = ""            # system text: stands before the conversation and says how to answer
+    learn: Literal["response", "all"] = "response"  # fine-tuning: learn the answers, or the prompts too
+
+
+class Template:
+    """One of TEMPLATES for one tokenizer; UserError if that lacks a token that the template needs.
+
+    A conversation is `opening` answer `ending` `opening` answer `ending` ...; all methods below follow from that.
+
+    ending      ids behind an answer: its end token, then what belongs to no answer
+    stop_ids    ids that end an answer
+    stop_texts  strings that end an answer: what a model writes that goes on with the user's next turn by itself
+    """
+
+    def __init__(self, name: str, tokenizer: Tokenizer):
+        if name not in TEMPLATES:
+            raise UserError(f"template={name}: choose one of {', '.join(TEMPLATES)}")
+        self.name, self.tokenizer = name, tokenizer
+        self.stop_texts: tuple[str, ...] = ()
+        if name == "chatml":
+            self.start, end = self._special("<|im_start|>"), self._special("<|im_end|>")
+            self.ending, marks = self._encode(end, "\n"), {self.start, end}
+        else:
+            eos = tokenizer.role("eos") if tokenizer.role("eos") is not None else tokenizer.role("eot")
+            if eos is None:
+                raise UserError(f"template={name} ends answers with the eos token, and this tokenizer has none")
+            self.ending, marks = [eos], {eos}
+        if name == "alpaca":  # the longer one takes the blank line along
+            self.stop_texts = ("\n\n### Instruction:", "### Instruction:")
+        if name == "inst":
+            self.begin, self.close = (tokenizer.specials.get(mark, mark) for mark in ("[INST]", "[/INST]"))
+            self.bos = [] if tokenizer.role("bos") is None else [tokenizer.role("bos")]
+            marks |= {*self.bos, self.begin, self.close}
+            self.stop_texts = ("[INST]",) if isinstance(self.begin, str) else ()
+        marks |= {tokenizer.role(role) for role in ("eot", "eos", "pad")}
+        self.stop_ids = tuple(sorted(mark for mark in marks if isinstance(mark, int)))
+
+    def _special(self, token: str) -> int:
+        if token not in self.tokenizer.specials:
+            raise UserError(f"template={self.name} needs the special token {token}, and this tokenizer has none: "
+                            "choose template=alpaca, or a tokenizer trained here")  # fmt: skip
+        return self.tokenizer.specials[token]
+
+    def _encode(self, *parts: str | int) -> list[int]:
+        """Texts, each encoded by itself, and ids of special tokens -> ids."""
+        return [i for part in parts for i in (self.tokenizer.encode(part) if isinstance(part, str) else [part])]
+
+    def opening(self, user: Message, system: str = "") -> list[int]:
+        """What the user says, up to where the assistant begins to speak; `system` goes with the first turn only."""
+        text, extra = user["content"], user.get("input", "")
+        if self.name == "alpaca":
+            before = [system, "\n\n"] if system else []
+            about = ["### Input:\n", extra, "\n\n"] if extra else []
+            return self._encode(*before, "### Instruction:\n", text, "\n\n", *about, "### Response:\n")
+        text += f"\n\n{extra}" if extra else ""
+        if self.name == "inst":  # Llama 2 (arXiv 2307.09288, appendix A.3.3 of its code: system in the first turn)
+            before = ["<<SYS>>\n", system, "\n<</SYS>>\n\n"] if system else []
+            return self._encode(*self.bos, self.begin, " ", *before, text, " ", self.close, " ")
+        end = self.ending[0]
+        before = [self.start, "system\n", system, end, "\n"] if system else []
+        return self._encode(*before, self.start, "user\n", text, end, "\n", self.start, "assistant\n")
+
+    def render(self, messages: list[Message], learn: str = "response") -> tuple[list[int], list[bool]]:
+        """(ids, learned): learned[i] is True if token i is a target that counts, be it predicted or the very first.
+
+        "response": the tokens of every answer and its end token; "all": every token. A last message of the user
+        stands there without an answer.
+        """
+        system, turns = split_turns(messages)
+        ids: list[int] = []
+        learned: list[bool] = []
+        for n, (user, answer) in enumerate(turns):
+            parts = [(self.opening(user, system if n == 0 else ""), False)]
+            if answer is not None:
+                parts += [(self._encode(answer, self.ending[0]), True), (self.ending[1:], False)]
+            for part, counts in parts:
+                ids += part
+                learned += [counts or learn == "all"] * len(part)
+        return ids, learned
+
+    def prompt(self, messages: list[Message]) -> list[int]:
+        """Ids up to where the assistant begins to speak: what `render` gives with an answer begins with exactly these.
+
+        The last message must be the user's.
+        """
+        if not messages or messages[-1]["role"] != "user":
+            raise UserError("the last message must be the user's: there is nothing to answer")
+        return self.render(messages)[0]
+
+    def continuation(self, user: Message) -> list[int]:
+        """What follows the text of an answer: its end token and the user's next message.
+
+        prompt([*before, answer, user]) == prompt(before) + ids of the answer + continuation(user)
+
+        The end token of an answer is never in the cache, because choosing it ends the answer, as a limit or an
+        interrupt does: so this continues every answer, however it ended.
+        """
+        return self.ending + self.opening(user)
+
+
+def split_turns(messages: list[Message]) -> tuple[str, list[tuple[Message, str | None]]]:
+    """[system,] user, assistant, user ... -> (system text, [(user's message, answer or None), ...]).
+
+    Raises UserError if the roles are in another order.
+    """
+    has_system = bool(messages) and messages[0]["role"] == "system"
+    rest = messages[has_system:]
+    for n, message in enumerate(rest):
+        expected = "assistant" if n % 2 else "user"
+        if message["role"] != expected:
+            raise UserError(f"message {n + 1 + has_system} is of role {message['role']!r}, expected {expected!r}: a "
+                            "conversation is an optional system text, then user and assistant by turns")  # fmt: skip
+    if not rest:
+        raise UserError("a conversation needs a message of the user")
+    answers = [*(message["content"] for message in rest[1::2]), None]
+    return messages[0]["content"] if has_system else "", list(zip(rest[::2], answers, strict=False))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Talking
+
+
+@dataclass
+class Turn:
+    user: str
+    answer: str
+    ids: list[int]  # of the answer as the model wrote it, which may be cut into other tokens than `encode` would
+
+
+class Chat:
+    """A conversation with a model, which goes into eval mode. Between turns it stays in the key/value cache.
+
+    What the cache must hold is worked out as ids every time. If it holds a beginning of that, only the rest is read;
+    else (turns left, the system text changed, an answer was cut) a new one is built. So nothing can get out of step.
+    """
+
+    def __init__(self, model, tokenizer: Tokenizer, template: str = "chatml", system: str = "",
+                 sampling: SamplingSettings | None = None):  # fmt: skip
+        self.model, self.tokenizer, self.template = model.eval(), tokenizer, Template(template, tokenizer)
+        self.system, self.sampling = system, sampling or SamplingSettings()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the system text."""
+        self.turns: list[Turn] = []
+        self.forgotten = 0  # turns that left because the context was full
+        self.cache, self.read = None, []  # the ids in the cache
+        self.generator = torch.Generator(self.model.embed.weight.device).manual_seed(self.sampling.seed)
+
+    def set_system(self, text: str) -> None:
+        """Another system text, from the next turn on; what was said stays."""
+        self.system = text
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation so far, as `Template.render` takes it."""
+        pairs = [(("user", turn.user), ("assistant", turn.answer)) for turn in self.turns]
+        said = [*([("system", self.system)] if self.system else []), *(each for pair in pairs for each in pair)]
+        return [{"role": role, "content": content} for role, content in said]
+
+    def say(self, text: str) -> Iterator[str]:
+        """The answer, in pieces of whole characters. The turn is over when these end, or are closed or interrupted:
+        what was said up to then is the answer.
+
+        When the context is too full, the oldest turns leave. UserError if not even `text` alone fits; nothing has
+        changed then.
+        """
+        turns, ids = self.fit(text)
+        said, answer = "", []
+        try:
+            for piece in before_stop(self.pieces(ids, answer), self.template.stop_texts):
+                said += piece
+                yield piece
+        finally:
+            whole = self.tokenizer.decode(answer) == said  # not if it ended at a stop string or inside a character
+            self.forgotten += len(self.turns) - len(turns)
+            self.turns = [*turns, Turn(text, said, answer if whole else self.tokenizer.encode(said))]
+
+    def fit(self, text: str) -> tuple[list[Turn], list[int]]:
+        """The newest turns that leave room for `text` and an answer, and all their ids up to that answer."""
+        seq_len = self.model.cfg.seq_len
+        limit = seq_len - min(self.sampling.max_new_tokens, max(1, seq_len // 4))
+        turns = self.turns
+        while len(ids := self.ids(turns, text)) > limit:
+            if not turns:
+                what = "this message and the system text have" if self.system else "this message has"
+                raise UserError(f"{what} {len(ids)} tokens, and a context of {seq_len} takes {limit}: say it shorter")
+            turns = turns[1:]
+        return turns, ids
+
+    def ids(self, turns: list[Turn], text: str) -> list[int]:
+        """`Template.prompt` with the answers' own ids."""
+        first, *others = [{"content": said} for said in (*(turn.user for turn in turns), text)]
+        ids = self.template.opening(first, self.system)
+        for turn, user in zip(turns, others, strict=True):
+            ids += turn.ids + self.template.continuation(user)
+        return ids
+
+    def pieces(self, ids: list[int], answer: list[int]) -> Iterator[str]:
+        """The text of the answer, whose ids are appended to `answer`."""
+        decoder = StreamDecoder(self.tokenizer)
+        for n in range(min(self.sampling.max_new_tokens, self.model.cfg.seq_len - len(ids))):
+            banned = self.template.stop_ids if n < self.sampling.min_new_tokens else ()
+            token = self.next_id(ids + answer, answer, banned)
+            if token in self.template.stop_ids:
+                break
+            answer.append(token)
+            yield decoder.push(token)
+        yield decoder.flush()
+
+    @torch.inference_mode()
+    def next_id(self, ids: list[int], answer: list[int], banned: tuple[int, ...]) -> int:
+        """Read those of `ids` that are not in the cache yet, and choose the next one."""
+        cache, read = self.cache, self.read
+        if cache is None or len(read) >= len(ids) or ids[: len(read)] != read:
+            cache, read = self.model.new_cache(1, self.model.cfg.seq_len), []
+        self.cache = None  # Ctrl-C in the middle of a pass leaves no half-written cache
+        new = torch.tensor([ids[len(read) :]], device=self.model.embed.weight.device)
+        logits = self.model(new, cache=cache, n_logits=1)[:, -1]
+        self.read, self.cache = ids, cache
+        return choose(logits, self.sampling, self.generator, [answer], banned).item()
+
+
+def before_stop(pieces: Iterable[str], stops: tuple[str, ...]) -> Iterator[str]:
+    """The text up to the first of the stop strings. What could be the beginning of one waits until that is decided.
+
+    >>> list(before_stop(["a#", "b#", "#c"], ("##",)))  ->  ["a", "#b"]
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        if found := [i for i in map(held.find, stops) if i >= 0]:
+            yield from [held[: min(found)]] if min(found) else []
+            return
+        begins = (i for i in range(len(held)) if any(stop.startswith(held[i:]) for stop in stops))
+        safe = next(begins, len(held))
+        if safe:
+            yield held[:safe]
+        held = held[safe:]
+    if held:
+        yield held

@@ -1,0 +1,169 @@
+"""The Enigma block: a cipher machine's parts, each made causal, invertible and a function of (ids, position) alone.
+
+    plugboard   a fixed permutation of the channels of both streams, at the entry of the stack; undone at its exit
+    wheels      half of the heads turn queries and keys by a cyclic shift that steps with the token's position
+    mixing      three shears between the streams: an invertible 1x1 convolution of determinant 1
+    couplings   attention, then a dynamic convolution and a feed-forward, each added to one stream and read from the other
+    reflector   the streams change places after every addition, which is its own inverse (`reversible.Chain`)
+
+The machine of the same name steps its wheels with every key pressed, and that is what a position is; but whoever
+deciphers must set them as they were, so here the position is an argument and not the state of a module.
+"""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attention import Attention, Place, alibi_slopes
+from ffn import FeedForward
+from reversible import Branch
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wheels
+
+
+def wheel_sizes(count: int, head_dim: int) -> list[int]:
+    """The `count` largest numbers up to head_dim that are pairwise coprime: (3, 16) -> [16, 15, 13]. Only after their
+    product, in steps, do all wheels stand again as they did."""
+    sizes: list[int] = []
+    for n in range(head_dim, 1, -1):
+        if len(sizes) < count and all(math.gcd(n, other) == 1 for other in sizes):
+            sizes.append(n)
+    return [sizes[i % len(sizes)] for i in range(count)]
+
+
+def wheel_offsets(positions: Tensor, sizes: list[int], carry: bool = False) -> Tensor:
+    """positions (...) integers -> how far each wheel has turned, (wheels, ...).
+
+    Every wheel steps with every token; with `carry`, as in an odometer, only the first does, and each other one when
+    the wheel before it has gone round. In closed form, so a million positions need no loop.
+    """
+    offsets, steps = [], positions
+    for n in sizes:
+        offsets.append(steps % n)
+        steps = steps // n if carry else positions
+    return torch.stack(offsets)
+
+
+def wheel_index(positions: Tensor, sizes: list[int], head_dim: int, carry: bool = False) -> Tensor:
+    """positions (T,) or (B, T) -> (wheels, T, Dh) or (B, wheels, T, Dh): which channel comes to each place.
+
+    Wheel i shifts the first n = sizes[i] channels of its heads round by its offset o: channel c takes that of
+    (c + o) mod n. Then q(t)·k(s) depends on (t - s) mod n alone, without any rounding; RoPE does the same with angles.
+    """
+    channels = torch.arange(head_dim, device=positions.device)
+    offsets = wheel_offsets(positions, sizes, carry)
+    index = [torch.where(channels < n, (channels + o[..., None]) % n, channels)
+             for n, o in zip(sizes, offsets, strict=True)]  # fmt: skip
+    return torch.stack(index, dim=-3)
+
+
+def turn_wheels(x: Tensor, index: Tensor) -> Tensor:
+    """Shift the first half of the heads of x (B, H, T, Dh) by index (…, K, T, Dh), H/2 a multiple of K."""
+    B, H, T, Dh = x.shape
+    turned, rest = x.split(H // 2, dim=1)
+    index = index.repeat_interleave(H // 2 // index.shape[-3], dim=-3)
+    return torch.cat((turned.gather(-1, index.expand(B, -1, -1, -1)), rest), dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dynamic convolution
+
+
+class ConvCache:
+    """The last kernel - 1 rows that a convolution has read: (B, kernel - 1, D)."""
+
+    def __init__(self, batch: int, kernel: int, d_model: int, dtype: torch.dtype, device):
+        self.rows = torch.zeros(batch, kernel - 1, d_model, dtype=dtype, device=device)
+
+    def update(self, x: Tensor) -> Tensor:
+        """x (B, T, D) -> (B, kernel - 1 + T, D): the rows before x, and x."""
+        rows = torch.cat((self.rows.to(x.dtype), x), dim=1)
+        self.rows.copy_(rows[:, x.shape[1] :])
+        return rows
+
+
+class DynamicConv(nn.Module):
+    """y(t) = sum over j < kernel of w(t, j) · x(t - j), the taps w predicted from x(t) (Wu et al., arXiv 1901.10430).
+
+    Taps are a softmax for each of n_head groups of channels. A tap counts only if there are j tokens before t in the
+    same text: positions count from the beginning of each.
+    """
+
+    def __init__(self, d_model: int, n_head: int, kernel: int):
+        super().__init__()
+        self.n_head, self.kernel = n_head, kernel
+        self.taps = nn.Linear(d_model, n_head * kernel, bias=False)
+
+    def new_cache(self, batch: int, dtype: torch.dtype, device) -> ConvCache:
+        return ConvCache(batch, self.kernel, self.taps.in_features, dtype, device)
+
+    def forward(self, x: Tensor, positions: Tensor, cache: ConvCache | None = None) -> Tensor:
+        """x (B, T, D), positions (T,) or (B, T) -> (B, T, D)."""
+        B, T, D = x.shape
+        taps = self.taps(x).view(B, T, self.n_head, self.kernel).float()
+        distance = torch.arange(self.kernel, device=x.device)
+        taps = taps.masked_fill((distance > positions[..., None])[..., None, :], float("-inf")).softmax(dim=-1)
+        taps = taps.to(x.dtype)[..., None]  # (B, T, H, kernel, 1)
+        rows = F.pad(x, (0, 0, self.kernel - 1, 0)) if cache is None else cache.update(x)
+        rows = rows.view(B, -1, self.n_head, D // self.n_head)
+        y = taps[..., 0, :] * rows[:, self.kernel - 1 :]
+        for j in range(1, self.kernel):
+            y = y + taps[..., j, :] * rows[:, self.kernel - 1 - j : -j]
+        return y.view(B, T, D)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The block
+
+
+class EnigmaBlock(nn.Module):
+    """Shears, attention with wheels, and convolution with feed-forward, as branches of a `reversible.Chain`."""
+
+    def __init__(self, d_model: int, n_head: int, n_kv_head: int, head_dim: int, d_ff: int, ffn: str, kernel: int = 4,
+                 shears: bool = True, wheels: bool = True, bias: bool = False, qk_norm: bool = True,
+                 norm_eps: float = 1e-6, form: str = "mix"):  # fmt: skip
+        super().__init__()
+        half = n_head // 2
+        slopes = [0.0] * half + alibi_slopes(n_head - half) if wheels else alibi_slopes(n_head)
+        norm = partial(nn.RMSNorm, d_model, eps=norm_eps)
+        self.form = form
+        self.shears = nn.ModuleList(nn.Linear(d_model, d_model, bias=False) for _ in range(3 * shears))
+        self.attn_norm = norm()
+        self.attn = Attention(d_model, n_head, n_kv_head, head_dim, bias, qk_norm, 0.0, norm_eps, slopes)
+        self.ffn_norm = norm()
+        self.conv = DynamicConv(d_model, n_head, kernel) if kernel else None
+        if kernel and form == "paper":
+            self.conv_in = nn.Linear(d_model, 2 * d_model, bias=False)
+            self.conv_out = nn.Linear(d_model, d_model, bias=False)
+            self.mid_norm = norm()
+        self.ffn = FeedForward(d_model, d_ff, ffn, bias)
+
+    def mix(self, x: Tensor, place: Place, cache: None = None, shear: int = 0) -> Tensor:
+        return self.shears[shear](x)
+
+    def attend(self, x: Tensor, place: Place, cache=None) -> Tensor:
+        turn = None if place.wheels is None else partial(turn_wheels, index=place.wheels)
+        return self.attn(self.attn_norm(x), turn, cache, place.start, place.mask)
+
+    def think(self, x: Tensor, place: Place, cache: ConvCache | None = None) -> Tensor:
+        h = self.ffn_norm(x)
+        if self.conv is None:
+            return self.ffn(h)
+        if self.form == "paper":
+            a, g = self.conv_in(h).chunk(2, dim=-1)
+            c = self.conv_out(self.conv(a * torch.sigmoid(g), place.positions, cache))
+            return c + self.ffn(self.mid_norm(x + c))
+        return self.ffn(self.conv(h, place.positions, cache))
+
+    def branches(self) -> list[Branch]:
+        mixing = [Branch(partial(self.mix, shear=i), [shear]) for i, shear in enumerate(self.shears)]
+        return [*mixing, Branch(self.attend, [self.attn_norm, self.attn]),
+                Branch(self.think, [m for n, m in self.named_children() if n in ("ffn_norm", "conv", "ffn", "conv_in", "conv_out", "mid_norm")])]  # fmt: skip
+
+    def new_caches(self, batch: int, length: int, dtype: torch.dtype, device) -> list:
+        conv = self.conv.new_cache(batch, dtype, device) if self.conv else None
+        return [*(None for _ in self.shears), self.attn.new_cache(batch, length, dtype, device), conv]

@@ -1,0 +1,132 @@
+"""Reversible residual layers: training at any depth with the activations of one layer (RevNet, arXiv 1707.04585).
+
+A stack is a list of branches f, each a function of one stream that is added to the other:
+
+    forward    a, b = b, a + f(b)
+    inverse    a, b = b - f(a), a
+
+That is a Feistel network, the scheme of block ciphers: it can be undone whatever f is. So nothing but the last two
+streams is kept for the backward pass, which undoes the branches one by one and computes each again for its gradient.
+
+    chain = Chain([Branch(attend, [norm, attention]), Branch(think, [norm, ffn]), ...], grid=14)
+    a, b = chain(x, x, place)
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Branch:
+    """function(x, *context) -> a tensor like x; modules: those whose parameters it uses."""
+
+    function: Callable
+    modules: list[nn.Module]
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Found anew at each call: adapters may have been put in and weights frozen since."""
+        found = {id(p): p for module in self.modules for p in module.parameters() if p.requires_grad}
+        return list(found.values())
+
+
+class Chain:
+    """A reversible stack of branches on two streams (B, T, D) of fp32 or fp64.
+
+    The parameters belong to the model; the chain only calls. With `grid` b > 0 everything that is added is rounded to
+    multiples of 2^-b, and so must the entry be (`enter`). Sums of such numbers are exact in fp32 as long as
+    |x| < 2^(24-b), so the inverse returns every bit at any depth. The gradient passes the rounding straight through.
+    A branch is computed twice and must give the same both times: no dropout, no counters.
+    """
+
+    def __init__(self, branches: list[Branch], grid: int = 0):
+        self.branches, self.grid = branches, grid
+
+    def __call__(self, a: Tensor, b: Tensor, *context, caches: list | None = None) -> tuple[Tensor, Tensor]:
+        """Both streams behind the stack. `context` goes to every branch, `caches[i]` to branch i."""
+        if torch.is_grad_enabled() and caches is None:
+            unique = {id(p): p for branch in self.branches for p in branch.trainable()}
+            return Recompute.apply(self, context, a, b, *unique.values())
+        for i, branch in enumerate(self.branches):
+            cached = () if caches is None else (caches[i],)
+            a, b = b, a + self.on_grid(branch.function(b, *context, *cached))
+        return a, b
+
+    def on_grid(self, x: Tensor) -> Tensor:
+        """x in fp32 or fp64, rounded to the grid if there is one. No gradient passes: see `enter`."""
+        x = x if x.dtype == torch.float64 else x.float()
+        return (x * 2.0**self.grid).round_().mul_(2.0**-self.grid) if self.grid else x
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The entry of the stack on the grid; its gradient is that of no rounding."""
+        return x + (self.on_grid(x) - x).detach() if self.grid else x
+
+    def compute(self, branch: Branch, x: Tensor, context: tuple) -> tuple[Tensor, Tensor, Tensor]:
+        """(x as a leaf, f(x) with its graph, what is added). The one way to compute a branch, so that the forward
+        pass, the inverse and the backward pass use the same kernels and see the same bits."""
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = branch.function(x, *context)
+        return x, y, self.on_grid(y.detach())
+
+    def states(self, a: Tensor, b: Tensor, context: tuple) -> Iterator[tuple[Tensor, Tensor]]:
+        """Both streams behind each branch, without a graph."""
+        for branch in self.branches:
+            a, b = b.detach(), a.detach() + self.compute(branch, b, context)[2]
+            yield a, b
+
+    def inverse(self, a: Tensor, b: Tensor, *context) -> tuple[Tensor, Tensor]:
+        """What went in, from what came out."""
+        for branch in reversed(self.branches):
+            a, b = b - self.compute(branch, a, context)[2], a
+        return a, b
+
+    def probe(self, a: Tensor, b: Tensor, *context) -> tuple[float, float]:
+        """(largest |x| in any stream, largest error of the inverse), for a run to report."""
+        largest = torch.maximum(a.abs().max(), b.abs().max())
+        end = (a, b)
+        for end in self.states(a, b, context):
+            largest = torch.maximum(largest, end[1].abs().max())
+        back = self.inverse(*end, *context)
+        return largest.item(), max((back[0] - a).abs().max().item(), (back[1] - b).abs().max().item())
+
+    def compile(self, **how) -> None:
+        """Compile the branches, each by itself; what connects them stays eager."""
+        for branch in self.branches:
+            branch.function = torch.compile(branch.function, **how)
+
+
+class Recompute(torch.autograd.Function):
+    """The chain, with a backward pass that reconstructs. Parameters go in and their gradients come out, so DDP, frozen
+    weights, accumulation and clipping see nothing unusual. All gradients of the stack come out at once."""
+
+    @staticmethod
+    def forward(ctx, chain: Chain, context: tuple, a: Tensor, b: Tensor, *params: Tensor):
+        kind = a.device.type
+        # Autocast is off in a backward pass: note how it was. Its cache of cast weights stays out of both passes.
+        ctx.autocast = dict(device_type=kind, dtype=torch.get_autocast_dtype(kind),
+                            enabled=torch.is_autocast_enabled(kind), cache_enabled=False)  # fmt: skip
+        ctx.chain, ctx.context, ctx.params = chain, context, params
+        with torch.autocast(**ctx.autocast):
+            for a, b in chain.states(a, b, context):  # noqa: B007, B020  (we want the last)
+                pass
+        ctx.save_for_backward(a, b)
+        return a, b
+
+    @staticmethod
+    def backward(ctx, da: Tensor, db: Tensor):
+        a, b = ctx.saved_tensors
+        grads: dict[int, Tensor] = {}
+        for branch in reversed(ctx.chain.branches):
+            own = branch.trainable()
+            with torch.autocast(**ctx.autocast):
+                x, y, added = ctx.chain.compute(branch, a, ctx.context)
+            a, b = b - added, a
+            dx, *dparams = torch.autograd.grad(y, [x, *own], db.to(y.dtype), allow_unused=True)
+            da, db = db, da if dx is None else da + dx
+            for p, grad in zip(own, dparams, strict=True):
+                if grad is not None:
+                    grads[id(p)] = grads[id(p)] + grad if id(p) in grads else grad
+        return None, None, da, db, *(grads.get(id(p)) for p in ctx.params)
