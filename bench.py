@@ -226,7 +226,7 @@ def bench_ablation(s: Settings, argv: list[str]) -> dict:
     """Validation bits per byte of runs of equal parameters (by d_ff) and tokens, several seeds, on two corpora."""
     corpora = {"shakespeare": {"data_path": s.data_path, "tokenizer": "char"}, "stdlib": {"vocab_size": 4096}}
     base = dict(seq_len=128, d_model=128, n_head=4, n_kv_head=4, n_layer=0, n_enigma=4, reversible=1, batch_size=16,
-                max_steps=600, eval_interval=600, eval_tokens=100_000, lr=1e-2)  # fmt: skip
+                max_steps=400, eval_interval=400, eval_tokens=100_000, lr=1e-2)  # fmt: skip
     results: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for corpus, data in corpora.items():

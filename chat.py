@@ -87,7 +87,7 @@ class Template:
             about = ["### Input:\n", extra, "\n\n"] if extra else []
             return self._encode(*before, "### Instruction:\n", text, "\n\n", *about, "### Response:\n")
         text += f"\n\n{extra}" if extra else ""
-        if self.name == "inst":  # Llama 2 (arXiv 2307.09288, appendix A.3.3 of its code: system in the first turn)
+        if self.name == "inst":  # as Llama 2 does (arXiv 2307.09288): the system text is part of the first turn
             before = ["<<SYS>>\n", system, "\n<</SYS>>\n\n"] if system else []
             return self._encode(*self.bos, self.begin, " ", *before, text, " ", self.close, " ")
         end = self.ending[0]
@@ -178,7 +178,7 @@ class Chat:
         """Forget everything but the system text."""
         self.turns: list[Turn] = []
         self.forgotten = 0  # turns that left because the context was full
-        self.cache, self.read = None, []  # the ids in the cache
+        self.cache, self.known = None, []  # and the ids that it holds
         self.generator = torch.Generator(self.model.embed.weight.device).manual_seed(self.sampling.seed)
 
     def set_system(self, text: str) -> None:
@@ -245,13 +245,13 @@ class Chat:
     @torch.inference_mode()
     def next_id(self, ids: list[int], answer: list[int], banned: tuple[int, ...]) -> int:
         """Read those of `ids` that are not in the cache yet, and choose the next one."""
-        cache, read = self.cache, self.read
-        if cache is None or len(read) >= len(ids) or ids[: len(read)] != read:
-            cache, read = self.model.new_cache(1, self.model.cfg.seq_len), []
+        cache, known = self.cache, self.known
+        if cache is None or len(known) >= len(ids) or ids[: len(known)] != known:
+            cache, known = self.model.new_cache(1, self.model.cfg.seq_len), []
         self.cache = None  # Ctrl-C in the middle of a pass leaves no half-written cache
-        new = torch.tensor([ids[len(read) :]], device=self.model.embed.weight.device)
+        new = torch.tensor([ids[len(known) :]], device=self.model.embed.weight.device)
         logits = self.model(new, cache=cache, n_logits=1)[:, -1]
-        self.read, self.cache = ids, cache
+        self.known, self.cache = ids, cache
         return choose(logits, self.sampling, self.generator, [answer], banned).item()
 
 

@@ -3,7 +3,7 @@
     plugboard   a fixed permutation of the channels of both streams, at the entry of the stack; undone at its exit
     wheels      half of the heads turn queries and keys by a cyclic shift that steps with the token's position
     mixing      three shears between the streams: an invertible 1x1 convolution of determinant 1
-    couplings   attention, then a dynamic convolution and a feed-forward, each added to one stream and read from the other
+    couplings   dynamic convolution, attention and feed-forward, each read from one stream and added to the other
     reflector   the streams change places after every addition, which is its own inverse (`reversible.Chain`)
 
 The machine of the same name steps its wheels with every key pressed, and that is what a position is; but whoever
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import Attention, Place, alibi_slopes
+from attention import Attention, KVCache, Place, alibi_slopes
 from ffn import FeedForward
 from reversible import Branch
 
@@ -87,16 +87,19 @@ class ConvCache:
 
 
 class DynamicConv(nn.Module):
-    """y(t) = sum over j < kernel of w(t, j) · x(t - j), the taps w predicted from x(t) (Wu et al., arXiv 1901.10430).
+    """u = a · sigmoid(g) with (a, g) = Lin(x); y(t) = Lin(sum over j < kernel of w(t, j) · u(t - j)), where the taps
+    w(t, ·) are predicted from u(t) (Wu et al., arXiv 1901.10430).
 
     Taps are a softmax for each of n_head groups of channels. A tap counts only if there are j tokens before t in the
     same text: positions count from the beginning of each.
     """
 
-    def __init__(self, d_model: int, n_head: int, kernel: int):
+    def __init__(self, d_model: int, n_head: int, kernel: int, bias: bool = False):
         super().__init__()
         self.n_head, self.kernel = n_head, kernel
+        self.up = nn.Linear(d_model, 2 * d_model, bias=bias)
         self.taps = nn.Linear(d_model, n_head * kernel, bias=False)
+        self.down = nn.Linear(d_model, d_model, bias=bias)
 
     def new_cache(self, batch: int, dtype: torch.dtype, device) -> ConvCache:
         return ConvCache(batch, self.kernel, self.taps.in_features, dtype, device)
@@ -104,16 +107,18 @@ class DynamicConv(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, cache: ConvCache | None = None) -> Tensor:
         """x (B, T, D), positions (T,) or (B, T) -> (B, T, D)."""
         B, T, D = x.shape
-        taps = self.taps(x).view(B, T, self.n_head, self.kernel).float()
+        a, gate = self.up(x).chunk(2, dim=-1)
+        u = a * torch.sigmoid(gate)  # (B, T, D)
+        taps = self.taps(u).view(B, T, self.n_head, self.kernel).float()
         distance = torch.arange(self.kernel, device=x.device)
         taps = taps.masked_fill((distance > positions[..., None])[..., None, :], float("-inf")).softmax(dim=-1)
-        taps = taps.to(x.dtype)[..., None]  # (B, T, H, kernel, 1)
-        rows = F.pad(x, (0, 0, self.kernel - 1, 0)) if cache is None else cache.update(x)
+        taps = taps.to(u.dtype)[..., None]  # (B, T, H, kernel, 1)
+        rows = F.pad(u, (0, 0, self.kernel - 1, 0)) if cache is None else cache.update(u)
         rows = rows.view(B, -1, self.n_head, D // self.n_head)
         y = taps[..., 0, :] * rows[:, self.kernel - 1 :]
         for j in range(1, self.kernel):
             y = y + taps[..., j, :] * rows[:, self.kernel - 1 - j : -j]
-        return y.view(B, T, D)
+        return self.down(y.view(B, T, D))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,49 +126,47 @@ class DynamicConv(nn.Module):
 
 
 class EnigmaBlock(nn.Module):
-    """Shears, attention with wheels, and convolution with feed-forward, as branches of a `reversible.Chain`."""
+    """Shears, convolution, attention with wheels, feed-forward: the branches of a `reversible.Chain`."""
 
     def __init__(self, d_model: int, n_head: int, n_kv_head: int, head_dim: int, d_ff: int, ffn: str, kernel: int = 4,
                  shears: bool = True, wheels: bool = True, bias: bool = False, qk_norm: bool = True,
-                 norm_eps: float = 1e-6, form: str = "mix"):  # fmt: skip
+                 norm_eps: float = 1e-6):  # fmt: skip
         super().__init__()
-        half = n_head // 2
-        slopes = [0.0] * half + alibi_slopes(n_head - half) if wheels else alibi_slopes(n_head)
+        half = n_head // 2 if wheels else 0
+        slopes = [0.0] * half + alibi_slopes(n_head - half)  # heads with wheels have no ALiBi
         norm = partial(nn.RMSNorm, d_model, eps=norm_eps)
-        self.form = form
         self.shears = nn.ModuleList(nn.Linear(d_model, d_model, bias=False) for _ in range(3 * shears))
+        self.conv_norm = norm() if kernel else None
+        self.conv = DynamicConv(d_model, n_head, kernel, bias) if kernel else None
         self.attn_norm = norm()
         self.attn = Attention(d_model, n_head, n_kv_head, head_dim, bias, qk_norm, 0.0, norm_eps, slopes)
         self.ffn_norm = norm()
-        self.conv = DynamicConv(d_model, n_head, kernel) if kernel else None
-        if kernel and form == "paper":
-            self.conv_in = nn.Linear(d_model, 2 * d_model, bias=False)
-            self.conv_out = nn.Linear(d_model, d_model, bias=False)
-            self.mid_norm = norm()
         self.ffn = FeedForward(d_model, d_ff, ffn, bias)
 
-    def mix(self, x: Tensor, place: Place, cache: None = None, shear: int = 0) -> Tensor:
-        return self.shears[shear](x)
+    def shear(self, x: Tensor, place: Place, cache: None = None, which: int = 0) -> Tensor:
+        return self.shears[which](x)
 
-    def attend(self, x: Tensor, place: Place, cache=None) -> Tensor:
+    def convolve(self, x: Tensor, place: Place, cache: ConvCache | None = None) -> Tensor:
+        return self.conv(self.conv_norm(x), place.positions, cache)
+
+    def attend(self, x: Tensor, place: Place, cache: KVCache | None = None) -> Tensor:
         turn = None if place.wheels is None else partial(turn_wheels, index=place.wheels)
         return self.attn(self.attn_norm(x), turn, cache, place.start, place.mask)
 
-    def think(self, x: Tensor, place: Place, cache: ConvCache | None = None) -> Tensor:
-        h = self.ffn_norm(x)
-        if self.conv is None:
-            return self.ffn(h)
-        if self.form == "paper":
-            a, g = self.conv_in(h).chunk(2, dim=-1)
-            c = self.conv_out(self.conv(a * torch.sigmoid(g), place.positions, cache))
-            return c + self.ffn(self.mid_norm(x + c))
-        return self.ffn(self.conv(h, place.positions, cache))
+    def think(self, x: Tensor, place: Place, cache: None = None) -> Tensor:
+        return self.ffn(self.ffn_norm(x))
 
     def branches(self) -> list[Branch]:
-        mixing = [Branch(partial(self.mix, shear=i), [shear]) for i, shear in enumerate(self.shears)]
-        return [*mixing, Branch(self.attend, [self.attn_norm, self.attn]),
-                Branch(self.think, [m for n, m in self.named_children() if n in ("ffn_norm", "conv", "ffn", "conv_in", "conv_out", "mid_norm")])]  # fmt: skip
+        mixing = [Branch(partial(self.shear, which=i), [shear]) for i, shear in enumerate(self.shears)]
+        local = [Branch(self.convolve, [self.conv_norm, self.conv])] if self.conv is not None else []
+        return [*mixing, *local, Branch(self.attend, [self.attn_norm, self.attn]),
+                Branch(self.think, [self.ffn_norm, self.ffn])]  # fmt: skip
 
     def new_caches(self, batch: int, length: int, dtype: torch.dtype, device) -> list:
-        conv = self.conv.new_cache(batch, dtype, device) if self.conv else None
-        return [*(None for _ in self.shears), self.attn.new_cache(batch, length, dtype, device), conv]
+        """A state for each branch, None for one that needs none."""
+        local = [self.conv.new_cache(batch, dtype, device)] if self.conv is not None else []
+        return [*(None for _ in self.shears), *local, self.attn.new_cache(batch, length, dtype, device), None]
+
+    def outputs(self) -> list[nn.Linear]:
+        """The layers that write to the streams."""
+        return [self.attn.o, self.ffn.down, *([self.conv.down] if self.conv is not None else [])]

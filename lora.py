@@ -70,6 +70,7 @@ class LoraLinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # within 1/sqrt(in), as nn.Linear itself
         self.kept: tuple[nn.Parameter, ...] = ()  # the base's own weight while merged; a tuple, so not a parameter here
         self.lora_magnitude = nn.Parameter(row_norms(self.combined()).float()) if dora else None
+        self.train(base.training)  # or a model in eval mode would drop out
 
     def combined(self) -> Tensor:
         """W + scale · B A (out, in), in fp32 under autocast and for narrower weights too."""
@@ -121,7 +122,7 @@ class LoraLinear(nn.Module):
 
 
 def row_norms(weight: Tensor) -> Tensor:
-    """(out, in) -> (out,), no gradient. Above zero: a row of zeros has no direction, and DoRA leaves it zero."""
+    """(out, in) -> (out,), no gradient. Above zero: a row of zeros gets its direction from B, its length after that."""
     return weight.detach().norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
@@ -147,9 +148,6 @@ def inject(model: nn.Module, settings: LoraSettings) -> list[str]:
     if settings.lora_dropout and chain is not None:
         raise UserError(f"lora_dropout={settings.lora_dropout}: a reversible model computes every branch again, the "
                         "same each time; set lora_dropout=0")  # fmt: skip
-    if settings.lora_dora and (zero := [n for n, m in places if n in chosen and not m.weight.any()]):
-        raise UserError(f"lora_dora=True needs rows with a direction, and all of {zero[0]} is 0: train the base first, "
-                        "or leave it out of lora_targets")  # fmt: skip
     model.requires_grad_(False)
     adapters: dict[int, LoraLinear] = {}
     names = []

@@ -43,7 +43,7 @@ class ModelConfig:
     tie_embeddings: bool = True  # the head is the embedding, transposed
     bias: bool = False          # biases in linear layers and LayerNorm
     dropout: float = 0.0        # on embeddings, attention weights and branch outputs, in training only
-    init_std: float = 0.02      # weights start as N(0, init_std²); branch outputs at 1/√(2 n_layer) of it
+    init_std: float = 0.02      # weights start as N(0, init_std²); branch outputs at 1/√branches of it
     checkpoint_activations: bool = False  # keep the inputs of blocks only and compute the rest again
     reversible: bool = False    # two streams that can be undone: the memory of training does not grow with the depth
     reversible_grid: int = 14   # round what is added to the streams to multiples of 2^-this: undone exactly; 0 = off
@@ -51,7 +51,6 @@ class ModelConfig:
     wheels: Literal["free", "carry", "none"] = "free"  # Enigma: wheels step with every token, like an odometer, or not
     kernel: int = 4             # Enigma: taps of the dynamic convolution; 0 = no convolution
     shears: bool = True         # Enigma: mix the channels of both streams by an invertible matrix
-    form: str = "mix"
     label_smoothing: float = 0.0  # share of the target spread over the vocabulary, in training only
 
     def __post_init__(self):
@@ -121,6 +120,10 @@ class Block(nn.Module):
         """A state for each branch, None for one that needs none."""
         return [self.attn.new_cache(batch, length, dtype, device), None]
 
+    def outputs(self) -> list[nn.Linear]:
+        """The layers that write to the stream."""
+        return [self.attn.o, self.ffn.down]
+
 
 class Cache:
     """What decoding remembers: each block's states, the number of positions filled, and each row's left padding."""
@@ -141,7 +144,7 @@ class LanguageModel(nn.Module):
         self.position = nn.Embedding(cfg.seq_len, cfg.d_model) if cfg.position == "learned" else None
         self.dropout = nn.Dropout(cfg.dropout)
         enigma = partial(EnigmaBlock, cfg.d_model, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.d_ff, cfg.ffn,
-                         cfg.kernel, cfg.shears, cfg.wheels != "none", cfg.bias, cfg.qk_norm, cfg.norm_eps, cfg.form)  # fmt: skip
+                         cfg.kernel, cfg.shears, cfg.wheels != "none", cfg.bias, cfg.qk_norm, cfg.norm_eps)  # fmt: skip
         self.blocks = nn.ModuleList([*(enigma() for _ in range(cfg.n_enigma)), *(Block(cfg) for _ in range(cfg.n_layer))])
         self.norm = make_norm(cfg)
         self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
@@ -154,10 +157,11 @@ class LanguageModel(nn.Module):
             generator = torch.Generator().manual_seed(26)
             self.register_buffer("plugboard", torch.randperm(2 * cfg.d_model, generator=generator))
         self.apply(self._init)
-        for block in self.blocks:  # 2 branches a block add up in the residual stream: keep its variance (GPT-2)
-            for branch in (block.attn.o, block.ffn.down):
-                nn.init.normal_(branch.weight, std=cfg.init_std / math.sqrt(2 * len(self.blocks)))
-            for shear in getattr(block, "shears", ()):
+        # The outputs of 2 or 3 branches a block add up in the residual stream: keep its variance (GPT-2).
+        for branch in (outputs := [layer for block in self.blocks for layer in block.outputs()]):
+            nn.init.normal_(branch.weight, std=cfg.init_std / math.sqrt(len(outputs)))
+        for block in self.blocks[: cfg.n_enigma]:
+            for shear in block.shears:  # no mixing yet
                 nn.init.zeros_(shear.weight)
 
     def _init(self, module: nn.Module) -> None:

@@ -93,7 +93,8 @@ def test_key_heads_share_the_wheel_of_their_group():
 def by_hand(conv, x, positions):
     B, T, D = x.shape
     H, kernel = conv.n_head, conv.kernel
-    y = torch.zeros_like(x)
+    a, gate = (x @ conv.up.weight.T).chunk(2, -1)
+    x, y = a * gate.sigmoid(), torch.zeros_like(x)
     for b in range(B):
         for t in range(T):
             taps = conv.taps(x[b, t]).view(H, kernel)
@@ -102,7 +103,7 @@ def by_hand(conv, x, positions):
                 channels = slice(h * D // H, (h + 1) * D // H)
                 for j, w in enumerate(taps[h, :reach].softmax(-1)):
                     y[b, t, channels] += w * x[b, t - j, channels]
-    return y
+    return y @ conv.down.weight.T
 
 
 def test_dynamic_convolution_equals_its_definition():

@@ -2,7 +2,7 @@
 
     python data/stdlib_chat/prepare.py FOLDER     # writes FOLDER/train.jsonl and FOLDER/val.jsonl, prints the counts
 
-About 18,000 examples with CPython 3.11, in ten kinds, and a few about the model itself (`self`, in train only). Each is
+About 19,000 examples with CPython 3.11, in ten kinds, and a few about the model itself (`self`, in train only). Each is
 made out of one file and belongs to the split of that file in data/stdlib: what a model that was pretrained there has
 not read, it is not asked in training either. All choices (wording, follow-up questions, which examples of a large kind
 stay) go by hashes, so the same interpreter always gives the same examples.

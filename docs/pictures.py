@@ -1,0 +1,113 @@
+"""Draw the pictures of docs/enigma.md: python docs/pictures.py (needs matplotlib: pip install matplotlib).
+
+depth.json is the last line of `python bench.py depth`.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+except ImportError:
+    sys.exit("matplotlib is missing: pip install matplotlib")
+
+import torch  # noqa: E402
+
+from enigma import wheel_offsets, wheel_sizes  # noqa: E402
+
+BLUE, RED, GREY = "#2b6cb0", "#c05621", "#4a5568"
+
+
+def box(ax, x, y, text, color, width=2.0, height=0.62):
+    ax.add_patch(plt.Rectangle((x - width / 2, y - height / 2), width, height, facecolor=color, alpha=0.14))
+    ax.add_patch(plt.Rectangle((x - width / 2, y - height / 2), width, height, fill=False, edgecolor=color, lw=1.3))
+    ax.text(x, y, text, ha="center", va="center", fontsize=9, color="#1a202c")
+
+
+def arrow(ax, start, end, color=GREY):
+    ax.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color=color, lw=1.3, shrinkA=0, shrinkB=0))
+
+
+def plus(ax, x, y):
+    ax.add_patch(plt.Circle((x, y), 0.17, facecolor="white", edgecolor=GREY, lw=1.3, zorder=3))
+    ax.text(x, y - 0.01, "+", ha="center", va="center", fontsize=11, zorder=4)
+
+
+def draw_block(path):
+    """Two streams from left to right; each branch reads one and is added to the other."""
+    steps = [("shear A", BLUE), ("shear B", BLUE), ("shear C", BLUE), ("attention\nwheels, ALiBi", RED),
+             ("convolution,\nfeed-forward", RED)]  # fmt: skip
+    fig, ax = plt.subplots(figsize=(9.6, 2.9))
+    left, right, high, low = 0.9, 15.4, 2.0, 0.0
+    for y, name in ((high, "stream 1"), (low, "stream 2")):
+        ax.plot([left, right], [y, y], color=GREY, lw=1.3, zorder=1)
+        arrow(ax, (right - 0.05, y), (right + 0.25, y))
+        ax.text(left - 0.15, y, name, ha="right", va="center", fontsize=9)
+        ax.text(right + 0.4, y, name.replace("1", "2'") if y == high else name.replace("2", "1'"), va="center", fontsize=9)
+    for i, (name, color) in enumerate(steps):
+        x = left + 0.9 + 2.85 * i
+        source, target = (high, low) if i % 2 == 0 else (low, high)
+        toward = -1 if source > target else 1
+        middle = (high + low) / 2
+        arrow(ax, (x, source), (x, middle - toward * 0.34), color)
+        box(ax, x, middle, name, color)
+        ax.plot([x, x + 1.35, x + 1.35], [middle, middle, middle], color=color, lw=0)
+        ax.plot([x + 1.0, x + 1.35], [middle, middle], color=color, lw=1.3)
+        arrow(ax, (x + 1.35, middle), (x + 1.35, target - toward * 0.17), color)
+        plus(ax, x + 1.35, target)
+    ax.set(xlim=(-0.9, 16.9), ylim=(-0.5, 2.5), aspect="equal")
+    ax.axis("off")
+    fig.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(fig)
+
+
+def draw_wheels(path, positions=200, head_dim=16):
+    """Offsets of three wheels over positions: all stepping, and carrying as in an odometer."""
+    sizes = wheel_sizes(3, head_dim)
+    fig, axes = plt.subplots(2, 1, figsize=(9, 4), sharex=True)
+    for ax, carry in zip(axes, (False, True), strict=True):
+        offsets = wheel_offsets(torch.arange(positions), sizes, carry)
+        for row, n, color in zip(offsets, sizes, (BLUE, RED, "#2f855a"), strict=True):
+            ax.step(range(positions), row.tolist(), where="post", lw=1.1, color=color, label=f"wheel of {n}")
+        ax.set_ylabel("offset o(t)")
+        ax.set_title("carrying: a wheel steps when the one before it has gone round" if carry
+                     else "free: every wheel steps with every token", fontsize=9, loc="left")  # fmt: skip
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(ncol=3, fontsize=8, loc="upper right", framealpha=0.9, bbox_to_anchor=(1, 1.28))
+    axes[1].set_xlabel("position t")
+    fig.tight_layout()
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def draw_depth(path, data):
+    """Memory and time of a training step against the number of layers."""
+    rows = json.loads(data.read_text(encoding="utf-8"))["rows"]
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    styles = {"plain": (GREY, "o"), "checkpointing": (RED, "s"), "reversible": (BLUE, "D"),
+              "reversible, no grid": ("#63b3ed", "v")}  # fmt: skip
+    for ax, column, label, scale in ((axes[0], "activations_gb", "GB beside weights and moments", 1),
+                                     (axes[1], "ms", "seconds per step", 1e-3)):  # fmt: skip
+        for name, (color, marker) in styles.items():
+            points = [(row["layers"], row[column] * scale) for row in rows if row["stack"] == name]
+            ax.plot(*zip(*points, strict=True), color=color, marker=marker, ms=4, lw=1.3, label=name)
+        ax.set(xlabel="layers", ylabel=label, ylim=(0, None))
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+if __name__ == "__main__":
+    draw_block(HERE / "enigma_block.png")
+    draw_wheels(HERE / "enigma_wheels.png")
+    if (HERE / "depth.json").is_file():
+        draw_depth(HERE / "depth.png", HERE / "depth.json")
