@@ -157,7 +157,7 @@ class EnigmaBlock(nn.Module):
         return self.ffn(self.ffn_norm(x))
 
     def branches(self) -> list[Branch]:
-        mixing = [Branch(partial(self.shear, which=i), [shear]) for i, shear in enumerate(self.shears)]
+        mixing = [Branch(partial(self.shear, which=i), [self.shears]) for i in range(len(self.shears))]
         local = [Branch(self.convolve, [self.conv_norm, self.conv])] if self.conv is not None else []
         return [*mixing, *local, Branch(self.attend, [self.attn_norm, self.attn]),
                 Branch(self.think, [self.ffn_norm, self.ffn])]  # fmt: skip

@@ -144,8 +144,7 @@ def inject(model: nn.Module, settings: LoraSettings) -> list[str]:
     if settings.lora_dropout and any("head" in name.split(".") for name in chosen):
         raise UserError(f"lora_dropout={settings.lora_dropout} cannot act on the head, whose loss reads its weight: "
                         "set lora_dropout=0, or take the head out of lora_targets")  # fmt: skip
-    chain = getattr(model, "chain", None)
-    if settings.lora_dropout and chain is not None:
+    if settings.lora_dropout and getattr(model, "chain", None) is not None:
         raise UserError(f"lora_dropout={settings.lora_dropout}: a reversible model computes every branch again, the "
                         "same each time; set lora_dropout=0")  # fmt: skip
     model.requires_grad_(False)
@@ -160,8 +159,6 @@ def inject(model: nn.Module, settings: LoraSettings) -> list[str]:
         if id(linear) in adapters:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, adapters[id(linear)])
-    for branch in chain.branches if chain is not None else ():  # it lists modules of its own, for their parameters
-        branch.modules = [adapters.get(id(module), module) for module in branch.modules]
     return names
 
 

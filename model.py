@@ -300,7 +300,7 @@ class HeadLoss(torch.autograd.Function):
         x, weight = x.to(dtype), weight.to(dtype)
         scale = torch.ones(len(x), device=x.device) if weights is None else weights.float()
         wanted = any(ctx.needs_input_grad)
-        nats, dx, dweight = head_pass(x, weight, targets, scale, smoothing, wanted)
+        nats, dx, dweight = head_pass(x, weight, targets, scale, smoothing, wanted, ctx.needs_input_grad[1])
         if wanted:
             ctx.save_for_backward(x, weight, targets, scale, dx, dweight)
         return nats * scale
@@ -309,23 +309,24 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         x, weight, targets, scale, dx, dweight = ctx.saved_tensors
         if any(upstream.stride()):  # not one number expanded: recompute with a factor per token
-            _, dx, dweight = head_pass(x, weight, targets, scale * upstream, ctx.smoothing, True)
+            _, dx, dweight = head_pass(x, weight, targets, scale * upstream, ctx.smoothing, True, dweight is not None)
         else:
-            dx, dweight = dx * upstream[:1, None], dweight * upstream[0]
-        return dx.to(ctx.dtypes[0]), dweight.to(ctx.dtypes[1]), None, None, None
+            dx, dweight = dx * upstream[:1, None], None if dweight is None else dweight * upstream[0]
+        return dx.to(ctx.dtypes[0]), None if dweight is None else dweight.to(ctx.dtypes[1]), None, None, None
 
 
 # Logits of a chunk: 64 MB on a CPU (smaller ones add up the weight's gradient too often), enough to fill a GPU.
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**29, "mps": 2**26}
 
 
-def head_pass(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, smoothing: float, wanted: bool):
-    """nats (N,) and, if wanted, the gradients of sum(scale · nats) by x (N, D) and by weight (V, D)."""
+def head_pass(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, smoothing: float, wanted: bool,
+              wanted_weight: bool):  # fmt: skip
+    """nats (N,) and, if wanted, the gradients of sum(scale · nats) by x (N, D) and by weight (V, D), which may be frozen."""
     N, V = x.shape[0], weight.shape[0]
     rows = max(1, min(N, CHUNK_ELEMENTS[x.device.type] // V))
     nats = torch.empty(N, dtype=torch.float32, device=x.device)
     dx = torch.empty_like(x) if wanted else None
-    dweight = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if wanted else None
+    dweight = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if wanted and wanted_weight else None
     for first in range(0, N, rows):
         part = slice(first, first + rows)
         target = targets[part, None]  # (R, 1)
@@ -342,5 +343,6 @@ def head_pass(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, smoothi
             grad.scatter_add_(1, target, torch.full_like(lse, smoothing - 1))
             grad = grad.mul_(scale[part, None]).to(x.dtype)
             dx[part] = grad @ weight
-            dweight += grad.T @ x[part]
+            if wanted_weight:
+                dweight += grad.T @ x[part]
     return nats, dx, dweight

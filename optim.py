@@ -247,12 +247,14 @@ def roles(model: nn.Module) -> dict[str, dict[str, Tensor]]:
             raise ValueError(f"{name} is {p.dtype}: master weights must be fp32, or small updates are rounded away")
         if p.ndim < 2:
             role = "vector"
+        elif "lora_" in name:
+            role = "adapter"
         elif id(p) in embeddings:
             role = "embed"
         elif "head" in name.split("."):
             role = "head"
         else:
-            role = "adapter" if "lora_" in name else "matrix"
+            role = "matrix"
         found[role][name] = p
     assert sum(map(len, found.values())) == sum(p.requires_grad for p in model.parameters())
     return found

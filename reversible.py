@@ -21,7 +21,10 @@ from torch import Tensor, nn
 
 @dataclass
 class Branch:
-    """function(x, *context) -> a tensor like x; modules: those whose parameters it uses."""
+    """function(x, *context) -> a tensor like x; modules: those that hold the parameters it uses, and perhaps others.
+
+    Modules that may be replaced (by adapters, say) are listed by their parents.
+    """
 
     function: Callable
     modules: list[nn.Module]

@@ -281,7 +281,10 @@ class Run:
         self.machine.print(
             f"model    {counts['total']:,} parameters, {counts['total'] - counts['embedding']:,} without embeddings; "
             f"{self.model.flops_per_token() / 1e6:.0f} MFLOP per token\n"
-            f"data     {len(self.batches.stream):,} tokens; validation on {self.validation.tokens:,}")  # fmt: skip
+            f"data     {len(self.batches.stream):,} tokens of {cfg.vocab_size:,} kinds; validation on "
+            f"{self.validation.tokens:,}")  # fmt: skip
+        if self.s.tokenizer == "char" and self.s.dataset == "stdlib" and not self.s.data_path:
+            self.machine.print("         Python source has few characters: DATA_PATH=<text of yours> brings its own")
         if self.batches.long_documents:
             self.machine.print(f"         {self.batches.long_documents:,} documents are longer than a row: cut")
         self.machine.print(

@@ -3,6 +3,7 @@
 import random
 import string
 
+import jinja2
 import pytest
 import torch
 
@@ -83,7 +84,6 @@ def test_inst_is_what_we_write_by_hand(tokenizer):
 
 
 def test_chatml_reads_like_the_chat_template_of_transformers():
-    jinja2 = pytest.importorskip("jinja2")
     source = ("{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}"
               "{% endfor %}")  # fmt: skip
     tokenizer = make("bpe")
@@ -390,6 +390,17 @@ def test_another_system_text_is_read_from_the_next_turn_on():
     talking.set_system("new")
     "".join(talking.say("So?"))
     assert model.seen[-1] == talking.template.prompt(talk("Hi", "fox", "So?", system="new"))
+
+
+def test_the_same_words_again_after_all_was_forgotten_are_read_again():
+    tokenizer = make("bpe")
+    template = Template("chatml", tokenizer)
+    room = len(template.prompt(talk("the quick brown fox"))) + 12
+    model = Scripted(tokenizer, [], template.ending[0], seq_len=room)
+    talking = Chat(model, tokenizer, "chatml", sampling=SamplingSettings(max_new_tokens=1))
+    for _ in range(3):  # the cache holds exactly the prompt, and there would be nothing to read
+        assert "".join(talking.say("the quick brown fox")) == ""
+    assert talking.forgotten == 2 and model.seen[0] == model.seen[1] == model.seen[2]
 
 
 def test_min_new_tokens_bans_every_end():

@@ -140,7 +140,7 @@ def test_label_smoothing_is_for_training_only():
 def test_loss_stays_fp32_under_bf16_autocast():
     x, weight = torch.randn(64, 16).bfloat16(), torch.randn(97, 16).bfloat16()
     targets = torch.randint(97, (64,))
-    nats, _, _ = head_pass(x, weight, targets, torch.ones(64), 0.0, False)
+    nats, _, _ = head_pass(x, weight, targets, torch.ones(64), 0.0, False, False)
     expected = F.cross_entropy((x @ weight.T).float(), targets, reduction="none")
     assert nats.dtype == torch.float32 and torch.allclose(nats, expected, atol=1e-5)
 

@@ -20,7 +20,7 @@ from sft import (
     show_example,
     split_examples,
 )
-from test_chat import CHINESE, EMOJI, make, model_for, talk
+from test_chat import BLOCKS, CHINESE, EMOJI, make, model_for, talk
 
 WORDS = "the quick brown fox jumps over it".split()
 
@@ -155,9 +155,10 @@ def test_an_answer_that_just_fits_stays_and_one_token_more_goes(template):
         Examples([conversation], template, tail - 1)
 
 
-def test_packed_examples_get_the_loss_that_each_has_alone(template):
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_packed_examples_get_the_loss_that_each_has_alone(template, blocks):
     data = conversations(12)
-    model = model_for(template.tokenizer, 128)
+    model = model_for(template.tokenizer, 128, **BLOCKS[blocks])
     packed = Examples(data, template, 128)
     alone = Examples(data, template, 128, packing=False)
     assert packed.per_epoch < alone.per_epoch
