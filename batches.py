@@ -197,6 +197,11 @@ class Batches:
         else:
             self.per_epoch = (len(stream) - 1) // seq_len
 
+    def describe(self) -> str:
+        """For the screen."""
+        cut = f", {self.long_documents:,} documents longer than a row are cut" if self.long_documents else ""
+        return f"{len(self.stream):,} tokens{cut}"
+
     def get(self, first: int, count: int) -> Batch:
         """Samples first ... first + count - 1."""
         epochs, rows = np.divmod(np.arange(first, first + count), self.per_epoch)

@@ -2,7 +2,7 @@
 
 A run's folder holds `step_00000500.pt` files, of which the newest `keep` remain, and `best.pt`. Each is a dictionary
 of tensors, numbers and strings: the model, the optimizer's state, the step, the settings and the tokenizer as JSON,
-so that sampling needs nothing but the file.
+so that sampling needs nothing but the file. A run with adapters saves these alone, and the fingerprint of their base.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from configurator import UserError, find_path, pick
+from lora import LoraSettings, fingerprint, inject, load_adapter, merge
 from model import LanguageModel, ModelConfig
 from tokenizer import tokenizer_from_dict
 
@@ -23,7 +24,7 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save(path: Path, state: dict) -> None:
@@ -143,16 +144,23 @@ def load_newest(folder: Path, say=print) -> dict | None:
     return None
 
 
+def runs(root: str | Path = "out") -> list[Path]:
+    """The folders that hold checkpoints, the newest first."""
+    found: dict[Path, float] = {}
+    for path in find_path(root).glob("*/*.pt"):
+        found[path.parent] = max(found.get(path.parent, 0.0), path.stat().st_mtime)
+    return sorted(found, key=found.get, reverse=True)
+
+
 def find(where: str | Path = "", root: str | Path = "out") -> Path:
     """A checkpoint file: `where` itself, the best (else the newest) one of folder `where`, or of the newest run.
 
     Raises UserError if there is none.
     """
     if not where:
-        runs = [p.parent for p in find_path(root).glob("*/*.pt")]
-        if not runs:
+        where = next(iter(runs(root)), None)
+        if where is None:
             raise UserError("there is no trained model yet: `python train.py` makes one")
-        where = max(runs, key=lambda run: max(p.stat().st_mtime for p in run.glob("*.pt")))
     path = find_path(where)
     if path.is_dir():
         candidates = [path / "best.pt", *reversed(steps(path))]
@@ -162,14 +170,41 @@ def find(where: str | Path = "", root: str | Path = "out") -> Path:
     return path
 
 
-def load_model(path: Path, device="cpu"):
-    """(model in eval mode, tokenizer, state) of a checkpoint; the averaged weights where the run kept them."""
+def settings(path: Path) -> dict:
+    """The settings of a run, from its checkpoint, without reading the tensors."""
+    try:
+        return json.loads(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["settings"])
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError):
+        return json.loads(load(path)["settings"])  # says what is wrong with it
+
+
+def weights(state: dict) -> dict[str, torch.Tensor]:
+    """The weights that a checkpoint ships: averaged ones where the run kept them."""
+    return state["model"] | (state["ema"]["weights"] if state.get("ema") else {})
+
+
+def load_base(base: dict, moved_to: str = "") -> dict[str, torch.Tensor]:
+    """The weights beneath adapters; `base` is what their checkpoint says of them. A wrong base is refused."""
+    path = find(moved_to) if moved_to else Path(base["path"])
+    if not path.is_file():
+        raise UserError(f"these adapters belong to {path}, which is not there; lora_base=<checkpoint> says where it is")
+    found = weights(load(path))
+    if fingerprint(found) != base["fingerprint"]:
+        raise UserError(f"these adapters belong to weights {base['fingerprint']}, but {path} holds others "
+                        f"({fingerprint(found)}); lora_base=<checkpoint> names the right ones")  # fmt: skip
+    return found
+
+
+def load_model(path: Path, device="cpu", lora_base: str = ""):
+    """(model in eval mode, tokenizer, state) of a checkpoint; adapters are put on their base and merged into it."""
     state = load(path)
-    settings = json.loads(state["settings"])
-    model = LanguageModel(pick(ModelConfig, settings))
-    model.load_state_dict(state["model"])
-    if state.get("ema"):
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(state["ema"]["weights"][name])
+    saved = json.loads(state["settings"])
+    model = LanguageModel(pick(ModelConfig, saved))
+    if state["base"]:
+        model.load_state_dict(load_base(state["base"], lora_base))
+        inject(model, pick(LoraSettings, saved))
+        load_adapter(model, weights(state))
+        merge(model)
+    else:
+        model.load_state_dict(weights(state))
     return model.to(device).eval(), tokenizer_from_dict(json.loads(state["tokenizer"])), state

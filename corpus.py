@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 from configurator import ROOT, UserError, find_path
 
@@ -69,7 +70,13 @@ def open_corpus(s) -> RawCorpus:
 
 
 def open_dataset(name: str) -> RawCorpus:
-    """Load data/<name>/prepare.py by its path, whatever the working directory is."""
+    module, files = load_dataset(name)
+    pieces = lambda split: ((text, True) for text in module.documents(split) if text)  # noqa: E731
+    return RawCorpus(name, files, pieces, getattr(module, "skipped", []))
+
+
+def load_dataset(name: str) -> tuple[ModuleType, list[Path]]:
+    """data/<name>/prepare.py as a module, wherever we are called from, and the files that decide what it yields."""
     script = find_path(Path("data") / name / "prepare.py")
     if not name or not script.is_file():
         known = sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py"))
@@ -77,9 +84,7 @@ def open_dataset(name: str) -> RawCorpus:
     spec = importlib.util.spec_from_file_location(f"prepare_{name}", script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    files = [script, *(module.sources() if hasattr(module, "sources") else [])]
-    pieces = lambda split: ((text, True) for text in module.documents(split) if text)  # noqa: E731
-    return RawCorpus(name, files, pieces, getattr(module, "skipped", []))
+    return module, [script, *(module.sources() if hasattr(module, "sources") else [])]
 
 
 def open_files(s, val: list[Path]) -> RawCorpus:

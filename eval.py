@@ -32,9 +32,9 @@ def evaluate(model: LanguageModel, windows: Validation, machine: Machine, batch_
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
     for first in range(machine.rank * batch_size, len(windows), machine.world_size * batch_size):
-        ids, targets, weights = (t.to(machine.device) for t in windows.get(first, batch_size))
+        batch = [t.to(machine.device) for t in windows.get(first, batch_size)]
         with machine.autocast():
-            total += model(ids, targets, weights).double().sum().cpu()
+            total += model(*batch).double().sum().cpu()
     model.train(was_training)
     nats = machine.all_reduce(total.to(machine.device)).item()
     return Score(nats / windows.tokens, nats / math.log(2) / windows.bytes)

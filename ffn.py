@@ -1,13 +1,29 @@
-"""Feed-forward: what each token does by itself, x -> down(act(...)).
+"""Feed-forward: what each token does by itself, x -> down(act(...)), by one network for all tokens or by a few of many.
 
     swiglu   down(silu(gate(x)) * up(x))      Shazeer, arXiv 2002.05202; three matrices
     relu2    down(relu(up(x))²)               Primer, arXiv 2109.08668; two matrices
     gelu     down(gelu(up(x)))                GPT-2's tanh form
     silu     down(silu(up(x)))
+
+A mixture of experts puts E of them side by side, and a router picks the K that compute a token:
+
+    moe = MoE(d_model=192, d_ff=128, n_expert=16, top_k=2, n_shared=1, bias_balance=True)
+    y, balance = moe.balanced(x)                    # x, y (B, T, D); balance is 1 if all experts do the same work
+    (nats.mean() + 0.01 * balance).backward()       # either pushes the router towards balance by the gradient,
+    optimizer.step()
+    load = update_balance(model, machine.all_reduce, rate=1e-3)  # or nudges the bias of experts, outside of the loss
+
+Recomputed activations (checkpointing, reversible stacks) need no care: tokens are counted by the backward pass.
 """
 
+import math
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from configurator import UserError
 
 ACTIVATIONS = {
     "swiglu": F.silu,
@@ -36,3 +52,192 @@ class FeedForward(nn.Module):
         if self.gate is not None:
             return self.down(self.activation(self.gate(x)) * self.up(x))
         return self.down(self.activation(self.up(x)))
+
+
+# ---- mixture of experts ----------------------------------------------------------------------------------------------
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x (N, D) sorted by expert, weight (E, F, D), ends (E,) int32: row i -> weight[expert of i] @ x[i], (N, F).
+
+    Expert e has the rows ends[e-1] … ends[e]. One kernel, and nothing waits for the device, where torch has that
+    kernel: bf16 on CPUs and CUDA, and on CPUs fp32 and fp16 too as long as nobody compiles. Elsewhere a loop, which
+    must know the numbers of rows and waits for them. The kernel ignores autocast, so we cast the weight ourselves.
+    """
+    weight = weight.to(x.dtype)
+    if x.dtype == torch.bfloat16:
+        grouped = x.device.type in ("cpu", "cuda")
+    else:
+        grouped = x.device.type == "cpu" and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+    return F.grouped_mm(x, weight.mT, offs=ends) if grouped else linear_by_loop(x, weight, ends)
+
+
+@torch.compiler.disable  # the numbers of rows change with every batch, and each would compile anew
+def linear_by_loop(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """The same as grouped_linear, one expert after the other."""
+    rows = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
+    return torch.cat([part @ matrix.T for part, matrix in zip(rows, weight.unbind(), strict=True)])
+
+
+class Experts(nn.Module):
+    """E feed-forwards without biases in three tensors: gate and up (E, F, D), down (E, D, F); expert e is slice e."""
+
+    def __init__(self, n_expert: int, d_model: int, d_ff: int, kind: str):
+        super().__init__()
+        self.activation = ACTIVATIONS[kind]
+        self.gate = nn.Parameter(torch.empty(n_expert, d_ff, d_model)) if kind == "swiglu" else None
+        self.up = nn.Parameter(torch.empty(n_expert, d_ff, d_model))
+        self.down = nn.Parameter(torch.empty(n_expert, d_model, d_ff))
+        for p in self.parameters():  # as nn.Linear itself
+            nn.init.uniform_(p, -1 / math.sqrt(p.shape[-1]), 1 / math.sqrt(p.shape[-1]))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x (N, D) sorted by expert, of which e has the rows ends[e-1] … ends[e] -> (N, D) in the same order."""
+        up = grouped_linear(x, self.up, ends)  # (N, F)
+        if self.gate is not None:
+            return grouped_linear(self.activation(grouped_linear(x, self.gate, ends)) * up, self.down, ends)
+        return grouped_linear(self.activation(up), self.down, ends)
+
+
+class Counted(torch.autograd.Function):
+    """y as it is; its backward pass adds `new` to the buffer `counts`.
+
+    A forward pass may run twice for one gradient, when checkpointing or a reversible stack computes activations again.
+    The backward pass runs once, so that is where we count, and no caller must tell us which forward pass it is.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, counts: Tensor, new: Tensor) -> Tensor:
+        ctx.counts = counts
+        ctx.save_for_backward(new)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        ctx.counts += ctx.saved_tensors[0]
+        return dy, None, None
+
+
+class MoE(nn.Module):
+    """x (B, T, D) -> (B, T, D): shared(x) + scale · Σ_k weight_k · expert_k(x) over the top_k experts of each token.
+
+        softmax    p = softmax(router(x))     Mixtral, Qwen3: renormalise=True divides the weights by their sum
+        sigmoid    s = sigmoid(router(x))     DeepSeek-V3, arXiv 2412.19437; p = s / Σs in the balance loss
+
+    No token is dropped: experts take as many rows as they get. The router computes in fp32, whatever autocast says.
+    `bias` (with bias_balance) is added to the scores to choose experts, never to weigh them: no gradient, no change
+    of the function other than by the choice (arXiv 2408.15664). With n_group > 1 the experts of only the topk_group
+    best groups may be chosen; a group is as good as its two best experts. n_shared experts, as one FeedForward of
+    n_shared · d_ff, compute every token. `counts` are the tokens that each expert got, and whose gradient came
+    back, since the last `update_balance`.
+    Raises UserError for sizes that do not fit together.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, n_expert: int, top_k: int, n_shared: int = 0, kind: str = "swiglu",
+                 router: str = "softmax", renormalise: bool = True, scale: float = 1.0, bias_balance: bool = False,
+                 n_group: int = 1, topk_group: int = 1):  # fmt: skip
+        super().__init__()
+        if router not in ("softmax", "sigmoid"):
+            raise UserError(f"router={router}: choose one of softmax, sigmoid")
+        if not 1 <= top_k <= n_expert:
+            raise UserError(f"top_k={top_k} must be between 1 and n_expert={n_expert}")
+        if n_group < 1 or n_expert % n_group:
+            raise UserError(f"n_expert={n_expert} does not divide by n_group={n_group}: change one of them")
+        if not 1 <= topk_group <= n_group or topk_group * n_expert // n_group < top_k:
+            raise UserError(f"topk_group={topk_group} of n_group={n_group} groups do not hold top_k={top_k} experts: "
+                            "raise topk_group")  # fmt: skip
+        if d_model % 8 or d_ff % 8:
+            raise UserError(f"d_model={d_model} and the width of an expert, {d_ff}, must be multiples of 8: the "
+                            "product by groups wants rows of whole 16 bytes")  # fmt: skip
+        if top_k == 1 and renormalise:
+            raise UserError("top_k=1 with renormalise=True gives every token the weight 1, which teaches the router "
+                            "nothing: set renormalise=False")  # fmt: skip
+        self.n_expert, self.top_k, self.n_group, self.topk_group = n_expert, top_k, n_group, topk_group
+        self.sigmoid, self.renormalise, self.scale = router == "sigmoid", renormalise, scale
+        self.router = nn.Linear(d_model, n_expert, bias=False)
+        self.experts = Experts(n_expert, d_model, d_ff, kind)
+        self.shared = FeedForward(d_model, n_shared * d_ff, kind) if n_shared else None
+        self.register_buffer("bias", torch.zeros(n_expert) if bias_balance else None)
+        self.register_buffer("counts", torch.zeros(n_expert, dtype=torch.int64), persistent=False)
+
+    def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        return self.balanced(x, weights)[0]
+
+    def balanced(self, x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(y (B, T, D), balance loss, 0-D fp32). Tokens whose weights (B, T) are 0 count neither there nor in `counts`.
+
+        The loss is returned, not kept: what is computed again for a backward pass yields it again, and adds nothing.
+        It is Σ f·P over the experts, with f = E / (K·T) · (tokens that chose it), a constant to the gradient, and P
+        the mean of its p: 1 if all are used alike, up to E / K if not (Switch, arXiv 2101.03961, eq. 4, by 1 / K).
+        """
+        device, E, K = x.device.type, self.n_expert, self.top_k
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        flat = x.reshape(-1, x.shape[-1])  # (N, D)
+        with torch.autocast(device, enabled=False):
+            probs, chosen, weight = self.route(flat)
+            picked = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, chosen, True)  # (N, E)
+            ends = picked.sum(dim=0).cumsum(dim=0).int()
+            if weights is not None:
+                real = weights.reshape(-1, 1) != 0
+                picked, probs = picked & real, probs * real
+            counts = picked.sum(dim=0)  # (E,)
+            total = counts.sum().clamp(min=1)  # K·T; with no token at all the loss is 0
+            balance = ((counts * (E / total)) * (probs.sum(dim=0) * (K / total))).sum()
+        order = chosen.flatten().argsort(stable=True)  # row of token t, choice k: t·K + k
+        out = self.experts(flat.to(dtype)[order // K], ends)  # (N·K, D)
+        # Back in the order of the tokens, and summed over K: nothing is added by atomics, in whatever order they come.
+        out = torch.empty_like(out).index_copy(0, order, out).view(-1, K, x.shape[-1])
+        y = (out * weight[:, :, None]).sum(dim=1).to(dtype).view(x.shape)
+        if self.training:
+            y = Counted.apply(y, self.counts, counts)
+        return (y if self.shared is None else y + self.shared(x)), balance
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, D) -> p (N, E), each token's experts (N, K), and their weights (N, K), in fp32 (fp64 for fp64)."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(x.to(wide), self.router.weight.to(wide))
+        scores = logits.sigmoid() if self.sigmoid else logits.softmax(dim=-1)
+        choice = scores.detach() if self.bias is None else scores.detach() + self.bias
+        if self.topk_group < self.n_group:
+            groups = choice.unflatten(1, (self.n_group, -1))  # (N, G, E / G)
+            quality = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(dim=-1)  # (N, G)
+            best = quality.topk(self.topk_group, dim=-1).indices
+            barred = torch.ones_like(quality, dtype=torch.bool).scatter_(1, best, False)
+            # Not 0: with a bias the scores of all others may be lower.
+            choice = groups.masked_fill(barred[:, :, None], -math.inf).flatten(1)
+        chosen = choice.topk(self.top_k, dim=-1).indices
+        weight = scores.gather(1, chosen)
+        if self.renormalise:
+            weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
+        probs = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20) if self.sigmoid else scores
+        return probs, chosen, weight * self.scale
+
+    @torch.no_grad()
+    def update_bias(self, counts: Tensor, rate: float) -> None:
+        """After an optimizer step: raise the bias where an expert got fewer tokens, counts (E,), than the mean."""
+        if self.bias is not None:
+            counts = counts.float()
+            self.bias += rate * (counts.mean() - counts).sign()
+
+    def active(self) -> int:
+        """Parameters that compute one token: the router, the shared experts, and top_k of the others."""
+        everything = sum(p.numel() for p in self.parameters())
+        experts = sum(p.numel() for p in self.experts.parameters())
+        return everything - experts + experts * self.top_k // self.n_expert
+
+
+@torch.no_grad()
+def update_balance(model: nn.Module, all_reduce: Callable[[Tensor], Tensor], rate: float) -> Tensor:
+    """After an optimizer step: move the biases of all MoE layers and start counting anew.
+
+    Counts are summed over the step's forward passes, and by all_reduce, once, over the processes, so the biases stay
+    the same everywhere. Returns the load of the busiest expert of any layer, as a multiple of the mean: 0-D fp32.
+    """
+    moes = [module for module in model.modules() if isinstance(module, MoE)]
+    if not moes:
+        return torch.zeros(())
+    counts = all_reduce(torch.cat([moe.counts for moe in moes])).split([moe.n_expert for moe in moes])
+    for moe, own in zip(moes, counts, strict=True):
+        moe.update_bias(own, rate)
+        moe.counts.zero_()
+    return torch.stack([own.max() / own.float().mean().clamp(min=1e-9) for own in counts]).max()

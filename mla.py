@@ -37,7 +37,7 @@ class LatentCache:
     def update(self, rows: Tensor, start: int) -> Tensor:
         """Write rows (B, T, R) at positions start.. and return all that is there: a (B, S, R) view."""
         end = start + rows.shape[1]
-        self.rows[:, start:end] = rows
+        self.rows[:, start:end] = rows  # in the dtype of the cache
         return self.rows[:, :end]
 
 
@@ -86,7 +86,7 @@ class LatentAttention(nn.Module):
             q_rope, key = turn(q_rope), turn(key)
         rows = torch.cat((latent, key[:, 0]), dim=-1)  # (B, T, R)
         if cache is not None:
-            rows = cache.update(rows.to(cache.rows.dtype), start)  # (B, S, R)
+            rows = cache.update(rows, start)  # (B, S, R)
         form = self.absorbed if start and self.absorbing_is_cheaper(T, rows.shape[1]) else self.expanded
         y = form(q_nope, q_rope, rows, mask)  # (B, H, T, v_dim)
         return self.o(y.transpose(1, 2).reshape(B, T, self.n_head * self.v_dim))
@@ -121,7 +121,7 @@ class LatentAttention(nn.Module):
         elif self.v_dim > width:  # attend divides by the root of the width that it sees: make up for it
             q = F.pad(q * (self.v_dim / width) ** 0.5, (0, self.v_dim - width))
             k = F.pad(k, (0, self.v_dim - width))
-        y = attend(q.to(v.dtype), k.to(v.dtype), v, None, mask, self.dropout if self.training else 0.0)
+        y = attend(q, k, v, None, mask, self.dropout if self.training else 0.0)
         return y[..., : self.v_dim]
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -140,7 +140,7 @@ class LatentAttention(nn.Module):
         if mask is not None:
             mask = mask.expand(B, H, T, S).reshape(B, 1, H * T, S)
         rows, scale = rows[:, None], (self.nope_dim + self.rope_dim) ** -0.5  # (B, 1, S, R); not of R: as if expanded
-        q = q.reshape(B, 1, H * T, R).to(rows.dtype)
+        q = q.reshape(B, 1, H * T, R)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, rows, rows, mask, dropout, scale=scale)
         return y.reshape(B, H, T, R)[..., : self.kv_rank] @ v_up.mT  # (B, H, T, v_dim)

@@ -145,7 +145,7 @@ class LanguageModel(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
         enigma = partial(EnigmaBlock, cfg.d_model, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.d_ff, cfg.ffn,
                          cfg.kernel, cfg.shears, cfg.wheels != "none", cfg.bias, cfg.qk_norm, cfg.norm_eps)  # fmt: skip
-        self.blocks = nn.ModuleList([*(enigma() for _ in range(cfg.n_enigma)), *(Block(cfg) for _ in range(cfg.n_layer))])
+        self.blocks = nn.ModuleList([enigma() for _ in range(cfg.n_enigma)] + [Block(cfg) for _ in range(cfg.n_layer)])
         self.norm = make_norm(cfg)
         self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
@@ -171,7 +171,7 @@ class LanguageModel(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, weights: Tensor | None = None,
-                cache: Cache | None = None, n_logits: int = 0, positions: Tensor | None = None) -> Tensor:  # fmt: skip
+                positions: Tensor | None = None, cache: Cache | None = None, n_logits: int = 0) -> Tensor:  # fmt: skip
         """ids (B, T) integers -> nats (B, T) fp32 where targets (B, T) are given, else logits.
 
         weights (B, T), default 1, multiply the nats: 0 for a token that is not learned. Logits are (B, T, V), or those
@@ -321,7 +321,7 @@ CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**29, "mps": 2**26}
 
 def head_pass(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, smoothing: float, wanted: bool,
               wanted_weight: bool):  # fmt: skip
-    """nats (N,) and, if wanted, the gradients of sum(scale · nats) by x (N, D) and by weight (V, D), which may be frozen."""
+    """nats (N,) and, if wanted, the gradients of sum(scale · nats) by x (N, D) and by weight (V, D), if not frozen."""
     N, V = x.shape[0], weight.shape[0]
     rows = max(1, min(N, CHUNK_ELEMENTS[x.device.type] // V))
     nats = torch.empty(N, dtype=torch.float32, device=x.device)

@@ -1,16 +1,21 @@
-"""Let a trained model write.
+"""Let a trained model write, or talk with it.
 
     python sample.py --prompt "def "                       # the newest run
+    python sample.py --chat                                # a conversation with a fine-tuned model
     python sample.py --prompt "def " --prompt "class "     # several prompts in one batch
     python sample.py --prompts_file prompts.txt            # one prompt per line
     echo "import" | python sample.py                       # a prompt from a pipe
     python sample.py --init_from out/gpt2 --n_samples 3 --temperature 0
 """
 
+import contextlib
+import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import checkpoint
+from chat import Chat, ChatSettings
 from configurator import UserError, configure, find_path, run
 from generate import SamplingSettings, generate, stream
 from machine import MachineSettings, choose_machine
@@ -27,9 +32,11 @@ class SampleSettings:
     n_samples: int = 1          # samples per prompt
     stop: list[str] = field(default_factory=list)  # end a sample before this text; may be repeated
     allow_special: bool = False  # read names of special tokens in prompts as these tokens
+    chat: bool = False          # a conversation, in the template that the model was fine-tuned with
+    lora_base: str = ""         # adapters: where their base checkpoint is now, if it has moved
 
 
-SETTINGS = [SampleSettings, SamplingSettings, MachineSettings]
+SETTINGS = [SampleSettings, SamplingSettings, ChatSettings, MachineSettings]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,10 +44,13 @@ def main(argv: list[str] | None = None) -> None:
     machine = choose_machine(s.part(MachineSettings))
     sampling = s.part(SamplingSettings)
     path = checkpoint.find(s.init_from)
-    model, tokenizer, state = checkpoint.load_model(path, machine.device)
+    model, tokenizer, state = checkpoint.load_model(path, machine.device, s.lora_base)
     if s.given("dtype") or machine.device.type == "cuda":
         model.to(machine.dtype)
     print(f"[{path}, step {state['progress']['step']}]", file=sys.stderr)
+    if s.chat:
+        talk(s, model, tokenizer, json.loads(state["settings"]))
+        return
     texts = [text for text in read_prompts(s) for _ in range(s.n_samples)]
     prompts, first = [], []
     for i, text in enumerate(texts):
@@ -59,6 +69,59 @@ def main(argv: list[str] | None = None) -> None:
         return
     for i, (text, ids) in enumerate(zip(texts, generate(model, prompts, sampling, stops, first), strict=True)):
         print(f"--- {i + 1} of {len(prompts)}\n{text}{cut(tokenizer.decode(ids), s.stop)}")
+
+
+def talk(s, model, tokenizer, saved: dict) -> None:
+    """A conversation, line by line, from the terminal or a pipe. Ctrl-C ends an answer, Ctrl-D or /quit the program."""
+    if saved["task"] != "sft":
+        print("[this model was trained to go on with text, not to answer: `USE_LORA=1 python train.py` teaches it]",
+              file=sys.stderr)  # fmt: skip
+    template, system = (getattr(s, name) if s.given(name) else saved[name] for name in ("template", "system"))
+    chat = Chat(model, tokenizer, template, system, s.part(SamplingSettings))
+    live = sys.stdin.isatty()
+    if live:
+        print("[/reset begins anew, /system TEXT says how to answer, /quit ends; Ctrl-C stops an answer]",
+              file=sys.stderr)  # fmt: skip
+    for text in [*s.prompt] if s.prompt else lines(live):
+        command, _, rest = text.partition(" ")
+        if command == "/quit":
+            return
+        if command == "/reset":
+            chat.reset()
+        elif command == "/system":
+            chat.set_system(rest.strip())
+        elif command.startswith("/"):
+            print(f"[{command} is none of /reset, /system and /quit]", file=sys.stderr)
+        else:
+            answer(chat, text)
+
+
+def lines(live: bool) -> Iterator[str]:
+    """What the user types, or a pipe brings, without empty lines. Ctrl-C at the prompt ends the program, as Ctrl-D."""
+    while True:
+        try:
+            text = input("> " if live else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return
+        if text:
+            yield text
+
+
+def answer(chat: Chat, text: str) -> None:
+    """Print one answer while it is made. A message that does not fit gets a sentence, and the talk goes on."""
+    before = chat.forgotten
+    try:
+        with contextlib.closing(chat.say(text)) as pieces:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        print(flush=True)
+    except KeyboardInterrupt:
+        print(" [stopped]", flush=True)
+    except UserError as error:
+        print(f"[{error}]", file=sys.stderr)
+    if chat.forgotten > before:
+        print(f"[the context is full: the oldest {chat.forgotten - before} turns are forgotten]", file=sys.stderr)
 
 
 def read_prompts(s) -> list[str]:

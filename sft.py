@@ -18,6 +18,7 @@ and a line `<|endoftext|>` ends an example):
 """
 
 import bisect
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -30,10 +31,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batches import permute, round_keys
+from batches import permute, replacing, round_keys
 from chat import Message, Template, split_turns
-from configurator import UserError
-from corpus import SEPARATOR, document_hash, open_binary, reading, record_text, text_blocks, text_files
+from configurator import UserError, find_path
+from corpus import SEPARATOR, document_hash, load_dataset, open_binary, reading, record_text, text_blocks, text_files
+from data import locked, say, writing
 from tokenizer import Tokenizer
 
 Conversation = list[Message]
@@ -157,6 +159,49 @@ def split_examples(examples: list[Conversation], val_share: float) -> tuple[list
             [example for example, key in zip(examples, hashes, strict=True) if key < below])  # fmt: skip
 
 
+def open_examples(s, tokenizer: Tokenizer, quiet: bool = False) -> tuple["Examples", "ExampleValidation"]:
+    """Training and validation rows of `data_path`, or of data/<dataset>/; shows one example as the model will see it.
+
+    `val_path`, else a share of the examples, is for validation; of these, as many as have eval_tokens ids.
+    """
+    template = Template(s.template, tokenizer)
+    if s.data_path:
+        own = text_files(s.val_path) if s.val_path else []
+        known = {file.resolve() for file in own}
+        files = [file for file in text_files(s.data_path) if file.resolve() not in known]
+        train = [each for file in files for each in read_examples(file)]
+        val = [each for file in own for each in read_examples(file)]
+        if not own:
+            train, val = split_examples(train, s.val_share)
+    else:
+        folder = prepare_examples(s, quiet)
+        train, val = (list(read_examples(folder / f"{split}.jsonl")) for split in ("train", "val"))
+    if s.eval_tokens:
+        ends = np.cumsum([len(template.render(each)[0]) for each in val])
+        val = val[: max(1, int(np.searchsorted(ends, s.eval_tokens)))]
+    say(f"example  {show_example(*template.render(train[0], s.learn), tokenizer)}\n         (learned: between ⟦ and ⟧)",
+        quiet)  # fmt: skip
+    rows, held_out = (Examples(part, template, s.seq_len, s.learn, s.seed, s.packing) for part in (train, val))
+    return rows, ExampleValidation(held_out)
+
+
+def prepare_examples(s, quiet: bool) -> Path:
+    """The folder with train.jsonl and val.jsonl of data/<dataset>/, made now unless it is there and current."""
+    module, files = load_dataset(s.dataset)
+    if not hasattr(module, "examples"):
+        raise UserError(f"dataset={s.dataset} is text to read and has no questions and answers: set "
+                        "dataset=stdlib_chat, or DATA_PATH=<your .jsonl>")  # fmt: skip
+    facts = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+    folder = find_path(s.cache_dir) / f"{s.dataset}-{key}"
+    with writing(folder), locked(folder, quiet):
+        for split in ("train", "val"):
+            if not (folder / f"{split}.jsonl").is_file():
+                with replacing(folder / f"{split}.jsonl") as file:
+                    file.writelines(json.dumps(each).encode() + b"\n" for each in module.examples(split))
+    return folder
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
 
@@ -199,6 +244,7 @@ class Examples:
         self.per_epoch, self.tokens = len(self.rows), int(lengths.sum())
         self.fill = self.tokens / (self.per_epoch * seq_len)
         self.learned = sum(int(weights[1:].sum()) for weights in self.weights)
+        self.conversations = conversations
         sizes = np.array([len(token) for token in template.tokenizer.token_bytes()])
         counted = zip(self.ids, self.weights, strict=True)
         self.bytes = sum(int(sizes[ids[1:][weights[1:]]].sum()) for ids, weights in counted)
@@ -217,6 +263,12 @@ class Examples:
         ids, learned = ids[first:], learned[first:]
         learned[: np.argmin(learned)] = False  # the rest of an answer whose question is gone
         return ids, learned
+
+    def describe(self) -> str:
+        """For the screen."""
+        lost = f"; {self.cut:,} too long and cut, {self.dropped:,} dropped" if self.cut or self.dropped else ""
+        return (f"{len(self.ids):,} examples in {self.per_epoch:,} rows, {self.fill:.0%} full; {self.learned:,} of "
+                f"{self.tokens:,} tokens are learned{lost}")  # fmt: skip
 
     def get(self, first: int, count: int) -> Batch:
         """Samples first ... first + count - 1."""
@@ -272,6 +324,7 @@ class ExampleValidation:
 
     def __init__(self, examples: Examples):
         self.examples, self.tokens, self.bytes = examples, examples.learned, examples.bytes
+        self.conversations = examples.conversations
         if not self.bytes:
             raise UserError("the answers of the validation examples hold no text: there is nothing to measure")
 

@@ -4,6 +4,8 @@
     python train.py config/shakespeare_char.py MAX_STEPS=200 LR=1e-3
     DATA_PATH=my.txt python train.py                           # your own text
     torchrun --nproc_per_node=5 train.py config/gpt2.py        # five processes
+    USE_LORA=1 python train.py                                 # teach the newest run to answer, by adapters
+    SFT_MODE=1 DATA_PATH=my.jsonl python train.py              # the same with all weights and examples of yours
 
 The same command again continues the run. Ctrl-C saves and stops.
 """
@@ -13,19 +15,22 @@ import math
 import signal
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import lora
 from batches import Batches, Prefetcher, TokenStream, Validation
-from configurator import ROOT, Settings, UserError, configure, find_path, pick, run
+from chat import ChatSettings, Template
+from configurator import Settings, UserError, configure, run
 from data import DataSettings, prepare
 from eval import evaluate
 from generate import SamplingSettings, generate
 from log import Log
+from lora import LoraSettings
 from machine import (
     Machine,
     MachineSettings,
@@ -37,7 +42,8 @@ from machine import (
 )
 from model import LanguageModel, ModelConfig
 from optim import EMA, LossScale, OptimSettings, build_optimizer, clip_grad_norm, lr_at
-from tokenizer import load_tokenizer, tokenizer_from_dict
+from plan import Plan, Start, adopt_tokenizer, choose_task, plan_steps, run_folder, starting_point
+from sft import Examples, ExampleValidation, SftSettings, open_examples
 
 
 @dataclass
@@ -60,10 +66,8 @@ class TrainSettings:
     max_skipped: int = 20       # give up after so many steps in a row without a finite gradient
 
 
-SETTINGS = [TrainSettings, DataSettings, ModelConfig, OptimSettings, MachineSettings]
-# Model settings that do not touch the shape of a checkpoint.
-MAY_CHANGE = {"dropout", "label_smoothing", "init_std", "checkpoint_activations"}
-
+SETTINGS = [TrainSettings, DataSettings, ModelConfig, OptimSettings, MachineSettings, SftSettings, ChatSettings,
+            LoraSettings]
 
 @dataclass
 class Progress:
@@ -80,31 +84,22 @@ class Progress:
     ended: bool = False  # by stop_loss, stop_ppl or patience
 
 
-@dataclass
-class Plan:
-    """The length of the run and the shape of a step."""
-
-    max_steps: int
-    sequences: int  # per step, all processes together
-    per_rank: int  # per step and process
-    micro_batch: int  # per forward pass
-
-
 def main(argv: list[str] | None = None) -> int:
     s = configure(SETTINGS, argv, doc=__doc__)
     machine = choose_machine(s.part(MachineSettings))
+    choose_task(s)
     out_dir = run_folder(s)
     machine.print(f"run      {out_dir}\nmachine  {machine.describe()}")
     if s.report():
         machine.print(f"settings\n{s.report()}")
-    plan = plan_steps(s, machine)
     with checkpoint.lock(out_dir) if machine.is_main else nullcontext():
-        start = starting_point(s, out_dir, machine)
-        folder = prepare(s, quiet=not machine.is_main)  # before the process group: a collective would time out
-        tokenizer = adopt_tokenizer(s, folder, start)
+        start = starting_point(s, out_dir, machine)  # the checkpoint, if there is one, decides the shape of the model
+        plan = plan_steps(s, machine)
+        # Before the process group: a collective would time out while one process prepares the data.
+        tokenizer, batches, validation = open_data(s, start, quiet=not machine.is_main)
         init_processes(machine)
         try:
-            training = Run(s, plan, machine, out_dir, folder, tokenizer, start)
+            training = Run(s, plan, machine, out_dir, tokenizer, batches, validation, start)
             if training.is_complete():
                 machine.print(f"the run is complete; MAX_STEPS={2 * plan.max_steps} would go on with it")
                 leave_processes(machine)
@@ -112,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
             code = training.train()
             leave_processes(machine)
             if code == 0 and machine.is_main:
-                finish(out_dir, training.model, tokenizer)
+                finish(s, out_dir, training.model, tokenizer, validation)
             return code
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             raise out_of_memory(error, s) or error from None
@@ -122,93 +117,16 @@ def main(argv: list[str] | None = None) -> int:
 # Before the first step
 
 
-def run_folder(s: Settings) -> Path:
-    """out_dir as set, else out/<config name>, with the name of data that was chosen outside of the config behind it."""
-    if s.out_dir:
-        return find_path(s.out_dir)
-    name = s.configs[-1] if s.configs else "quickstart"
-    if s.source["data_path"] in ("environment", "command line"):
-        name += f"-{Path(s.data_path).stem}"
-    elif s.source["dataset"] in ("environment", "command line"):
-        name += f"-{s.dataset}"
-    return ROOT / "out" / name
-
-
-def plan_steps(s: Settings, machine: Machine) -> Plan:
-    """Divide the step among processes and forward passes. What does not divide is refused, and the nearest named."""
-    for name in ("batch_size", "grad_accum", "log_interval", "eval_interval", "keep_checkpoints"):
-        if getattr(s, name) < 1:
-            raise UserError(f"{name}={getattr(s, name)} must be at least 1")
-    world = machine.world_size
-    if s.total_batch_size:
-        sequences = s.total_batch_size // s.seq_len
-        if s.total_batch_size % s.seq_len or sequences % world:
-            nearest = max(1, round(s.total_batch_size / (world * s.seq_len))) * world * s.seq_len
-            raise UserError(f"total_batch_size={s.total_batch_size} does not divide into {world} processes x "
-                            f"seq_len={s.seq_len}; nearest: {nearest}")  # fmt: skip
-        micro_batch = max(n for n in range(1, s.batch_size + 1) if sequences // world % n == 0)
-    else:
-        sequences = s.batch_size * s.grad_accum
-        if sequences % world:
-            raise UserError(f"batch_size x grad_accum = {sequences} sequences do not divide by {world} processes; "
-                            f"set batch_size={-(-s.batch_size // world) * world}")  # fmt: skip
-        micro_batch = min(s.batch_size, sequences // world)
-    per_rank = sequences // world
-    if per_rank % micro_batch:
-        raise UserError(f"{per_rank} sequences per process do not divide by batch_size={s.batch_size}")
-    max_steps = -(-s.max_tokens // (sequences * s.seq_len)) if s.max_tokens else s.max_steps
-    if max_steps < 1:
-        raise UserError(f"max_steps={max_steps} must be at least 1")
-    return Plan(max_steps, sequences, per_rank, micro_batch)
-
-
-def starting_point(s: Settings, out_dir: Path, machine: Machine) -> dict | None:
-    """The checkpoint to begin with, None for fresh weights. state["resume"] tells whether it is this run's own.
-
-    The shape of the model comes from the checkpoint; a setting that contradicts it is refused.
-    """
-    existing = checkpoint.steps(out_dir)
-    if existing and s.init_from == "scratch":
-        raise UserError(f"{out_dir} holds a run, and init_from=scratch would overwrite it; set another out_dir")
-    base = None if s.init_from in ("auto", "scratch") else checkpoint.find(s.init_from)
-    if base and base.resolve().parent == out_dir.resolve():
-        raise UserError(f"init_from={s.init_from} lies in the folder of this run, {out_dir}; set another out_dir")
-    if existing:
-        state = checkpoint.load_newest(out_dir, machine.print)
-        if state is None:
-            raise UserError(f"no checkpoint in {out_dir} can be read; remove the folder, or set another out_dir")
-        machine.print(f"resume   from step {state['progress']['step']} (the same command continues a run)")
-    elif base is None:
-        return None
-    else:
-        state = checkpoint.load(base)
-        machine.print(f"init     from {base}")
-    state["resume"] = bool(existing)
-    saved = json.loads(state["settings"])
-    for name in {f.name for f in fields(ModelConfig)} - MAY_CHANGE - {"vocab_size"}:
-        asked = pick(ModelConfig, saved | {name: getattr(s, name)})  # 0 may stand for what the checkpoint has
-        if s.given(name) and asked != pick(ModelConfig, saved):
-            raise UserError(f"the checkpoint has {name}={saved[name]} and you ask for {name}={getattr(s, name)}; "
-                            f"another out_dir begins another run")  # fmt: skip
-        s.set(name, saved[name], "checkpoint")
-    if not s.given("tokenizer"):
-        if not existing:  # these weights know one tokenizer; a copy of it stays with the run
-            tokenizer_from_dict(json.loads(state["tokenizer"])).save(out_dir)
-        if (out_dir / "tokenizer.json").is_file():
-            s.set("tokenizer", str(out_dir), "checkpoint")
-    return state
-
-
-def adopt_tokenizer(s: Settings, folder: Path, start: dict | None):
-    """The corpus's tokenizer, which decides vocab_size and must be the checkpoint's, if there is one."""
-    tokenizer = load_tokenizer(folder)
-    s.set("vocab_size", tokenizer.vocab_size, "tokenizer")
-    if start:
-        theirs = tokenizer_from_dict(json.loads(start["tokenizer"]))
-        if theirs.fingerprint != tokenizer.fingerprint:
-            raise UserError(f"the checkpoint was trained with tokenizer {theirs.fingerprint}, but {folder} has tokens "
-                            f"of tokenizer {tokenizer.fingerprint}; another out_dir begins another run")  # fmt: skip
-    return tokenizer
+def open_data(s: Settings, start: Start, quiet: bool):
+    """(tokenizer, training samples, validation windows) of the task; a corpus is prepared first where it must be."""
+    if s.task == "sft":
+        s.set("vocab_size", start.tokenizer.vocab_size, "tokenizer")
+        return start.tokenizer, *open_examples(s, start.tokenizer, quiet)
+    folder = prepare(s, quiet)
+    tokenizer = adopt_tokenizer(s, folder, start)
+    stream, held_out = (TokenStream(folder, split, tokenizer) for split in ("train", "val"))
+    batches = Batches(stream, s.seq_len, s.seed, s.data_order, s.data_window)
+    return tokenizer, batches, Validation(held_out, s.seq_len, tokenizer, s.eval_tokens)
 
 
 def wants_compile(s: Settings, machine: Machine) -> bool:
@@ -240,29 +158,32 @@ def wrap(model: LanguageModel, s: Settings, machine: Machine):
 class Run:
     """Model, optimizer and data of one run, and the loop that brings them together."""
 
-    def __init__(self, s: Settings, plan: Plan, machine: Machine, out_dir: Path, folder: Path, tokenizer,
-                 start: dict | None):  # fmt: skip
+    def __init__(self, s: Settings, plan: Plan, machine: Machine, out_dir: Path, tokenizer,
+                 batches: Batches | Examples, validation: Validation | ExampleValidation, start: Start):  # fmt: skip
         self.s, self.plan, self.machine, self.out_dir = s, plan, machine, out_dir
-        self.batches = Batches(TokenStream(folder, "train", tokenizer), s.seq_len, s.seed, s.data_order, s.data_window)
-        self.validation = Validation(TokenStream(folder, "val", tokenizer), s.seq_len, tokenizer, s.eval_tokens)
+        self.batches, self.validation = batches, validation
         torch.manual_seed(s.seed)
         self.model = LanguageModel(s.part(ModelConfig))
-        if start:
-            self.model.load_state_dict(start["model"])
+        if start.weights:
+            self.model.load_state_dict(start.weights)
+        if s.use_lora:
+            lora.inject(self.model, s.part(LoraSettings))
         self.model.to(machine.device).train()
         self.optimizer = build_optimizer(self.model, s.part(OptimSettings), wants_compile(s, machine))
         self.ema = EMA(self.model, s.ema) if s.ema else None
         self.scale = LossScale(machine.device) if machine.dtype == torch.float16 else None
         self.progress = Progress()
-        if start and start["resume"]:
-            self.restore(start)
+        if start.resume:
+            self.restore(start.resume)
         self.log = Log(out_dir, plan.max_steps, self.progress.step, machine, self.model.flops_per_token())
         # What a checkpoint says of the run, beside its tensors.
         self.about = {"format": checkpoint.FORMAT, "settings": json.dumps(s.to_dict()),
-                      "tokenizer": json.dumps(tokenizer.to_dict())}  # fmt: skip
+                      "tokenizer": json.dumps(tokenizer.to_dict()), "base": start.base}  # fmt: skip
         self.describe()
 
     def restore(self, start: dict) -> None:
+        if self.s.use_lora:
+            lora.load_adapter(self.model, start["model"])
         self.optimizer.load_state_dict(start["optimizer"])
         if self.ema:
             if not start["ema"]:
@@ -280,16 +201,16 @@ class Run:
         per_step, parts = plan.sequences * cfg.seq_len, plan.per_rank // plan.micro_batch
         self.machine.print(
             f"model    {counts['total']:,} parameters, {counts['total'] - counts['embedding']:,} without embeddings; "
-            f"{self.model.flops_per_token() / 1e6:.0f} MFLOP per token\n"
-            f"data     {len(self.batches.stream):,} tokens of {cfg.vocab_size:,} kinds; validation on "
-            f"{self.validation.tokens:,}")  # fmt: skip
+            f"{self.model.flops_per_token() / 1e6:.0f} MFLOP per token")  # fmt: skip
+        if self.s.use_lora:
+            self.machine.print(f"adapters {lora.describe(self.model)}")
+        self.machine.print(
+            f"data     {self.batches.describe()}; a vocabulary of {cfg.vocab_size:,}; validation on "
+            f"{self.validation.tokens:,} tokens\n"
+            f"steps    {plan.max_steps:,} of {per_step:,} tokens{f' in {parts} forward passes' if parts > 1 else ''}: "
+            f"{plan.max_steps * plan.sequences / self.batches.per_epoch:.2f} epochs")  # fmt: skip
         if self.s.tokenizer == "char" and self.s.dataset == "stdlib" and not self.s.data_path:
             self.machine.print("         Python source has few characters: DATA_PATH=<text of yours> brings its own")
-        if self.batches.long_documents:
-            self.machine.print(f"         {self.batches.long_documents:,} documents are longer than a row: cut")
-        self.machine.print(
-            f"steps    {plan.max_steps:,} of {per_step:,} tokens{f' in {parts} forward passes' if parts > 1 else ''}: "
-            f"{plan.max_steps * per_step / len(self.batches.stream):.2f} epochs")  # fmt: skip
 
     def due(self) -> bool:
         """Whether a checkpoint and a validation follow this step."""
@@ -349,7 +270,7 @@ class Run:
         Every learned token of the step weighs the same, however it is cut into processes and forward passes.
         """
         plan, machine = self.plan, self.machine
-        ids, targets, weights = batch  # (per_rank, T)
+        _, targets, weights, *_ = batch  # (per_rank, T)
         learned = targets.numel() * machine.world_size
         if weights is not None:
             learned = int(machine.all_reduce(weights.sum()))
@@ -358,7 +279,7 @@ class Run:
             last = first + plan.micro_batch >= plan.per_rank
             with nullcontext() if last or machine.world_size == 1 else wrapped.no_sync():
                 with machine.autocast():
-                    loss = wrapped(ids[part], targets[part], None if weights is None else weights[part]).sum()
+                    loss = wrapped(*(t if t is None else t[part] for t in batch)).sum()
                 mean = loss * (machine.world_size / max(learned, 1))  # DDP averages over the processes
                 (mean * self.scale.value if self.scale else mean).backward()
             self.nats += loss.detach().nan_to_num(0.0, 0.0, 0.0)
@@ -387,6 +308,10 @@ class Run:
             raise UserError(f"no finite gradient in {int(self.bad)} steps in a row, at step {progress.step}: lower lr; "
                             f"{f'the last good checkpoint is {good[-1]}' if good else 'nothing was saved yet'}")
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What this run has learned: all weights, or the adapters alone."""
+        return lora.adapter_state(self.model) if self.s.use_lora else self.model.state_dict()
+
     def save(self, must: bool) -> None:
         """The checkpoint from which the run goes on as if nothing had happened. Comes before validation.
 
@@ -396,7 +321,7 @@ class Run:
         if not self.machine.is_main:
             return
         states = {"optimizer": self.optimizer, "ema": self.ema, "scale": self.scale}
-        state = {**self.about, "model": self.model.state_dict(), "progress": asdict(self.progress),
+        state = {**self.about, "model": self.weights(), "progress": asdict(self.progress),
                  **{name: part.state_dict() if part else None for name, part in states.items()}}  # fmt: skip
         try:
             checkpoint.save_step(self.out_dir, self.progress.step, state, self.s.keep_checkpoints)
@@ -415,7 +340,7 @@ class Run:
             reached = score.loss <= s.stop_loss or score.perplexity <= s.stop_ppl
             progress.ended = reached or 0 < s.patience <= progress.worse
             if better and self.machine.is_main:
-                state = {**self.about, "model": self.model.state_dict(), "progress": asdict(progress)}
+                state = {**self.about, "model": self.weights(), "progress": asdict(progress)}
                 try:
                     checkpoint.save(self.out_dir / "best.pt", state)
                 except UserError as error:
@@ -457,15 +382,20 @@ def out_of_memory(error: Exception, s: Settings) -> UserError | None:
     return None
 
 
-def finish(out_dir: Path, model: LanguageModel, tokenizer) -> None:
+def finish(s: Settings, out_dir: Path, model: LanguageModel, tokenizer, validation) -> None:
     """Samples in the run's folder, one on the screen, and the commands that come next."""
-    begin = tokenizer.role("eot")
-    sampling = SamplingSettings(max_new_tokens=min(200, model.cfg.seq_len))
-    rows = generate(model, [[begin]] * 3, sampling, (begin,))
-    texts = [tokenizer.decode(row) for row in rows]
+    sampling = SamplingSettings(max_new_tokens=min(200, model.cfg.seq_len // 2))
+    if s.task == "sft":
+        template = Template(s.template, tokenizer)
+        prompts, stops = [template.prompt(talk[:-1]) for talk in validation.conversations[:3]], template.stop_ids
+        lora.merge(model)
+    else:
+        prompts, stops = [[tokenizer.role("eot")]] * 3, (tokenizer.role("eot"),)
+    rows = generate(model, prompts, sampling, stops)
+    texts = [tokenizer.decode(prompt) + tokenizer.decode(row) for prompt, row in zip(prompts, rows, strict=True)]
     (out_dir / "samples.txt").write_text("\n\n--------\n\n".join(texts) + "\n", encoding="utf-8")
     print(f"\nA sample (more in {out_dir / 'samples.txt'}):\n\n{texts[0]}\n")
-    print(f'next     python sample.py --init_from {out_dir} --prompt "..."')
+    print(f"next     python sample.py --init_from {out_dir} {'--chat' if s.task == 'sft' else '--prompt ...'}")
 
 
 if __name__ == "__main__":

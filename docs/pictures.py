@@ -50,7 +50,7 @@ def draw_block(path):
         ax.plot([left, right], [y, y], color=GREY, lw=1.3, zorder=1)
         arrow(ax, (right - 0.05, y), (right + 0.25, y))
         ax.text(left - 0.15, y, name, ha="right", va="center", fontsize=9)
-        ax.text(right + 0.4, y, name.replace("1", "2'") if y == high else name.replace("2", "1'"), va="center", fontsize=9)
+        ax.text(right + 0.4, y, {high: "stream 1", low: "stream 2"}[y], va="center", fontsize=9)
     for i, (name, color) in enumerate(steps):
         x = left + 0.9 + 2.85 * i
         source, target = (high, low) if i % 2 == 0 else (low, high)

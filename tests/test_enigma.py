@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from test_model import shaken, tiny
 
 from configurator import UserError
 from enigma import ConvCache, DynamicConv, turn_wheels, wheel_index, wheel_offsets, wheel_sizes
 from model import ModelConfig, example_mask
+from test_model import shaken, tiny
 
 VARIANTS = {
     "as it is": dict(),

@@ -413,4 +413,5 @@ def test_describe_equals_the_hand_count():
     total = tiny().count_parameters()["total"] + trained
     assert describe(model) == (f"LoRA rank 4 on 12 matrices (q k v o ffn): {trained:,} of {total:,} parameters train, "
                                f"{100 * trained / total:.1f} %")  # fmt: skip
-    assert describe(adapted("enigma", lora_dora=True)[0]).startswith("DoRA rank 4 on 30 matrices (shears up taps down q k v o ffn)")
+    dora = describe(adapted("enigma", lora_dora=True)[0])
+    assert dora.startswith("DoRA rank 4 on 30 matrices (shears up taps down q k v o ffn)")

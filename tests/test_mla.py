@@ -183,13 +183,19 @@ def test_cached_outputs_equal_uncached(changes, chunks):
         assert torch.allclose(stepwise(attn, x, chunks), attn(x, turner(torch.arange(10))), atol=1e-5)
 
 
-def test_decoding_never_expands_the_past_and_a_long_chunk_does():
+def test_decoding_never_expands_the_past_and_long_chunks_and_training_do():
     attn, expanded = make(), []
     attn.kv_up.register_forward_hook(lambda module, inputs, output: expanded.append(output.shape[1]))
     stepwise(attn, torch.randn(1, 50, 32), [40, *[1] * 10])
     assert expanded == [40]  # the prompt, and no token after it
+    stepwise(attn, torch.randn(1, 50, 32), [5, 1, 44])
+    assert expanded[1:] == [5, 50]
     large = LatentAttention(64, 16, 512, 0, 128, 64, 128)  # DeepSeek-V2-Lite's widths
     assert large.absorbing_is_cheaper(1, 4096) and not large.absorbing_is_cheaper(2048, 4096)
+    small = make(kv_rank=2, v_dim=20)  # cheaper absorbed, but adapters with dropout act in the modules alone
+    small.kv_up.register_forward_hook(lambda module, inputs, output: expanded.append(output.shape[1]))
+    small(torch.randn(1, 12, 32))
+    assert small.absorbing_is_cheaper(12, 12) and expanded[3:] == [12]
 
 
 def test_the_cache_holds_one_latent_and_one_key_a_token_and_nothing_else():
@@ -271,12 +277,13 @@ def test_bf16_autocast_is_close_to_fp32_in_training_and_decoding(changes):
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in attn.parameters())
 
 
-def test_a_bf16_model_decodes_on_a_bf16_cache():
+def test_a_bf16_model_works_without_autocast_and_decodes_on_a_bf16_cache():
     attn, x = make(q_rank=10), torch.randn(2, 12, 32)
     with torch.no_grad():
         expected = attn(x, turner(torch.arange(12)))
-        half = stepwise(attn.bfloat16(), x.bfloat16(), [6, 4, 1, 1], torch.bfloat16)
-    assert half.dtype == torch.bfloat16 and (half - expected).abs().max() < 0.03 * expected.abs().max()
+        attn, x = attn.bfloat16(), x.bfloat16()
+        for half in (attn(x, turner(torch.arange(12))), stepwise(attn, x, [6, 4, 1, 1], torch.bfloat16)):
+            assert half.dtype == torch.bfloat16 and (half - expected).abs().max() < 0.03 * expected.abs().max()
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -121,7 +121,7 @@ def test_sizes_that_do_not_divide_by_the_processes_are_refused(text, tmp_path, m
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="3 processes; set batch_size=6"):
         train.main(tiny_run(text, tmp_path / "run"))
-    with pytest.raises(UserError, match="nearest: 192"):
+    with pytest.raises(UserError, match="nearest: 240"):
         train.main(tiny_run(text, tmp_path / "run", total_batch_size=256))
 
 

@@ -6,12 +6,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from test_model import shaken, tiny
 from torch import nn
 
 from configurator import UserError
 from model import LanguageModel, ModelConfig
 from reversible import Branch, Chain
+from test_model import shaken, tiny
 
 KINDS = ["reversible", "enigma"]
 

@@ -12,12 +12,13 @@ import checkpoint
 import data
 import sample
 import train
-from configurator import UserError, configure
+from configurator import ROOT, UserError, configure
 from conftest import tiny_run
 from generate import SamplingSettings, generate
 from machine import Machine
 from model import LanguageModel, ModelConfig
 from optim import OptimSettings, lr_at
+from plan import plan_steps, run_folder
 
 
 def rows(folder):
@@ -106,7 +107,7 @@ def test_a_large_batch_is_cut_into_the_largest_forward_passes_that_divide():
     for world, expected in ((1, 8), (2, 5), (4, 5), (5, 8), (8, 5)):
         s = configure(train.SETTINGS, ["total_batch_size=640", "seq_len=16", "batch_size=8"], {})
         machine = Machine(torch.device("cpu"), torch.float32, "", world_size=world)
-        plan = train.plan_steps(s, machine)
+        plan = plan_steps(s, machine)
         assert (plan.sequences, plan.per_rank, plan.micro_batch) == (40, 40 // world, expected)
 
 
@@ -223,8 +224,8 @@ def test_a_mistake_gets_one_sentence_before_any_training(go, tmp_path, changes, 
 
 def test_a_run_has_a_folder_of_its_own(monkeypatch):
     def folder(*argv, **environ):
-        path = train.run_folder(configure(train.SETTINGS, list(argv), environ))
-        return path.relative_to(train.ROOT / "out").as_posix()
+        path = run_folder(configure(train.SETTINGS, list(argv), environ))
+        return path.relative_to(ROOT / "out").as_posix()
 
     assert folder() == "quickstart"
     assert folder("config/gpt2.py", "lr=1") == "gpt2"

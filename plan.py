@@ -1,0 +1,193 @@
+"""What is settled before the first step: where a run lives, what it starts from, and how its steps are cut.
+
+A fine-tuning run starts from a pretraining run and has a folder of its own; a run with adapters (LoRA) keeps them
+alone, with the name and the fingerprint of the base that they belong to.
+"""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import checkpoint
+from chat import ChatSettings
+from configurator import ROOT, Settings, UserError, find_path, pick
+from lora import LoraSettings, fingerprint
+from machine import Machine
+from model import ModelConfig
+from tokenizer import Tokenizer, load_tokenizer, tokenizer_from_dict
+
+# Settings of the model that do not touch the shape of a checkpoint.
+MAY_CHANGE = {"dropout", "label_smoothing", "init_std", "checkpoint_activations", "vocab_size"}
+# What a run cannot change on the way, beside the model.
+FIXED = [*LoraSettings.__dataclass_fields__, *ChatSettings.__dataclass_fields__]
+# Fine-tuning starts from weights that are good already; where nothing is said, its steps are fewer and smaller.
+FINE_TUNING = {"lr": 2e-3, "muon_lr": 2e-3, "max_steps": 400, "warmup_steps": 20, "eval_interval": 100}
+
+
+@dataclass
+class Plan:
+    """The length of the run and the shape of a step."""
+
+    max_steps: int
+    sequences: int  # per step, all processes together
+    per_rank: int  # per step and process
+    micro_batch: int  # per forward pass
+
+
+@dataclass
+class Start:
+    """What a run begins with."""
+
+    weights: dict | None = None  # of the plain model; None: fresh ones
+    resume: dict | None = None  # the state of this run, if it goes on
+    base: dict | None = None  # {"path", "fingerprint"} of the weights beneath adapters
+    tokenizer: Tokenizer | None = None  # that the weights were trained with
+
+
+def choose_task(s: Settings) -> None:
+    """What the user left open: USE_LORA=1 without data teaches the newest run to answer."""
+    if s.sft_mode:
+        s.set("task", "sft", s.source["sft_mode"])
+    if s.use_lora and not (s.given("task") or s.given("data_path") or s.given("dataset")):
+        s.set("task", "sft", "use_lora without data")
+    if s.task == "sft" and not s.given("dataset"):
+        s.set("dataset", "stdlib_chat", "task=sft")
+    if s.task == "sft" or s.use_lora:
+        if s.init_from == "scratch":
+            raise UserError("init_from=scratch: fine-tuning needs trained weights; leave it out, or name a checkpoint")
+        for name, value in FINE_TUNING.items():
+            if not s.given(name):
+                s.set(name, value, "fine-tuning")
+
+
+def run_folder(s: Settings) -> Path:
+    """out_dir as set, else out/<config name>, with the name of data that was chosen outside of the config behind it.
+
+    A fine-tuning run is called after its base, which is the newest pretraining run if init_from names none.
+    """
+    if s.out_dir:
+        return find_path(s.out_dir)
+    name = s.configs[-1] if s.configs else "quickstart"
+    if s.task == "sft" or s.use_lora:
+        name = s.configs[-1] if s.configs else base_of(s).resolve().parent.name
+    if s.source["data_path"] in ("environment", "command line"):
+        name += f"-{Path(s.data_path).stem}"
+    elif s.source["dataset"] in ("environment", "command line"):
+        name += f"-{s.dataset}"
+    return ROOT / "out" / (name + "-sft" * (s.task == "sft") + "-lora" * s.use_lora)
+
+
+def base_of(s: Settings) -> Path:
+    """The checkpoint that fine-tuning starts from: init_from, else the newest pretraining run's."""
+    if s.init_from != "auto":
+        return checkpoint.find(s.init_from)
+    for run in checkpoint.runs():
+        path = checkpoint.find(run)
+        saved = checkpoint.settings(path)
+        if saved.get("task", "pretrain") == "pretrain" and not saved.get("use_lora"):
+            return path
+    raise UserError("there is no trained model to fine-tune yet: `python train.py` makes one")
+
+
+def plan_steps(s: Settings, machine: Machine) -> Plan:
+    """Divide the step among processes and forward passes. What does not divide is refused, and the nearest named."""
+    for name in ("batch_size", "grad_accum", "log_interval", "eval_interval", "keep_checkpoints"):
+        if getattr(s, name) < 1:
+            raise UserError(f"{name}={getattr(s, name)} must be at least 1")
+    world = machine.world_size
+    if s.total_batch_size:
+        sequences = s.total_batch_size // s.seq_len
+        if s.total_batch_size % s.seq_len or sequences % world:
+            nearest = max(1, round(s.total_batch_size / (world * s.seq_len))) * world * s.seq_len
+            raise UserError(f"total_batch_size={s.total_batch_size} does not divide into {world} processes x "
+                            f"seq_len={s.seq_len}; nearest: {nearest}")  # fmt: skip
+        micro_batch = max(n for n in range(1, s.batch_size + 1) if sequences // world % n == 0)
+    else:
+        sequences = s.batch_size * s.grad_accum
+        if sequences % world:
+            raise UserError(f"batch_size x grad_accum = {sequences} sequences do not divide by {world} processes; "
+                            f"set batch_size={-(-s.batch_size // world) * world}")  # fmt: skip
+        micro_batch = min(s.batch_size, sequences // world)
+    per_rank = sequences // world
+    if per_rank % micro_batch:
+        raise UserError(f"{per_rank} sequences per process do not divide by batch_size={s.batch_size}")
+    max_steps = -(-s.max_tokens // (sequences * s.seq_len)) if s.max_tokens else s.max_steps
+    if max_steps < 1:
+        raise UserError(f"max_steps={max_steps} must be at least 1")
+    return Plan(max_steps, sequences, per_rank, micro_batch)
+
+
+def starting_point(s: Settings, out_dir: Path, machine: Machine) -> Start:
+    """Fresh weights, those of a checkpoint, or this very run where it was left.
+
+    The shape of the model comes from the checkpoint; a setting that contradicts it is refused.
+    """
+    existing = checkpoint.steps(out_dir)
+    if existing and s.init_from == "scratch":
+        raise UserError(f"{out_dir} holds a run, and init_from=scratch would overwrite it; set another out_dir")
+    if s.init_from not in ("auto", "scratch") and checkpoint.find(s.init_from).resolve().parent == out_dir.resolve():
+        raise UserError(f"init_from={s.init_from} lies in the folder of this run, {out_dir}; set another out_dir")
+    if existing:
+        return continued(s, out_dir, machine)
+    if s.task == "pretrain" and not s.use_lora and s.init_from in ("auto", "scratch"):
+        return Start()
+    path = base_of(s)
+    state = checkpoint.load(path)
+    if state["base"]:
+        raise UserError(f"{path} holds adapters: `python interop.py merge {path.parent}` makes a model of them, which "
+                        "can be a base")  # fmt: skip
+    machine.print(f"init     from {path}")
+    adopt(s, json.loads(state["settings"]), {field.name for field in fields(ModelConfig)})
+    keep_tokenizer(s, state, out_dir, resumed=False)
+    start = Start(checkpoint.weights(state), tokenizer=tokenizer_from_dict(json.loads(state["tokenizer"])))
+    if s.use_lora:
+        start.base = {"path": str(path.resolve()), "fingerprint": fingerprint(start.weights)}
+    return start
+
+
+def continued(s: Settings, out_dir: Path, machine: Machine) -> Start:
+    """The run in out_dir where it was left."""
+    state = checkpoint.load_newest(out_dir, machine.print)
+    if state is None:
+        raise UserError(f"no checkpoint in {out_dir} can be read; remove the folder, or set another out_dir")
+    machine.print(f"resume   from step {state['progress']['step']} (the same command continues a run)")
+    saved = json.loads(state["settings"])
+    for name in ("task", "use_lora"):
+        if getattr(s, name) != saved[name]:
+            raise UserError(f"the run in {out_dir} has {name}={saved[name]}: say so again, or set another out_dir")
+    adopt(s, saved, {field.name for field in fields(ModelConfig)} | set(FIXED))
+    keep_tokenizer(s, state, out_dir, resumed=True)
+    weights = checkpoint.load_base(state["base"], s.lora_base) if state["base"] else state["model"]
+    return Start(weights, state, state["base"], tokenizer_from_dict(json.loads(state["tokenizer"])))
+
+
+def adopt(s: Settings, saved: dict, names: set[str]) -> None:
+    """Take over what the checkpoint says of `names`; refuse what contradicts it."""
+    for name in sorted(names - MAY_CHANGE - {"use_lora", "lora_base"}):
+        part = ModelConfig if name in ModelConfig.__dataclass_fields__ else None
+        asked, is_now = getattr(s, name), saved[name]
+        if part:  # 0 may stand for what the checkpoint has
+            asked, is_now = (getattr(pick(part, saved | {name: value}), name) for value in (asked, is_now))
+        if s.given(name) and asked != is_now:
+            raise UserError(f"the checkpoint has {name}={saved[name]} and you ask for {name}={getattr(s, name)}; "
+                            f"another out_dir begins another run")  # fmt: skip
+        s.set(name, saved[name], "checkpoint")
+
+
+def keep_tokenizer(s: Settings, state: dict, out_dir: Path, resumed: bool) -> None:
+    """These weights know one tokenizer; a copy of it stays with the run, and prepares its corpus."""
+    if not s.given("tokenizer"):
+        if not resumed:
+            tokenizer_from_dict(json.loads(state["tokenizer"])).save(out_dir)
+        if (out_dir / "tokenizer.json").is_file():
+            s.set("tokenizer", str(out_dir), "checkpoint")
+
+
+def adopt_tokenizer(s: Settings, folder: Path, start: Start) -> Tokenizer:
+    """The corpus's tokenizer, which decides vocab_size and must be the checkpoint's, if there is one."""
+    tokenizer = load_tokenizer(folder)
+    s.set("vocab_size", tokenizer.vocab_size, "tokenizer")
+    if start.tokenizer and start.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"the checkpoint was trained with tokenizer {start.tokenizer.fingerprint}, but {folder} has "
+                        f"tokens of tokenizer {tokenizer.fingerprint}; another out_dir begins another run")
+    return tokenizer
