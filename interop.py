@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import checkpoint
-from configurator import UserError, find_path, pick, run
-from lora import LoraSettings, inject, load_adapter, merged_state
-from model import LanguageModel, ModelConfig
+from configurator import UserError, find_path, run
+from lora import LoraLinear, merged_state
 
 
 def merge(run_folder: str, target: str = "", lora_base: str = "") -> Path:
@@ -20,15 +19,11 @@ def merge(run_folder: str, target: str = "", lora_base: str = "") -> Path:
     Adapters on a tied head untie it: lookups stay those of the base.
     """
     path = checkpoint.find(run_folder)
-    state = checkpoint.load(path)
+    model, _, state = checkpoint.load_model(path, lora_base=lora_base)
     if not state["base"]:
         raise UserError(f"{path} holds no adapters: it is a whole model already")
     saved = json.loads(state["settings"])
-    model = LanguageModel(pick(ModelConfig, saved))
-    model.load_state_dict(checkpoint.load_base(state["base"], lora_base))
-    adapted = inject(model, pick(LoraSettings, saved))
-    load_adapter(model, checkpoint.weights(state))
-    saved |= {"use_lora": False, "tie_embeddings": saved["tie_embeddings"] and "head" not in adapted}
+    saved |= {"use_lora": False, "tie_embeddings": saved["tie_embeddings"] and not isinstance(model.head, LoraLinear)}
     folder = find_path(target) if target else path.parent.with_name(path.parent.name + "-merged")
     if list(folder.glob("*.pt")):
         raise UserError(f"{folder} holds a model already; name another folder")

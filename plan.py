@@ -164,13 +164,12 @@ def continued(s: Settings, out_dir: Path, machine: Machine) -> Start:
 def adopt(s: Settings, saved: dict, names: set[str]) -> None:
     """Take over what the checkpoint says of `names`; refuse what contradicts it."""
     for name in sorted(names - MAY_CHANGE - {"use_lora", "lora_base"}):
-        part = ModelConfig if name in ModelConfig.__dataclass_fields__ else None
-        asked, is_now = getattr(s, name), saved[name]
-        if part:  # 0 may stand for what the checkpoint has
-            asked, is_now = (getattr(pick(part, saved | {name: value}), name) for value in (asked, is_now))
-        if s.given(name) and asked != is_now:
-            raise UserError(f"the checkpoint has {name}={saved[name]} and you ask for {name}={getattr(s, name)}; "
-                            f"another out_dir begins another run")  # fmt: skip
+        asked = {name: getattr(s, name)}
+        if s.given(name) and asked[name] != saved[name]:
+            of_model = name in ModelConfig.__dataclass_fields__  # 0 may stand there for what the checkpoint has
+            if not of_model or pick(ModelConfig, saved | asked) != pick(ModelConfig, saved):
+                raise UserError(f"the checkpoint has {name}={saved[name]} and you ask for {name}={asked[name]}; "
+                                f"another out_dir begins another run")  # fmt: skip
         s.set(name, saved[name], "checkpoint")
 
 

@@ -1,0 +1,281 @@
+"""Fine-tuning as a whole: train.main(), sample.main() and interop.main() with real files."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+
+import checkpoint
+import interop
+import lora
+import plan
+import sample
+import train
+from chat import Template
+from configurator import UserError, configure
+from conftest import WORDS, tiny_run
+from generate import SamplingSettings, generate
+from sft import Examples
+from test_chat import make, talk
+from test_model import KINDS, shaken, tiny
+from test_reliability import finish, launch
+from test_train import column, interrupt_at, same
+
+
+@pytest.fixture(scope="module")
+def base(text, tmp_path_factory):
+    """A pretraining run of some seconds."""
+    folder = tmp_path_factory.mktemp("base") / "run"
+    train.main(tiny_run(text, folder, vocab_size=320, seq_len=64, max_steps=8, eval_interval=8))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    pairs = [(f"say {a} and {b}", f"{a} {b}") for a in WORDS[:12] for b in WORDS[:8]]
+    path.write_text("".join(json.dumps({"instruction": q, "output": a}) + "\n" for q, a in pairs), encoding="utf-8")
+    return path
+
+
+def tune(text, base, questions, out, **changes):
+    settings = dict(task="sft", init_from=base, data_path=questions, max_steps=12, eval_interval=6, lr=1e-2, muon_lr=0.01,
+                    vocab_size=None, seq_len=None, d_model=None, n_layer=None, n_head=None, n_kv_head=None)  # fmt: skip
+    return tiny_run(text, out, **(settings | changes))
+
+
+# ---- the run
+
+
+@pytest.mark.parametrize("more", [{}, dict(use_lora=1, lora_rank=4, lr=0.05),
+                                  dict(use_lora=1, lora_dora=1, learn="all", lr=0.05),
+                                  dict(packing=0, template="alpaca")])  # fmt: skip
+def test_fine_tuning_lowers_the_loss_on_held_out_answers_and_leaves_the_base_alone(text, base, questions, tmp_path, more):
+    before = {path: path.read_bytes() for path in base.iterdir() if path.is_file()}
+    assert train.main(tune(text, base, questions, tmp_path / "run", max_steps=30, eval_interval=10, **more)) == 0
+    losses = column(tmp_path / "run", "val_loss")
+    assert losses[-1] < 0.9 * losses[0]
+    assert {path: path.read_bytes() for path in base.iterdir() if path.is_file()} == before
+
+
+def test_the_reported_loss_is_that_of_the_answers_alone(text, base, questions, tmp_path):
+    train.main(tune(text, base, questions, tmp_path / "run"))
+    model, tokenizer, _ = checkpoint.load_model(tmp_path / "run" / "step_00000012.pt")
+    s = configure(train.SETTINGS, tune(text, base, questions, tmp_path / "run"), {})
+    s.set("seq_len", 64, "test")
+    from sft import open_examples
+
+    _, held_out = open_examples(s, tokenizer, quiet=True)
+    template, nats, learned = Template("chatml", tokenizer), 0.0, 0
+    for conversation in held_out.conversations:  # one by one, unpacked, by hand
+        ids, counts = template.render(conversation)
+        rows = torch.nn.functional.cross_entropy(model(torch.tensor([ids]))[0, :-1], torch.tensor(ids[1:]), reduction="none")
+        nats += (rows * torch.tensor(counts[1:])).sum().item()
+        learned += sum(counts[1:])
+    assert column(tmp_path / "run", "val_loss")[-1] == pytest.approx(nats / learned, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["quickstart", "gpt2", "alibi", "reversible", "enigma"])
+def test_packed_examples_give_the_loss_and_the_gradients_of_single_ones(kind):
+    tokenizer = make("char")
+    talks = [talk("what is a fox", "it is quick" * n) for n in (1, 2, 1, 3)] + [talk("a", "b", "c", "d")]
+    results = []
+    for packing in (True, False):
+        examples = Examples(talks, Template("chatml", tokenizer), 96, packing=packing)
+        model = shaken(tiny(kind, vocab_size=tokenizer.vocab_size, seq_len=96, reversible_grid=0)).train()
+        torch.manual_seed(0)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        loss = model(*examples.get(0, examples.per_epoch)).sum()
+        loss.backward()
+        results.append((examples.per_epoch, loss.item(), [p.grad for p in model.parameters()]))
+    (rows, a, packed), (more_rows, b, single) = results
+    assert rows < more_rows == 5 and a == pytest.approx(b, rel=1e-4)
+    for x, y in zip(packed, single, strict=True):
+        if kind != "gpt2" or x.shape[0] != 96:  # the learned positions that padding reads
+            assert torch.allclose(x, y, atol=1e-3 * y.abs().max().item() + 1e-6)
+
+
+def test_a_forward_pass_without_learned_tokens_is_harmless():
+    model = tiny()
+    ids = torch.randint(97, (2, 32))
+    loss = model(ids, ids, torch.zeros(2, 32)).sum()
+    loss.backward()
+    assert loss.item() == 0.0 and all(p.grad.abs().max() == 0.0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("more", [{}, dict(use_lora=1, lora_dropout=0.2), dict(use_lora=1, ema=0.9)])
+@pytest.mark.parametrize("at", [3, 6])
+def test_resume_is_bit_exact(text, base, questions, tmp_path, monkeypatch, more, at):
+    argv = tune(text, base, questions, tmp_path / "a", **more)
+    assert train.main(argv) == 0
+    interrupt_at(monkeypatch, at)
+    parts = [arg.replace(str(tmp_path / "a"), str(tmp_path / "b")) for arg in argv]
+    assert train.main(parts) == 128 + 15
+    monkeypatch.undo()
+    assert train.main(parts) == 0
+    a, b = (checkpoint.load(tmp_path / name / "step_00000012.pt") for name in "ab")
+    assert same(a["model"], b["model"]) and same(a["optimizer"], b["optimizer"])
+    assert column(tmp_path / "a", "loss") == column(tmp_path / "b", "loss")
+
+
+def test_two_processes_tune_as_one(text, base, questions, tmp_path):
+    more = dict(use_lora=1, optimizer="adamw", batch_size=4)
+    assert train.main(tune(text, base, questions, tmp_path / "one", **more)) == 0
+    code, out = finish(launch(tune(text, base, questions, tmp_path / "two", **more), 2))
+    assert code == 0, out
+    for name in ("loss", "val_loss"):
+        assert column(tmp_path / "one", name) == pytest.approx(column(tmp_path / "two", name), rel=2e-4)
+
+
+# ---- adapters
+
+
+@pytest.fixture(scope="module")
+def adapted(text, base, questions, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapted") / "run"
+    train.main(tune(text, base, questions, folder, use_lora=1, lora_rank=4))
+    return folder
+
+
+def test_an_adapter_run_saves_adapters_alone_and_what_they_belong_to(base, adapted):
+    state = checkpoint.load(adapted / "best.pt")
+    assert state["model"] and all("lora_" in name for name in state["model"])
+    assert state["base"]["path"] == str(base / "best.pt")
+    assert state["base"]["fingerprint"] == lora.fingerprint(checkpoint.load(base / "best.pt")["model"])
+    moments = checkpoint.load(adapted / "step_00000012.pt")["optimizer"]
+    assert all("lora_" in name for name in moments if name != "applied")
+
+
+def test_adapters_on_their_base_and_the_merged_model_give_the_same_logits(base, adapted, tmp_path):
+    ids = torch.randint(300, (2, 32))
+    loaded, _, _ = checkpoint.load_model(adapted / "best.pt")
+    interop.main(["merge", str(adapted), str(tmp_path / "merged")])
+    merged, _, state = checkpoint.load_model(tmp_path / "merged" / "best.pt")
+    plain, _, _ = checkpoint.load_model(base / "best.pt")
+    assert state["base"] is None and not any("lora_" in name for name in state["model"])
+    assert torch.allclose(loaded(ids), merged(ids), atol=1e-5)
+    assert not torch.allclose(loaded(ids), plain(ids), atol=1e-2)
+
+
+def test_a_merged_model_can_be_a_base_and_adapters_cannot(text, adapted, questions, tmp_path):
+    interop.main(["merge", str(adapted), str(tmp_path / "merged")])
+    assert train.main(tune(text, tmp_path / "merged", questions, tmp_path / "more", max_steps=2)) == 0
+    with pytest.raises(UserError, match="interop.py merge"):
+        train.main(tune(text, adapted, questions, tmp_path / "again"))
+    with pytest.raises(UserError, match="holds a model already"):
+        interop.main(["merge", str(adapted), str(tmp_path / "merged")])
+
+
+def test_merging_an_adapted_head_unties_it(text, base, questions, tmp_path):
+    train.main(tune(text, base, questions, tmp_path / "run", use_lora=1, lora_targets="all,head"))
+    interop.main(["merge", str(tmp_path / "run")])
+    ids = torch.randint(300, (2, 32))
+    loaded, merged = (checkpoint.load_model(checkpoint.find(tmp_path / name))[0] for name in ("run", "run-merged"))
+    assert not merged.cfg.tie_embeddings and torch.allclose(loaded(ids), merged(ids), atol=1e-5)
+
+
+def test_a_wrong_base_is_refused_and_a_moved_one_is_found(text, base, adapted, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(adapted, tmp_path / "copy")
+    state = torch.load(copy / "best.pt", weights_only=True)
+    state["base"]["path"] = str(tmp_path / "gone" / "best.pt")
+    torch.save(state, copy / "best.pt")
+    with pytest.raises(UserError, match="lora_base="):
+        checkpoint.load_model(copy / "best.pt")
+    assert checkpoint.load_model(copy / "best.pt", lora_base=str(base))
+    train.main(tiny_run(text, tmp_path / "other", vocab_size=320, seq_len=64, max_steps=2, seed=2))
+    with pytest.raises(UserError, match="holds others"):
+        checkpoint.load_model(copy / "best.pt", lora_base=str(tmp_path / "other"))
+
+
+# ---- what is chosen, and what is refused
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    """An empty place for runs."""
+    monkeypatch.setattr(plan, "ROOT", tmp_path)
+    monkeypatch.setattr(checkpoint, "find_path", lambda path: tmp_path / path)
+    return tmp_path
+
+
+def settle(*argv, **environ):
+    s = configure(train.SETTINGS, list(argv), environ)
+    plan.choose_task(s)
+    return s, plan.run_folder(s)
+
+
+def test_use_lora_alone_teaches_the_newest_pretraining_run_to_answer(home, base, adapted):
+    import shutil
+
+    shutil.copytree(base, home / "out" / "mine")
+    shutil.copytree(adapted, home / "out" / "mine-sft-lora")  # newer, but no base
+    s, folder = settle(USE_LORA="1")
+    assert (s.task, s.dataset, s.lr, s.max_steps) == ("sft", "stdlib_chat", 2e-3, 400)
+    assert folder == home / "out" / "mine-sft-lora" and plan.base_of(s) == home / "out" / "mine" / "best.pt"
+    s, folder = settle("LR=1e-4", USE_LORA="1", DATA_PATH="more.txt")  # adapters that go on with text
+    assert (s.task, s.lr, folder.name) == ("pretrain", 1e-4, "mine-more-lora")
+    s, folder = settle(SFT_MODE="1", DATA_PATH="my.jsonl")
+    assert (s.task, s.use_lora, folder.name) == ("sft", False, "mine-my-sft")
+
+
+def test_without_a_trained_model_fine_tuning_says_how_to_get_one(home):
+    with pytest.raises(UserError, match="python train.py"):
+        settle(USE_LORA="1")
+    with pytest.raises(UserError, match="scratch"):
+        settle("init_from=scratch", USE_LORA="1")
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(lora_rank=8), "lora_rank=4"),
+    (dict(use_lora=0), "use_lora=True"),
+    (dict(template="alpaca"), "template=chatml"),
+])  # fmt: skip
+def test_a_run_cannot_change_its_kind_on_the_way(text, base, questions, adapted, changes, words):
+    with pytest.raises(UserError, match=words):
+        train.main(tune(text, base, questions, adapted, **(dict(use_lora=1, max_steps=20) | changes)))
+
+
+def test_a_broken_line_is_named(text, base, tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", "out', encoding="utf-8")
+    with pytest.raises(UserError, match=r"broken\.jsonl, line 2"):
+        train.main(tune(text, base, path, tmp_path / "run"))
+
+
+def test_text_to_read_is_no_data_to_answer(text, base, tmp_path):
+    with pytest.raises(UserError, match="stdlib_chat"):
+        train.main(tune(text, base, None, tmp_path / "run", dataset="stdlib"))
+
+
+# ---- talking
+
+
+def test_a_talk_through_a_pipe(adapted, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("say fox and dog\n\n/system be brief\nhello\n/nonsense\n/reset\nhi\n/quit\nno"))
+    sample.main([f"init_from={adapted}", "--chat", "device=cpu", "max_new_tokens=6", "temperature=0"])
+    out, err = capsys.readouterr()
+    assert out.count("\n") >= 3 and "/nonsense is none of" in err and "not to answer" not in err
+
+
+def test_chat_answers_as_generating_from_its_template_does(adapted, capsys):
+    sample.main([f"init_from={adapted}", "--chat", "--prompt", "say fox and dog", "device=cpu", "max_new_tokens=8",
+                 "temperature=0"])  # fmt: skip
+    model, tokenizer, _ = checkpoint.load_model(adapted / "best.pt")
+    template = Template("chatml", tokenizer)
+    ids = template.prompt([{"role": "user", "content": "say fox and dog"}])
+    new = generate(model, [ids], SamplingSettings(max_new_tokens=8, temperature=0), template.stop_ids)[0]
+    assert capsys.readouterr().out.strip() == tokenizer.decode(new).strip()
+
+
+def test_a_model_that_was_not_taught_to_answer_says_so(base, capsys):
+    sample.main([f"init_from={base}", "--chat", "--prompt", "hello", "device=cpu", "max_new_tokens=4"])
+    assert "USE_LORA=1 python train.py" in capsys.readouterr().err
+
+
+def test_every_kind_of_model_has_a_fine_tuning_test():
+    assert set(KINDS) >= {"quickstart", "gpt2", "alibi", "reversible", "enigma"}
