@@ -1,4 +1,5 @@
 # make quickstart   install, prepare a corpus without any download, train about three minutes, sample
+# make chat         the same model, taught to answer (LoRA, some minutes); then it answers some questions
 # make test         install what the tests need, then run them
 # make bench        the benchmarks of docs/benchmarks.md that take minutes
 # make lint
@@ -6,11 +7,19 @@
 PYTHON ?= python3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart test bench lint clean
+.PHONY: quickstart chat test bench lint clean
 
 quickstart: .venv/installed
 	.venv/bin/python train.py config/quickstart.py
 	.venv/bin/python sample.py --prompt "def "
+
+chat: .venv/installed
+	.venv/bin/python train.py config/quickstart.py
+	USE_LORA=1 .venv/bin/python train.py INIT_FROM=out/quickstart
+	.venv/bin/python sample.py --chat --init_from out/quickstart-sft-lora --temperature 0.3 --prompt "Who are you?" \
+	  --prompt "What does shutil.copyfile(src, dst) do?" --prompt "In which module is OrderedDict defined?" \
+	  --prompt "Write the header of a Python function. Return the number of items."
+	@echo "Talk with it: .venv/bin/python sample.py --chat"
 
 test: .venv/tested
 	.venv/bin/python -m pytest -q tests

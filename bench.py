@@ -5,6 +5,7 @@
     python bench.py step NANOGPT=~/nanoGPT               # the same against a checkout of nanoGPT, in turn
     python bench.py shakespeare NANOGPT=~/nanoGPT DATA_PATH=input.txt   # loss and time of nanoGPT's CPU recipe
     python bench.py depth                                # memory and time of reversible stacks, 4 to 48 layers
+    python bench.py lora                                 # memory and time of fine-tuning with adapters and without
     python bench.py ablation                             # what each part of the Enigma model is worth; hours
     python bench.py batches                              # batches/s of the loader
     python bench.py kill REPEATS=50                      # SIGKILL at random moments; the end must have the same bits
@@ -33,6 +34,7 @@ import checkpoint
 from batches import Batches, TokenStream
 from configurator import ROOT, Settings, UserError, configure, find_path, run
 from data import DataSettings, prepare
+from lora import LoraSettings, inject
 from machine import MachineSettings, choose_machine, peak_memory
 from model import LanguageModel, ModelConfig
 from optim import OptimSettings, build_optimizer, clip_grad_norm, roles
@@ -49,13 +51,13 @@ class BenchSettings:
     worker: str = ""            # internal: this process measures one variant and prints its seconds
 
 
-SETTINGS = [BenchSettings, ModelConfig, OptimSettings, DataSettings, MachineSettings]
+SETTINGS = [BenchSettings, ModelConfig, OptimSettings, DataSettings, MachineSettings, LoraSettings]
 
 
 def main() -> None:
     argv = sys.argv[1:]
-    names = {"optim": bench_optim, "step": bench_step, "shakespeare": bench_shakespeare,
-             "batches": bench_batches, "kill": bench_kill, "depth": bench_depth, "ablation": bench_ablation}
+    names = {"optim": bench_optim, "step": bench_step, "shakespeare": bench_shakespeare, "batches": bench_batches,
+             "kill": bench_kill, "depth": bench_depth, "lora": bench_lora, "ablation": bench_ablation}  # fmt: skip
     if not argv or argv[0] not in names:
         if argv and argv[0] not in ("-h", "--help"):
             raise UserError(f"unknown benchmark {argv[0]}: choose one of {', '.join(names)}")
@@ -110,6 +112,8 @@ def step_ours(s: Settings) -> dict:
     machine = choose_machine(s.part(MachineSettings))
     torch.manual_seed(0)
     model = LanguageModel(s.part(ModelConfig)).to(machine.device)
+    if s.use_lora:
+        inject(model, s.part(LoraSettings))
     optimizer = build_optimizer(model, s.part(OptimSettings))
     ids = torch.randint(s.vocab_size, (s.batch_size, s.seq_len + 1), device=machine.device)
     ids, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -123,7 +127,8 @@ def step_ours(s: Settings) -> dict:
         optimizer.zero_grad()
 
     seconds = timed(step, 4)[1:]
-    weights = 16 * sum(p.numel() for p in model.parameters()) / 1e9  # with gradients and both moments of AdamW
+    # Beside the weights there are gradients and both moments of AdamW, of what trains.
+    weights = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters()) / 1e9
     return {"seconds": seconds, "gb": peak_memory(machine), "weights_gb": weights}
 
 
@@ -181,28 +186,40 @@ def bench_step(s: Settings, argv: list[str]) -> dict:
     return show(rows, names[0])
 
 
-# What a run of two more layers costs is what reversible stacks are about.
+# Ways to keep, or not to keep, what the backward pass needs.
 STACKS = {"plain": [], "checkpointing": ["checkpoint_activations=1"], "reversible": ["reversible=1"],
           "reversible, no grid": ["reversible=1", "reversible_grid=0"]}  # fmt: skip
+TUNING = {"all weights": [], "LoRA": ["use_lora=1"], "DoRA": ["use_lora=1", "lora_dora=1"]}
 
 
 def bench_depth(s: Settings, argv: list[str]) -> dict:
-    """Seconds per step, and peak memory without weights, gradients and moments, of stacks of different depth."""
-    shape = [f"{k}={v}" for k, v in dict(seq_len=2048, d_model=256, n_head=4, n_kv_head=4, vocab_size=4096,
-                                         optimizer="adamw").items() if not s.given(k)]  # fmt: skip
+    """Reversible stacks of different depth: time per step, and memory."""
+    shape = dict(seq_len=2048, d_model=256, n_head=4, n_kv_head=4, optimizer="adamw", lr=1e-3)
+    return {"rows": [row for depth in (4, 8, 16, 32, 48)
+                     for row in compare(s, argv, STACKS, shape | {"n_layer": depth})]}  # fmt: skip
+
+
+def bench_lora(s: Settings, argv: list[str]) -> dict:
+    """Fine-tuning of a model of 47 M parameters, all of them or adapters of rank 16."""
+    shape = dict(seq_len=512, d_model=512, n_head=8, n_kv_head=8, n_layer=12, vocab_size=16384, optimizer="adamw",
+                 lr=1e-3)  # fmt: skip
+    return {"rows": compare(s, argv, TUNING, shape)}
+
+
+def compare(s: Settings, argv: list[str], variants: dict[str, list[str]], shape: dict) -> list[dict]:
+    """Seconds per step and peak memory of variants of one model; what a user sets is stronger than `shape`."""
+    shape = [f"{k}={v}" for k, v in shape.items() if not s.given(k)]
     rows = []
-    print(f"{'layers':>6}  {'stack':<20} {'ms/step':>9} {'of plain':>9} {'peak GB':>9} {'activations GB':>15}")
-    for depth in (4, 8, 16, 32, 48):
-        plain = 0.0
-        for name, more in STACKS.items():
-            one = worker("ours", "step", [*argv, *shape, *more, f"n_layer={depth}", f"batch_size={s.batch_size}"])
-            ms = statistics.median(one["seconds"]) * 1e3
-            plain = plain or ms
-            rows.append({"layers": depth, "stack": name, "ms": ms, "gb": one["gb"],
-                         "activations_gb": one["gb"] - one["weights_gb"]})  # fmt: skip
-            print(f"{depth:>6}  {name:<20} {ms:>9.0f} {ms / plain:>8.2f}x {one['gb']:>9.2f} "
-                  f"{rows[-1]['activations_gb']:>15.2f}")  # fmt: skip
-    return {"rows": rows}
+    print(f"{' '.join(shape)}\n"
+          f"  {'':<20} {'ms/step':>9} {'relative':>9} {'peak GB':>9} {'beside weights and moments, GB':>31}")
+    for name, more in variants.items():
+        one = worker("ours", "step", [*argv, *shape, *more])
+        ms = statistics.median(one["seconds"]) * 1e3
+        rows.append({"variant": name, "ms": ms, "gb": one["gb"],
+                     "activations_gb": one["gb"] - one["weights_gb"]} | dict(pair.split("=") for pair in shape))
+        print(f"  {name:<20} {ms:>9.0f} {ms / rows[0]['ms']:>8.2f}x {one['gb']:>9.2f} "
+              f"{rows[-1]['activations_gb']:>31.2f}", flush=True)  # fmt: skip
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def draw_depth(path, data):
     for ax, column, label, scale in ((axes[0], "activations_gb", "GB beside weights and moments", 1),
                                      (axes[1], "ms", "seconds per step", 1e-3)):  # fmt: skip
         for name, (color, marker) in styles.items():
-            points = [(row["layers"], row[column] * scale) for row in rows if row["stack"] == name]
+            points = [(int(row["n_layer"]), row[column] * scale) for row in rows if row["variant"] == name]
             ax.plot(*zip(*points, strict=True), color=color, marker=marker, ms=4, lw=1.3, label=name)
         ax.set(xlabel="layers", ylabel=label, ylim=(0, None))
         ax.spines[["top", "right"]].set_visible(False)

@@ -9,13 +9,13 @@ from configurator import ROOT
 
 FLOORS = [
     ["configurator"],
-    ["bpe_train", "attention", "ffn", "optim", "machine", "corpus"],
-    ["bpe", "model", "batches"],
-    ["tokenizer", "generate"],
-    ["data", "checkpoint"],
-    ["eval"],
-    ["log"],
-    ["train", "sample", "bench"],
+    ["bpe_train", "attention", "ffn", "lora", "reversible", "optim", "machine", "corpus"],
+    ["bpe", "batches", "mla", "enigma"],
+    ["tokenizer", "model"],
+    ["generate", "data", "checkpoint", "eval"],
+    ["chat", "log"],
+    ["sft", "plan"],
+    ["train", "sample", "interop", "bench"],
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import checkpoint
 import interop
@@ -17,7 +18,7 @@ from chat import Template
 from configurator import UserError, configure
 from conftest import WORDS, tiny_run
 from generate import SamplingSettings, generate
-from sft import Examples
+from sft import Examples, open_examples
 from test_chat import make, talk
 from test_model import KINDS, shaken, tiny
 from test_reliability import finish, launch
@@ -41,8 +42,8 @@ def questions(tmp_path_factory):
 
 
 def tune(text, base, questions, out, **changes):
-    settings = dict(task="sft", init_from=base, data_path=questions, max_steps=12, eval_interval=6, lr=1e-2, muon_lr=0.01,
-                    vocab_size=None, seq_len=None, d_model=None, n_layer=None, n_head=None, n_kv_head=None)  # fmt: skip
+    settings = dict(task="sft", init_from=base, data_path=questions, max_steps=12, eval_interval=6, lr=1e-2,
+                    muon_lr=0.01, vocab_size=None, seq_len=None, d_model=None, n_layer=None, n_head=None, n_kv_head=None)  # fmt: skip
     return tiny_run(text, out, **(settings | changes))
 
 
@@ -52,11 +53,11 @@ def tune(text, base, questions, out, **changes):
 @pytest.mark.parametrize("more", [{}, dict(use_lora=1, lora_rank=4, lr=0.05),
                                   dict(use_lora=1, lora_dora=1, learn="all", lr=0.05),
                                   dict(packing=0, template="alpaca")])  # fmt: skip
-def test_fine_tuning_lowers_the_loss_on_held_out_answers_and_leaves_the_base_alone(text, base, questions, tmp_path, more):
+def test_fine_tuning_lowers_the_held_out_loss_and_leaves_the_base_alone(text, base, questions, tmp_path, more):
     before = {path: path.read_bytes() for path in base.iterdir() if path.is_file()}
     assert train.main(tune(text, base, questions, tmp_path / "run", max_steps=30, eval_interval=10, **more)) == 0
     losses = column(tmp_path / "run", "val_loss")
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
     assert {path: path.read_bytes() for path in base.iterdir() if path.is_file()} == before
 
 
@@ -65,13 +66,11 @@ def test_the_reported_loss_is_that_of_the_answers_alone(text, base, questions, t
     model, tokenizer, _ = checkpoint.load_model(tmp_path / "run" / "step_00000012.pt")
     s = configure(train.SETTINGS, tune(text, base, questions, tmp_path / "run"), {})
     s.set("seq_len", 64, "test")
-    from sft import open_examples
-
     _, held_out = open_examples(s, tokenizer, quiet=True)
     template, nats, learned = Template("chatml", tokenizer), 0.0, 0
     for conversation in held_out.conversations:  # one by one, unpacked, by hand
         ids, counts = template.render(conversation)
-        rows = torch.nn.functional.cross_entropy(model(torch.tensor([ids]))[0, :-1], torch.tensor(ids[1:]), reduction="none")
+        rows = F.cross_entropy(model(torch.tensor([ids]))[0, :-1], torch.tensor(ids[1:]), reduction="none")
         nats += (rows * torch.tensor(counts[1:])).sum().item()
         learned += sum(counts[1:])
     assert column(tmp_path / "run", "val_loss")[-1] == pytest.approx(nats / learned, rel=1e-4)
@@ -256,7 +255,8 @@ def test_text_to_read_is_no_data_to_answer(text, base, tmp_path):
 
 
 def test_a_talk_through_a_pipe(adapted, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("say fox and dog\n\n/system be brief\nhello\n/nonsense\n/reset\nhi\n/quit\nno"))
+    typed = ["say fox and dog", "", "/system be brief", "hello", "/nonsense", "/reset", "hi", "/quit", "no"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed)))
     sample.main([f"init_from={adapted}", "--chat", "device=cpu", "max_new_tokens=6", "temperature=0"])
     out, err = capsys.readouterr()
     assert out.count("\n") >= 3 and "/nonsense is none of" in err and "not to answer" not in err

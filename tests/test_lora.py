@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from configurator import UserError
+import train
+from configurator import ROOT, UserError, configure
 from lora import (
     LoraLinear,
     LoraSettings,
@@ -415,3 +416,12 @@ def test_describe_equals_the_hand_count():
                                f"{100 * trained / total:.1f} %")  # fmt: skip
     dora = describe(adapted("enigma", lora_dora=True)[0])
     assert dora.startswith("DoRA rank 4 on 30 matrices (shears up taps down q k v o ffn)")
+
+
+def test_less_than_six_percent_of_the_enigma_preset_trains():
+    s = configure(train.SETTINGS, [str(ROOT / "config/pretrain_enigma.py"), "vocab_size=11000"], {})
+    with torch.device("meta"):
+        model = LanguageModel(s.part(ModelConfig))
+        inject(model, LoraSettings(lora_rank=16))
+    total = sum(p.numel() for p in model.parameters())
+    assert 0.03 < sum(p.numel() for p in model.parameters() if p.requires_grad) / total < 0.06
