@@ -42,9 +42,10 @@ def questions(tmp_path_factory):
 
 
 def tune(text, base, questions, out, **changes):
-    settings = dict(task="sft", init_from=base, data_path=questions, max_steps=12, eval_interval=6, lr=1e-2,
-                    muon_lr=0.01, vocab_size=None, seq_len=None, d_model=None, n_layer=None, n_head=None, n_kv_head=None)  # fmt: skip
-    return tiny_run(text, out, **(settings | changes))
+    """Arguments for a fine-tuning run; the model's shape comes from the base."""
+    settings = dict(task="sft", init_from=base, data_path=questions, max_steps=12, eval_interval=6, lr=1e-2, muon_lr=1e-2)
+    shape = dict.fromkeys(("vocab_size", "seq_len", "d_model", "n_layer", "n_head", "n_kv_head"))
+    return tiny_run(text, out, **(settings | shape | changes))
 
 
 # ---- the run
