@@ -17,17 +17,60 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def rope_table(positions: Tensor, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+@dataclass
+class RopeScaling:
+    """How rotary wavelengths are stretched for contexts `factor` times longer than the `original` one."""
+
+    kind: str = "none"  # none, linear, yarn, llama3
+    factor: float = 1.0
+    original: int = 0
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling, device=None) -> Tensor:
+    """(Dh/2,) radians per position: theta^(-2i/Dh), stretched.
+
+    linear    all by the factor (arXiv 2306.15595)
+    llama3    wavelengths above original by the factor, those below original/4 not at all, between them in between
+    yarn      the same idea, by the index of the channel: full turns in the original context from 32 to 1 (2309.00071)
+    """
+    half = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+    frequency = theta ** (-half / head_dim)
+    if scaling.kind == "none":
+        return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    if scaling.kind == "llama3":
+        turns = scaling.original * frequency / (2 * math.pi)  # in the original context
+        keep = ((turns - 1) / (4 - 1)).clamp(0, 1)
+    else:
+        first, last = (head_dim * math.log(scaling.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+                       for turns in (32, 1))  # fmt: skip
+        first, last = max(math.floor(first), 0), min(math.ceil(last), head_dim - 1)
+        keep = 1 - ((half / 2 - first) / max(last - first, 0.001)).clamp(0, 1)
+    return frequency * keep + frequency / scaling.factor * (1 - keep)
+
+
+def rope_table(positions: Tensor, head_dim: int, theta: float = 10000.0,
+               scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """cos and sin of the rotary angles (RoFormer, arXiv 2104.09864), always fp32.
 
     positions: (T,) or (B, T) integers -> two tensors (T, Dh/2) or (B, 1, T, Dh/2). Channel pair i turns by
-    position * theta^(-2i/Dh). Computed when needed, from integers: a stored table would be rounded by `.to(bfloat16)`.
+    position · frequency i. Computed when needed, from integers: a stored table would be rounded by `.to(bfloat16)`.
+    YaRN also makes queries and keys longer, by 1 + ln(factor) / 10.
     """
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    scaling = scaling or RopeScaling()
+    frequency = rope_frequencies(head_dim, theta, scaling, positions.device)
     angle = positions[..., None].float() * frequency  # (..., T, Dh/2)
     if positions.ndim == 2:
         angle = angle[:, None]  # the same for all heads
-    return angle.cos(), angle.sin()
+    length = 1 + 0.1 * math.log(scaling.factor) if scaling.kind == "yarn" else 1.0
+    return angle.cos() * length, angle.sin() * length
+
+
+def sinusoids(positions: Tensor, d_model: int) -> Tensor:
+    """positions (...) -> (..., D) fp32: sin and cos of wavelengths from 2π to 10,000 · 2π by turns (1706.03762)."""
+    angle = positions[..., None].float() * rope_frequencies(d_model, 10000.0, RopeScaling(), positions.device)
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -49,6 +92,8 @@ class Place:
     mask: Tensor | None = None  # (B, 1, T, S), True = may see; None: causal
     turn: Callable[[Tensor], Tensor] | None = None  # gives queries and keys their positions
     wheels: Tensor | None = None  # the same for Enigma blocks: see enigma.wheel_index
+    balance: list[Tensor] | None = None  # where blocks with experts put their balance loss, if somebody wants it
+    weights: Tensor | None = None  # (B, T): tokens of weight 0 do not count in it
 
 
 class KVCache:
@@ -66,19 +111,39 @@ class KVCache:
         return self.k[:, :, :end], self.v[:, :, :end]
 
 
+class WindowCache:
+    """The newest `window` - 1 keys and values of one layer, however long the text is."""
+
+    def __init__(self, batch: int, n_kv_head: int, window: int, head_dim: int, dtype: torch.dtype, device):
+        self.k = torch.zeros(batch, n_kv_head, window - 1, head_dim, dtype=dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+
+    def update(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """k, v (B, K, T, Dh) at positions start.. -> (B, K, S, Dh): what is kept of the past, and them."""
+        past = min(start, self.k.shape[2])
+        result = []
+        for kept, new in ((self.k, k), (self.v, v)):
+            rows = torch.cat((kept[:, :, kept.shape[2] - past :], new), dim=2)
+            length = min(rows.shape[2], kept.shape[2])
+            kept[:, :, kept.shape[2] - length :] = rows[:, :, rows.shape[2] - length :]
+            result.append(rows)
+        return result[0], result[1]
+
+
 class Attention(nn.Module):
     """Causal self-attention with n_head queries that share n_kv_head keys and values (GQA, arXiv 2305.13245).
 
     n_kv_head = n_head is multi-head attention, n_kv_head = 1 multi-query attention. `qk_norm` normalises q and k per
     head before the rotation, as Qwen3 does: logits stay bounded, and larger learning rates are stable. `slopes`, one
-    per head, switch ALiBi on.
+    per head, switch ALiBi on. With `window` > 0 a token sees only so many, itself included (arXiv 2310.06825).
     """
 
     def __init__(self, d_model: int, n_head: int, n_kv_head: int, head_dim: int, bias: bool = False,
                  qk_norm: bool = False, dropout: float = 0.0, norm_eps: float = 1e-6,
-                 slopes: list[float] | None = None):  # fmt: skip
+                 slopes: list[float] | None = None, window: int = 0):  # fmt: skip
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim, self.dropout = n_head, n_kv_head, head_dim, dropout
+        self.window = window
         self.q = nn.Linear(d_model, n_head * head_dim, bias=bias)
         self.k = nn.Linear(d_model, n_kv_head * head_dim, bias=bias)
         self.v = nn.Linear(d_model, n_kv_head * head_dim, bias=bias)
@@ -87,11 +152,14 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
         self.register_buffer("slopes", None if slopes is None else torch.tensor(slopes), persistent=False)  # (H,)
 
-    def new_cache(self, batch: int, length: int, dtype: torch.dtype, device) -> KVCache:
+    def new_cache(self, batch: int, length: int, dtype: torch.dtype, device) -> KVCache | WindowCache:
+        if 0 < self.window <= length:
+            return WindowCache(batch, self.n_kv_head, self.window, self.head_dim, dtype, device)
         return KVCache(batch, self.n_kv_head, length, self.head_dim, dtype, device)
 
-    def forward(self, x: Tensor, turn: Callable[[Tensor], Tensor] | None = None, cache: KVCache | None = None,
-                start: int = 0, mask: Tensor | None = None) -> Tensor:  # fmt: skip
+    def forward(self, x: Tensor, turn: Callable[[Tensor], Tensor] | None = None,
+                cache: KVCache | WindowCache | None = None, start: int = 0,
+                mask: Tensor | None = None) -> Tensor:  # fmt: skip
         """x (B, T, D) at positions start.. -> (B, T, D).
 
         `turn` gives queries and keys (B, H or K, T, Dh) their positions. With a cache, keys and values are appended to
@@ -107,6 +175,8 @@ class Attention(nn.Module):
             q, k = turn(q), turn(k)
         if cache is not None:
             k, v = cache.update(k.to(cache.k.dtype), v.to(cache.v.dtype), start)
+        if self.window:
+            mask = window_mask(T, k.shape[2], self.window, mask, x.device)
         y = attend(q.to(v.dtype), k.to(v.dtype), v, self.slopes, mask, self.dropout if self.training else 0.0)
         return self.o(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
 
@@ -165,6 +235,18 @@ def use_explicit(q: Tensor, length: int, dropout: float) -> bool:
 def causal_mask(positions: Tensor, length: int) -> Tensor:
     """positions (T,) of the queries -> (T, length) booleans: key s may be seen from position t if s <= t."""
     return torch.arange(length, device=positions.device) <= positions[:, None]
+
+
+def window_mask(T: int, S: int, window: int, mask: Tensor | None, device) -> Tensor | None:
+    """Which of S keys the last T positions see: themselves and window - 1 before, of those that `mask` lets through.
+
+    (T, S) booleans, or like the mask's newest S columns; None where the causal rule alone says the same.
+    """
+    if mask is None and S <= window:
+        return None
+    distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
+    seen = (distance >= 0) & (distance < window)
+    return seen if mask is None else seen & mask[..., -S:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

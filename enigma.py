@@ -167,6 +167,7 @@ class EnigmaBlock(nn.Module):
         local = [self.conv.new_cache(batch, dtype, device)] if self.conv is not None else []
         return [*(None for _ in self.shears), *local, self.attn.new_cache(batch, length, dtype, device), None]
 
-    def outputs(self) -> list[nn.Linear]:
-        """The layers that write to the streams."""
-        return [self.attn.o, self.ffn.down, *([self.conv.down] if self.conv is not None else [])]
+    def outputs(self) -> list[Tensor]:
+        """The weights that write to the streams, shears excepted."""
+        local = [self.conv.down.weight] if self.conv is not None else []
+        return [*local, self.attn.o.weight, self.ffn.down.weight]

@@ -91,6 +91,9 @@ class Experts(nn.Module):
         for p in self.parameters():  # as nn.Linear itself
             nn.init.uniform_(p, -1 / math.sqrt(p.shape[-1]), 1 / math.sqrt(p.shape[-1]))
 
+    def numel(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x (N, D) sorted by expert, of which e has the rows ends[e-1] … ends[e] -> (N, D) in the same order."""
         up = grouped_linear(x, self.up, ends)  # (N, F)
@@ -221,8 +224,7 @@ class MoE(nn.Module):
 
     def active(self) -> int:
         """Parameters that compute one token: the router, the shared experts, and top_k of the others."""
-        everything = sum(p.numel() for p in self.parameters())
-        experts = sum(p.numel() for p in self.experts.parameters())
+        everything, experts = sum(p.numel() for p in self.parameters()), self.experts.numel()
         return everything - experts + experts * self.top_k // self.n_expert
 
 

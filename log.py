@@ -11,7 +11,8 @@ from pathlib import Path
 from eval import Score
 from machine import Machine, peak_flops
 
-COLUMNS = ["step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "val_loss", "val_bits_per_byte"]
+COLUMNS = ["step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "val_loss", "val_bits_per_byte",
+           "expert_load", "balance"]  # fmt: skip
 
 
 class Log:
@@ -53,8 +54,9 @@ class Log:
         """Time that belongs to saving or validation: it does not count in tokens/s."""
         self.paused += seconds
 
-    def step(self, progress, lr: float, norm: float, per_step: int) -> None:
-        """The mean loss since the last line; the learning rate and gradient norm of the last step."""
+    def step(self, progress, lr: float, norm: float, per_step: int, more: dict[str, float]) -> None:
+        """The mean loss since the last line, cross-entropy alone; the learning rate, the gradient norm and `more` of the
+        last step: expert_load is the busiest expert's share as a multiple of the mean, balance the balance loss."""
         if not self.machine.is_main:
             return
         last_step, last_time = self.since
@@ -65,11 +67,13 @@ class Log:
         mfu = f"{self.flops_per_token * rate / self.peak:.1%}" if self.peak else "-"
         left = self.clock((self.max_steps - progress.step) * per_step / rate)
         skipped = f"  skipped {progress.skipped}" if progress.skipped else ""
+        skipped += "".join(f"  {name.replace('_', ' ')} {value:.2f}" for name, value in more.items())
         line = (f"{self.name(progress.step)}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:5.2f}  "
                 f"{rate:9,.0f} tok/s  mfu {mfu}  left {left}{skipped}")  # fmt: skip
         print(f"\r{line}" if self.live else line, end="" if self.live else "\n", flush=True)
         self.row(step=progress.step, tokens=progress.tokens, seconds=f"{progress.seconds:.2f}", loss=f"{loss:.6f}",
-                 lr=f"{lr:.6e}", grad_norm=f"{norm:.4f}", tokens_per_second=f"{rate:.0f}")  # fmt: skip
+                 lr=f"{lr:.6e}", grad_norm=f"{norm:.4f}", tokens_per_second=f"{rate:.0f}",
+                 **{name: f"{value:.4f}" for name, value in more.items()})  # fmt: skip
 
     def validation(self, progress, score: Score, better: bool) -> None:
         self.say(f"{self.name(progress.step)}  validation loss {score.loss:.4f}  perplexity {score.perplexity:.2f}  "

@@ -28,7 +28,7 @@ class LoraSettings:
     lora_rank: int = 16         # rank r of the adapters
     lora_alpha: float = 32.0    # their product is scaled by alpha / r
     lora_dropout: float = 0.0   # on the input of the adapters, in training only
-    lora_targets: str = "all"   # matrices, by commas: q, k, v, o, ffn, head, all (but the head), or such as blocks.0.*
+    lora_targets: str = "all,head"  # matrices, by commas: q, k, v, o, ffn, head, all (but it), or such as blocks.0.*
     lora_rs: bool = False       # rsLoRA: scale by alpha / sqrt(r), which suits large ranks
     lora_dora: bool = False     # DoRA: train the length of each row of the weight apart from its direction
     lora_base: str = ""         # where the base checkpoint is now, if it has moved

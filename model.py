@@ -17,10 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import Attention, KVCache, Place, alibi_slopes, apply_rope, rope_table
+from attention import (
+    Attention,
+    KVCache,
+    Place,
+    RopeScaling,
+    alibi_slopes,
+    apply_rope,
+    rope_table,
+    sinusoids,
+)
 from configurator import UserError
 from enigma import EnigmaBlock, wheel_index, wheel_sizes
-from ffn import FeedForward, default_d_ff
+from ffn import Experts, FeedForward, MoE, default_d_ff
+from loss import HeadLoss, soft_cap
+from mla import LatentAttention
 from reversible import Branch, Chain
 
 
@@ -35,12 +46,38 @@ class ModelConfig:
     head_dim: int = 0           # width of a head; 0 = d_model / n_head
     d_ff: int = 0               # hidden width of the feed-forward; 0 = 4 d_model, or 8/3 d_model for swiglu
     ffn: Literal["swiglu", "relu2", "gelu", "silu"] = "relu2"  # feed-forward
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # normalisation, before attention and feed-forward
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # normalisation
+    norm_position: Literal["pre", "post"] = "pre"  # normalise what a branch reads, or the sum it was added to
     norm_eps: float = 1e-6      # added to the variance
+    residual: Literal["serial", "parallel"] = "serial"  # the feed-forward reads what attention has added, or not
     qk_norm: bool = True        # normalise queries and keys per head
-    position: Literal["rope", "alibi", "learned", "none"] = "rope"  # how the model knows the order of tokens
+    position: Literal["rope", "alibi", "learned", "sinusoidal", "none"] = "rope"  # how the model knows the order
     rope_theta: float = 10000.0  # base of the rotary wavelengths
+    rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"  # for contexts longer than those trained on
+    rope_factor: float = 1.0    # so many times longer
+    rope_original: int = 0      # yarn, llama3: context length of the original training
+    window: int = 0             # sliding window: a token sees so many, itself included; 0 = all
+    window_pattern: str = "S"   # which blocks have the window, repeated: SSL = two of three; L sees all
     tie_embeddings: bool = True  # the head is the embedding, transposed
+    embed_scale: float = 1.0    # embeddings are multiplied by it; 0 = √d_model
+    logit_softcap: float = 0.0  # keep logits within ± this, smoothly; 0 = off
+    attention: Literal["gqa", "mla"] = "gqa"  # grouped-query or multi-head latent attention
+    kv_rank: int = 0            # mla: channels that keys and values of all heads come from; 0 = 4 head_dim
+    q_rank: int = 0             # mla: channels that the queries come from; 0 = straight from the stream
+    rope_dim: int = 0           # mla: channels of a query or key that carry the position; 0 = head_dim / 2
+    n_expert: int = 0           # mixture of experts: feed-forwards of a block to choose from; 0 = a single one
+    top_k: int = 2              # experts that compute a token
+    n_shared: int = 0           # experts that compute every token, besides
+    d_expert: int = 0           # hidden width of an expert; 0 = d_ff / top_k
+    n_dense: int = 0            # first blocks without experts
+    router: Literal["softmax", "sigmoid"] = "softmax"  # scores of experts
+    router_renormalise: bool = True  # the weights of a token's experts sum to one
+    router_scale: float = 1.0   # and are multiplied by this
+    n_group: int = 1            # groups of experts, of which a token uses
+    topk_group: int = 1         # so many
+    balance: Literal["loss", "bias", "none"] = "loss"  # keep experts equally busy by a loss, or by a bias of the router
+    balance_loss: float = 0.01  # coefficient of that loss, which is 1 at balance
+    balance_rate: float = 1e-3  # how far the bias moves each step
     bias: bool = False          # biases in linear layers and LayerNorm
     dropout: float = 0.0        # on embeddings, attention weights and branch outputs, in training only
     init_std: float = 0.02      # weights start as N(0, init_std²); branch outputs at 1/√branches of it
@@ -67,9 +104,18 @@ class ModelConfig:
             raise UserError(f"n_head={self.n_head} does not divide by n_kv_head={self.n_kv_head}")
         if self.position == "rope" and self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} is odd, and rotary positions turn channels in pairs")
-        if self.reversible and (self.dropout or self.checkpoint_activations):
-            name = "dropout" if self.dropout else "checkpoint_activations"
-            raise UserError(f"reversible=True computes every branch again, the same each time: set {name}=0")
+        self.check_positions()
+        if self.reversible:
+            name = next((n for n in ("dropout", "checkpoint_activations") if getattr(self, n)), "")
+            if name:
+                raise UserError(f"reversible=True computes every branch again, the same each time: set {name}=0")
+            for name, value in (("norm_position", "pre"), ("residual", "serial")):
+                if getattr(self, name) != value:
+                    raise UserError(f"reversible=True has no {name}={getattr(self, name)}: set {name}={value}")
+            if self.n_expert and self.balance == "loss":
+                raise UserError("reversible=True computes experts again, and their loss with them: set balance=bias")
+        if self.attention == "mla":
+            self.check_latent()
         if self.n_enigma and not self.reversible:
             raise UserError(f"n_enigma={self.n_enigma} needs reversible=True")
         if self.n_enigma and self.wheels != "none" and (self.n_head % 2 or self.n_kv_head % 2):
@@ -77,9 +123,41 @@ class ModelConfig:
                             "turn with wheels (wheels=none has none)")  # fmt: skip
         if self.n_enigma and not 0 <= self.kernel <= self.seq_len:
             raise UserError(f"kernel={self.kernel} must be between 0 and seq_len={self.seq_len}")
+        if self.n_expert:
+            self.d_expert = self.d_expert or self.d_ff // self.top_k // 8 * 8
+            if not 0 <= self.n_dense < self.n_layer:
+                raise UserError(f"n_dense={self.n_dense} must be below n_layer={self.n_layer}")
+        if self.logit_softcap < 0 or self.embed_scale < 0:
+            raise UserError("logit_softcap and embed_scale must not be negative")
         for name in ("dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be in [0, 1)")
+
+
+    def check_positions(self) -> None:
+        if self.position == "sinusoidal" and self.d_model % 2:
+            raise UserError(f"d_model={self.d_model} is odd, and sinusoidal positions come in pairs")
+        if self.rope_scaling != "none":
+            if self.position != "rope" or self.rope_factor < 1:
+                raise UserError(f"rope_scaling={self.rope_scaling} needs position=rope and a rope_factor of at least 1")
+            if self.rope_scaling != "linear" and self.rope_original < 1:
+                raise UserError(f"rope_scaling={self.rope_scaling} needs rope_original=<context of the first training>")
+        if self.window < 0 or not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise UserError(f"window={self.window} window_pattern={self.window_pattern}: a length of at least 0, and "
+                            "a pattern of S (window) and L (all)")  # fmt: skip
+
+    def check_latent(self) -> None:
+        """attention=mla: fill in the zeros; refuse what it has a form of its own for, or none."""
+        self.kv_rank = self.kv_rank or 4 * self.head_dim
+        self.rope_dim = self.rope_dim or self.head_dim // 2
+        for name, value in (("position", "rope"), ("qk_norm", False), ("window", 0), ("n_enigma", 0)):
+            if getattr(self, name) != value:
+                raise UserError(f"attention=mla has no {name}={getattr(self, name)}: set {name}={value}")
+        if self.rope_scaling == "yarn":
+            raise UserError("attention=mla has no rope_scaling=yarn: set rope_scaling=linear or llama3")
+        if self.rope_dim % 2 or self.kv_rank < 1 or self.q_rank < 0:
+            raise UserError(f"rope_dim={self.rope_dim} must be even, and kv_rank={self.kv_rank}, q_rank={self.q_rank} "
+                            "not negative")  # fmt: skip
 
 
 def make_norm(cfg: ModelConfig) -> nn.Module:
@@ -91,26 +169,46 @@ def make_norm(cfg: ModelConfig) -> nn.Module:
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)): tokens look at each other, then think alone."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
-        slopes = alibi_slopes(cfg.n_head) if cfg.position == "alibi" else None
+        self.post, self.parallel = cfg.norm_position == "post", cfg.residual == "parallel"
         self.attn_norm = make_norm(cfg)
-        self.attn = Attention(cfg.d_model, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.bias, cfg.qk_norm,
-                              cfg.dropout, cfg.norm_eps, slopes)  # fmt: skip
+        if cfg.attention == "mla":  # a head as wide as others, and the rotary channels besides
+            self.attn = LatentAttention(cfg.d_model, cfg.n_head, cfg.kv_rank, cfg.q_rank, cfg.head_dim, cfg.rope_dim,
+                                        cfg.head_dim, cfg.bias, cfg.dropout)  # fmt: skip
+        else:
+            slopes = alibi_slopes(cfg.n_head) if cfg.position == "alibi" else None
+            windowed = cfg.window_pattern[layer % len(cfg.window_pattern)] == "S"
+            self.attn = Attention(cfg.d_model, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.bias, cfg.qk_norm,
+                                  cfg.dropout, cfg.norm_eps, slopes, cfg.window * windowed)  # fmt: skip
         self.ffn_norm = make_norm(cfg)
-        self.ffn = FeedForward(cfg.d_model, cfg.d_ff, cfg.ffn, cfg.bias)
+        if cfg.n_expert and layer >= cfg.n_dense:
+            self.ffn = MoE(cfg.d_model, cfg.d_expert, cfg.n_expert, cfg.top_k, cfg.n_shared, cfg.ffn, cfg.router,
+                           cfg.router_renormalise, cfg.router_scale, cfg.balance == "bias", cfg.n_group,
+                           cfg.topk_group)  # fmt: skip
+        else:
+            self.ffn = FeedForward(cfg.d_model, cfg.d_ff, cfg.ffn, cfg.bias)
         self.dropout = nn.Dropout(cfg.dropout)
 
     def attend(self, x: Tensor, place: Place, cache: KVCache | None = None) -> Tensor:
-        return self.dropout(self.attn(self.attn_norm(x), place.turn, cache, place.start, place.mask))
+        x = x if self.post else self.attn_norm(x)
+        return self.dropout(self.attn(x, place.turn, cache, place.start, place.mask))
 
     def think(self, x: Tensor, place: Place, cache: None = None) -> Tensor:
-        return self.dropout(self.ffn(self.ffn_norm(x)))
+        x = x if self.post else self.ffn_norm(x)
+        if place.balance is None or not isinstance(self.ffn, MoE):
+            return self.dropout(self.ffn(x))
+        y, balance = self.ffn.balanced(x, place.weights)
+        place.balance.append(balance)
+        return self.dropout(y)
 
     def forward(self, x: Tensor, place: Place, caches: tuple = (None, None)) -> Tensor:
         """x (B, T, D) -> (B, T, D), on a single stream."""
-        x = x + self.attend(x, place, caches[0])
-        return x + self.think(x, place, caches[1])
+        attended = x + self.attend(x, place, caches[0])
+        if self.post:
+            attended = self.attn_norm(attended)
+            return self.ffn_norm(attended + self.think(attended, place, caches[1]))
+        return attended + self.think(x if self.parallel else attended, place, caches[1])
 
     def branches(self) -> list[Branch]:
         """What a reversible model puts on two streams."""
@@ -120,9 +218,12 @@ class Block(nn.Module):
         """A state for each branch, None for one that needs none."""
         return [self.attn.new_cache(batch, length, dtype, device), None]
 
-    def outputs(self) -> list[nn.Linear]:
-        """The layers that write to the stream."""
-        return [self.attn.o, self.ffn.down]
+    def outputs(self) -> list[Tensor]:
+        """The weights that write to the stream."""
+        if isinstance(self.ffn, MoE):
+            shared = [self.ffn.shared.down.weight] if self.ffn.shared is not None else []
+            return [self.attn.o.weight, self.ffn.experts.down, *shared]
+        return [self.attn.o.weight, self.ffn.down.weight]
 
 
 class Cache:
@@ -145,7 +246,8 @@ class LanguageModel(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
         enigma = partial(EnigmaBlock, cfg.d_model, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.d_ff, cfg.ffn,
                          cfg.kernel, cfg.shears, cfg.wheels != "none", cfg.bias, cfg.qk_norm, cfg.norm_eps)  # fmt: skip
-        self.blocks = nn.ModuleList([enigma() for _ in range(cfg.n_enigma)] + [Block(cfg) for _ in range(cfg.n_layer)])
+        self.blocks = nn.ModuleList(enigma() for _ in range(cfg.n_enigma))
+        self.blocks.extend(Block(cfg, i) for i in range(cfg.n_layer))
         self.norm = make_norm(cfg)
         self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
@@ -157,18 +259,18 @@ class LanguageModel(nn.Module):
             generator = torch.Generator().manual_seed(26)
             self.register_buffer("plugboard", torch.randperm(2 * cfg.d_model, generator=generator))
         self.apply(self._init)
-        # The outputs of 2 or 3 branches a block add up in the residual stream: keep its variance (GPT-2).
-        for branch in (outputs := [layer for block in self.blocks for layer in block.outputs()]):
-            nn.init.normal_(branch.weight, std=cfg.init_std / math.sqrt(len(outputs)))
+        # What the branches write adds up in the residual stream: keep its variance (GPT-2).
+        added = sum(3 if isinstance(block, EnigmaBlock) and cfg.kernel else 2 for block in self.blocks)
+        for weight in [weight for block in self.blocks for weight in block.outputs()]:
+            nn.init.normal_(weight, std=cfg.init_std / math.sqrt(added))
         for block in self.blocks[: cfg.n_enigma]:
             for shear in block.shears:  # no mixing yet
                 nn.init.zeros_(shear.weight)
 
     def _init(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.cfg.init_std)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Linear | nn.Embedding | Experts):
+            for p in module.parameters():
+                nn.init.normal_(p, std=self.cfg.init_std) if p.ndim > 1 else nn.init.zeros_(p)
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, weights: Tensor | None = None,
                 positions: Tensor | None = None, cache: Cache | None = None, n_logits: int = 0) -> Tensor:  # fmt: skip
@@ -183,6 +285,8 @@ class LanguageModel(nn.Module):
         if start + T > self.cfg.seq_len:
             raise ValueError(f"{start + T} tokens are more than seq_len={self.cfg.seq_len}")
         x, place = self.embed_at(ids, start, cache.pad if cache is not None else None, positions)
+        if self.training and targets is not None and self.cfg.n_expert and self.cfg.balance == "loss":
+            place.balance, place.weights = [], weights
         if self.chain is not None:
             x = self.through_chain(x, place, cache)
         else:
@@ -195,10 +299,17 @@ class LanguageModel(nn.Module):
             cache.length += T
         x = self.norm(x)
         if targets is None:
-            return self.head(x[:, -n_logits:])  # -0 takes all
+            return soft_cap(self.head(x[:, -n_logits:]), self.cfg.logit_softcap)  # -0 takes all
         smoothing = self.cfg.label_smoothing if self.training else 0.0
-        weights = None if weights is None else weights.reshape(-1)
-        return HeadLoss.apply(x.view(B * T, -1), self.head.weight, targets.reshape(-1), weights, smoothing).view(B, T)
+        flat = None if weights is None else weights.reshape(-1)
+        nats = HeadLoss.apply(x.view(B * T, -1), self.head.weight, targets.reshape(-1), flat, smoothing,
+                              self.cfg.logit_softcap).view(B, T)  # fmt: skip
+        if place.balance:  # every token carries its share of this loss: in the gradient, not in the nats
+            balance = torch.stack(place.balance).mean()
+            self.balance = balance.detach()
+            extra = self.cfg.balance_loss * balance * (torch.ones_like(nats) if weights is None else weights)
+            nats = nats + (extra - extra.detach())
+        return nats
 
     def embed_at(self, ids: Tensor, start: int = 0, pad: Tensor | None = None,
                  positions: Tensor | None = None) -> tuple[Tensor, Place]:  # fmt: skip
@@ -211,12 +322,16 @@ class LanguageModel(nn.Module):
             if pad is not None:
                 mask = padding_mask(positions, pad)
                 positions = (positions - pad[:, None]).clamp(min=0)  # (B, T): each row counts from its first token
-        x = self.embed(ids)  # (B, T, D)
+        x = self.embed(ids) * (cfg.embed_scale or math.sqrt(cfg.d_model))  # (B, T, D)
         if self.position is not None:
             x = x + self.position(positions)
+        elif cfg.position == "sinusoidal":
+            x = x + sinusoids(positions, cfg.d_model)
         place = Place(positions, start, mask)
         if cfg.position == "rope":
-            place.turn = partial(apply_rope, rope=rope_table(positions, cfg.head_dim, cfg.rope_theta))
+            scaling = RopeScaling(cfg.rope_scaling, cfg.rope_factor, cfg.rope_original)
+            width = cfg.rope_dim if cfg.attention == "mla" else cfg.head_dim
+            place.turn = partial(apply_rope, rope=rope_table(positions, width, cfg.rope_theta, scaling))
         if cfg.n_enigma and cfg.wheels != "none":
             sizes = wheel_sizes(cfg.n_kv_head // 2, cfg.head_dim)
             place.wheels = wheel_index(positions, sizes, cfg.head_dim, cfg.wheels == "carry")
@@ -252,17 +367,23 @@ class LanguageModel(nn.Module):
         """{'total', 'embedding', 'active'}: all of them (tied ones once), the lookup tables, those a token uses."""
         total = sum(p.numel() for p in self.parameters())
         tables = [m.weight.numel() for m in (self.embed, self.position) if m is not None]
-        return {"total": total, "embedding": sum(tables), "active": total}
+        idle = sum(sum(p.numel() for p in moe.parameters()) - moe.active() for moe in self.experts())
+        return {"total": total, "embedding": sum(tables), "active": total - idle}
+
+    def experts(self) -> list[MoE]:
+        return [module for module in self.modules() if isinstance(module, MoE)]
 
     def flops_per_token(self, seq_len: int | None = None) -> int:
         """FLOPs of forward and backward per token at a context of seq_len, as the PaLM paper counts (appendix B).
 
-        6 per weight of a matrix product (2 forward, 4 backward), the head among them, and 12 · blocks · n_head ·
-        head_dim · T for q·k and the weighted values, counted as if attention were not causal.
+        6 per weight of a matrix product that a token uses (2 forward, 4 backward), the head among them, and 6 · T for
+        each channel of q·k and of the weighted values in each head, as if attention were not causal and had no window.
         """
         cfg = self.cfg
         matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        return 6 * matrices + 12 * len(self.blocks) * cfg.n_head * cfg.head_dim * (seq_len or cfg.seq_len)
+        matrices += sum(moe.experts.numel() * moe.top_k // moe.n_expert for moe in self.experts())
+        channels = 2 * cfg.head_dim + (cfg.rope_dim if cfg.attention == "mla" else 0)
+        return 6 * matrices + 6 * len(self.blocks) * cfg.n_head * channels * (seq_len or cfg.seq_len)
 
 
 def padding_mask(positions: Tensor, pad: Tensor) -> Tensor:
@@ -281,68 +402,3 @@ def example_mask(positions: Tensor) -> Tensor:
     T = positions.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=positions.device).tril()
     return ((example[:, :, None] == example[:, None, :]) & causal)[:, None]
-
-
-class HeadLoss(torch.autograd.Function):
-    """Cross-entropy of x @ weight.T, in chunks of rows, so that the (N, V) logits never exist.
-
-    They are the largest tensor of a small language model: 16 x 1024 tokens of 50,257 entries are 3.3 GB in fp32. The
-    forward pass already forms the gradients, chunk by chunk, as if the upstream gradient were one for every token;
-    that is so, up to a common factor, when the caller sums the nats. Other upstream gradients cost a second pass.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
-        """x (N, D), weight (V, D), targets (N,), weights (N,) -> weighted nats (N,) fp32, products as autocast says."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        ctx.dtypes, ctx.smoothing = (x.dtype, weight.dtype), smoothing
-        x, weight = x.to(dtype), weight.to(dtype)
-        scale = torch.ones(len(x), device=x.device) if weights is None else weights.float()
-        wanted = any(ctx.needs_input_grad)
-        nats, dx, dweight = head_pass(x, weight, targets, scale, smoothing, wanted, ctx.needs_input_grad[1])
-        if wanted:
-            ctx.save_for_backward(x, weight, targets, scale, dx, dweight)
-        return nats * scale
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor):
-        x, weight, targets, scale, dx, dweight = ctx.saved_tensors
-        if any(upstream.stride()):  # not one number expanded: recompute with a factor per token
-            _, dx, dweight = head_pass(x, weight, targets, scale * upstream, ctx.smoothing, True, dweight is not None)
-        else:
-            dx, dweight = dx * upstream[:1, None], None if dweight is None else dweight * upstream[0]
-        return dx.to(ctx.dtypes[0]), None if dweight is None else dweight.to(ctx.dtypes[1]), None, None, None
-
-
-# Logits of a chunk: 64 MB on a CPU (smaller ones add up the weight's gradient too often), enough to fill a GPU.
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**29, "mps": 2**26}
-
-
-def head_pass(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, smoothing: float, wanted: bool,
-              wanted_weight: bool):  # fmt: skip
-    """nats (N,) and, if wanted, the gradients of sum(scale · nats) by x (N, D) and by weight (V, D), if not frozen."""
-    N, V = x.shape[0], weight.shape[0]
-    rows = max(1, min(N, CHUNK_ELEMENTS[x.device.type] // V))
-    nats = torch.empty(N, dtype=torch.float32, device=x.device)
-    dx = torch.empty_like(x) if wanted else None
-    dweight = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if wanted and wanted_weight else None
-    for first in range(0, N, rows):
-        part = slice(first, first + rows)
-        target = targets[part, None]  # (R, 1)
-        logits = (x[part] @ weight.T).float()  # (R, V)
-        lse = logits.logsumexp(dim=-1, keepdim=True)  # (R, 1)
-        loss = lse - logits.gather(1, target)
-        if smoothing:
-            loss = (1 - smoothing) * loss + smoothing * (lse - logits.mean(dim=-1, keepdim=True))
-        nats[part] = loss[:, 0]
-        if wanted:  # the gradient by the logits is softmax minus the target's distribution
-            grad = logits.sub_(lse).exp_()
-            if smoothing:
-                grad -= smoothing / V
-            grad.scatter_add_(1, target, torch.full_like(lse, smoothing - 1))
-            grad = grad.mul_(scale[part, None]).to(x.dtype)
-            dx[part] = grad @ weight
-            if wanted_weight:
-                dweight += grad.T @ x[part]
-    return nats, dx, dweight

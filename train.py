@@ -28,6 +28,7 @@ from chat import ChatSettings, Template
 from configurator import Settings, UserError, configure, run
 from data import DataSettings, prepare
 from eval import evaluate
+from ffn import update_balance
 from generate import SamplingSettings, generate
 from log import Log
 from lora import LoraSettings
@@ -293,6 +294,8 @@ class Run:
             self.scale.update(finite)
         if self.ema:
             self.ema.update()
+        if self.s.n_expert:
+            self.load = update_balance(self.model, machine.all_reduce, self.s.balance_rate)
         self.bad = torch.where(finite, 0.0, self.bad + 1)
         return learned, norm
 
@@ -301,7 +304,11 @@ class Run:
         progress = self.progress
         progress.nats = self.machine.all_reduce(self.nats).item()
         progress.skipped = progress.step - int(self.optimizer.state["applied"])
-        self.log.step(progress, factor * self.s.lr, norm, self.plan.sequences * self.s.seq_len)
+        more = {}
+        if self.s.n_expert:
+            more = {"expert_load": self.load.item()}
+            more |= {"balance": self.model.balance.item()} if self.s.balance == "loss" else {}
+        self.log.step(progress, factor * self.s.lr, norm, self.plan.sequences * self.s.seq_len, more)
         progress.nats, progress.learned = self.nats.zero_().item(), 0
         if self.bad >= self.s.max_skipped:
             good = checkpoint.steps(self.out_dir)

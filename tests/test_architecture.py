@@ -9,7 +9,7 @@ from configurator import ROOT
 
 FLOORS = [
     ["configurator"],
-    ["bpe_train", "attention", "ffn", "lora", "reversible", "optim", "machine", "corpus"],
+    ["bpe_train", "attention", "ffn", "loss", "lora", "reversible", "optim", "machine", "corpus"],
     ["bpe", "batches", "mla", "enigma"],
     ["tokenizer", "model"],
     ["generate", "data", "checkpoint", "eval"],

@@ -31,7 +31,7 @@ IDS = torch.randint(97, (2, 33), generator=torch.Generator().manual_seed(1))
 def adapted(kind="quickstart", trained=False, model=(), **changes):
     """A shaken model with adapters, and its names; `trained` gives the adapters values as after a training."""
     base = shaken(tiny(kind, **dict(model)))
-    names = inject(base, LoraSettings(**{"lora_rank": 4, "lora_alpha": 8.0, **changes}))
+    names = inject(base, LoraSettings(**{"lora_rank": 4, "lora_alpha": 8.0, "lora_targets": "all", **changes}))
     if trained:
         for name, tensor in adapter_state(base).items():
             tensor.mul_(1.1) if "magnitude" in name else tensor.normal_(std=0.1)
@@ -278,7 +278,7 @@ def test_bf16_autocast_trains_fp32_adapters(kind, method):
     exact = nats(model).item()
     with torch.autocast("cpu", torch.bfloat16):
         loss = nats(model)
-        assert model.blocks[0].attn.q(torch.randn(3, 32)).dtype == torch.bfloat16
+        assert model.blocks[0].attn.o(torch.randn(3, model.blocks[0].attn.o.in_features)).dtype == torch.bfloat16
     loss.backward()
     assert loss.item() == pytest.approx(exact, rel=0.03)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -315,7 +315,7 @@ def test_dropout_acts_in_training_only_and_on_the_adapter_only():
 
 @pytest.mark.parametrize("changes, message", [
     (dict(lora_dropout=0.1, lora_targets="q,head"), "head"),
-    (dict(lora_dropout=0.1, kind="reversible"), "reversible"),
+    (dict(lora_dropout=0.1, lora_targets="all", kind="reversible"), "reversible"),
     (dict(lora_targets="q,query"), "lora_targets=query matches no matrix .* ffn, gate, head, k, o, q"),
 ])  # fmt: skip
 def test_what_cannot_act_is_refused_in_one_sentence_and_changes_nothing(changes, message):

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from configurator import ROOT, UserError, configure
-from model import LanguageModel, ModelConfig, head_pass
+from loss import head_pass
+from model import LanguageModel, ModelConfig
 
 TINY = dict(vocab_size=97, seq_len=32, d_model=32, n_layer=2, n_head=4)
 KINDS = {
@@ -15,6 +16,17 @@ KINDS = {
     "alibi": dict(position="alibi", n_kv_head=2),
     "reversible": dict(reversible=True, n_kv_head=2),
     "enigma": dict(reversible=True, n_enigma=2, n_layer=1, position="alibi", n_kv_head=2),
+    "window": dict(window=7, window_pattern="SL", n_kv_head=2),
+    "alibi window": dict(position="alibi", window=5, n_kv_head=2),
+    "post": dict(norm_position="post", position="sinusoidal", embed_scale=0.0, n_kv_head=4, ffn="swiglu"),
+    "parallel": dict(residual="parallel", logit_softcap=3.0, n_kv_head=2, tie_embeddings=False),
+    "yarn": dict(rope_scaling="yarn", rope_factor=4.0, rope_original=16, n_kv_head=4),
+    "mla": dict(attention="mla", qk_norm=False, kv_rank=12, rope_dim=4, ffn="swiglu"),
+    "mla, queries too": dict(attention="mla", qk_norm=False, kv_rank=12, rope_dim=6, q_rank=20, bias=True),
+    "moe": dict(n_expert=4, top_k=2, d_expert=32, ffn="swiglu", n_kv_head=2),
+    "mla moe": dict(attention="mla", qk_norm=False, n_expert=8, top_k=3, n_shared=1, d_expert=16, n_dense=1,
+                    router="sigmoid", router_scale=2.5, balance="bias", n_group=4, topk_group=2),
+    "reversible moe": dict(reversible=True, n_expert=4, d_expert=32, balance="bias", n_kv_head=2),
     "nope": dict(ffn="silu", position="none", n_kv_head=1, head_dim=12),
 }
 
@@ -112,7 +124,7 @@ def test_bias_false_means_no_biases():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("per_token", ["none", "weights", "upstream"])
 def test_head_loss_and_its_gradients_equal_cross_entropy(tied, smoothing, per_token, monkeypatch):
-    monkeypatch.setitem(__import__("model").CHUNK_ELEMENTS, "cpu", 97 * 5)  # several chunks, the last one shorter
+    monkeypatch.setitem(__import__("loss").CHUNK_ELEMENTS, "cpu", 97 * 5)  # several chunks, the last one shorter
     model = shaken(tiny(tie_embeddings=tied, label_smoothing=smoothing)).train()
     ids, targets = torch.randint(97, (2, 32)), torch.randint(97, (2, 32))
     factor = torch.rand(2, 32) if per_token != "none" else torch.ones(2, 32)
@@ -140,7 +152,7 @@ def test_label_smoothing_is_for_training_only():
 def test_loss_stays_fp32_under_bf16_autocast():
     x, weight = torch.randn(64, 16).bfloat16(), torch.randn(97, 16).bfloat16()
     targets = torch.randint(97, (64,))
-    nats, _, _ = head_pass(x, weight, targets, torch.ones(64), 0.0, False, False)
+    nats, _, _ = head_pass(x, weight, targets, torch.ones(64))
     expected = F.cross_entropy((x @ weight.T).float(), targets, reduction="none")
     assert nats.dtype == torch.float32 and torch.allclose(nats, expected, atol=1e-5)
 
