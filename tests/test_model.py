@@ -95,7 +95,8 @@ def numbers(model, config):
     return counts
 
 
-@pytest.mark.parametrize("name, total", [("lumen", 128_404_224), ("tinystories", 22_696_448), ("gpt2", 124_439_808)])
+@pytest.mark.parametrize("name, total", [("lumen", 128_404_224), ("tinystories", 22_696_448), ("gpt2", 124_439_808),
+                                         ("mla_moe", 229_629_696), ("mini", 13_768_320)])  # fmt: skip
 def test_presets_have_exactly_the_promised_parameters(name, total):
     with torch.device("meta"):
         model = LanguageModel(configure([ModelConfig], [], {}).part(ModelConfig))
