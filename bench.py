@@ -3,10 +3,10 @@
     python bench.py optim                                # our AdamW and Muon against torch's
     python bench.py step                                 # tokens/s of a training step
     python bench.py step NANOGPT=~/nanoGPT               # the same against a checkout of nanoGPT, in turn
-    python bench.py shakespeare NANOGPT=~/nanoGPT DATA_PATH=input.txt   # loss and time of nanoGPT's CPU recipe
     python bench.py depth                                # memory and time of reversible stacks, 4 to 48 layers
     python bench.py lora                                 # memory and time of fine-tuning with adapters and without
-    python bench.py ablation                             # what each part of the Enigma model is worth; hours
+    python bench.py decode                               # cache and tokens/s of kinds of attention, context to 8192
+    python bench.py experts                              # a mixture of experts against a dense feed-forward, and a loop
     python bench.py batches                              # batches/s of the loader
     python bench.py kill REPEATS=50                      # SIGKILL at random moments; the end must have the same bits
 
@@ -18,22 +18,23 @@ import importlib.util
 import io
 import json
 import random
-import re
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 import checkpoint
+import ffn
 from batches import Batches, TokenStream
 from configurator import ROOT, Settings, UserError, configure, find_path, run
 from data import DataSettings, prepare
+from ffn import FeedForward, MoE
 from lora import LoraSettings, inject
 from machine import MachineSettings, choose_machine, peak_memory
 from model import LanguageModel, ModelConfig
@@ -46,8 +47,6 @@ class BenchSettings:
     repeats: int = 5            # measurements of each variant, of which we report the median
     threads: int = 0            # CPU threads; 0 = all
     batch_size: int = 1         # step: sequences in a step
-    seeds: int = 3              # shakespeare, ablation: runs of each
-    only: str = ""              # ablation: the one corpus to do, stdlib or shakespeare
     worker: str = ""            # internal: this process measures one variant and prints its seconds
 
 
@@ -56,8 +55,8 @@ SETTINGS = [BenchSettings, ModelConfig, OptimSettings, DataSettings, MachineSett
 
 def main() -> None:
     argv = sys.argv[1:]
-    names = {"optim": bench_optim, "step": bench_step, "shakespeare": bench_shakespeare, "batches": bench_batches,
-             "kill": bench_kill, "depth": bench_depth, "lora": bench_lora, "ablation": bench_ablation}  # fmt: skip
+    names = {"optim": bench_optim, "step": bench_step, "batches": bench_batches, "kill": bench_kill,
+             "depth": bench_depth, "lora": bench_lora, "decode": bench_decode, "experts": bench_experts}  # fmt: skip
     if not argv or argv[0] not in names:
         if argv and argv[0] not in ("-h", "--help"):
             raise UserError(f"unknown benchmark {argv[0]}: choose one of {', '.join(names)}")
@@ -223,126 +222,65 @@ def compare(s: Settings, argv: list[str], variants: dict[str, list[str]], shape:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Quality: what each part of the Enigma model is worth
+# Kinds of attention and of feed-forward
 
 
-ABLATION = {
-    "plain transformer, RoPE": "n_layer=4",
-    "plain transformer, ALiBi": "n_layer=4 position=alibi",
-    "reversible transformer, RoPE": "n_layer=4 reversible=1",
-    "reversible transformer, ALiBi": "n_layer=4 reversible=1 position=alibi",
-    "Enigma": "",
-    "without wheels": "wheels=none",
-    "with carrying wheels": "wheels=carry",
-    "without convolution": "kernel=0",
-    "without shears": "shears=0",
-}
+ATTENTION = {"multi-head": dict(n_kv_head=8), "grouped, 2 key heads": dict(n_kv_head=2),
+             "latent": dict(attention="mla", qk_norm=False, kv_rank=256, rope_dim=32)}  # fmt: skip
 
 
-def bench_ablation(s: Settings, argv: list[str]) -> dict:
-    """Validation bits per byte of runs of equal parameters (by d_ff) and tokens, several seeds, on two corpora."""
-    corpora = {"shakespeare": {"data_path": s.data_path, "tokenizer": "char"}, "stdlib": {"vocab_size": 4096}}
-    base = dict(seq_len=128, d_model=128, n_head=4, n_kv_head=4, n_layer=0, n_enigma=4, reversible=1, batch_size=16,
-                max_steps=400, eval_interval=400, eval_tokens=100_000, lr=1e-2)  # fmt: skip
-    results: dict[str, dict[str, list[float]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for corpus, data in corpora.items():
-            if s.only not in ("", corpus) or data.get("data_path") == "":
-                continue
-            print(f"{corpus}: validation bits per byte of {s.seeds} seeds")
-            for name, text in ABLATION.items():
-                own = dict(pair.split("=") for pair in text.split())
-                if "n_layer" in own:
-                    own = {"n_enigma": 0, "reversible": 0} | own
-                settings = base | data | own
-                settings["d_ff"] = width_for(settings, base)
-                scores = []
-                for seed in range(1, s.seeds + 1):
-                    run = Path(folder) / f"{corpus}{len(results)}{name}{seed}".replace(" ", "_")
-                    pairs = settings | {"out_dir": run, "seed": seed}
-                    subprocess.run([sys.executable, str(ROOT / "train.py"), *(f"{k}={v}" for k, v in pairs.items())],
-                                   check=True, capture_output=True, text=True)  # fmt: skip
-                    last = (run / "log.csv").read_text(encoding="utf-8").splitlines()[-1]
-                    scores.append(float(last.split(",")[8]))
-                results.setdefault(corpus, {})[name] = scores
-                print(f"  {name:<30} {statistics.mean(scores):.4f}   {' '.join(f'{x:.4f}' for x in scores)}   "
-                      f"d_ff {settings['d_ff']}", flush=True)  # fmt: skip
-    return {"bits_per_byte": results}
+def cache_bytes(cache) -> int:
+    """Bytes of all tensors that a cache holds, views counted once."""
+    tensors = [t for block in cache.blocks for state in block if state for t in vars(state).values()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def width_for(settings: dict, base: dict) -> int:
-    """The d_ff (a multiple of 8) with which the blocks have the parameters of four plain ones of 4 d_model."""
-
-    def parameters(chosen: dict, d_ff: int) -> int:
-        pairs = {f.name: chosen[f.name] for f in fields(ModelConfig) if f.name in chosen} | {"d_ff": d_ff}
-        argv = [f"{k}={v}" for k, v in (pairs | {"vocab_size": 1}).items()]
-        with torch.device("meta"):
-            return LanguageModel(configure([ModelConfig], argv, {}).part(ModelConfig)).count_parameters()["total"]
-
-    wanted = parameters(base | {"n_layer": 4, "n_enigma": 0}, 4 * base["d_model"])
-    each = (parameters(settings, 16) - parameters(settings, 8)) // 8
-    return 8 + round((wanted - parameters(settings, 8)) / each / 8) * 8
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Quality: nanoGPT's CPU recipe for tiny Shakespeare by characters
-
-
-RECIPE = dict(seq_len=64, d_model=128, n_layer=4, n_head=4, batch_size=12, max_steps=2000, eval_interval=250)
-
-
-def bench_shakespeare(s: Settings, argv: list[str]) -> dict:
-    """Validation loss and wall-clock seconds, model of the same size and the same number of tokens, several seeds."""
-    if not s.data_path:
-        raise UserError("shakespeare needs DATA_PATH=<tiny Shakespeare's input.txt>")
-    text = find_path(s.data_path).read_text(encoding="utf-8")
-    rows: dict[str, list[tuple[float, float]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(1, s.seeds + 1):
-            if s.nanogpt:
-                rows.setdefault("nanogpt", []).append(shakespeare_nanogpt(s, Path(folder), text, seed))
-            rows.setdefault("ours", []).append(shakespeare_ours(Path(folder), text, seed, argv))
-    for name, values in rows.items():
-        losses, seconds = zip(*values, strict=True)
-        print(f"  {name:<10} validation loss {', '.join(f'{x:.3f}' for x in losses)}   "
-              f"seconds {', '.join(f'{x:.0f}' for x in seconds)}")  # fmt: skip
+@torch.inference_mode()
+def bench_decode(s: Settings, argv: list[str]) -> dict:
+    """Milliseconds to decode a token behind a context, batch 1, 8 layers of 512 with 8 heads; the kinds take turns."""
+    machine, rows = choose_machine(s.part(MachineSettings)), {}
+    token = torch.zeros(1, 1, dtype=torch.int64, device=machine.device)
+    print(f"{'context':>9}  {'attention':<22} {'cache MB':>9} {'ms/token':>9}")
+    for context in (512, 2048, 8192):
+        times: dict[str, list[float]] = {name: [] for name in ATTENTION}
+        caches = {}
+        for name, own in ATTENTION.items():
+            cfg = ModelConfig(**(dict(vocab_size=4096, seq_len=8400, d_model=512, n_layer=8, n_head=8) | own))
+            model = LanguageModel(cfg).to(machine.device).eval()
+            caches[name] = (model, model.new_cache(1, context + 64))
+        for repeat in range(s.repeats + 1):  # the first to warm up
+            for name, (model, cache) in caches.items():
+                cache.length = context  # what lies there makes no difference to the time
+                times[name] += timed(lambda m=model, c=cache: m(token, cache=c, n_logits=1), 8) if repeat else []
+        for name, (_, cache) in caches.items():
+            size, ms = cache_bytes(cache) / 1e6, statistics.median(times[name]) * 1e3
+            rows[f"{context} {name}"] = {"cache_mb": size, "ms": ms}
+            print(f"{context:>9}  {name:<22} {size:>9.1f} {ms:>9.2f}", flush=True)
     return {"rows": rows}
 
 
-def shakespeare_ours(folder: Path, text: str, seed: int, argv: list[str]) -> tuple[float, float]:
-    """(validation loss over all of nanoGPT's validation text, seconds) of one run of train.py."""
-    cut = int(0.9 * len(text))
-    (folder / "train.txt").write_text(text[:cut], encoding="utf-8")
-    (folder / "val.txt").write_text(text[cut:], encoding="utf-8")
-    own = [arg for arg in argv if not re.match(r"(?i)(nanogpt|data_path|seeds|repeats|threads)=", arg)]
-    settings = RECIPE | {"data_path": folder / "train.txt", "val_path": folder / "val.txt", "tokenizer": "char",
-                         "cache_dir": folder / "cache", "out_dir": folder / f"ours{seed}", "seed": seed,
-                         "n_kv_head": 4, "eval_tokens": 0, "eval_interval": 2000, "warmup_steps": 50, "lr": 1e-2,
-                         "muon_lr": 0.01}  # fmt: skip
-    command = [sys.executable, str(ROOT / "train.py"), *(f"{k}={v}" for k, v in settings.items()), *own]
-    begin = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    seconds = time.perf_counter() - begin
-    last = (folder / f"ours{seed}" / "log.csv").read_text(encoding="utf-8").splitlines()[-1]
-    return float(last.split(",")[7]), seconds
+def bench_experts(s: Settings, argv: list[str]) -> dict:
+    """Forward and backward of 4096 tokens of 512 channels: 2 of 8 experts of 1024, a dense layer of the same active
+    parameters, and the experts one after the other."""
+    machine = choose_machine(s.part(MachineSettings))
+    x = torch.randn(8, 512, 512, device=machine.device)
+    dense, moe = FeedForward(512, 2048).to(machine.device), MoE(512, 1024, 8, 2).to(machine.device)
 
+    def step(layer):
+        with machine.autocast():
+            layer(x).float().square().mean().backward()
 
-def shakespeare_nanogpt(s: Settings, folder: Path, text: str, seed: int) -> tuple[float, float]:
-    """The same of nanoGPT's train.py with the settings of its README."""
-    copy = folder / f"nanogpt{seed}"
-    shutil.copytree(find_path(s.nanogpt), copy, ignore=shutil.ignore_patterns(".git"))
-    (copy / "data/shakespeare_char/input.txt").write_text(text, encoding="utf-8")
-    subprocess.run([sys.executable, "data/shakespeare_char/prepare.py"], cwd=copy, check=True, capture_output=True)
-    train = (copy / "train.py").read_text(encoding="utf-8").replace("manual_seed(1337", f"manual_seed({seed}")
-    (copy / "train.py").write_text(train, encoding="utf-8")
-    command = [sys.executable, "train.py", "config/train_shakespeare_char.py", "--device=cpu", "--compile=False",
-               "--eval_iters=200", "--eval_interval=2000", "--log_interval=500", "--block_size=64", "--batch_size=12",
-               "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000",
-               "--dropout=0.0"]  # fmt: skip
-    begin = time.perf_counter()
-    result = subprocess.run(command, cwd=copy, check=True, capture_output=True, text=True)
-    seconds = time.perf_counter() - begin
-    return float(re.findall(r"val loss ([\d.]+)", result.stdout)[-1]), seconds
+    def by_loop():
+        loop = lambda x, weight, ends: ffn.linear_by_loop(x, weight.to(x.dtype), ends)  # noqa: E731
+        with mock.patch("ffn.grouped_linear", loop):
+            step(moe)
+
+    candidates = {"dense": lambda: step(dense), "experts": lambda: step(moe), "experts by a loop": by_loop}
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for repeat in range(s.repeats + 2):
+        for name, candidate in candidates.items():
+            times[name] += timed(candidate, 1)[: int(repeat >= 2)]
+    return show({name: {"ms": statistics.median(t) * 1e3} for name, t in times.items()}, "dense")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

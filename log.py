@@ -55,8 +55,8 @@ class Log:
         self.paused += seconds
 
     def step(self, progress, lr: float, norm: float, per_step: int, more: dict[str, float]) -> None:
-        """The mean loss since the last line, cross-entropy alone; the learning rate, the gradient norm and `more` of the
-        last step: expert_load is the busiest expert's share as a multiple of the mean, balance the balance loss."""
+        """The mean loss since the last line, cross-entropy alone; learning rate, gradient norm and `more` of the last
+        step: expert_load is the busiest expert's share as a multiple of the mean, balance the balance loss."""
         if not self.machine.is_main:
             return
         last_step, last_time = self.since

@@ -16,6 +16,7 @@ FLOORS = [
     ["chat", "log"],
     ["sft", "plan"],
     ["train", "sample", "interop", "bench"],
+    ["compare"],
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 

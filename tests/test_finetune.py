@@ -43,7 +43,8 @@ def questions(tmp_path_factory):
 
 def tune(text, base, questions, out, **changes):
     """Arguments for a fine-tuning run; the model's shape comes from the base."""
-    settings = dict(task="sft", init_from=base, data_path=questions, max_steps=12, eval_interval=6, lr=1e-2, muon_lr=1e-2)
+    settings = dict(task="sft", init_from=base, data_path=questions, max_steps=12, eval_interval=6, lr=1e-2,
+                    muon_lr=1e-2)  # fmt: skip
     shape = dict.fromkeys(("vocab_size", "seq_len", "d_model", "n_layer", "n_head", "n_kv_head"))
     return tiny_run(text, out, **(settings | shape | changes))
 

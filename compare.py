@@ -1,0 +1,221 @@
+"""Compare recipes and models by what they learn: equal parameters, equal tokens, several seeds.
+
+    python compare.py models                                   # kinds of model side by side: size, speed, loss
+    python compare.py ablation DATA_PATH=input.txt             # what each part of the Enigma model is worth; hours
+    python compare.py shakespeare DATA_PATH=input.txt NANOGPT=~/nanoGPT      # nanoGPT's CPU recipe and ours
+
+DATA_PATH is tiny Shakespeare; the other corpus is the standard library. The last line is one JSON document.
+"""
+
+import csv
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from bench import cache_bytes
+from configurator import ROOT, Settings, UserError, configure, find_path, run
+from generate import SamplingSettings, stream
+from model import LanguageModel, ModelConfig
+
+
+@dataclass
+class CompareSettings:
+    data_path: str = ""         # tiny Shakespeare's input.txt
+    nanogpt: str = ""           # checkout of nanoGPT to compare with
+    seeds: int = 3              # runs of each
+    only: str = ""              # ablation: the one corpus to do, stdlib or shakespeare
+    steps: int = 0              # optimizer steps of a run, if not those of the comparison
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    names = {"models": compare_models, "ablation": compare_ablation, "shakespeare": compare_shakespeare}
+    if not argv or argv[0] not in names:
+        if argv and argv[0] not in ("-h", "--help"):
+            raise UserError(f"unknown comparison {argv[0]}: choose one of {', '.join(names)}")
+        argv = ["--help"]
+    name = argv.pop(0) if argv[0] in names else ""
+    s = configure([CompareSettings], argv, doc=__doc__)
+    print(json.dumps({"compare": name, "torch": torch.__version__, **names[name](s)}))
+
+
+def train(settings: dict) -> list[dict]:
+    """Run train.py in a process of its own; returns the rows of its log."""
+    pairs = [f"{k}={v}" for k, v in settings.items()]
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *pairs], check=True, capture_output=True, text=True)
+    with open(Path(settings["out_dir"]) / "log.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kinds of model
+
+
+MODELS = {  # about 2.4 M active parameters each, by d_ff
+    "GPT": "ffn=gelu norm=layernorm position=learned qk_norm=0 bias=1 n_kv_head=6",
+    "GQA (quickstart)": "",
+    "MLA": "attention=mla qk_norm=0 kv_rank=64 rope_dim=16",
+    "MoE, 2 of 8": "n_expert=8 top_k=2",
+    "reversible": "reversible=1",
+    "Enigma": "reversible=1 n_enigma=2 n_layer=2 position=alibi n_kv_head=2",
+}
+
+
+def compare_models(s: Settings) -> dict:
+    """Each kind on the standard library, the same tokens; the speed of a process alone on this machine."""
+    base = dict(vocab_size=4096, seq_len=256, d_model=192, n_head=6, n_kv_head=2, n_layer=4, max_steps=s.steps or 240,
+                eval_interval=s.steps or 240, eval_tokens=100_000)  # fmt: skip
+    rows = {}
+    columns = ("total", "active", "MFLOP/token", "cache B/token", "train tok/s", "decode tok/s", "bits/byte")
+    print(f"{'':<18}" + "".join(f"{column:>14}" for column in columns))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in MODELS.items():
+            settings = base | dict(pair.split("=") for pair in text.split())
+            settings["d_ff"] = width_for(settings, base)
+            log = train(settings | {"out_dir": Path(folder) / name.split()[0]})
+            model, _, _ = checkpoint.load_model(checkpoint.find(Path(folder) / name.split()[0]))
+            counts = model.count_parameters()
+            rows[name] = row = {
+                "total": counts["total"], "active": counts["active"], "mflop": model.flops_per_token() / 1e6,
+                "cache": cache_bytes(model.new_cache(1, 256)) // 256,
+                "train": statistics.median(float(r["tokens_per_second"]) for r in log if r["tokens_per_second"]),
+                "decode": decode_speed(model), "bits_per_byte": float(log[-1]["val_bits_per_byte"])}  # fmt: skip
+            print(f"{name:<18}{row['total']:>14,}{row['active']:>14,}{row['mflop']:>14.1f}{row['cache']:>14,}"
+                  f"{row['train']:>14,.0f}{row['decode']:>14,.0f}{row['bits_per_byte']:>14.4f}", flush=True)
+    return {"rows": rows}
+
+
+def decode_speed(model: LanguageModel) -> float:
+    """Tokens per second of one sample, behind 16 tokens, without the first, which reads the prompt."""
+    times = [time.perf_counter() for _ in stream(model, [list(range(16))], SamplingSettings(max_new_tokens=200))]
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What each part of the Enigma model is worth
+
+
+ABLATION = {
+    "plain transformer, RoPE": "n_layer=4",
+    "plain transformer, ALiBi": "n_layer=4 position=alibi",
+    "reversible transformer, RoPE": "n_layer=4 reversible=1",
+    "reversible transformer, ALiBi": "n_layer=4 reversible=1 position=alibi",
+    "Enigma": "",
+    "without wheels": "wheels=none",
+    "with carrying wheels": "wheels=carry",
+    "without convolution": "kernel=0",
+    "without shears": "shears=0",
+}
+
+
+def compare_ablation(s: Settings) -> dict:
+    """Validation bits per byte of runs of equal parameters (by d_ff) and tokens, several seeds, on two corpora."""
+    corpora = {"shakespeare": {"data_path": s.data_path, "tokenizer": "char"}, "stdlib": {"vocab_size": 4096}}
+    base = dict(seq_len=128, d_model=128, n_head=4, n_kv_head=4, n_layer=0, n_enigma=4, reversible=1, batch_size=16,
+                max_steps=s.steps or 400, eval_interval=s.steps or 400, eval_tokens=100_000, lr=1e-2)  # fmt: skip
+    results: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for corpus, data in corpora.items():
+            if s.only not in ("", corpus) or data.get("data_path") == "":
+                continue
+            print(f"{corpus}: validation bits per byte of {s.seeds} seeds")
+            for name, text in ABLATION.items():
+                own = dict(pair.split("=") for pair in text.split())
+                if "n_layer" in own:
+                    own = {"n_enigma": 0, "reversible": 0} | own
+                settings = base | data | own
+                settings["d_ff"] = width_for(settings, base)
+                scores = []
+                for seed in range(1, s.seeds + 1):
+                    run = Path(folder) / f"{corpus}{len(results)}{name}{seed}".replace(" ", "_")
+                    log = train(settings | {"out_dir": run, "seed": seed})
+                    scores.append(float(log[-1]["val_bits_per_byte"]))
+                results.setdefault(corpus, {})[name] = scores
+                print(f"  {name:<30} {statistics.mean(scores):.4f}   {' '.join(f'{x:.4f}' for x in scores)}   "
+                      f"d_ff {settings['d_ff']}", flush=True)  # fmt: skip
+    return {"bits_per_byte": results}
+
+
+def width_for(settings: dict, base: dict) -> int:
+    """The d_ff (a multiple of 8) with which a token uses as many parameters as in four plain blocks of 4 d_model."""
+
+    def parameters(chosen: dict, d_ff: int) -> int:
+        pairs = {f.name: chosen[f.name] for f in fields(ModelConfig) if f.name in chosen} | {"d_ff": d_ff}
+        argv = [f"{k}={v}" for k, v in (pairs | {"vocab_size": 1}).items()]
+        with torch.device("meta"):
+            return LanguageModel(configure([ModelConfig], argv, {}).part(ModelConfig)).count_parameters()["active"]
+
+    wanted = parameters(base | {"n_layer": 4, "n_enigma": 0}, 4 * base["d_model"])
+    each = (parameters(settings, 128) - parameters(settings, 64)) / 64
+    return round((wanted - parameters(settings, 64)) / each / 8) * 8 + 64
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nanoGPT's CPU recipe for tiny Shakespeare by characters
+
+
+RECIPE = dict(seq_len=64, d_model=128, n_layer=4, n_head=4, batch_size=12, max_steps=2000, eval_interval=250)
+
+
+def compare_shakespeare(s: Settings) -> dict:
+    """Validation loss and wall-clock seconds, model of the same size and the same number of tokens, several seeds."""
+    if not s.data_path:
+        raise UserError("shakespeare needs DATA_PATH=<tiny Shakespeare's input.txt>")
+    text = find_path(s.data_path).read_text(encoding="utf-8")
+    rows: dict[str, list[tuple[float, float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(1, s.seeds + 1):
+            if s.nanogpt:
+                rows.setdefault("nanogpt", []).append(shakespeare_nanogpt(s, Path(folder), text, seed))
+            rows.setdefault("ours", []).append(shakespeare_ours(Path(folder), text, seed))
+    for name, values in rows.items():
+        losses, seconds = zip(*values, strict=True)
+        print(f"  {name:<10} validation loss {', '.join(f'{x:.3f}' for x in losses)}   "
+              f"seconds {', '.join(f'{x:.0f}' for x in seconds)}")  # fmt: skip
+    return {"rows": rows}
+
+
+def shakespeare_ours(folder: Path, text: str, seed: int) -> tuple[float, float]:
+    """(validation loss over all of nanoGPT's validation text, seconds) of one run of train.py."""
+    cut = int(0.9 * len(text))
+    (folder / "train.txt").write_text(text[:cut], encoding="utf-8")
+    (folder / "val.txt").write_text(text[cut:], encoding="utf-8")
+    settings = RECIPE | {"data_path": folder / "train.txt", "val_path": folder / "val.txt", "tokenizer": "char",
+                         "cache_dir": folder / "cache", "out_dir": folder / f"ours{seed}", "seed": seed,
+                         "n_kv_head": 4, "eval_tokens": 0, "eval_interval": 2000, "warmup_steps": 50, "lr": 1e-2,
+                         "muon_lr": 0.01}  # fmt: skip
+    begin = time.perf_counter()
+    log = train(settings)
+    return float(log[-1]["val_loss"]), time.perf_counter() - begin
+
+
+def shakespeare_nanogpt(s: Settings, folder: Path, text: str, seed: int) -> tuple[float, float]:
+    """The same of nanoGPT's train.py with the settings of its README."""
+    copy = folder / f"nanogpt{seed}"
+    shutil.copytree(find_path(s.nanogpt), copy, ignore=shutil.ignore_patterns(".git"))
+    (copy / "data/shakespeare_char/input.txt").write_text(text, encoding="utf-8")
+    subprocess.run([sys.executable, "data/shakespeare_char/prepare.py"], cwd=copy, check=True, capture_output=True)
+    train = (copy / "train.py").read_text(encoding="utf-8").replace("manual_seed(1337", f"manual_seed({seed}")
+    (copy / "train.py").write_text(train, encoding="utf-8")
+    command = [sys.executable, "train.py", "config/train_shakespeare_char.py", "--device=cpu", "--compile=False",
+               "--eval_iters=200", "--eval_interval=2000", "--log_interval=500", "--block_size=64", "--batch_size=12",
+               "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000",
+               "--dropout=0.0"]  # fmt: skip
+    begin = time.perf_counter()
+    result = subprocess.run(command, cwd=copy, check=True, capture_output=True, text=True)
+    seconds = time.perf_counter() - begin
+    return float(re.findall(r"val loss ([\d.]+)", result.stdout)[-1]), seconds
+
+
+if __name__ == "__main__":
+    run(main)
