@@ -8,6 +8,7 @@ so that sampling needs nothing but the file. A run with adapters saves these alo
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,7 +148,7 @@ def load_newest(folder: Path, say=print) -> dict | None:
 def runs(root: str | Path = "out") -> list[Path]:
     """The folders that hold checkpoints, the newest first."""
     found: dict[Path, float] = {}
-    for path in find_path(root).glob("*/*.pt"):
+    for path in [*find_path(root).glob("*/best.pt"), *find_path(root).glob("*/step_*.pt")]:
         found[path.parent] = max(found.get(path.parent, 0.0), path.stat().st_mtime)
     return sorted(found, key=found.get, reverse=True)
 
@@ -180,19 +181,41 @@ def settings(path: Path) -> dict:
 
 def weights(state: dict) -> dict[str, torch.Tensor]:
     """The weights that a checkpoint ships: averaged ones where the run kept them."""
-    return state["model"] | (state["ema"]["weights"] if state.get("ema") else {})
+    averaged = dict(state["ema"]["weights"]) if state.get("ema") else {}
+    if "embed.weight" in averaged and "head.weight" not in averaged:  # tied: one parameter with two names
+        averaged["head.weight"] = averaged["embed.weight"]
+    return state["model"] | averaged
 
 
-def load_base(base: dict, moved_to: str = "") -> dict[str, torch.Tensor]:
-    """The weights beneath adapters; `base` is what their checkpoint says of them. A wrong base is refused."""
-    path = find(moved_to) if moved_to else Path(base["path"])
-    if not path.is_file():
-        raise UserError(f"these adapters belong to {path}, which is not there; lora_base=<checkpoint> says where it is")
-    found = weights(load(path))
-    if fingerprint(found) != base["fingerprint"]:
-        raise UserError(f"these adapters belong to weights {base['fingerprint']}, but {path} holds others "
-                        f"({fingerprint(found)}); lora_base=<checkpoint> names the right ones")  # fmt: skip
-    return found
+def load_base(base: dict, folder: Path, moved_to: str = "") -> dict[str, torch.Tensor]:
+    """The weights beneath the adapters in `folder`; `base` is what their checkpoint says of them.
+
+    They are at `moved_to` if given, else where they were, else in the copy that the run kept. A wrong base is refused.
+    """
+    paths = [find(moved_to)] if moved_to else [Path(base["path"]), folder / "base.pt"]
+    for path in (path for path in paths if path.is_file()):
+        found = weights(load(path))
+        if fingerprint(found) == base["fingerprint"]:
+            return found
+    if any(path.is_file() for path in paths):
+        raise UserError(f"these adapters belong to weights {base['fingerprint']}, but {paths[0]} holds others; "
+                        "lora_base=<checkpoint> names the right ones")  # fmt: skip
+    raise UserError(f"these adapters belong to {paths[0]}, which is not there; lora_base=<checkpoint> says where it is")
+
+
+def keep_base(path: Path, folder: Path) -> None:
+    """A second name for a base beside its adapters, as its own run may go on and replace it. Costs no disk until then,
+    where the file system has links."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "base.pt"
+    kept.unlink(missing_ok=True)
+    try:
+        os.link(path, kept)
+    except OSError:
+        try:
+            shutil.copyfile(path, kept)
+        except OSError as error:
+            raise UserError(f"cannot write {kept} ({error.strerror}); set another out_dir") from None
 
 
 def load_model(path: Path, device="cpu", lora_base: str = ""):
@@ -201,7 +224,7 @@ def load_model(path: Path, device="cpu", lora_base: str = ""):
     saved = json.loads(state["settings"])
     model = LanguageModel(pick(ModelConfig, saved))
     if state["base"]:
-        model.load_state_dict(load_base(state["base"], lora_base))
+        model.load_state_dict(load_base(state["base"], path.parent, lora_base))
         inject(model, pick(LoraSettings, saved))
         load_adapter(model, weights(state))
         merge(model)

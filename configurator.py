@@ -58,6 +58,9 @@ def run(main) -> None:
     """
     script = Path(sys.argv[0]).name
     rank = os.environ.get("RANK", "0")
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # what a terminal cannot show or send is no reason to stop
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         sys.exit(main())
     except UserError as error:

@@ -1,7 +1,8 @@
 """The Enigma block: a cipher machine's parts, each made causal, invertible and a function of (ids, position) alone.
 
     plugboard   a fixed permutation of the channels of both streams, at the entry of the stack; undone at its exit
-    wheels      half of the heads turn queries and keys by a cyclic shift that steps with the token's position
+    wheels      in half of the heads, half of the channels of queries and keys turn by a cyclic shift that steps with
+                the token's position
     mixing      three shears between the streams: an invertible 1x1 convolution of determinant 1
     couplings   dynamic convolution, attention and feed-forward, each read from one stream and added to the other
     reflector   the streams change places after every addition, which is its own inverse (`reversible.Chain`)
@@ -26,10 +27,11 @@ from reversible import Branch
 
 
 def wheel_sizes(count: int, head_dim: int) -> list[int]:
-    """The `count` largest numbers up to head_dim that are pairwise coprime: (3, 16) -> [16, 15, 13]. Only after their
-    product, in steps, do all wheels stand again as they did."""
+    """The `count` largest numbers up to half of head_dim that are pairwise coprime: (3, 32) -> [16, 15, 13]. Only after
+    their product, in steps, do all wheels stand again as they did. The other channels of a head stay as they are, to
+    compare what tokens say wherever they stand."""
     sizes: list[int] = []
-    for n in range(head_dim, 1, -1):
+    for n in range(head_dim // 2, 1, -1):
         if len(sizes) < count and all(math.gcd(n, other) == 1 for other in sizes):
             sizes.append(n)
     return [sizes[i % len(sizes)] for i in range(count)]
@@ -129,17 +131,16 @@ class EnigmaBlock(nn.Module):
     """Shears, convolution, attention with wheels, feed-forward: the branches of a `reversible.Chain`."""
 
     def __init__(self, d_model: int, n_head: int, n_kv_head: int, head_dim: int, d_ff: int, ffn: str, kernel: int = 4,
-                 shears: bool = True, wheels: bool = True, bias: bool = False, qk_norm: bool = True,
+                 shears: bool = True, bias: bool = False, qk_norm: bool = True,
                  norm_eps: float = 1e-6):  # fmt: skip
         super().__init__()
-        half = n_head // 2 if wheels else 0
-        slopes = [0.0] * half + alibi_slopes(n_head - half)  # heads with wheels have no ALiBi
         norm = partial(nn.RMSNorm, d_model, eps=norm_eps)
         self.shears = nn.ModuleList(nn.Linear(d_model, d_model, bias=False) for _ in range(3 * shears))
         self.conv_norm = norm() if kernel else None
         self.conv = DynamicConv(d_model, n_head, kernel, bias) if kernel else None
         self.attn_norm = norm()
-        self.attn = Attention(d_model, n_head, n_kv_head, head_dim, bias, qk_norm, 0.0, norm_eps, slopes)
+        self.attn = Attention(d_model, n_head, n_kv_head, head_dim, bias, qk_norm, 0.0, norm_eps,
+                              alibi_slopes(n_head))  # fmt: skip
         self.ffn_norm = norm()
         self.ffn = FeedForward(d_model, d_ff, ffn, bias)
 

@@ -58,7 +58,7 @@ def stream(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSet
     """Yield the next token of every row until all have ended or max_new_tokens is reached.
 
     Prompts may differ in length but not be empty; they share one batch, padded on the left, and the logits of a row
-    do not depend on the others. When the context is full, the newest half of it is read again and the rest
+    do not depend on the others. When a row has filled the context, the newest half of it is read again and the rest
     forgotten; longer prompts keep their newest seq_len tokens. `first[i]`, if not empty, are the only ids that row i
     may begin with. The model is left in the mode it was in.
     """
@@ -71,6 +71,7 @@ def stream(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSet
     rows = [list(prompt) for prompt in prompts]
     new: list[list[int]] = [[] for _ in rows]
     ended = [False] * len(rows)
+    held = [min(len(row), seq_len) for row in rows]  # tokens of each row that are read
     was_training = model.training
     model.eval()
     try:
@@ -85,11 +86,13 @@ def stream(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSet
                 if not ended[i]:
                     new[i].append(token)
                     rows[i].append(token)
+                    held[i] += 1
             yield [None if end else token for end, token in zip(ended, tokens, strict=True)]
             if all(ended) or n + 1 == sampling.max_new_tokens:
                 return
             if cache.length == cache.size:
-                cache, logits = prefill(model, [row[-(seq_len // 2 or 1) :] for row in rows], seq_len)
+                held = [n if n <= seq_len else seq_len // 2 or 1 for n in held]
+                cache, logits = prefill(model, [row[-n:] for row, n in zip(rows, held, strict=True)], seq_len)
             else:
                 logits = model(torch.tensor(tokens, device=device)[:, None], cache=cache, n_logits=1)[:, -1]
     finally:
@@ -126,7 +129,8 @@ def choose(logits: Tensor, sampling: SamplingSettings, generator: torch.Generato
             values = logits[i, seen]
             penalty = sampling.repetition_penalty
             logits[i, seen] = torch.where(values > 0, values / penalty, values * penalty)
-        if ban := [*banned, *ngram_bans(row, sampling.no_repeat_ngram)]:
+        ban = [*banned, *ngram_bans(row, sampling.no_repeat_ngram)]
+        if len(set(ban)) < logits.shape[1]:  # something must remain
             logits[i, ban] = float("-inf")
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)

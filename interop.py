@@ -27,9 +27,9 @@ def merge(run_folder: str, target: str = "", lora_base: str = "") -> Path:
     folder = find_path(target) if target else path.parent.with_name(path.parent.name + "-merged")
     if list(folder.glob("*.pt")):
         raise UserError(f"{folder} holds a model already; name another folder")
-    checkpoint.save(folder / "best.pt", {"format": checkpoint.FORMAT, "settings": json.dumps(saved), "base": None,
-                                         "tokenizer": state["tokenizer"], "model": merged_state(model),
-                                         "progress": state["progress"]})  # fmt: skip
+    plain = {"format": checkpoint.FORMAT, "settings": json.dumps(saved), "base": None, "init": "",
+             **{name: state[name] for name in ("tokenizer", "progress")}, "model": merged_state(model)}  # fmt: skip
+    checkpoint.save(folder / "best.pt", plain)
     return folder / "best.pt"
 
 
@@ -38,9 +38,11 @@ def main(argv: list[str] | None = None) -> None:
     if argv and argv[0] in ("-h", "--help"):
         print(__doc__)
         return
-    if not argv or argv[0] != "merge" or not 2 <= len(argv) <= 3:
-        raise UserError("say: python interop.py merge RUN [FOLDER]")
-    print(f"wrote {merge(*argv[1:])}")
+    moved = "".join(arg.partition("=")[2] for arg in argv if arg.lower().startswith("lora_base="))
+    words = [arg for arg in argv if not arg.lower().startswith("lora_base=")]
+    if not words or words[0] != "merge" or not 2 <= len(words) <= 3 or words[-1].startswith("-"):
+        raise UserError("say: python interop.py merge RUN [FOLDER] [lora_base=CHECKPOINT]")
+    print(f"wrote {merge(*words[1:], lora_base=moved)}")
 
 
 if __name__ == "__main__":

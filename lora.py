@@ -141,9 +141,10 @@ def inject(model: nn.Module, settings: LoraSettings) -> list[str]:
         raise UserError("the model has LoRA adapters already: start from a base, or merge them into one first")
     places = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
     chosen = choose([name for name, _ in places], settings.targets())
-    if settings.lora_dropout and any("head" in name.split(".") for name in chosen):
-        raise UserError(f"lora_dropout={settings.lora_dropout} cannot act on the head, whose loss reads its weight: "
-                        "set lora_dropout=0, or take the head out of lora_targets")  # fmt: skip
+    read = {"head", "router"} & {part for name in chosen for part in name.split(".")}  # by their weight alone
+    if settings.lora_dropout and read:
+        raise UserError(f"lora_dropout={settings.lora_dropout} cannot act on the {min(read)}, whose weight is read as "
+                        "it is: set lora_dropout=0, or other lora_targets")  # fmt: skip
     if settings.lora_dropout and getattr(model, "chain", None) is not None:
         raise UserError(f"lora_dropout={settings.lora_dropout}: a reversible model computes every branch again, the "
                         "same each time; set lora_dropout=0")  # fmt: skip

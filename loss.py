@@ -62,10 +62,7 @@ def head_pass(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, smoothi
         target = targets[part, None]  # (R, 1)
         logits = soft_cap((x[part] @ weight.T).float(), softcap)  # (R, V)
         lse = logits.logsumexp(dim=-1, keepdim=True)  # (R, 1)
-        loss = lse - logits.gather(1, target)
-        if smoothing:
-            loss = (1 - smoothing) * loss + smoothing * (lse - logits.mean(dim=-1, keepdim=True))
-        nats[part] = loss[:, 0]
+        nats[part] = (lse - logits.gather(1, target))[:, 0]  # cross-entropy alone: smoothing acts on the gradient
         if wanted:  # the gradient by the logits is softmax minus the target's distribution
             slope = 1 - (logits / softcap).square() if softcap else None  # of the cap: 1 - tanh²
             grad = logits.sub_(lse).exp_()

@@ -9,6 +9,7 @@
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -95,10 +96,19 @@ class ModelConfig:
         for name in ("vocab_size", "seq_len", "d_model", "n_layer", "n_head"):
             if getattr(self, name) < (name != "n_layer" or not self.n_enigma):
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("head_dim", "d_ff", "n_expert", "n_shared", "d_expert", "n_enigma", "rope_dim", "kv_rank",
+                     "q_rank", "init_std", "norm_eps", "balance_loss", "balance_rate", "n_kv_head"):  # fmt: skip
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.reversible_grid <= 20:
+            raise UserError(f"reversible_grid={self.reversible_grid} must be between 0 and 20")
+        if not self.rope_theta > 1 or not self.logit_softcap >= 0 or not self.embed_scale >= 0:
+            raise UserError("rope_theta must be above 1, logit_softcap and embed_scale not negative")
         if not self.head_dim and self.d_model % self.n_head:
             raise UserError(f"d_model={self.d_model} does not divide by n_head={self.n_head}: change one of them")
         self.head_dim = self.head_dim or self.d_model // self.n_head
-        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.attention == "mla" or not self.n_kv_head:  # latent heads have keys of their own
+            self.n_kv_head = self.n_head
         self.d_ff = self.d_ff or default_d_ff(self.d_model, self.ffn)
         if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
             raise UserError(f"n_head={self.n_head} does not divide by n_kv_head={self.n_kv_head}")
@@ -124,11 +134,21 @@ class ModelConfig:
         if self.n_enigma and not 0 <= self.kernel <= self.seq_len:
             raise UserError(f"kernel={self.kernel} must be between 0 and seq_len={self.seq_len}")
         if self.n_expert:
-            self.d_expert = self.d_expert or self.d_ff // self.top_k // 8 * 8
             if not 0 <= self.n_dense < self.n_layer:
-                raise UserError(f"n_dense={self.n_dense} must be below n_layer={self.n_layer}")
-        if self.logit_softcap < 0 or self.embed_scale < 0:
-            raise UserError("logit_softcap and embed_scale must not be negative")
+                raise UserError(f"n_dense={self.n_dense} must be below n_layer={self.n_layer}: experts need a block")
+            self.d_expert = self.d_expert or self.d_ff // max(self.top_k, 1) // 8 * 8
+            if not self.d_expert:
+                raise UserError(f"d_ff={self.d_ff} leaves no width for experts: set d_expert")
+        if self.norm_position == "post" and (self.residual == "parallel" or self.tie_embeddings):
+            raise UserError("norm_position=post needs residual=serial and tie_embeddings=False: tied, a token would "
+                            "predict itself at first")  # fmt: skip
+        if self.n_enigma and (self.window or self.norm != "rmsnorm"):
+            raise UserError("Enigma blocks have RMSNorm and no window: set norm=rmsnorm window=0")
+        if self.n_enigma and ((self.kernel and self.d_model % self.n_head) or self.head_dim < 4):
+            raise UserError(f"Enigma blocks need heads of at least 4 channels, and d_model={self.d_model} to divide by "
+                            f"n_head={self.n_head}")  # fmt: skip
+        if self.rope_factor != 1 and self.rope_scaling == "none":
+            raise UserError(f"rope_factor={self.rope_factor} needs rope_scaling=linear, yarn or llama3")
         for name in ("dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be in [0, 1)")
@@ -241,11 +261,12 @@ class LanguageModel(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
+        self.embed_scale = cfg.embed_scale or math.sqrt(cfg.d_model)
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.position = nn.Embedding(cfg.seq_len, cfg.d_model) if cfg.position == "learned" else None
         self.dropout = nn.Dropout(cfg.dropout)
         enigma = partial(EnigmaBlock, cfg.d_model, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.d_ff, cfg.ffn,
-                         cfg.kernel, cfg.shears, cfg.wheels != "none", cfg.bias, cfg.qk_norm, cfg.norm_eps)  # fmt: skip
+                         cfg.kernel, cfg.shears, cfg.bias, cfg.qk_norm, cfg.norm_eps)  # fmt: skip
         self.blocks = nn.ModuleList(enigma() for _ in range(cfg.n_enigma))
         self.blocks.extend(Block(cfg, i) for i in range(cfg.n_layer))
         self.norm = make_norm(cfg)
@@ -266,6 +287,8 @@ class LanguageModel(nn.Module):
         for block in self.blocks[: cfg.n_enigma]:
             for shear in block.shears:  # no mixing yet
                 nn.init.zeros_(shear.weight)
+        if cfg.tie_embeddings and self.embed_scale > 1:  # or the head would begin so much larger
+            self.embed.weight.data /= self.embed_scale
 
     def _init(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding | Experts):
@@ -282,8 +305,9 @@ class LanguageModel(nn.Module):
         """
         B, T = ids.shape
         start = cache.length if cache is not None else 0
-        if start + T > self.cfg.seq_len:
-            raise ValueError(f"{start + T} tokens are more than seq_len={self.cfg.seq_len}")
+        limit = self.cfg.seq_len if cache is None else cache.size
+        if start + T > limit:
+            raise ValueError(f"{start + T} tokens are more than {'seq_len' if cache is None else 'the cache'}={limit}")
         x, place = self.embed_at(ids, start, cache.pad if cache is not None else None, positions)
         if self.training and targets is not None and self.cfg.n_expert and self.cfg.balance == "loss":
             place.balance, place.weights = [], weights
@@ -322,11 +346,11 @@ class LanguageModel(nn.Module):
             if pad is not None:
                 mask = padding_mask(positions, pad)
                 positions = (positions - pad[:, None]).clamp(min=0)  # (B, T): each row counts from its first token
-        x = self.embed(ids) * (cfg.embed_scale or math.sqrt(cfg.d_model))  # (B, T, D)
+        x = self.embed(ids) * self.embed_scale  # (B, T, D)
         if self.position is not None:
             x = x + self.position(positions)
         elif cfg.position == "sinusoidal":
-            x = x + sinusoids(positions, cfg.d_model)
+            x = x + sinusoids(positions, cfg.d_model).to(x.dtype)
         place = Place(positions, start, mask)
         if cfg.position == "rope":
             scaling = RopeScaling(cfg.rope_scaling, cfg.rope_factor, cfg.rope_original)
@@ -347,7 +371,9 @@ class LanguageModel(nn.Module):
     def through_chain(self, x: Tensor, place: Place, cache: Cache | None) -> Tensor:
         """The reversible stack: (B, T, D) -> (B, T, D), the mean of both streams."""
         states = [state for states in cache.blocks for state in states] if cache is not None else None
-        a, b = self.chain(*self.split(x), place, caches=states)
+        half = x.dtype in (torch.bfloat16, torch.float16)  # the weights were cast to it; the streams stay fp32
+        with torch.autocast(x.device.type, x.dtype) if half else nullcontext():
+            a, b = self.chain(*self.split(x), place, caches=states)
         if self.cfg.n_enigma:
             a, b = torch.cat((a, b), dim=-1).index_select(-1, self.plugboard.argsort()).chunk(2, dim=-1)
         return ((a + b) / 2).to(x.dtype)

@@ -21,6 +21,7 @@ MAY_CHANGE = {"dropout", "label_smoothing", "init_std", "checkpoint_activations"
 # What a run cannot change on the way, beside the model.
 FIXED = [*LoraSettings.__dataclass_fields__, *ChatSettings.__dataclass_fields__]
 # Fine-tuning starts from weights that are good already; where nothing is said, its steps are fewer and smaller.
+OUTSIDE = ("environment", "command line")  # of a config file
 FINE_TUNING = {"lr": 5e-3, "muon_lr": 2e-3, "max_steps": 400, "warmup_steps": 20, "eval_interval": 100}
 
 
@@ -42,16 +43,28 @@ class Start:
     resume: dict | None = None  # the state of this run, if it goes on
     base: dict | None = None  # {"path", "fingerprint"} of the weights beneath adapters
     tokenizer: Tokenizer | None = None  # that the weights were trained with
+    init: str = ""  # the checkpoint that the run began from
 
 
 def choose_task(s: Settings) -> None:
     """What the user left open: USE_LORA=1 without data teaches the newest run to answer."""
     if s.sft_mode:
+        if s.given("task") and s.task != "sft":
+            raise UserError(f"sft_mode=True and task={s.task} contradict each other: leave one out")
         s.set("task", "sft", s.source["sft_mode"])
-    if s.use_lora and not (s.given("task") or s.given("data_path") or s.given("dataset")):
+    # The data of a pretraining config is not what its model is to be fine-tuned on.
+    of_config = s.given("task") and s.source["task"] not in OUTSIDE
+    data_given = any(s.source[name] in OUTSIDE or (of_config and s.given(name)) for name in ("data_path", "dataset"))
+    if s.use_lora and not s.given("task") and not data_given:
         s.set("task", "sft", "use_lora without data")
-    if s.task == "sft" and not s.given("dataset"):
+    if s.task == "sft" and not data_given:
+        s.set("data_path", "", "task=sft")
         s.set("dataset", "stdlib_chat", "task=sft")
+    if s.task == "sft" and s.val_path and not s.data_path:
+        raise UserError(f"val_path={s.val_path} without data_path: say what to train on, too")
+    unused = [name for name in LoraSettings.__dataclass_fields__ if s.given(name) and name != "use_lora"]
+    if unused and not s.use_lora:
+        raise UserError(f"{unused[0]} is for adapters: set use_lora=1, or leave it out")
     if s.task == "sft" or s.use_lora:
         if s.init_from == "scratch":
             raise UserError("init_from=scratch: fine-tuning needs trained weights; leave it out, or name a checkpoint")
@@ -70,9 +83,9 @@ def run_folder(s: Settings) -> Path:
     name = s.configs[-1] if s.configs else "quickstart"
     if s.task == "sft" or s.use_lora:
         name = s.configs[-1] if s.configs else base_of(s).resolve().parent.name
-    if s.source["data_path"] in ("environment", "command line"):
+    if s.source["data_path"] in OUTSIDE:
         name += f"-{Path(s.data_path).stem}"
-    elif s.source["dataset"] in ("environment", "command line"):
+    elif s.source["dataset"] in OUTSIDE:
         name += f"-{s.dataset}"
     return ROOT / "out" / (name + "-sft" * (s.task == "sft") + "-lora" * s.use_lora)
 
@@ -81,9 +94,15 @@ def base_of(s: Settings) -> Path:
     """The checkpoint that fine-tuning starts from: init_from, else the newest pretraining run's."""
     if s.init_from != "auto":
         return checkpoint.find(s.init_from)
+    if s.configs:
+        return checkpoint.find(ROOT / "out" / s.configs[-1])
     for run in checkpoint.runs():
         path = checkpoint.find(run)
-        saved = checkpoint.settings(path)
+        try:
+            saved = checkpoint.settings(path)
+        except UserError as error:
+            print(f"{error}: we look further")
+            continue
         if saved.get("task", "pretrain") == "pretrain" and not saved.get("use_lora"):
             return path
     raise UserError("there is no trained model to fine-tune yet: `python train.py` makes one")
@@ -111,6 +130,8 @@ def plan_steps(s: Settings, machine: Machine) -> Plan:
     per_rank = sequences // world
     if per_rank % micro_batch:
         raise UserError(f"{per_rank} sequences per process do not divide by batch_size={s.batch_size}")
+    if s.source["max_steps"] in (*OUTSIDE, "fine-tuning") and s.source["max_tokens"] not in OUTSIDE:
+        s.set("max_tokens", 0, "max_steps")  # what is nearer counts
     max_steps = -(-s.max_tokens // (sequences * s.seq_len)) if s.max_tokens else s.max_steps
     if max_steps < 1:
         raise UserError(f"max_steps={max_steps} must be at least 1")
@@ -129,6 +150,8 @@ def starting_point(s: Settings, out_dir: Path, machine: Machine) -> Start:
         raise UserError(f"init_from={s.init_from} lies in the folder of this run, {out_dir}; set another out_dir")
     if existing:
         return continued(s, out_dir, machine)
+    if (out_dir / "best.pt").is_file():
+        raise UserError(f"{out_dir} holds a model, and this run would overwrite it; set another out_dir")
     if s.task == "pretrain" and not s.use_lora and s.init_from in ("auto", "scratch"):
         return Start()
     path = base_of(s)
@@ -137,11 +160,18 @@ def starting_point(s: Settings, out_dir: Path, machine: Machine) -> Start:
         raise UserError(f"{path} holds adapters: `python interop.py merge {path.parent}` makes a model of them, which "
                         "can be a base")  # fmt: skip
     machine.print(f"init     from {path}")
-    adopt(s, json.loads(state["settings"]), {field.name for field in fields(ModelConfig)})
+    saved, names = json.loads(state["settings"]), {field.name for field in fields(ModelConfig)}
+    if not s.use_lora:  # adapters belong to the base as it is; other weights may learn a longer context
+        longer = ["rope_scaling", "rope_factor", "rope_original"] + ["seq_len"] * (saved["position"] != "learned")
+        names -= {name for name in longer if s.given(name)}
+    adopt(s, saved, names)
     keep_tokenizer(s, state, out_dir, resumed=False)
-    start = Start(checkpoint.weights(state), tokenizer=tokenizer_from_dict(json.loads(state["tokenizer"])))
+    theirs = tokenizer_from_dict(json.loads(state["tokenizer"]))
+    start = Start(checkpoint.weights(state), init=str(path.resolve()), tokenizer=theirs)
     if s.use_lora:
-        start.base = {"path": str(path.resolve()), "fingerprint": fingerprint(start.weights)}
+        start.base = {"path": start.init, "fingerprint": fingerprint(start.weights)}
+        if machine.is_main:
+            checkpoint.keep_base(path, out_dir)
     return start
 
 
@@ -155,10 +185,13 @@ def continued(s: Settings, out_dir: Path, machine: Machine) -> Start:
     for name in ("task", "use_lora"):
         if getattr(s, name) != saved[name]:
             raise UserError(f"the run in {out_dir} has {name}={saved[name]}: say so again, or set another out_dir")
+    if s.init_from != "auto" and checkpoint.find(s.init_from).resolve().parent != Path(state["init"]).parent:
+        raise UserError(f"the run in {out_dir} began from {state['init'] or 'fresh weights'}, not from init_from="
+                        f"{s.init_from}; set another out_dir")  # fmt: skip
     adopt(s, saved, {field.name for field in fields(ModelConfig)} | set(FIXED))
     keep_tokenizer(s, state, out_dir, resumed=True)
-    weights = checkpoint.load_base(state["base"], s.lora_base) if state["base"] else state["model"]
-    return Start(weights, state, state["base"], tokenizer_from_dict(json.loads(state["tokenizer"])))
+    weights = checkpoint.load_base(state["base"], out_dir, s.lora_base) if state["base"] else state["model"]
+    return Start(weights, state, state["base"], tokenizer_from_dict(json.loads(state["tokenizer"])), state["init"])
 
 
 def adopt(s: Settings, saved: dict, names: set[str]) -> None:
@@ -169,7 +202,7 @@ def adopt(s: Settings, saved: dict, names: set[str]) -> None:
             of_model = name in ModelConfig.__dataclass_fields__  # 0 may stand there for what the checkpoint has
             if not of_model or pick(ModelConfig, saved | asked) != pick(ModelConfig, saved):
                 raise UserError(f"the checkpoint has {name}={saved[name]} and you ask for {name}={asked[name]}; "
-                                f"another out_dir begins another run")  # fmt: skip
+                                "leave it out, or begin a new run in another out_dir")  # fmt: skip
         s.set(name, saved[name], "checkpoint")
 
 

@@ -49,6 +49,9 @@ def main(argv: list[str] | None = None) -> None:
         model.to(machine.dtype)
     print(f"[{path}, step {state['progress']['step']}]", file=sys.stderr)
     if s.chat:
+        for name in ("n_samples", "stop", "allow_special"):
+            if s.given(name):
+                raise UserError(f"{name} is for samples: leave it out with --chat")
         talk(s, model, tokenizer, json.loads(state["settings"]))
         return
     texts = [text for text in read_prompts(s) for _ in range(s.n_samples)]
@@ -82,7 +85,7 @@ def talk(s, model, tokenizer, saved: dict) -> None:
     if live:
         print("[/reset begins anew, /system TEXT says how to answer, /quit ends; Ctrl-C stops an answer]",
               file=sys.stderr)  # fmt: skip
-    for text in [*s.prompt] if s.prompt else lines(live):
+    for text in read_prompts(s) if s.prompt or s.prompts_file else lines(live):
         command, _, rest = text.partition(" ")
         if command == "/quit":
             return

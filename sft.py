@@ -176,6 +176,12 @@ def open_examples(s, tokenizer: Tokenizer, quiet: bool = False) -> tuple["Exampl
     else:
         folder = prepare_examples(s, quiet)
         train, val = (list(read_examples(folder / f"{split}.jsonl")) for split in ("train", "val"))
+    for name, part in (("data_path", train), ("val_path", val)):
+        if not part:
+            raise UserError(f"there is no example left to {'train' if part is train else 'validate'} on: see {name}")
+    if s.system:
+        text = [{"role": "system", "content": s.system}]
+        train, val = ([each if each[0]["role"] == "system" else text + each for each in part] for part in (train, val))
     if s.eval_tokens:
         ends = np.cumsum([len(template.render(each)[0]) for each in val])
         val = val[: max(1, int(np.searchsorted(ends, s.eval_tokens)))]

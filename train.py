@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             training = Run(s, plan, machine, out_dir, tokenizer, batches, validation, start)
             if training.is_complete():
-                machine.print(f"the run is complete; MAX_STEPS={2 * plan.max_steps} would go on with it")
+                more = f"is complete; MAX_STEPS={2 * plan.max_steps} would go on with it"
+                machine.print(f"the run {'has reached its goal' if training.progress.ended else more}")
                 leave_processes(machine)
                 return 0
             code = training.train()
@@ -179,7 +180,7 @@ class Run:
         self.log = Log(out_dir, plan.max_steps, self.progress.step, machine, self.model.flops_per_token())
         # What a checkpoint says of the run, beside its tensors.
         self.about = {"format": checkpoint.FORMAT, "settings": json.dumps(s.to_dict()),
-                      "tokenizer": json.dumps(tokenizer.to_dict()), "base": start.base}  # fmt: skip
+                      "tokenizer": json.dumps(tokenizer.to_dict()), "base": start.base, "init": start.init}  # fmt: skip
         self.describe()
 
     def restore(self, start: dict) -> None:
@@ -295,7 +296,7 @@ class Run:
         if self.ema:
             self.ema.update()
         if self.s.n_expert:
-            self.load = update_balance(self.model, machine.all_reduce, self.s.balance_rate)
+            self.load = update_balance(self.model, machine.all_reduce, 0.0 if self.s.use_lora else self.s.balance_rate)
         self.bad = torch.where(finite, 0.0, self.bad + 1)
         return learned, norm
 

@@ -70,7 +70,7 @@ def draw_block(path):
 
 def draw_wheels(path, positions=200, head_dim=16):
     """Offsets of three wheels over positions: all stepping, and carrying as in an odometer."""
-    sizes = wheel_sizes(3, head_dim)
+    sizes = wheel_sizes(3, 2 * head_dim)
     fig, axes = plt.subplots(2, 1, figsize=(9, 4), sharex=True)
     for ax, carry in zip(axes, (False, True), strict=True):
         offsets = wheel_offsets(torch.arange(positions), sizes, carry)

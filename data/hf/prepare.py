@@ -1,0 +1,144 @@
+"""Any dataset of the Hugging Face Hub, or in a folder, through their package: pip install 'datasets>=4'
+
+    dataset=hf:roneneldan/TinyStories                                      # its column `text`
+    dataset=hf:Salesforce/wikitext,wikitext-2-raw-v1                       # a subset
+    dataset=hf:openai/gsm8k,main,column=question                           # another column
+    dataset=hf:wikimedia/wikipedia,20231101.en,limit=2e9+my_folder         # two, one after the other
+
+A path is a name on the Hub, a folder of .parquet, .jsonl or .csv files, or one that `save_to_disk` wrote. Rows are
+streamed: nothing is downloaded ahead, and each pass (validation, training of the tokenizer, tokens) reads them anew. A
+row is a document. Without a validation split, one row in a hundred is kept for that, chosen by a hash of its text, at
+most VAL_DOCUMENTS of them: a pass over 28 GB for more would take hours.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from configurator import UserError, find_path
+from corpus import document_hash, list_files, plan_split, split_pieces
+
+VAL_SHARE, VAL_DOCUMENTS = 0.01, 2000
+VAL_NAMES = ("validation", "valid", "val", "dev")  # "test" is for the end of a project
+
+
+@dataclass
+class Choice:
+    path: str            # name on the Hub, or folder
+    subset: str = ""     # which of its subsets, where it has several
+    column: str = "text" # column that holds the text
+    split: str = "train" # what to train on
+    val: str = ""        # what to validate on; empty = one of VAL_NAMES, else a part of `split`
+    limit: float = 0     # characters to read of a split, at most; 0 = all
+
+
+chosen: list[Choice] = []
+
+
+def choose(text: str) -> None:
+    """ "a/b,sub,column=x+c" -> [Choice("a/b", "sub", "x"), Choice("c")] """
+    chosen[:] = [parse(item) for item in text.split("+") if item]
+
+
+def parse(item: str) -> Choice:
+    path, *options = item.split(",")
+    choice = Choice(path)
+    names = [field.name for field in dataclasses.fields(Choice)]
+    for option in options:
+        name, equals, value = option.partition("=")
+        name, value = (name, value) if equals else ("subset", name)
+        if name not in names:
+            raise UserError(f"dataset=hf:{item}: there is no {name}=; there are {', '.join(names)}")
+        try:
+            setattr(choice, name, float(value) if name == "limit" else value)
+        except ValueError:
+            raise UserError(f"dataset=hf:{item}: limit={value} is no number of characters, such as 1e9") from None
+    return choice
+
+
+def sources() -> list[Path]:
+    """The files of folders; what lies on the Hub is known by its name alone."""
+    folders = [find_path(choice.path) for choice in chosen]
+    return [path for folder in folders if folder.is_dir() for path in list_files(folder, ("",))]
+
+
+def documents(split: str) -> Iterator[str]:
+    if not chosen:
+        raise UserError("dataset=hf: say which dataset, for example dataset=hf:roneneldan/TinyStories")
+    opened = [(choice, *open_splits(choice)) for choice in chosen]
+    held_out = set()  # nor shall one dataset train on what another one validates on
+    if split == "train":
+        held_out = {document_hash(text) for choice, _, val in opened if val is not None for text in texts(choice, val)}
+    for choice, train, val in opened:
+        if val is None:
+            found = carve(choice, train, split)
+        else:
+            found = texts(choice, train if split == "train" else val)
+        yield from (text for text in found if document_hash(text) not in held_out)
+
+
+def carve(choice: Choice, rows: Iterable[dict], split: str) -> Iterator[str]:
+    """The training or the validation part of rows that nobody has split."""
+    pieces = lambda: ((text, True) for text in texts(choice, rows))  # noqa: E731
+    mine = (text for text, _ in split_pieces(pieces(), plan_split(pieces(), VAL_SHARE), split))
+    return itertools.islice(mine, VAL_DOCUMENTS if split == "val" else None)
+
+
+def texts(choice: Choice, rows: Iterable[dict]) -> Iterator[str]:
+    """What the column holds, row by row, up to the limit; rows without text are passed over."""
+    rows, read = iter(rows), 0
+    while not choice.limit or read < choice.limit:
+        try:
+            row = next(rows, None)
+        except Exception as error:  # of the network, of a broken file: each package beneath has errors of its own
+            raise UserError(f"dataset=hf:{choice.path} broke off ({one_line(error)}); start again") from None
+        if row is None:
+            return
+        text = row.get(choice.column, 0)
+        if not isinstance(text, str | None):
+            names = ", ".join(name for name, value in row.items() if isinstance(value, str))
+            raise UserError(f"dataset=hf:{choice.path} has no text in a column {choice.column!r}; choose with column= "
+                            f"from {names or 'none, for no column holds text'}")  # fmt: skip
+        if text:
+            read += len(text)
+            yield text
+
+
+def open_splits(choice: Choice) -> tuple[Iterable[dict], Iterable[dict] | None]:
+    """(rows to train on, rows to validate on or None)"""
+    datasets, folder = package(), find_path(choice.path)
+    try:
+        if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):  # by save_to_disk
+            found = datasets.load_from_disk(str(folder))
+            found = found if isinstance(found, dict) else {choice.split: found}
+        else:
+            path = str(folder) if folder.is_dir() else choice.path
+            found = datasets.load_dataset(path, choice.subset or None, streaming=True)
+    except Exception as error:  # each package beneath has errors of its own
+        if "scripts are no longer supported" in str(error):
+            raise UserError(f"dataset=hf:{choice.path} brings code of its own along, which we do not run; look for a "
+                            "copy that is all parquet or jsonl") from None  # fmt: skip
+        raise UserError(f"cannot open dataset=hf:{choice.path} ({one_line(error)})") from None
+    val = choice.val or next((name for name in VAL_NAMES if name in found and name != choice.split), "")
+    for name in filter(None, (choice.split, val)):
+        if name not in found:
+            raise UserError(f"dataset=hf:{choice.path} has no split {name}; it has {', '.join(found)}")
+    return found[choice.split], found[val] if val else None
+
+
+def package():
+    """`datasets`, of a version that runs no code out of a dataset."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("datasets of Hugging Face need their package: pip install 'datasets>=4'") from None
+    if int(datasets.__version__.split(".")[0]) < 4:
+        raise UserError(f"datasets {datasets.__version__} may run code that a dataset brings along; "
+                        "pip install -U 'datasets>=4'")  # fmt: skip
+    return datasets
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

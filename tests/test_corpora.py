@@ -1,0 +1,523 @@
+"""The corpora of data/: no text is in train and in val, none is damaged, and every choice is read as it was meant."""
+
+import csv
+import gzip
+import hashlib
+import http.server
+import importlib.util
+import json
+import re
+import sys
+import threading
+from collections import Counter
+from types import SimpleNamespace
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+import corpus
+from configurator import ROOT, UserError
+
+
+def prepare(name: str):
+    """The module alone; corpus.load_dataset would ask for its sources, and so the network."""
+    spec = importlib.util.spec_from_file_location(f"prepare_{name}", ROOT / "data" / name / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def both(module) -> tuple[list[str], list[str]]:
+    return list(module.documents("train")), list(module.documents("val"))
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **more):
+        raise AssertionError("asked the network for something that is here")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
+CHOOSER = """
+chosen = []
+def choose(text): chosen.append(text)
+def sources(): return [] if chosen else None  # chosen first
+def documents(split): yield f"{chosen} {split}"
+"""
+
+
+def test_what_stands_behind_the_colon_reaches_the_corpus(tmp_path, monkeypatch):
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    (tmp_path / "data" / "mine" / "prepare.py").write_text(CHOOSER)
+    monkeypatch.chdir(tmp_path)
+    raw = corpus.open_dataset("mine:a/b:c")
+    assert list(raw.pieces("val")) == [("['a/b:c'] val", True)] and raw.name == "mine-a-b-c"
+    assert list(corpus.open_dataset("mine").pieces("train")) == [("[''] train", True)]
+    with pytest.raises(UserError, match="dataset=stdlib leaves no choice; take away the :3.12"):
+        corpus.open_dataset("stdlib:3.12")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TinyStories
+
+
+@pytest.fixture
+def tinystories(monkeypatch, tmp_path):
+    """(module, files of the server: name -> bytes); its hashes and sizes are those of the files."""
+    monkeypatch.setattr(corpus, "PIECE", 64)  # a story comes in several pieces
+    module = prepare("tinystories")
+    story = "Once upon a time, {} had a red ball.\n\n\"I like it,\" said {}.\n" * 3
+    train = [story.replace("{}", name) for name in ("Lily", "Tom", "Ben", "Mia")]
+    val = [train[2], story.replace("{}", "Sue")]
+    texts = {"train": train, "val": val}
+    files = {}
+    for split, (name, _, _) in module.FILES.items():
+        files[name] = ("\n" + "\n<|endoftext|>\n\n".join(texts[split]) + "<|endoftext|>\n").encode()
+        facts = (name, len(files[name]), hashlib.sha256(files[name]).hexdigest())
+        monkeypatch.setitem(module.FILES, split, facts)
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    return module, files
+
+
+def test_tinystories_are_whole_stories_and_none_is_in_both_splits(tinystories, tmp_path, no_network):
+    module, files = tinystories
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    train, val = both(module)
+    assert [text.split()[4] for text in train] == ["Lily", "Tom", "Mia"], "Ben's story is for validation"
+    assert [text.split()[4] for text in val] == ["Ben", "Sue"]
+    assert all(text.startswith("Once") and text.endswith(".") and text.count("\n\n") == 3 for text in train + val)
+
+
+def test_tinystories_are_downloaded_once_and_checked(tinystories, tmp_path, server, monkeypatch):
+    module, files = tinystories
+    server.files |= {f"/{name}": content for name, content in files.items()}
+    monkeypatch.setattr(module, "BASE", server.url)
+    assert [path.read_bytes() for path in module.sources()] == list(files.values())[::-1]
+    module.sources()
+    assert len(server.asked) == 2
+    (tmp_path / module.FILES["val"][0]).unlink()
+    monkeypatch.setitem(module.FILES, "val", (*module.FILES["val"][:2], "0" * 64))
+    with pytest.raises(UserError, match="not the expected"):
+        module.sources()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gutenberg
+
+TRAPS = """“Yes.”
+
+Yes. He said so [see note 3], i.e. 3.14 of them (in brackets), e.g. at 10:30 a.m....
+
+CONTENTS of the box were three: wine, oil, figs.
+
+Contents
+
+  BOOK I ........ 1
+
+Of arms . . . and the man--
+    indented, as verse is;
+*** three stars are no end ***
+[Illustration: the ships]"""
+
+
+def book_text(body: str, start: str = "*** START OF THE PROJECT GUTENBERG EBOOK X ***") -> str:
+    return (f"\ufeffThe Project Gutenberg eBook of X\n\nTitle: X\n\n{start}\n\n\n\nProduced by A. Volunteer and\n"
+            f"another\n\n\n\n{body}\n\n\n\nEnd of the Project Gutenberg EBook of X, by\nSomebody\n\n"
+            "*** END OF THE PROJECT GUTENBERG EBOOK X ***\n\nSTART: FULL LICENSE\nPLEASE READ")  # fmt: skip
+
+
+def prose(seed: str, words: int) -> str:
+    """Paragraphs of about 80 words in lines of ten, each word another one."""
+    lines = [" ".join(f"{seed}{i}" for i in range(n, min(n + 10, words))) for n in range(0, words, 10)]
+    return "\n\n".join(".\n".join(lines[n : n + 8]) + "." for n in range(0, len(lines), 8))
+
+
+@pytest.mark.parametrize("start", ["*** START OF THE PROJECT GUTENBERG EBOOK X ***",
+                                   "***START OF THIS PROJECT GUTENBERG EBOOK A LONG\nTITLE***"])  # fmt: skip
+def test_cleaner_takes_the_frame_and_leaves_every_character_of_the_book(start):
+    clean = prepare("gutenberg").clean
+    assert clean(book_text(TRAPS, start).lstrip("\ufeff")) == TRAPS
+    assert clean(book_text("One  \n\n \t\n\n\nTwo\t\nlines", start)) == "One\n\nTwo\nlines"
+
+
+@pytest.mark.parametrize("line", ["3.14", "...", "i.e.", "[in brackets]", "(in brackets)", "Yes.", "contents of it"])
+def test_cleaner_keeps_what_cleaners_like_to_damage(line):
+    clean = prepare("gutenberg").clean
+    for body in (line, f"{line} and more\n\nthen", f"before\n\n{line}", f"before {line} behind"):
+        assert clean(book_text(body)) == body
+
+
+def test_book_without_its_end_is_not_taken(tmp_path):
+    module = prepare("gutenberg")
+    whole = book_text("The text.\n" * 9)
+    for text in (whole.replace("*** END", "*** AND"), whole.replace("*** START", "*** SMART"), whole[:200], ""):
+        assert module.clean(text) == ""
+
+
+@pytest.mark.parametrize("words", [*range(1, 12), 499, 500, 501, 999, 1000, 1001, 1002, 1499, 1501, 2001, 7777])
+@pytest.mark.parametrize("shape", ["paragraphs", "lines", "one long line"])
+def test_chunks_have_500_to_1000_words_and_lose_none(words, shape):
+    text = prose("w", words)
+    text = text if shape == "paragraphs" else re.sub(r"\n+", "\n" if shape == "lines" else " ", text)
+    chunks = list(prepare("gutenberg").chunks(text))
+    assert " ".join(chunks).split() == text.split()
+    counts = [len(chunk.split()) for chunk in chunks]
+    assert counts == [words] if words <= 1000 else 500 <= min(counts) <= max(counts) <= 1000
+
+
+def test_chunks_end_with_a_paragraph_where_there_are_paragraphs():
+    text = prose("w", 7777)
+    paragraphs = text.split("\n\n")
+    chunks = list(prepare("gutenberg").chunks(text))
+    assert len(chunks) > 7 and [part for chunk in chunks for part in chunk.split("\n\n")] == paragraphs
+
+
+@pytest.mark.parametrize("author, titles", [
+    ("Homer", ["The Iliad", "The Iliad of Homer\nTranslated into Blank Verse", "Iliads", "The Iliad: in prose"]),
+    ("Virgil", ["The Aeneid", "The Æneids of Virgil, Done into English Verse", "The Aeneid of Virgil, Book VI"]),
+    ("Aesop", ["Aesop's Fables", "The Fables of Æsop; a new translation", "Æsop’s Fables (illustrated)"]),
+    ("Plutarch", ["Plutarch's Lives, Volume 1 (of 4)", "Plutarch's Lives Vol. II", "The Lives, Complete"]),
+    ("Sophocles", ["Oedipus King", "Œdipus King"]),
+])  # fmt: skip
+def test_translations_of_a_work_are_recognised(author, titles):
+    assert len({prepare("gutenberg").work_of(title, author) for title in titles}) == 1
+
+
+def test_different_works_stay_different():
+    work_of = prepare("gutenberg").work_of
+    works = {("Plato", "The Republic"), ("Plato", "Laws"), ("Plato", "Apology"), ("Cicero", "The Republic"),
+             ("Homer", "The Odyssey"), ("Homer", "The Iliad"), ("Horace", "The Works of Horace"), ("Horace", "Horace")}
+    assert len({work_of(title, author) for author, title in works}) == len(works)
+
+
+def entry(number: int, title: str, author: str = "Plato", years=(-428, -348), downloads: int = 0, **changes) -> dict:
+    person = {"name": author, "birth_year": years[0], "death_year": years[1]}
+    return {"id": number, "title": title, "authors": [person], "translators": [], "languages": ["en"],
+            "copyright": False, "media_type": "Text",
+            "download_count": downloads or 1000 - number} | changes  # fmt: skip
+
+
+def by(name: str) -> list[dict]:
+    return [{"name": name, "birth_year": 1800, "death_year": 1870}]
+
+
+def test_catalogue_is_narrowed_to_ancient_english_texts():
+    entries = [entry(1, "Laws"), entry(2, "Emma", "Austen, Jane", (1775, 1817)), entry(3, "Leges", languages=["la"]),
+               entry(4, "Ion", copyright=True), entry(5, "Crito", media_type="Sound"), entry(6, "?", "X", (None, None)),
+               entry(7, "Phaedo", years=(None, -348)), entry(8, "Late", "Y", (501, 560)),
+               entry(9, "Consolation", "Boethius", (480, 524)), entry(10, "No author", authors=[]),
+               entry(12, "Lysis", copyright=None), entry(13, None)]  # fmt: skip
+    comment = entry(11, "Meno, with a commentary")
+    comment["authors"] += by("Somebody")
+    assert [row["id"] for row in prepare("gutenberg").select([*entries, comment])] == [1, 7, 9]
+
+
+def test_one_translation_per_work_and_it_is_the_most_downloaded():
+    rows = prepare("gutenberg").select([entry(1, "The Republic", downloads=5), entry(2, "Republic", downloads=50),
+                                        entry(3, "Laws", downloads=20), entry(2, "Republic", downloads=50)])
+    assert [(row["id"], row["downloads"]) for row in rows] == [(2, 50), (3, 20)]
+
+
+def test_volumes_of_the_chosen_translation_belong_to_the_work():
+    lives = [entry(1, "Lives, Volume 1", downloads=9, translators=by("North")),
+             entry(2, "Lives, Volume 2", downloads=7, translators=by("North")),
+             entry(3, "Lives, Volume 2", downloads=8, translators=by("Long")),
+             entry(4, "Lives", downloads=6, translators=by("North")),
+             entry(5, "Lives, Volume 1", downloads=5, translators=by("North"))]  # fmt: skip
+    assert [row["id"] for row in prepare("gutenberg").select(lives)] == [1, 2]
+    lives[3]["download_count"] = 10
+    assert [row["id"] for row in prepare("gutenberg").select(lives)] == [4], "the whole work holds the volumes"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """`files`: path -> content; `script`: path -> what happens at each request of it, one after the other: a status,
+    or "cut". A page of the catalogue is asked for with ?page=, and holds four entries."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.files, self.script, self.entries, self.asked = {}, {}, [], []
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        server, url = self.server, urlsplit(self.path)
+        server.asked.append(self.path)
+        trouble = server.script.get(url.path)
+        trouble = trouble.pop(0) if trouble else ""
+        content = server.files.get(url.path)
+        if url.path == "/books/":
+            page = int(parse_qs(url.query).get("page", ["1"])[0])
+            more = page * 4 < len(server.entries)
+            content = json.dumps({"results": server.entries[page * 4 - 4 : page * 4],
+                                  "next": f"{server.url}/books/?page={page + 1}" if more else None}).encode()
+        if isinstance(trouble, int) or content is None:
+            return self.send_error(trouble or 404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2] if trouble == "cut" else content)
+
+
+@pytest.fixture
+def server():
+    with Server() as server:
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def gutenberg(monkeypatch, tmp_path, server):
+    """The module with a catalogue of 40 works (10 pages), the first of which has two volumes, and their texts."""
+    module = prepare("gutenberg")
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    monkeypatch.setattr(module, "CATALOGUE", f"{server.url}/books/?languages=en&author_year_end=500")
+    monkeypatch.setattr(module, "TEXT", server.url + "/{id}.txt")
+    slept = []
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the pauses between tries
+    names = [f"{kind} {letter}x" for kind in ("Dialogue", "Letter") for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+    server.entries += [entry(number, names[number - 1]) for number in range(2, 41)]
+    server.entries += [entry(41, "Dialogue Bx, Volume 1", downloads=5000), entry(42, "Dialogue Bx, Volume 2"),
+                       entry(43, "Dialogue Cx, done into English verse", downloads=1)]  # fmt: skip
+    for book in server.entries:
+        text = book_text(prose(f"b{book['id']}x", 3000)) if book["id"] != 2 else "never asked for"
+        server.files[f"/{book['id']}.txt"] = text.replace("\n", "\r\n").encode("utf-8")
+    return SimpleNamespace(module=module, server=server, folder=tmp_path, slept=slept)
+
+
+def seen(texts: list[str]) -> set[str]:
+    """The books that chunks come from."""
+    return {match for text in texts for match in re.findall(r"\bb(\d+)x", text)}
+
+
+def test_gutenberg_splits_by_work_before_it_cuts(gutenberg):
+    train, val = both(gutenberg.module)
+    assert not seen(train) & seen(val) and len(seen(train) | seen(val)) == 40
+    assert len({"41", "42"} & seen(val)) in (0, 2), "the volumes of a work were parted"
+    words = Counter(word for text in train + val for word in text.split())
+    assert len(words) == 40 * 3000 and set(words.values()) == {1}, "words were lost or came twice"
+    assert 0.02 < sum(map(len, val)) / sum(map(len, train + val)) < 0.1
+    assert {len(seen([text])) for text in train + val} == {1}
+    assert both(gutenberg.module) == (train, val)
+
+
+def test_gutenberg_leaves_a_manifest_and_asks_for_nothing_twice(gutenberg):
+    files = gutenberg.module.sources()
+    assert len(gutenberg.server.asked) == 11 + 40 == len(gutenberg.slept), "pages of the catalogue, texts"
+    assert set(gutenberg.slept) == {0.3} and "author_year_end=500" in gutenberg.server.asked[0]
+    with open(gutenberg.folder / "manifest.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0] == {"id": "41", "title": "Dialogue Bx, Volume 1", "author": "Plato", "born": "-428", "died": "-348",
+                       "translators": "", "volume": "1", "downloads": "5000", "work": "plato: dialogue bx"}  # fmt: skip
+    assert len(rows) == 40 and "2" not in [row["id"] for row in rows]
+    gutenberg.server.asked.clear()
+    assert gutenberg.module.sources() == files and both(gutenberg.module)[0]
+    assert gutenberg.server.asked == []
+
+
+def test_gutenberg_takes_as_many_works_as_it_is_told(gutenberg):
+    gutenberg.module.choose("3")
+    names = [path.name for path in gutenberg.module.sources()]
+    assert names == ["manifest.csv", "41.txt", "42.txt", "3.txt", "4.txt"]
+    for wrong in ("1", "0", "-3", "many", "1.5"):
+        with pytest.raises(UserError, match="how many works"):
+            gutenberg.module.choose(wrong)
+
+
+def test_gutenberg_outlives_a_bad_line(gutenberg):
+    gutenberg.server.script = {"/books/": ["cut", 503, "", 429], "/5.txt": ["cut", "cut"], "/6.txt": [500, 503]}
+    train, val = both(gutenberg.module)
+    assert len(set(" ".join(train + val).split())) == 40 * 3000
+
+
+def test_gutenberg_text_that_does_not_come_is_named_and_the_others_come(gutenberg):
+    del gutenberg.server.files["/7.txt"]
+    with pytest.raises(UserError, match=r"1 texts did not come .*/7\.txt.*rows out of .*manifest\.csv"):
+        gutenberg.module.sources()
+    assert len(list((gutenberg.folder / "texts").iterdir())) == 39
+    manifest = gutenberg.folder / "manifest.csv"
+    lines = manifest.read_text(encoding="utf-8").splitlines(keepends=True)
+    manifest.write_text("".join(line for line in lines if not line.startswith("7,")), encoding="utf-8")
+    assert len(gutenberg.module.sources()) == 40
+
+
+def test_gutenberg_gives_up_at_once_where_nothing_comes(gutenberg):
+    for path in list(gutenberg.server.files):
+        gutenberg.server.script[path] = [404]
+    with pytest.raises(UserError, match="3 texts did not come"):
+        gutenberg.module.sources()
+
+
+def test_gutenberg_lists_texts_that_it_cannot_use(gutenberg):
+    gutenberg.server.files["/8.txt"] = book_text("caf\xe9").encode("latin-1", "replace")
+    gutenberg.server.files["/9.txt"] = b"<html>no book</html>"
+    train, val = both(gutenberg.module)
+    assert sorted(path.name for path in gutenberg.module.skipped) == ["8.txt", "9.txt"]
+    assert len(seen(train) | seen(val)) == 38
+
+
+def test_page_that_is_no_catalogue_is_one_sentence(gutenberg):
+    (gutenberg.folder / "catalogue").mkdir()
+    (gutenberg.folder / "catalogue" / "001.json").write_text("<html>")
+    with pytest.raises(UserError, match=r"001\.json is no page of the catalogue"):
+        gutenberg.module.sources()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face
+
+
+@pytest.fixture
+def datasets(monkeypatch, tmp_path):
+    """The package, offline, with its cache in a folder of the test."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    package = pytest.importorskip("datasets", minversion="4", reason="pip install datasets")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(package.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(package.config, "HF_DATASETS_OFFLINE", True, raising=False)
+    return package
+
+
+def hf(choice: str):
+    module = prepare("hf")
+    module.choose(choice)
+    return module
+
+
+def rows(name: str, n: int) -> dict:
+    return {"text": [f"{name} {i}" for i in range(n)], "id": list(range(n))}
+
+
+def write_jsonl(path, texts: list[str], column: str = "text"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = "".join(json.dumps({column: text}) + "\n" for text in texts).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def test_save_to_disk_folders_are_read(datasets, tmp_path):
+    train, val = datasets.Dataset.from_dict(rows("a", 5)), datasets.Dataset.from_dict(rows("b", 3))
+    datasets.DatasetDict({"train": train, "validation": val}).save_to_disk(tmp_path / "two")
+    module = hf(str(tmp_path / "two"))
+    assert both(module) == (rows("a", 5)["text"], rows("b", 3)["text"])
+    assert sum(path.suffix == ".arrow" for path in module.sources()) == 2
+    datasets.Dataset.from_dict(rows("c", 3000)).save_to_disk(tmp_path / "one")
+    train, val = both(hf(str(tmp_path / "one")))
+    assert sorted(train + val) == sorted(rows("c", 3000)["text"]) and 10 < len(val) < 60
+
+
+def test_folder_of_files_is_streamed_and_parquet_is_read(datasets, tmp_path):
+    datasets.Dataset.from_dict(rows("a", 5)).to_parquet(tmp_path / "p" / "train.parquet")
+    datasets.Dataset.from_dict(rows("b", 2)).to_parquet(tmp_path / "p" / "validation.parquet")
+    assert both(hf(str(tmp_path / "p"))) == (rows("a", 5)["text"], rows("b", 2)["text"])
+
+
+def test_several_datasets_follow_each_other_with_choices_of_their_own(datasets, tmp_path):
+    write_jsonl(tmp_path / "a" / "train.jsonl", ["a0", "a1", "shared"], "story")
+    write_jsonl(tmp_path / "a" / "validation.jsonl", ["av"], "story")
+    write_jsonl(tmp_path / "b" / "train.jsonl", ["b0", "b1", "av"])
+    write_jsonl(tmp_path / "b" / "test.jsonl", ["bt", "shared"])
+    module = hf(f"{tmp_path}/a,column=story+{tmp_path}/b,val=test")
+    assert both(module) == (["a0", "a1", "b0", "b1"], ["av", "bt", "shared"]), "validation text was trained on"
+
+
+def test_limit_is_in_characters(datasets, tmp_path):
+    write_jsonl(tmp_path / "a" / "train.jsonl", ["x" * 100 + str(i) for i in range(100)])
+    write_jsonl(tmp_path / "a" / "validation.jsonl", ["y"])
+    assert len(list(hf(f"{tmp_path}/a,limit=1e3").documents("train"))) == 10
+
+
+def test_validation_part_is_small_and_nothing_is_in_both(datasets, tmp_path, monkeypatch):
+    texts = [f"document {i}" for i in range(6000)]
+    write_jsonl(tmp_path / "a" / "train.jsonl", texts + texts[::-1])
+    module = hf(f"{tmp_path}/a")
+    train, val = both(module)
+    assert sorted(train + val) == sorted(texts * 2) and not set(train) & set(val)
+    assert 0.005 < len(val) / 12000 < 0.02
+    monkeypatch.setattr(module, "VAL_DOCUMENTS", 7)
+    assert list(module.documents("val")) == val[:7] and list(module.documents("train")) == train
+
+
+def test_rows_without_text_are_passed_over_and_a_wrong_column_is_one_sentence(datasets, tmp_path):
+    write_jsonl(tmp_path / "a" / "train.jsonl", ["one", "", None, "two"])
+    write_jsonl(tmp_path / "a" / "validation.jsonl", ["v"])
+    assert list(hf(f"{tmp_path}/a").documents("train")) == ["one", "two"]
+    with pytest.raises(UserError, match="no text in a column 'body'; choose with column= from text"):
+        list(hf(f"{tmp_path}/a,column=body").documents("train"))
+    with pytest.raises(UserError, match="has no split dev; it has train, validation"):
+        list(hf(f"{tmp_path}/a,val=dev").documents("val"))
+
+
+def test_code_that_a_dataset_brings_along_is_refused_and_not_run(datasets, tmp_path):
+    folder = tmp_path / "trojan"
+    write_jsonl(folder / "train.jsonl", ["x"])
+    (folder / "trojan.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UserError, match="brings code of its own along, which we do not run"):
+        list(hf(str(folder)).documents("train"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_dataset_that_is_not_there_is_one_sentence(datasets):
+    with pytest.raises(UserError, match=r"^cannot open dataset=hf:nobody/nothing \([^\n]+\)$"):
+        list(hf("nobody/nothing").documents("train"))
+
+
+def test_stream_that_breaks_is_one_sentence():
+    def broken():
+        yield {"text": "one"}
+        raise ConnectionResetError("reset by peer")
+
+    module = hf("a/b")
+    found = module.texts(module.chosen[0], broken())
+    assert next(found) == "one"
+    with pytest.raises(UserError, match=r"hf:a/b broke off \(ConnectionResetError: reset by peer\)"):
+        next(found)
+
+
+@pytest.mark.parametrize("package, sentence", [(None, "pip install 'datasets>=4'"),
+                                               (SimpleNamespace(__version__="3.6.0"), "3.6.0 may run code")])
+def test_package_that_is_missing_or_runs_code_is_one_sentence(monkeypatch, package, sentence):
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    with pytest.raises(UserError, match=sentence):
+        list(hf("a/b").documents("train"))
+
+
+def test_choices_are_read_as_they_are_meant():
+    module = hf("a/b,sub,column=x,limit=2e9+c/d,split=s,val=t")
+    one, two = module.chosen
+    assert one == module.Choice("a/b", subset="sub", column="x", limit=2e9)
+    assert two == module.Choice("c/d", split="s", val="t")
+    with pytest.raises(UserError, match="there is no colum=; there are path, subset, column"):
+        module.choose("a/b,colum=x")
+    with pytest.raises(UserError, match="limit=lots is no number"):
+        module.choose("a/b,limit=lots")
+    with pytest.raises(UserError, match="say which dataset"):
+        list(hf("").documents("train"))
+
+
+def test_fineweb_edu_is_the_10bt_sample_unless_another_is_chosen(monkeypatch):
+    module = prepare("fineweb_edu")
+    opened = []
+
+    def load(path, subset, streaming):
+        opened.append((path, subset, streaming))
+        return {"train": [{"text": f"page {i}"} for i in range(3000)]}
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(__version__="4.0.0", load_dataset=load))
+    train, val = both(module)
+    assert len(train) + len(val) == 3000 and not set(train) & set(val) and val
+    module.choose("sample-100BT")
+    next(module.documents("val"))
+    module.choose("limit=1e3")
+    assert sum(map(len, both(module)[0])) < 1010
+    assert {path for path, _, _ in opened} == {"HuggingFaceFW/fineweb-edu"} and all(each[2] for each in opened)
+    assert [subset for _, subset, _ in opened] == ["sample-10BT"] * 2 + ["sample-100BT"] + ["sample-10BT"] * 2
+    assert [path.parent.name for path in module.sources()] == ["hf"], "a change there must make a new cache"
