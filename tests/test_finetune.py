@@ -20,7 +20,7 @@ from conftest import WORDS, tiny_run
 from generate import SamplingSettings, generate
 from sft import Examples, open_examples
 from test_chat import make, talk
-from test_model import KINDS, shaken, tiny
+from test_model import shaken, tiny
 from test_reliability import finish, launch
 from test_train import column, interrupt_at, same
 
@@ -107,7 +107,8 @@ def test_a_forward_pass_without_learned_tokens_is_harmless():
     assert loss.item() == 0.0 and all(p.grad.abs().max() == 0.0 for p in model.parameters())
 
 
-@pytest.mark.parametrize("more", [{}, dict(use_lora=1, lora_dropout=0.2, lora_targets="all"), dict(use_lora=1, ema=0.9)])
+@pytest.mark.parametrize("more", [{}, dict(use_lora=1, lora_dropout=0.2, lora_targets="all"),
+                                  dict(use_lora=1, ema=0.9)])  # fmt: skip
 @pytest.mark.parametrize("at", [3, 6])
 def test_resume_is_bit_exact(text, base, questions, tmp_path, monkeypatch, more, at):
     argv = tune(text, base, questions, tmp_path / "a", **more)
@@ -185,6 +186,8 @@ def test_a_wrong_base_is_refused_and_a_moved_one_is_found(text, base, adapted, t
     state = torch.load(copy / "best.pt", weights_only=True)
     state["base"]["path"] = str(tmp_path / "gone" / "best.pt")
     torch.save(state, copy / "best.pt")
+    assert checkpoint.load_model(copy / "best.pt")  # from the copy that the run kept
+    (copy / "base.pt").unlink()
     with pytest.raises(UserError, match="lora_base="):
         checkpoint.load_model(copy / "best.pt")
     assert checkpoint.load_model(copy / "best.pt", lora_base=str(base))
@@ -279,5 +282,83 @@ def test_a_model_that_was_not_taught_to_answer_says_so(base, capsys):
     assert "USE_LORA=1 python train.py" in capsys.readouterr().err
 
 
-def test_every_kind_of_model_has_a_fine_tuning_test():
-    assert set(KINDS) >= {"quickstart", "gpt2", "alibi", "reversible", "enigma"}
+def test_a_talk_is_held_in_the_template_and_with_the_system_text_of_the_run(text, base, questions, tmp_path, capsys,
+                                                                            monkeypatch):  # fmt: skip
+    run, chats = tmp_path / "run", []
+    train.main(tune(text, base, questions, run, template="alpaca", system="be brief", max_steps=2, eval_interval=2))
+    assert "be brief\n\n### Instruction:" in capsys.readouterr().out  # in the example that is shown
+    monkeypatch.setattr(sample, "answer", lambda chat, said: chats.append(chat))
+    sample.main([f"init_from={run}", "--chat", "--prompt", "hello", "device=cpu"])
+    assert chats[0].template.name == "alpaca" and chats[0].system == "be brief"
+
+
+def test_reset_and_system_change_the_talk(adapted, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sample, "answer", lambda chat, said: (seen.append((said, chat.system, len(chat.turns))),
+                                                              list(chat.say(said))))  # fmt: skip
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n/system be brief\ntwo\n/reset\nthree"))
+    sample.main([f"init_from={adapted}", "--chat", "device=cpu", "max_new_tokens=2"])
+    assert seen == [("one", "", 0), ("two", "be brief", 1), ("three", "be brief", 0)]
+
+
+def test_averaged_weights_are_loaded_into_both_names_of_a_tied_head(text, tmp_path):
+    train.main(tiny_run(text, tmp_path / "run", ema=0.9))
+    state = checkpoint.load(tmp_path / "run" / "step_00000012.pt")
+    model, _, _ = checkpoint.load_model(tmp_path / "run" / "step_00000012.pt")
+    assert torch.equal(model.embed.weight, state["ema"]["weights"]["embed.weight"])
+    best, _, _ = checkpoint.load_model(tmp_path / "run" / "best.pt")
+    assert torch.equal(best.embed.weight, model.embed.weight)  # the last validation was the best
+
+
+def test_adapters_leave_the_balance_of_frozen_experts_alone(text, questions, tmp_path):
+    shape = dict(n_expert=4, d_expert=16, balance="bias", balance_rate=0.05, vocab_size=320, seq_len=64)
+    train.main(tiny_run(text, tmp_path / "base", max_steps=6, **shape))
+    bias = checkpoint.load(tmp_path / "base" / "best.pt")["model"]["blocks.0.ffn.bias"]
+    assert bias.abs().max() > 0 and torch.allclose((bias / 0.05).round() * 0.05, bias, atol=1e-6)
+    run = tmp_path / "tuned"
+    train.main(tune(text, tmp_path / "base", questions, run, use_lora=1, max_steps=6))
+    model, _, _ = checkpoint.load_model(run / "best.pt")
+    assert torch.equal(model.blocks[0].ffn.bias, bias)
+
+
+def test_a_base_that_trains_on_does_not_cost_its_adapters(text, questions, tmp_path):
+    more = dict(vocab_size=320, seq_len=64)
+    train.main(tiny_run(text, tmp_path / "base", max_steps=4, eval_interval=4, **more))
+    train.main(tune(text, tmp_path / "base", questions, tmp_path / "tuned", use_lora=1, max_steps=2, eval_interval=2))
+    before, _, _ = checkpoint.load_model(tmp_path / "tuned" / "best.pt")
+    train.main(tiny_run(text, tmp_path / "base", max_steps=12, eval_interval=4, **more))
+    after, _, _ = checkpoint.load_model(tmp_path / "tuned" / "best.pt")
+    assert torch.equal(before.blocks[0].attn.q.weight, after.blocks[0].attn.q.weight)
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["sft_mode=1", "task=pretrain"], "contradict"), (["lora_rank=8"], "use_lora=1"),
+    (["sft_mode=1", "val_path=x.jsonl"], "data_path")])  # fmt: skip
+def test_settings_that_contradict_each_other_are_refused(home, argv, word):
+    with pytest.raises(UserError, match=word):
+        settle(*argv)
+
+
+def test_a_run_says_when_it_began_from_something_else(text, base, adapted, questions, tmp_path):
+    train.main(tiny_run(text, tmp_path / "other", vocab_size=320, seq_len=64, max_steps=2, seed=2))
+    with pytest.raises(UserError, match="began from"):
+        train.main(tune(text, tmp_path / "other", questions, adapted, use_lora=1, lora_rank=4, max_steps=20))
+
+
+def test_a_merged_model_is_not_overwritten(text, adapted, tmp_path):
+    interop.main(["merge", str(adapted), str(tmp_path / "merged")])
+    with pytest.raises(UserError, match="holds a model"):
+        train.main(tiny_run(text, tmp_path / "merged"))
+
+
+def test_a_longer_context_can_be_trained_from_a_checkpoint(text, base, tmp_path):
+    argv = tiny_run(text, tmp_path / "long", vocab_size=None, init_from=base, seq_len=128, rope_scaling="linear",
+                    rope_factor=2.0, max_steps=2)  # fmt: skip
+    assert train.main(argv) == 0
+    model, _, _ = checkpoint.load_model(tmp_path / "long" / "best.pt")
+    assert (model.cfg.seq_len, model.cfg.rope_scaling) == (128, "linear")
+
+
+def test_no_example_left_is_a_sentence(text, base, questions, tmp_path):
+    with pytest.raises(UserError, match="no example left"):
+        train.main(tune(text, base, questions, tmp_path / "run", val_path=questions))

@@ -174,3 +174,22 @@ def test_a_row_begins_with_one_of_the_ids_it_may_begin_with():
         rows = generate(model, [[1], [2], [3]], sampling, first=[[40, 41], [], [7]])
         assert rows[0][0] in (40, 41) and rows[2][0] == 7
     assert generate(model, [[1]], GREEDY, first=[[]]) == generate(model, [[1]], GREEDY)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_generates_in_half_precision(kind, dtype):
+    model = tiny(kind).to(dtype)
+    assert len(generate(model, [[1, 2, 3], [4]], SamplingSettings(max_new_tokens=6))[0]) == 6
+
+
+def test_a_row_is_cut_when_it_is_full_itself_and_not_before():
+    model, greedy = shaken(tiny()), SamplingSettings(max_new_tokens=20, temperature=0)
+    short, long = list(range(20)), list(range(31))
+    assert generate(model, [short, long], greedy)[0] == generate(model, [short], greedy)[0]
+
+
+def test_bans_that_leave_nothing_are_lifted():
+    model = tiny(vocab_size=5)
+    new = generate(model, [[1]], SamplingSettings(max_new_tokens=20, no_repeat_ngram=1))[0]
+    assert len(new) == 20 and set(new[:5]) == set(range(5))

@@ -124,10 +124,12 @@ def test_bias_false_means_no_biases():
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("per_token", ["none", "weights", "upstream"])
-def test_head_loss_and_its_gradients_equal_cross_entropy(tied, smoothing, per_token, monkeypatch):
+def test_head_loss_and_its_gradients_equal_cross_entropy(tied, smoothing, softcap, per_token, monkeypatch):
+    """Smoothing is in the gradient; what is reported is cross-entropy alone."""
     monkeypatch.setitem(__import__("loss").CHUNK_ELEMENTS, "cpu", 97 * 5)  # several chunks, the last one shorter
-    model = shaken(tiny(tie_embeddings=tied, label_smoothing=smoothing)).train()
+    model = shaken(tiny(tie_embeddings=tied, label_smoothing=smoothing, logit_softcap=softcap)).train()
     ids, targets = torch.randint(97, (2, 32)), torch.randint(97, (2, 32))
     factor = torch.rand(2, 32) if per_token != "none" else torch.ones(2, 32)
 
@@ -136,8 +138,10 @@ def test_head_loss_and_its_gradients_equal_cross_entropy(tied, smoothing, per_to
     result = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     logits = model(ids).view(-1, 97)
+    assert not softcap or logits.abs().max() <= softcap
     expected = F.cross_entropy(logits, targets.view(-1), reduction="none", label_smoothing=smoothing).view(2, 32)
     (expected * factor).sum().mul(0.01).backward()
+    expected = F.cross_entropy(logits, targets.view(-1), reduction="none").view(2, 32)
     assert torch.allclose(nats, expected * factor if per_token == "weights" else expected, atol=1e-4, rtol=1e-5)
     for a, p in zip(result, model.parameters(), strict=True):
         assert torch.allclose(a, p.grad, atol=1e-5 * p.grad.abs().max().item() + 1e-8)
@@ -146,8 +150,12 @@ def test_head_loss_and_its_gradients_equal_cross_entropy(tied, smoothing, per_to
 def test_label_smoothing_is_for_training_only():
     model = tiny(label_smoothing=0.3)
     ids = torch.randint(97, (2, 32))
-    smooth = model.train()(ids, ids).mean()
-    assert not torch.allclose(smooth, model.eval()(ids, ids).mean())
+    gradients = []
+    for mode in (True, False):
+        model.zero_grad()
+        model.train(mode)(ids, ids).sum().backward()
+        gradients.append(model.embed.weight.grad)
+    assert not torch.allclose(*gradients, atol=1e-3)
     assert torch.allclose(model(ids, ids).mean(), F.cross_entropy(model(ids).view(-1, 97), ids.view(-1)))
 
 
@@ -257,3 +265,42 @@ def test_logits_equal_qwen3_of_transformers_with_its_norm_of_queries_and_keys():
     model.load_state_dict(state)
     ids = torch.randint(97, (2, 32))
     assert torch.allclose(model(ids), theirs(ids).logits, atol=1e-5 * theirs(ids).logits.abs().max().item())
+
+
+@pytest.mark.parametrize("changes", [{}, dict(embed_scale=0.0), dict(embed_scale=0.0, position="sinusoidal"),
+                                     dict(norm_position="post", tie_embeddings=False)])  # fmt: skip
+def test_initial_loss_at_a_real_width(changes):
+    """At a width of 32 a tied head that predicts its own input would not show."""
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(vocab_size=8192, seq_len=64, d_model=768, n_layer=6, n_head=12, **changes)).eval()
+    ids = torch.randint(8192, (1, 65))
+    with torch.no_grad():
+        assert model(ids[:, :-1], ids[:, 1:]).mean().item() == pytest.approx(math.log(8192), rel=0.05)
+
+
+@pytest.mark.parametrize("setting", [
+    dict(norm_position="post"), dict(norm_position="post", tie_embeddings=False, residual="parallel"),
+    dict(rope_factor=4.0), dict(rope_scaling="yarn", rope_factor=4.0), dict(attention="mla"),
+    dict(attention="mla", qk_norm=False, window=4), dict(n_expert=4, top_k=0), dict(n_expert=4, d_ff=8),
+    dict(n_expert=4, n_dense=2), dict(n_expert=4, reversible=True), dict(reversible=True, residual="parallel"),
+    dict(reversible=True, n_enigma=1, window=4), dict(reversible_grid=60), dict(reversible_grid=-3), dict(d_ff=-3),
+    dict(window=-1), dict(window_pattern="X"), dict(init_std=-1.0), dict(rope_theta=0.0), dict(position="alibi",
+    rope_scaling="linear", rope_factor=2.0)])  # fmt: skip
+def test_options_that_make_no_sense_together_are_refused_in_one_sentence(setting):
+    with pytest.raises(UserError) as error:
+        LanguageModel(ModelConfig(**(TINY | {"n_kv_head": 2} | setting)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_window_keeps_a_cache_of_its_own_size():
+    model = tiny("window")
+    whole, windowed = (model.new_cache(1, 32).blocks[i][0] for i in (1, 0))
+    assert windowed.k.shape[2] == 6 and whole.k.shape[2] == 32
+
+
+def test_a_cache_that_is_full_says_so():
+    model = tiny()
+    cache = model.new_cache(1, 8)
+    model(torch.zeros(1, 8, dtype=torch.long), cache=cache)
+    with pytest.raises(ValueError, match="cache=8"):
+        model(torch.zeros(1, 1, dtype=torch.long), cache=cache)

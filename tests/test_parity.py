@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from test_mla import half_split
-from test_model import with_our_names
 
 from attention import RopeScaling, rope_frequencies
 from model import LanguageModel, ModelConfig
+from test_mla import half_split
+from test_model import with_our_names
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False)  # fmt: skip
@@ -108,7 +108,7 @@ def test_qwen3_moe(renormalise):
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     model = shaken(Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, num_experts=8, num_experts_per_tok=3, head_dim=8,
-                                                      moe_intermediate_size=16, norm_topk_prob=renormalise)))  # fmt: skip
+                                                      moe_intermediate_size=16, norm_topk_prob=renormalise)))
     same_logits(model, with_experts(model), n_expert=8, top_k=3, d_expert=16, qk_norm=True, head_dim=8,
                 router_renormalise=renormalise)  # fmt: skip
 
@@ -135,7 +135,8 @@ def test_deepseek_with_latent_attention_and_experts(version, q_rank):
     if version == 3:  # its bias chooses the experts
         for name in (name for name in state if name.endswith("ffn.bias")):
             state[name] = torch.randn(8) * 0.1
-            model.get_submodule(f"model.layers.{name.split('.')[1]}.mlp.gate").e_score_correction_bias.data = state[name]
+            gate = model.get_submodule(f"model.layers.{name.split('.')[1]}.mlp.gate")
+            gate.e_score_correction_bias.data = state[name]
     own = dict(router="sigmoid", router_scale=2.5, balance="bias", n_group=4, topk_group=2) if version == 3 else dict(
         router_renormalise=False)  # fmt: skip
     same_logits(model, state, attention="mla", n_kv_head=4, kv_rank=12, q_rank=q_rank, rope_dim=6, n_expert=8, top_k=3,

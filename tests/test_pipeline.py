@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from test_finetune import questions, tune  # noqa: F401  (a fixture)
-from test_model import KINDS, shaken, tiny
-from test_train import column, same
 
 import checkpoint
 import sample
 import train
 from configurator import ROOT
 from conftest import tiny_run
+from test_finetune import questions, tune  # noqa: F401  (a fixture)
+from test_model import KINDS, shaken, tiny
+from test_train import column, same
 
 PRESETS = sorted(path.stem for path in (ROOT / "config").glob("*.py"))
 # Every preset at the size of a toy: what makes it special stays.
@@ -67,6 +67,9 @@ def test_experts_are_balanced_and_reported_by_a_run(text, tmp_path, go, kind):
     run = tmp_path / "run"
     loads = column(run, "expert_load")
     assert len(loads) == 30 and all(1.0 <= load <= 8.0 for load in loads)
+    if kind == "mla moe":
+        bias = checkpoint.load(run / "step_00000030.pt")["model"]["blocks.1.ffn.bias"]
+        assert bias.abs().max() > 0 and torch.allclose((bias / 1e-3).round() * 1e-3, bias, atol=1e-6)
     assert len(column(run, "balance")) == (30 if kind == "moe" else 0)
 
 

@@ -116,6 +116,14 @@ def test_max_tokens_sets_the_length(go, tmp_path):
     assert checkpoint.load(checkpoint.find(tmp_path / "run"))["progress"]["tokens"] == 5 * 4 * 16
 
 
+def test_max_steps_on_the_command_line_is_stronger_than_the_tokens_of_a_config(tmp_path):
+    config = tmp_path / "long.py"
+    config.write_text("max_tokens = 10_000_000")
+    machine = Machine(torch.device("cpu"), torch.float32, "")
+    for argv, expected in (([], -(-10_000_000 // (16 * 256))), (["max_steps=2"], 2), (["max_tokens=8192"], 2)):
+        assert plan_steps(configure(train.SETTINGS, [str(config), *argv], {}), machine).max_steps == expected
+
+
 def test_validation_does_not_change_the_training(go, tmp_path):
     go(out_dir=tmp_path / "a", eval_interval=2, dropout=0.2)
     go(out_dir=tmp_path / "b", eval_interval=12, eval_tokens=64, dropout=0.2)
