@@ -11,19 +11,16 @@ A corpus of ours is a folder data/<name>/ with a `prepare.py` that has
 
     def documents(split: str) -> Iterator[str]   # split is "train" or "val"; the same documents at every call
     def sources() -> list[Path]                  # optional: the files it reads, a change of which makes a new cache
+    def choose(text: str) -> None                # optional: called first, with what stands behind dataset=<name>:
     skipped: list                                # optional: what documents() could not read
 """
 
 import codecs
 import gzip
 import hashlib
-import http.client
 import importlib.util
 import json
-import os
 import re
-import shutil
-import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -32,6 +29,7 @@ from pathlib import Path
 from types import ModuleType
 
 from configurator import ROOT, UserError, find_path
+from download import download as download  # what most prepare.py need
 
 SEPARATOR = "<|endoftext|>"
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
@@ -72,11 +70,20 @@ def open_corpus(s) -> RawCorpus:
 def open_dataset(name: str) -> RawCorpus:
     module, files = load_dataset(name)
     pieces = lambda split: ((text, True) for text in module.documents(split) if text)  # noqa: E731
-    return RawCorpus(name, files, pieces, getattr(module, "skipped", []))
+    return RawCorpus(dataset_name(name), files, pieces, getattr(module, "skipped", []))
+
+
+def dataset_name(dataset: str) -> str:
+    """A name for folders: "hf:roneneldan/TinyStories" -> "hf-roneneldan-TinyStories" """
+    return re.sub(r"\W+", "-", dataset).strip("-")[:60]
 
 
 def load_dataset(name: str) -> tuple[ModuleType, list[Path]]:
-    """data/<name>/prepare.py as a module, wherever we are called from, and the files that decide what it yields."""
+    """data/<name>/prepare.py as a module, wherever we are called from, and the files that decide what it yields.
+
+    What stands behind a colon ("hf:roneneldan/TinyStories") is the corpus's own choice, and goes to its choose().
+    """
+    name, _, choice = name.partition(":")
     script = find_path(Path("data") / name / "prepare.py")
     if not name or not script.is_file():
         known = sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py"))
@@ -84,6 +91,10 @@ def load_dataset(name: str) -> tuple[ModuleType, list[Path]]:
     spec = importlib.util.spec_from_file_location(f"prepare_{name}", script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if hasattr(module, "choose"):
+        module.choose(choice)
+    elif choice:
+        raise UserError(f"dataset={name} leaves no choice; take away the :{choice}")
     return module, [script, *(module.sources() if hasattr(module, "sources") else [])]
 
 
@@ -323,22 +334,3 @@ def record_text(record, text_field: str, where: str) -> str:
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair ("\ud83d"), which no encoding has
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def download(url: str, path: Path, size: int, sha256: str) -> Path:
-    """Fetch `url` to `path` under a temporary name, and rename it when size (bytes) and hash are right."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # other ranks may be at it too
-    by_hand = f"fetch {url} by hand and put it at {path}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
-            shutil.copyfileobj(response, file)
-        data = part.read_bytes()
-        if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
-            raise UserError(f"{url} gave {len(data):,} bytes that are not the expected {size:,}; {by_hand}")
-        part.replace(path)
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"cannot download {url} ({error}); {by_hand}") from None
-    finally:
-        part.unlink(missing_ok=True)
-    return path

@@ -26,6 +26,7 @@ from typing import Literal
 
 import numpy as np
 
+import spm
 from batches import FORMAT, ShardWriter, TokenStream, open_shard, read_meta, replacing
 from configurator import UserError, configure, find_path, pick, run
 from corpus import SUFFIXES, Piece, RawCorpus, list_files, open_corpus, path_name
@@ -37,18 +38,18 @@ try:
 except ImportError:  # Windows has no such lock: do not start two runs there at once on a new corpus
     fcntl = None
 
-TRAINED = ("bpe", "char")  # tokenizers that we train ourselves
+TRAINED = ("bpe", "char", *spm.KINDS)  # tokenizers that are trained on the corpus
 BATCH = 1 << 20            # characters of short documents that are encoded together
 
 
 @dataclass
 class DataSettings:
-    dataset: str = "stdlib"     # corpus: a folder of data/ that has a prepare.py
+    dataset: str = "stdlib"     # corpus: a folder of data/ that has a prepare.py, as in hf:a/b with its choice
     data_path: str = ""         # text of your own instead: .txt, .jsonl, .gz, a folder of them, or token shards
     val_path: str = ""          # validation data of your own; without it, a part of data_path is kept for that
     val_share: float = 0.05     # share of data_path that is kept for validation
     text_field: str = "text"    # field of a .jsonl record that holds the text; * = all its strings
-    tokenizer: str = "bpe"      # bpe or char: trained on the training text; else a tokenizer's file or folder
+    tokenizer: str = "bpe"      # bpe, char, unigram, spbpe: trained on the text; or a file, folder, or tiktoken name
     tokenizer_pattern: str = "gpt2"  # how bpe splits text into words before it merges: a name of bpe.PATTERNS
     tokenizer_bytes: int = 1_000_000_000  # bytes of training text, at most, that the tokenizer is trained on
     shard_tokens: int = 33_554_432  # tokens per file: 64 MB of uint16
@@ -103,10 +104,10 @@ def find_source(s) -> tuple[RawCorpus, object, dict[str, list[Path]]]:
 
 def existing_tokenizer(s):
     """The tokenizer of a file or folder."""
-    path = find_path(s.tokenizer)
-    if not path.exists():
-        raise UserError(f"tokenizer={s.tokenizer} is neither bpe nor char, nor a file or folder that exists")
-    return load_tokenizer(path)
+    if s.tokenizer not in spm.TIKTOKEN and not find_path(s.tokenizer).exists():
+        raise UserError(f"tokenizer={s.tokenizer} is none of {', '.join((*TRAINED, *spm.TIKTOKEN))}, nor a file or "
+                        "folder that exists")  # fmt: skip
+    return load_tokenizer(s.tokenizer)
 
 
 def cache_key(sources: list, tokenizer, s) -> str:
@@ -339,7 +340,7 @@ def say(text: str, quiet: bool) -> None:
 def summary(folder: Path) -> str:
     """A table of what a prepared folder holds, and how its training text begins."""
     meta, tokenizer = read_meta(folder), load_tokenizer(folder)
-    skipped = f", {meta['skipped']} files skipped that are not UTF-8" if meta["skipped"] else ""
+    skipped = f", {meta['skipped']} files skipped as unreadable" if meta["skipped"] else ""
     lines = [f"{meta['name']}: {folder}{skipped}",
              f"tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} entries", "",
              f"{'':8}{'documents':>12}{'MB':>12}{'tokens':>16}{'bytes/token':>14}{'unknown':>10}"]  # fmt: skip
@@ -354,7 +355,7 @@ def summary(folder: Path) -> str:
 def main() -> None:
     argv = sys.argv[1:]
     if argv and not argv[0].startswith("-") and "=" not in argv[0]:
-        ours = find_path(Path("data") / argv[0] / "prepare.py").is_file()
+        ours = find_path(Path("data") / argv[0].partition(":")[0] / "prepare.py").is_file()
         argv[:1] = [f"dataset={argv[0]}", "data_path="] if ours else [f"data_path={argv[0]}"]
     print(summary(prepare(configure([ModelConfig, DataSettings], argv, doc=__doc__))))
 

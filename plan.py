@@ -11,6 +11,7 @@ from pathlib import Path
 import checkpoint
 from chat import ChatSettings
 from configurator import ROOT, Settings, UserError, find_path, pick
+from corpus import dataset_name
 from lora import LoraSettings, fingerprint
 from machine import Machine
 from model import ModelConfig
@@ -86,7 +87,7 @@ def run_folder(s: Settings) -> Path:
     if s.source["data_path"] in OUTSIDE:
         name += f"-{Path(s.data_path).stem}"
     elif s.source["dataset"] in OUTSIDE:
-        name += f"-{s.dataset}"
+        name += f"-{dataset_name(s.dataset)}"
     return ROOT / "out" / (name + "-sft" * (s.task == "sft") + "-lora" * s.use_lora)
 
 

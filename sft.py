@@ -34,7 +34,17 @@ from torch import Tensor
 from batches import permute, replacing, round_keys
 from chat import Message, Template, split_turns
 from configurator import UserError, find_path
-from corpus import SEPARATOR, document_hash, load_dataset, open_binary, reading, record_text, text_blocks, text_files
+from corpus import (
+    SEPARATOR,
+    dataset_name,
+    document_hash,
+    load_dataset,
+    open_binary,
+    reading,
+    record_text,
+    text_blocks,  # fmt: skip
+    text_files,
+)
 from data import locked, say, writing
 from tokenizer import Tokenizer
 
@@ -199,7 +209,7 @@ def prepare_examples(s, quiet: bool) -> Path:
                         "dataset=stdlib_chat, or DATA_PATH=<your .jsonl>")  # fmt: skip
     facts = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-    folder = find_path(s.cache_dir) / f"{s.dataset}-{key}"
+    folder = find_path(s.cache_dir) / f"{dataset_name(s.dataset)}-{key}"
     with writing(folder), locked(folder, quiet):
         for split in ("train", "val"):
             if not (folder / f"{split}.jsonl").is_file():

@@ -20,8 +20,10 @@ import numpy as np
 
 import bpe
 import bpe_train
+import spm
 from bpe import SPECIALS, BPETokenizer
 from configurator import UserError, find_path
+from spm import SentencePieceTokenizer
 
 # Roles and the names under which they are known. A role is the token that `roles` names, or else
 # tokenizer_config.json ("eos_token": ...), or else the first of these that is among the *special* tokens.
@@ -132,13 +134,17 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int, pattern: s
         return Tokenizer(BPETokenizer.train(texts, vocab_size, pattern, specials, max_bytes, workers, progress))
     if kind == "char":
         return Tokenizer(CharTokenizer.train(texts, vocab_size, specials, max_bytes))
-    raise UserError(f"a tokenizer of kind {kind} cannot be trained, only bpe and char")
+    if kind in spm.KINDS:
+        return Tokenizer(SentencePieceTokenizer.train(texts, vocab_size, kind, specials, max_bytes, workers, progress))
+    raise UserError(f"a tokenizer of kind {kind} cannot be trained, only bpe, char, {', '.join(spm.KINDS)}")
 
 
 def tokenizer_from_dict(d: dict, source: str = "this tokenizer", roles: dict[str, str] | None = None) -> Tokenizer:
     """Inverse of `to_dict`, for every kind. `source` is named in errors."""
     if isinstance(d["tokenizer"], dict) and d["tokenizer"].get("type") == "char":
         return Tokenizer(CharTokenizer(d["tokenizer"]["chars"], d["tokenizer"]["specials"], d["config"]), roles)
+    if isinstance(d["tokenizer"], dict) and d["tokenizer"].get("type") == "sentencepiece":
+        return Tokenizer(SentencePieceTokenizer.from_dict(d, source), roles)
     return Tokenizer(BPETokenizer.from_dict(d, source), roles)
 
 
@@ -149,13 +155,18 @@ def load_tokenizer(path: str | Path, pattern: str = "", roles: dict[str, str] | 
     The latter two do not say how text is cut: `pattern`, a key of `bpe.PATTERNS`, does; by default GPT-2's for
     vocab.json and GPT-4's for .tiktoken. A .tiktoken file names no specials; ours take the ids behind its ranks.
     """
-    path = find_path(path)
+    name, path = str(path), find_path(path)
+    if name in spm.TIKTOKEN and not path.exists():
+        return Tokenizer(spm.tiktoken_by_name(name), roles)
     if path.is_dir():
-        found = [path / name for name in ("tokenizer.json", "vocab.json") if (path / name).exists()]
+        names = ("tokenizer.model", "tokenizer.json", "vocab.json")
+        found = [path / name for name in names if (path / name).exists()]
         found += sorted(path.glob("*.tiktoken"))
         if not found:
             raise UserError(f"{path} holds no tokenizer.json, vocab.json or .tiktoken file")
         path = found[0]
+    if path.suffix == ".model":
+        return Tokenizer(SentencePieceTokenizer.load(path), roles)
     if path.suffix == ".tiktoken":
         return Tokenizer(_read_tiktoken(path, bpe.PATTERNS[pattern or "gpt4"]), roles)
     document, config = bpe.read_json(path), bpe.read_config(path)
@@ -188,12 +199,8 @@ def _read_tiktoken(path: Path, pattern: str) -> BPETokenizer:
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a file of tiktoken ranks: {error}") from None
-    last = [bpe.join_pairs(token, lambda pair: ranks.get(pair[0] + pair[1]), until=2)
-            for token in sorted(ranks, key=ranks.get)]  # fmt: skip
-    merges = [(pair[0], pair[1]) for pair in last if len(pair) == 2]
-    unmade = any(len(tokens) > 2 for tokens in last)
-    return BPETokenizer(ranks, merges, [pattern], bpe.added_tokens(SPECIALS, max(ranks.values()) + 1), unmade,
-                        config=bpe.config_for(SPECIALS))  # fmt: skip
+    added = bpe.added_tokens(SPECIALS, max(ranks.values()) + 1)
+    return spm.bpe_from_ranks(ranks, pattern, added, bpe.config_for(SPECIALS))
 
 
 class CharTokenizer:
@@ -257,14 +264,18 @@ class StreamDecoder:
     print(decoder.flush())
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, after: Iterable[int] = ()):
+        self.tokenizer, self.before = tokenizer, list(after)[-1:]
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, i: int) -> str:
         """The text that is complete with id `i`, often ''."""
-        return self.decoder.decode(self.tokenizer.decode_bytes([i]))
+        known = self.tokenizer.decode_bytes(self.before)
+        shown = self.tokenizer.decode_bytes([*self.before, i])[len(known) :]  # SentencePiece: see `spm`
+        self.before = [i]
+        return self.decoder.decode(shown)
 
     def flush(self) -> str:
         """U+FFFD if a character was left unfinished; ready for another text then."""
+        self.before = []
         return self.decoder.decode(b"", final=True)

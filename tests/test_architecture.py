@@ -9,9 +9,10 @@ from configurator import ROOT
 
 FLOORS = [
     ["configurator"],
-    ["bpe_train", "attention", "ffn", "loss", "lora", "reversible", "optim", "machine", "corpus"],
-    ["bpe", "batches", "mla", "enigma"],
-    ["tokenizer", "model"],
+    ["bpe_train", "attention", "ffn", "loss", "lora", "reversible", "optim", "machine", "download"],
+    ["bpe", "batches", "mla", "enigma", "corpus"],
+    ["spm", "model"],
+    ["tokenizer"],
     ["generate", "data", "checkpoint", "eval"],
     ["chat", "log"],
     ["sft", "plan"],

@@ -319,6 +319,7 @@ def test_download_checks_what_it_got(tmp_path, server):
         assert not list(tmp_path.glob("other*")), "a failed download left something behind"
 
 
-def test_download_without_a_network_says_what_to_do_by_hand(tmp_path):
+def test_download_without_a_network_says_what_to_do_by_hand(tmp_path, monkeypatch):
+    monkeypatch.setattr("download.PAUSES", ())
     with pytest.raises(UserError, match="cannot download .* by hand and put it at .*a.txt"):
         download("http://127.0.0.1:9/a.txt", tmp_path / "a.txt", 5, "")
