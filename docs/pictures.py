@@ -25,7 +25,7 @@ from enigma import wheel_offsets, wheel_sizes  # noqa: E402
 BLUE, RED, GREY = "#2b6cb0", "#c05621", "#4a5568"
 
 
-def box(ax, x, y, text, color, width=2.0, height=0.62):
+def box(ax, x, y, text, color, width=2.1, height=0.95):
     ax.add_patch(plt.Rectangle((x - width / 2, y - height / 2), width, height, facecolor=color, alpha=0.14))
     ax.add_patch(plt.Rectangle((x - width / 2, y - height / 2), width, height, fill=False, edgecolor=color, lw=1.3))
     ax.text(x, y, text, ha="center", va="center", fontsize=9, color="#1a202c")
@@ -42,10 +42,10 @@ def plus(ax, x, y):
 
 def draw_block(path):
     """Two streams from left to right; each branch reads one and is added to the other."""
-    steps = [("shear A", BLUE), ("shear B", BLUE), ("shear C", BLUE), ("attention\nwheels, ALiBi", RED),
-             ("convolution,\nfeed-forward", RED)]  # fmt: skip
-    fig, ax = plt.subplots(figsize=(9.6, 2.9))
-    left, right, high, low = 0.9, 15.4, 2.0, 0.0
+    steps = [("shear A", BLUE), ("shear B", BLUE), ("shear C", BLUE), ("convolution", RED),
+             ("attention:\nwheels, ALiBi", RED), ("feed-forward", RED)]  # fmt: skip
+    fig, ax = plt.subplots(figsize=(11, 2.9))
+    left, right, high, low = 0.9, 18.3, 3.2, 0.0
     for y, name in ((high, "stream 1"), (low, "stream 2")):
         ax.plot([left, right], [y, y], color=GREY, lw=1.3, zorder=1)
         arrow(ax, (right - 0.05, y), (right + 0.25, y))
@@ -56,13 +56,12 @@ def draw_block(path):
         source, target = (high, low) if i % 2 == 0 else (low, high)
         toward = -1 if source > target else 1
         middle = (high + low) / 2
-        arrow(ax, (x, source), (x, middle - toward * 0.34), color)
+        arrow(ax, (x, source), (x, middle - toward * 0.49), color)
         box(ax, x, middle, name, color)
-        ax.plot([x, x + 1.35, x + 1.35], [middle, middle, middle], color=color, lw=0)
-        ax.plot([x + 1.0, x + 1.35], [middle, middle], color=color, lw=1.3)
+        ax.plot([x + 1.05, x + 1.35], [middle, middle], color=color, lw=1.3)
         arrow(ax, (x + 1.35, middle), (x + 1.35, target - toward * 0.17), color)
         plus(ax, x + 1.35, target)
-    ax.set(xlim=(-0.9, 16.9), ylim=(-0.5, 2.5), aspect="equal")
+    ax.set(xlim=(-0.9, 20.2), ylim=(-0.5, 3.7), aspect="equal")
     ax.axis("off")
     fig.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(fig)

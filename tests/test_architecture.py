@@ -10,8 +10,8 @@ from configurator import ROOT
 FLOORS = [
     ["configurator"],
     ["bpe_train", "attention", "ffn", "loss", "lora", "reversible", "optim", "machine", "download"],
-    ["bpe", "batches", "mla", "enigma", "corpus"],
-    ["spm", "model"],
+    ["bpe", "mla", "enigma", "corpus"],
+    ["spm", "batches", "model"],
     ["tokenizer"],
     ["generate", "data", "checkpoint", "eval"],
     ["chat", "log"],

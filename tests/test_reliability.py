@@ -297,7 +297,7 @@ def test_the_run_ends_when_the_goal_is_reached_and_stays_ended(go, tmp_path, cap
         capsys.readouterr()
         before = (tmp_path / name / "log.csv").read_bytes()
         assert go(out_dir=tmp_path / name, max_steps=60, eval_interval=3, **goal) == 0
-        assert "complete" in capsys.readouterr().out and (tmp_path / name / "log.csv").read_bytes() == before
+        assert "reached its goal" in capsys.readouterr().out and (tmp_path / name / "log.csv").read_bytes() == before
 
 
 @pytest.mark.parametrize("stop_at", [None, 8])
