@@ -312,7 +312,7 @@ def test_averaged_weights_are_loaded_into_both_names_of_a_tied_head(text, tmp_pa
 
 def test_adapters_leave_the_balance_of_frozen_experts_alone(text, questions, tmp_path):
     shape = dict(n_expert=4, d_expert=16, balance="bias", balance_rate=0.05, vocab_size=320, seq_len=64)
-    train.main(tiny_run(text, tmp_path / "base", max_steps=6, **shape))
+    train.main(tiny_run(text, tmp_path / "base", max_steps=7, **shape))  # so large a rate swings: after 6 it is 0
     weights = checkpoint.load(tmp_path / "base" / "best.pt")["model"]
     bias = torch.cat([weights[f"blocks.{i}.ffn.bias"] for i in (0, 1)])
     assert bias.abs().max() > 0 and torch.allclose((bias / 0.05).round() * 0.05, bias, atol=1e-6)
