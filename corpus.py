@@ -302,20 +302,24 @@ def split_documents(text: str, line_start: bool, last: bool) -> list[str]:
 
 def jsonl_pieces(path: Path, text_field: str) -> Iterator[Piece]:
     """One document per line: the string under `text_field`, or with "*" all strings, joined by newlines."""
+    for where, record in json_records(path):
+        if text := record_text(record, text_field, where):
+            yield text, True
+
+
+def json_records(path: Path) -> Iterator[tuple[str, object]]:
+    """("file, line n", what the line says) of each line of a .jsonl file that is not blank."""
     with reading(path), open_binary(path) as file:
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
             try:
                 line = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                record = json.loads(line) if line else None
+                if line:
+                    yield where, json.loads(line)
             except UnicodeDecodeError as error:
                 raise UserError(f"{where} is not UTF-8 at byte {error.start} of the line") from None
-            except ValueError as error:
+            except json.JSONDecodeError as error:
                 raise UserError(f"{where} is not JSON: {error}") from None
-            if record is None and not line:
-                continue
-            if text := record_text(record, text_field, where):
-                yield text, True
 
 
 def record_text(record, text_field: str, where: str) -> str:

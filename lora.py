@@ -133,8 +133,8 @@ def inject(model: nn.Module, settings: LoraSettings) -> list[str]:
     """Replace the targets by LoraLinear in place and freeze everything else; returns the names of the adapted modules.
 
     The base's weights must be loaded before: their names change, and DoRA starts from the lengths of their rows. A
-    module with two names is adapted under both and listed once. A head tied to the embedding changes as the head
-    only: lookups stay those of the base.
+    module with two names is adapted under both and listed once. Experts, which are no linear layers, stay frozen. A
+    head tied to the embedding changes as the head only: lookups stay those of the base.
     Raises UserError for a target that matches nothing, for adapters on adapters, and for dropout where it cannot act.
     """
     if any(isinstance(module, LoraLinear) for module in model.modules()):

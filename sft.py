@@ -38,11 +38,10 @@ from corpus import (
     SEPARATOR,
     dataset_name,
     document_hash,
+    json_records,
     load_dataset,
-    open_binary,
-    reading,
     record_text,
-    text_blocks,  # fmt: skip
+    text_blocks,
     text_files,
 )
 from data import locked, say, writing
@@ -78,18 +77,8 @@ def read_examples(path: str | Path) -> Iterator[Conversation]:
 
 
 def jsonl_examples(path: Path) -> Iterator[Conversation]:
-    with reading(path), open_binary(path) as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            try:
-                line = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                record = json.loads(line) if line else None
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where} is not UTF-8 at byte {error.start} of the line") from None
-            except ValueError as error:
-                raise UserError(f"{where} is not JSON: {error}") from None
-            if line:
-                yield checked(record_messages(record, where), where)
+    for where, record in json_records(path):
+        yield checked(record_messages(record, where), where)
 
 
 def record_messages(record, where: str) -> Conversation:

@@ -76,7 +76,8 @@ def test_initial_loss_is_that_of_guessing(kind):
     assert model(ids[:, :-1], ids[:, 1:]).mean().item() == pytest.approx(math.log(97), rel=0.05)
 
 
-@pytest.mark.parametrize("kind", ["quickstart", "gpt2", "reversible", "enigma"])
+@pytest.mark.parametrize("kind", ["quickstart", "gpt2", "reversible", "enigma", "window", "mla", "moe", "post",
+                                  "parallel"])  # fmt: skip
 def test_noise_cannot_be_predicted(kind):
     """Independent random tokens: any loss below ln V on fresh ones would be a leak from the future."""
     model = tiny(kind, vocab_size=16).train()

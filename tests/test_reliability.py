@@ -73,6 +73,7 @@ if __name__ == "__main__":
     (2, dict(grad_accum=2)),
     (5, dict(batch_size=5, data_window="document", optimizer="adamw")),
     (2, dict(grad_accum=2, reversible=True, n_enigma=1, n_layer=1, position="alibi", optimizer="adamw")),
+    (2, dict(grad_accum=2, attention="mla", qk_norm=0, n_expert=4, d_expert=16, optimizer="adamw")),
 ])  # fmt: skip
 def test_several_processes_train_as_one(text, tmp_path, go, processes, more):
     """Same data, losses, validation and weights as one process, equal weights on all, one writer."""
