@@ -358,7 +358,9 @@ class Run:
             ids = self.validation.get(0, 1)[0].to(self.machine.device)
             with self.machine.autocast():
                 largest, error = self.model.probe(ids)
-            self.log.say(f"         reversible: max |x| {largest:.3g}, error of the inverse {error:.2g}")
+            beyond = s.reversible_grid and largest >= 2 ** (24 - s.reversible_grid)
+            self.log.say(f"         reversible: max |x| {largest:.3g}, error of the inverse {error:.2g}"
+                         f"{f'; beyond the range of reversible_grid={s.reversible_grid}, lower it' * beyond}")
         if progress.ended:
             why = "the goal is reached" if reached else f"no better validation in {progress.worse}"
             self.log.say(f"we stop here: {why}")
