@@ -1,5 +1,6 @@
 """The machine: which device and precision to use and why, several processes, memory, and the peak rates for MFU."""
 
+import atexit
 import ctypes
 import os
 import shutil
@@ -125,12 +126,21 @@ def init_processes(machine: Machine) -> None:
                                 device_id=machine.device if on_gpu else None)  # fmt: skip
 
 
-def leave_processes(machine: Machine) -> None:
-    """Leave together: a process whose peers are gone already may crash while it closes its connections."""
+def leave_processes(machine: Machine, code: int = 0) -> None:
+    """Leave together, with exit status `code`. With gloo we skip the interpreter's own clearing up: a process whose
+    peers are gone may abort while its connections are taken down."""
     if machine.world_size > 1:
         dist.barrier()
         if machine.device.type == "cuda":
             dist.destroy_process_group()
+        else:
+            atexit.register(leave_at_once, code)
+
+
+def leave_at_once(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 # Dense peak rates in FLOP/s of bfloat16 products, from the vendors' data sheets.

@@ -107,9 +107,9 @@ def main(argv: list[str] | None = None) -> int:
                 leave_processes(machine)
                 return 0
             code = training.train()
-            leave_processes(machine)
             if code == 0 and machine.is_main:
                 finish(s, out_dir, training.model, tokenizer, validation)
+            leave_processes(machine, code)
             return code
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             raise out_of_memory(error, s) or error from None
