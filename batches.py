@@ -12,11 +12,9 @@ run continues with nothing but its step number.
 import hashlib
 import json
 import math
-import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +24,7 @@ from torch import Tensor
 
 from configurator import UserError
 from corpus import reading
+from files import replacing
 
 FORMAT = 1  # of meta.json
 HEADERS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version) of llm.c and modded-nanogpt -> dtype of ids
@@ -35,17 +34,6 @@ Batch = tuple[Tensor, Tensor, Tensor | None]  # ids (B, T) int64, targets (B, T)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shards
-
-
-@contextmanager
-def replacing(path: Path):
-    """A binary file that appears under its name when it is complete and on the disk."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 class ShardWriter:

@@ -52,7 +52,8 @@ from bpe_train import (
     safe_chunks,
     utf8,
 )
-from configurator import UserError, read_json, run, write_json
+from configurator import UserError, run
+from files import read_json, write_json
 
 SPECIALS = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]  # our trainers always reserve these
 

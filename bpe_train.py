@@ -4,20 +4,18 @@
 """
 
 import heapq
-import multiprocessing
-import os
 import re
 import sys
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
-from itertools import chain, islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import regex
 
 from configurator import UserError
+from workers import in_order
 
 # GPT-2's order of the bytes: first those that it shows as the character that they are.
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -129,7 +127,7 @@ def count_pieces(texts: Iterable[str], pattern: str, max_bytes: int = 0, workers
     """
     total, done, forgot = Counter(), 0, False
     batches = _batches(first_bytes(texts, max_bytes))
-    for counts, n_bytes in _map_in_order(partial(_count_batch, pattern), batches, workers or os.cpu_count()):
+    for _, (counts, n_bytes) in in_order(partial(_count_batch, pattern), batches, workers):
         for piece, n in counts.items():
             total[piece] += n
         done += n_bytes
@@ -199,24 +197,6 @@ def _plain(pattern: str) -> re.Pattern:
         return "[^" + ranges(r"\s") + "]" if found[0] == r"\S" else "[" + ranges(found[0]) + "]"
 
     return re.compile(re.sub(r"\[(?:\\.|[^\]])*\]|\\p\{\w+\}|\\[sS]", spelled, pattern))
-
-
-def _map_in_order(function: Callable, items: Iterator, workers: int) -> Iterator:
-    """`map` by several processes, with 2 `workers` items in memory; by none if there is nothing to share."""
-    head = list(islice(items, 2))
-    if workers == 1 or len(head) < 2:
-        yield from map(function, chain(head, items))
-        return
-    # A forked worker need not import our caller's modules again; macOS and Windows have to start afresh.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    with ProcessPoolExecutor(workers, context) as pool:
-        pending = deque()
-        for item in chain(head, items):
-            pending.append(pool.submit(function, item))
-            if len(pending) >= 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
 
 
 def first_bytes(texts: Iterable[str], max_bytes: int) -> Iterator[str]:

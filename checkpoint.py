@@ -10,20 +10,16 @@ import os
 import pickle
 import shutil
 import zipfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
 from configurator import UserError, find_path, pick
+from files import locked, replacing, writing
 from lora import LoraSettings, fingerprint, inject, load_adapter, merge
 from model import LanguageModel, ModelConfig
 from tokenizer import tokenizer_from_dict
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
 
 FORMAT = 2
 
@@ -33,17 +29,11 @@ def save(path: Path, state: dict) -> None:
 
     Raises UserError if it cannot be written (disk full, read-only folder); nothing is left behind then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     failed: list[OSError] = []  # torch.save hides the reason behind an error of its own
     try:
-        with open(temporary, "wb", buffering=0) as file:
+        with replacing(path) as file:
             torch.save(state, Reporting(file, failed))
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         reason = (failed or [error])[0]
         if not isinstance(reason, OSError):
             raise
@@ -73,17 +63,13 @@ class Reporting:
 @contextmanager
 def lock(folder: Path):
     """Two runs in one folder would overwrite each other: the second is refused. The lock dies with its process."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
-    except OSError as error:
-        raise UserError(f"cannot write in {folder} ({error.strerror}); set another out_dir") from None
-    with file:
-        try:
-            if fcntl:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process trains in {folder}; wait for it, or set another out_dir") from None
+
+    def refuse(note: str) -> None:
+        raise UserError(f"another process trains in {folder}; wait for it, or set another out_dir")
+
+    with ExitStack() as stack:
+        with writing(folder, "; set another out_dir"):
+            stack.enter_context(locked(folder / ".lock", refuse))
         yield
 
 
@@ -97,14 +83,6 @@ def set_aside(folder: Path) -> Path | None:
     for path in found:
         path.rename(kept / path.name)
     return kept
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut, where folders can be opened (not on Windows)."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        os.fsync(handle)
-        os.close(handle)
 
 
 def save_step(folder: Path, step: int, state: dict, keep: int) -> Path:

@@ -256,21 +256,6 @@ def check(settings: Settings, name: str, value, where: str):
     raise UserError(f"{name}={value!r} ({where}): expected {hint.__name__}, got {type(value).__name__}")
 
 
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write under a temporary name, then rename: others see the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-    temporary.replace(path)
-
-
 def help_text(settings: Settings, doc: str) -> str:
     """The script's docstring and the table of its settings, with the comments of the source as help."""
     lines = [inspect.cleandoc(doc or ""), ""]

@@ -30,18 +30,14 @@ import numpy as np
 
 import download
 import spm
-from batches import FORMAT, TokenStream, open_shard, read_meta, replacing
+from batches import FORMAT, TokenStream, open_shard, read_meta
 from configurator import UserError, configure, find_path, pick, run
 from corpus import SUFFIXES, RawCorpus, list_files, open_corpus, path_name
+from files import locked, replacing, show_line, writing
 from mixture import open_mixture
 from model import ModelConfig
 from shards import Progress, write_split
 from tokenizer import load_tokenizer, train_tokenizer
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such lock: do not start two runs there at once on a new corpus
-    fcntl = None
 
 TRAINED = ("bpe", "char", *spm.KINDS)  # tokenizers that are trained on the corpus
 STAGES = ("download", "mix", "tokenizer", "tokens", "train")  # of a run, in this order
@@ -101,7 +97,7 @@ def prepare(s, quiet: bool = False) -> Path:
         if is_current(folder / "meta.json", s, "tokens"):
             say(f"data: {folder} is current: downloads, tokenizer and tokens are there", quiet)
         else:
-            with writing(folder), locked(folder, quiet):
+            with working(folder, quiet):
                 if not is_current(folder / "meta.json", s, "tokens"):
                     build(folder, raw, sources, tokenizer, shards, s, quiet)
     meta = read_meta(folder)
@@ -218,7 +214,7 @@ def make_tokenizer(raw: RawCorpus, sources: list, s, quiet: bool):
     """Train on the training documents, and on nothing else; or take the one that was trained so before."""
     key = cache_key(*text_decides(sources, s), *tokenizer_decides(s))
     folder = find_path(s.cache_dir) / f"{raw.name}-tokenizer-{key}"
-    with writing(folder), locked(folder, quiet):
+    with working(folder, quiet):
         if is_current(folder / "tokenizer.json", s, "tokenizer"):
             say(f"data: {folder} is current", quiet)
             tokenizer = load_tokenizer(folder)
@@ -316,28 +312,24 @@ def count_shards(files: list[Path], tokenizer, progress: Progress) -> dict:
 # Around the work: the folder, the lock, what the user sees
 
 
-@contextmanager
-def writing(folder: Path, advice: str = "; cache_dir=<folder> puts it elsewhere"):
-    """Make the folder; a full disk or a read-only one ends in a sentence."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot write in {folder} ({reason}){advice}") from None
+ELSEWHERE = "; cache_dir=<folder> puts it elsewhere"
 
 
 @contextmanager
-def locked(folder: Path, quiet: bool):
-    """Only one process works on a folder. The kernel drops the lock when its holder dies, however it dies."""
-    with open(folder / "lock", "w") as file:
-        if fcntl:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would live on in forked workers
-            except (BlockingIOError, PermissionError):
-                say(f"data: waiting for the process that prepares {folder}", quiet)
-                fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
+def working(folder: Path, quiet: bool):
+    """Make the folder, and be the only process that works on it. Those who wait show how far the one at work is."""
+    live, waiting = sys.stderr.isatty(), False
+
+    def wait(note: str) -> None:
+        nonlocal waiting
+        if not waiting:
+            say(f"data: waiting for the process that prepares {folder}", quiet)
+        elif live and note and not quiet:
+            show_line(note, live)
+        waiting = True
+
+    with writing(folder, ELSEWHERE), locked(folder / ".lock", wait) as note:
+        yield note
 
 
 def say(text: str, quiet: bool) -> None:

@@ -8,17 +8,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from configurator import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such lock: do not start two runs there at once on a new corpus
-    fcntl = None
+from files import locked
 
 PAUSES = (1, 2, 4, 8, 16)  # seconds before each further try, as long as the tries bring nothing new
 LONGEST = 120              # seconds that we wait, at most, when a server says how long
@@ -52,7 +46,7 @@ def download(url: str, path: Path, size: int = 0, sha256: str = "") -> Path:
     by_hand = f"try again, or fetch {url} by hand and put it at {path}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with alone(path):
+        with locked(path.with_name(f"{path.name}.lock"), busy=lambda note: None):
             if missing(path):
                 try:
                     with open(part, "a+b") as file:
@@ -154,26 +148,3 @@ def file_hash(file: BinaryIO) -> str:
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
-
-
-def is_still_at(path: Path, file: BinaryIO) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Only one process at a time is in here for `path`. The kernel drops the lock when its holder dies."""
-    lock = path.with_name(f"{path.name}.lock")
-    while fcntl:
-        with open(lock, "w") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX)
-            if is_still_at(lock, file):  # else its holder removed it while we waited, and others may lock a new one
-                try:
-                    yield
-                finally:
-                    lock.unlink(missing_ok=True)
-                return
-    yield

@@ -27,9 +27,10 @@ import torch
 
 import checkpoint
 from batches import TokenStream, Validation, read_meta
-from configurator import Settings, UserError, configure, find_path, run, write_json
+from configurator import Settings, UserError, configure, find_path, run
 from corpus import files_pieces, text_files
-from data import prepare, writing
+from data import prepare
+from files import write_json, writing
 from machine import Machine, MachineSettings, choose_machine, init_processes, leave_processes
 from model import LanguageModel
 from sft import open_examples

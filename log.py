@@ -5,7 +5,6 @@ No log is a reason to lose a run: what a full disk refuses is written later, and
 """
 
 import csv
-import importlib
 import io
 import os
 import secrets
@@ -18,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from batches import replacing
 from configurator import UserError
+from files import clock, optional, replacing
 from machine import Machine, peak_flops, peak_memory
 
 COLUMNS = ["step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_gb", "val_loss",
@@ -199,14 +198,6 @@ def wandb(project: str, folder: Path, first: int, config: dict) -> Service:
     return Service(lambda row: run.log({"step": int(row["step"])} | numbers(row)), lambda: None, run.finish)
 
 
-def optional(module: str, package: str):
-    """A module of a package that only some need (requirements-extra.txt)."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"{package} is not installed: pip install {package}") from None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows and numbers
 
@@ -236,12 +227,3 @@ def fixed(value: float, width: int, digits: int) -> str:
     """In `width` places, whatever comes: (3.14159, 7, 4) -> ' 3.1416', (0.00002, 7, 4) -> '  2e-05'"""
     text = f"{value:{width}.{digits}f}"
     return f"{value:{width}.0e}" if len(text) > width or 0 < abs(value) < 10**-digits else text
-
-
-def clock(seconds: float) -> str:
-    """75 -> '1:15', 3700 -> '1:01:40', 100,000 -> '1d 03h'"""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 24:
-        return f"{hours // 24}d {hours % 24:02}h"
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batches import permute, replacing, round_keys
+from batches import permute, round_keys
 from chat import Message, Template, split_turns
 from configurator import UserError, find_path
 from corpus import (
@@ -44,7 +44,8 @@ from corpus import (
     text_blocks,
     text_files,
 )
-from data import locked, say, writing
+from data import say, working
+from files import replacing
 from tokenizer import Tokenizer
 
 Conversation = list[Message]
@@ -199,7 +200,7 @@ def prepare_examples(s, quiet: bool) -> Path:
     facts = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     folder = find_path(s.cache_dir) / f"{dataset_name(s.dataset)}-{key}"
-    with writing(folder), locked(folder, quiet):
+    with working(folder, quiet):
         for split in ("train", "val"):
             if not (folder / f"{split}.jsonl").is_file():
                 with replacing(folder / f"{split}.jsonl") as file:

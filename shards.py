@@ -10,27 +10,23 @@ shards are those of an uninterrupted run, byte by byte.
 
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
 import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from itertools import chain, islice
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 import bpe
-from batches import ShardWriter, open_shard, replacing
+from batches import ShardWriter, open_shard
 from configurator import UserError
 from corpus import Piece, RawCorpus
+from files import replacing
+from workers import in_order
 
 TASK = 1 << 20  # characters that are encoded together
 FEW = 8         # tasks; fewer are not worth a start of workers
@@ -78,7 +74,8 @@ def write_split(folder: Path, split: str, raw: RawCorpus, tokenizer, shard_token
                 yield Task(number, content.hexdigest(), stats["bytes"], work)
         refuse_change(folder, bool(part) and number < first)
 
-    with closing(encode_in_order(tokenizer, tasks(), workers or len(cpus()))) as encoded:
+    work_on = partial(encode, tokenizer, np.array([tokenizer.role("eot")], np.uint32))
+    with closing(in_order(work_on, tasks(), workers, few=FEW)) as encoded:
         for task, ids in encoded:
             whole, begin = len(writer.shards), writer.tokens - skip  # where in the split the ids begin
             writer.write(ids[skip:])
@@ -163,64 +160,13 @@ def rest_of_document(pieces: Iterator[Piece]) -> Iterator[str]:
             return
 
 
-def encode(tokenizer, eot: np.ndarray, work: list[Piece] | np.ndarray) -> np.ndarray:
+def encode(tokenizer, eot: np.ndarray, task: Task) -> np.ndarray:
     """The ids, with end-of-text behind each document that ends here; in two bytes where they fit, for the way back."""
+    work = task.work
     if isinstance(work, list):
         texts = ((tokenizer.encode_to_numpy(text) if text else eot[:0], eot[:ends]) for text, ends in work)
         work = np.concatenate([part for parts in texts for part in parts])
     return work.astype(np.uint16 if not len(work) or work.max() < 1 << 16 else np.uint32)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Workers
-
-
-def cpus() -> set[int]:
-    """Those that we may use."""
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count()))
-
-
-def encode_in_order(tokenizer, tasks: Iterator[Task], workers: int) -> Iterator[tuple[Task, np.ndarray]]:
-    """Each task with its ids, in the order of the tasks, at most 2 `workers` of them ahead."""
-    eot = np.array([tokenizer.role("eot")], np.uint32)
-    head = list(islice(tasks, FEW)) if workers > 1 else []
-    tasks = chain(head, tasks)
-    if len(head) < FEW:
-        yield from ((task, encode(tokenizer, eot, task.work)) for task in tasks)
-        return
-    # A forked worker need not import our caller's modules again; macOS and Windows have to start afresh.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    pool = ProcessPoolExecutor(workers, context, start_worker, (tokenizer, eot, os.getpid()))
-    waiting: deque = deque()
-    try:
-        for task in tasks:
-            waiting.append((task._replace(work=[]), pool.submit(work_on, task.work)))
-            if len(waiting) > 2 * workers:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        yield from ((done, future.result()) for done, future in waiting)
-    except BrokenProcessPool:
-        raise UserError("a worker was killed, most likely because the memory was full; workers=1 needs less") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def start_worker(tokenizer, eot: np.ndarray, parent: int) -> None:
-    """In a new worker: Ctrl-C is the parent's business, and nobody works for a parent that was killed."""
-    global worker
-    worker = (tokenizer, eot)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def work_on(work: list[Piece] | np.ndarray) -> np.ndarray:
-    return encode(*worker, work)
 
 
 class Progress:

@@ -22,7 +22,8 @@ import bpe
 import bpe_train
 import spm
 from bpe import SPECIALS, BPETokenizer
-from configurator import UserError, find_path, read_json, write_json
+from configurator import UserError, find_path
+from files import read_json, write_json
 from spm import SentencePieceTokenizer
 
 # Roles and the names under which they are known. A role is the token that `roles` names, or else

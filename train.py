@@ -29,8 +29,9 @@ from configurator import Settings, UserError, configure, run
 from data import DataSettings, prepare
 from eval import evaluate
 from ffn import update_balance
+from files import clock
 from finish import finish
-from log import Log, LogSettings, clock
+from log import Log, LogSettings
 from lora import LoraSettings
 from machine import (
     Machine,

@@ -17,6 +17,7 @@ import shards as sharding
 from batches import Batches, TokenStream, Validation, read_meta
 from configurator import ROOT, UserError, configure
 from data import DataSettings, prepare
+from files import fcntl
 from model import ModelConfig
 from tokenizer import load_tokenizer, train_tokenizer
 
@@ -229,13 +230,13 @@ def test_file_that_changes_while_it_is_read_is_refused(tmp_path, corpus_file, mo
 
 def test_what_a_killed_run_left_is_not_believed(tmp_path, corpus_file, monkeypatch):
     whole = made(tmp_path, data_path=corpus_file, shard_tokens=2000)
-    files = {path.name: path.read_bytes() for path in whole.glob("*") if path.name != "lock"}
+    files = {path.name: path.read_bytes() for path in whole.glob("*") if path.name != ".lock"}
     (whole / "meta.json").unlink()
     (whole / "train_00001.npy").write_bytes(b"half")
     (whole / "train_00099.npy").write_bytes(b"of an older one")
-    (whole / "val_00000.npy.part").write_bytes(b"half")
+    (whole / ".val_00000.npy.1.tmp").write_bytes(b"half")
     assert made(tmp_path, data_path=corpus_file, shard_tokens=2000) == whole
-    assert {path.name: path.read_bytes() for path in whole.glob("*") if path.name != "lock"} == files
+    assert {path.name: path.read_bytes() for path in whole.glob("*") if path.name != ".lock"} == files
 
 
 SCRIPT = """
@@ -260,7 +261,7 @@ def start(tmp_path, file, seconds: float) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.skipif(data.fcntl is None, reason="no locks on Windows")
+@pytest.mark.skipif(fcntl is None, reason="no locks on Windows")
 def test_two_processes_at_once_work_once(tmp_path, corpus_file):
     runs = [start(tmp_path, corpus_file, 0.3) for _ in range(2)]
     outputs = [run.communicate(timeout=60)[0] for run in runs]
@@ -269,7 +270,7 @@ def test_two_processes_at_once_work_once(tmp_path, corpus_file):
     assert outputs[0].splitlines()[-1] == outputs[1].splitlines()[-1]
 
 
-@pytest.mark.skipif(data.fcntl is None, reason="no locks on Windows")
+@pytest.mark.skipif(fcntl is None, reason="no locks on Windows")
 def test_killed_process_leaves_no_lock_and_nothing_that_looks_complete(tmp_path, corpus_file):
     run = start(tmp_path, corpus_file, 60)
     while "working" not in run.stdout.readline():

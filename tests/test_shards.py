@@ -133,31 +133,6 @@ def test_damaged_shard_of_an_interrupted_run_is_made_anew(tmp_path):
         assert write(folder) == expected and shard_bytes(folder) == shard_bytes(tmp_path / "whole")
 
 
-def test_reading_does_not_run_ahead_of_writing(tmp_path):
-    """So memory is bounded, however slow the workers are."""
-    read = 0
-
-    def tasks():
-        nonlocal read
-        for read in range(1, 100):
-            yield shards.Task(read, "", 0, [("a cat", True)])
-
-    for written, (task, ids) in enumerate(shards.encode_in_order(TOKENIZER, tasks(), 2), 1):
-        assert task.number == written and read <= written + 2 * 2 + 1 and len(ids)
-    assert written == 99
-
-
-def test_error_of_a_worker_reaches_the_caller(tmp_path):
-    with pytest.raises(UserError, match="lone surrogate"):
-        list(shards.encode_in_order(TOKENIZER, (shards.Task(n, "", 0, [("\ud83d", True)]) for n in range(9)), 2))
-
-
-def test_killed_worker_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(shards, "encode", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(UserError, match="a worker was killed"):
-        list(shards.encode_in_order(TOKENIZER, (shards.Task(n, "", 0, [("a", True)]) for n in range(9)), 2))
-
-
 def test_progress_tells_rates_of_this_run_and_the_time_left(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr(shards.time, "monotonic", lambda: now[0])

@@ -18,9 +18,9 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
-from batches import replacing
 from configurator import UserError
 from corpus import document_hash, download, missing, plan_split
+from files import replacing
 
 FOLDER = Path(__file__).resolve().parent
 CATALOGUE = "https://gutendex.com/books/?languages=en&author_year_end=500&sort=popular"  # 32 books a page

@@ -1,0 +1,354 @@
+"""Files as every other file of ours treats them: written whole or not at all, locked, read as data that may be wrong.
+
+    with replacing(path) as file:                    # appears under its name when it is complete and on the disk
+        file.write(data)
+
+    with locked(folder / ".lock", busy=refuse):      # one process at a time
+        ...
+
+    meta = read_json(path, {"format": int, "splits": {str: {"tokens": int}}}, remedy="remove it")
+
+Nothing here follows a symbolic link at a name that we chose ourselves: in a folder that came from somebody else, such a
+link would make us overwrite a file of ours.
+"""
+
+import errno
+import importlib
+import json
+import os
+import shutil
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType
+from typing import BinaryIO
+
+from configurator import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: do not start two runs on one folder there
+    fcntl = None
+
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears at `path` when it is complete and on the disk; until then the old one stays.
+
+    The temporary file is created exclusively and is locked while we write, so a later call can tell the remains of a
+    killed process, which it removes, from the work of a living one. Raises the system's OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_remains(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o666)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            take_lock(file.fileno())
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove_remains(path: Path) -> None:
+    """Remove temporary files of `path` whose writers are dead."""
+    prefix = f".{path.name}."
+    for remains in [p for p in path.parent.iterdir() if p.name.startswith(prefix) and p.name.endswith(".tmp")]:
+        with suppress(OSError):  # a link, or another process was faster
+            handle = os.open(remains, os.O_RDWR | NO_FOLLOW)
+            try:
+                if take_lock(handle):
+                    remains.unlink()
+            finally:
+                os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut, where folders can be opened (not on Windows)."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Raises the system's OSError."""
+    with replacing(path) as file:
+        file.write(json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8", "surrogatepass"))
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8, whole or not at all. Raises the system's OSError."""
+    with replacing(path) as file:
+        file.write(text.encode("utf-8", "replace"))
+
+
+@contextmanager
+def writing(folder: Path, advice: str = ""):
+    """Make the folder; a full disk, a read-only one, or a link where a folder of ours belongs ends in one sentence."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write in {folder} ({error.strerror or error}){advice}") from None
+
+
+def own_folder(folder: Path) -> Path:
+    """A folder inside a run's folder, made if it is missing; UserError if it is a symbolic link to another place."""
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a symbolic link, and we do not write through one inside a run: remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Locks
+
+
+def take_lock(handle: int) -> bool:
+    """Lock an open file without waiting; False if another process has it. The kernel drops the lock with its holder.
+
+    True, too, on a file system that has no locks.
+    """
+    try:
+        if fcntl:  # lockf and not flock, which would live on in forked workers
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
+    return True
+
+
+@contextmanager
+def locked(path: Path, busy: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
+    """Only one process at a time is in here for `path`, which exists as long as it is needed.
+
+    While another process is inside, `busy(note)` is called five times a second with what that process noted last: it
+    may show it, or raise. Yields `note`, the function by which the holder tells those who wait how far it is.
+    """
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o666)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise UserError(f"{path} is a symbolic link where a lock belongs: remove it") from None
+            raise
+        try:
+            if not take_lock(handle):
+                busy(os.pread(handle, 1000, 0).decode("utf-8", "replace") if hasattr(os, "pread") else "")
+                time.sleep(0.2)
+                continue
+            if not is_still_at(path, handle):  # its holder removed it while we waited, and others lock a new one
+                continue
+
+            def note(text: str, handle: int = handle) -> None:
+                with suppress(OSError):  # a full disk
+                    os.ftruncate(handle, 0)
+                    os.lseek(handle, 0, os.SEEK_SET)
+                    os.write(handle, text.encode("utf-8", "replace")[:1000])
+
+            note("")
+            try:
+                yield note
+            finally:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(handle)
+
+
+def is_still_at(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading what may be wrong
+
+
+def require_file(path: Path) -> Path:
+    """The path, if it is a regular file or a link to one; UserError for a pipe, a device, a folder, or nothing."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    if stat.S_ISREG(mode):
+        return path
+    kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "no regular file"
+    raise UserError(f"{path} is {kind}: a file is expected there")
+
+
+def read_json(path: Path, shape=dict, remedy: str = ""):
+    """The content of a JSON file. UserError if it cannot be read, or does not have the `shape` (see `mismatch`)."""
+    behind = f"; {remedy}" if remedy else ""
+    try:
+        content = json.loads(require_file(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}{behind}") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deep for JSON of ours{behind}") from None
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise UserError(f"{path} cannot be read as JSON: {error}{behind}") from None
+    if wrong := mismatch(content, shape):
+        raise UserError(f"{path}: {wrong}{behind}")
+    return content
+
+
+class Either(tuple):
+    """Either(int, None): a shape that is one of several."""
+
+    def __new__(cls, *shapes):
+        return super().__new__(cls, shapes)
+
+
+def mismatch(value, shape, name: str = "") -> str:
+    """What is wrong with a value from outside, '' if it has the shape:
+
+        int, float, str, bool, list, dict ...  that type; an int is fine for a float, a bool is no number
+        None                                   null
+        {"a": int, "b?": str}                  a table with these keys and perhaps others; b may be missing
+        {str: int}                             a table with any keys
+        [int], (str, int)                      a list of any length, a list of exactly these
+        Either(int, None)                      one of several
+
+    >>> mismatch({"a": [1, "x"]}, {"a": [int]})  ->  'a[1] is a str, expected int'
+    """
+    here = name or "the content"
+    if isinstance(shape, Either):
+        found = [mismatch(value, each, name) for each in shape]
+        return found[0] if all(found) else ""
+    if shape is None:
+        return "" if value is None else f"{here} is a {type(value).__name__}, expected nothing"
+    if isinstance(shape, type):
+        number = shape in (int, float) and isinstance(value, int) and not isinstance(value, bool)
+        fits = isinstance(value, shape) and not (isinstance(value, bool) and shape is not bool)
+        return "" if fits or number else f"{here} is a {type(value).__name__}, expected {shape.__name__}"
+    if wrong := mismatch(value, dict if isinstance(shape, dict) else list, name):
+        return wrong
+    if isinstance(shape, dict):
+        if str in shape:
+            parts = [(value[key], shape[str], f"{name}.{key}") for key in value]
+        else:
+            absent = [key for key in shape if not key.endswith("?") and key not in value]
+            if absent:
+                return f"{here} has no {absent[0]}"
+            known = {key.removesuffix("?"): each for key, each in shape.items()}
+            parts = [(value[key], each, f"{name}.{key}") for key, each in known.items() if key in value]
+    elif isinstance(shape, tuple):
+        if len(value) != len(shape):
+            return f"{here} has {len(value)} entries, expected {len(shape)}"
+        parts = [(item, each, f"{name}[{i}]") for i, (item, each) in enumerate(zip(value, shape, strict=True))]
+    else:
+        parts = [(item, shape[0], f"{name}[{i}]") for i, item in enumerate(value)]
+    return next((wrong for item, each, at in parts if (wrong := mismatch(item, each, at.lstrip(".")))), "")
+
+
+def optional(module: str, package: str, why: str = "this") -> ModuleType:
+    """A module of a package that only some need (requirements-extra.txt); its absence is one sentence."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{why} needs the package {package}: pip install {package}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the user sees meanwhile
+
+
+def visible(text: str) -> str:
+    """Text from a model, a file or a stranger's settings for the screen: on a terminal control characters show as
+    escapes (they could clear it, or type for the user); a pipe gets the text as it is.
+
+    >>> visible("a\\x1b[2Jb\\n")  ->  'a\\\\x1b[2Jb\\n'
+    """
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c if c in "\n\t" or c.isprintable() or c.isspace() and ord(c) > 0xA0 else
+                   c.encode("unicode_escape").decode("ascii") for c in text)  # fmt: skip
+
+
+class Progress:
+    """How far something is, on stderr: one live line on a terminal, elsewhere a line every ten seconds.
+
+        progress = Progress("tokens", total=size, unit="MB", scale=1e6)
+        progress.show(done)               # "tokens: 3 of 12 MB, 1.5 MB/s, 0:06 left"
+        progress.close()
+
+    What takes less than a second shows nothing. `note` also gets each line, for those who wait at a lock.
+    """
+
+    def __init__(self, what: str, total: float = 0, unit: str = "", scale: float = 1, quiet: bool = False,
+                 note: Callable[[str], None] | None = None):  # fmt: skip
+        self.what, self.total, self.unit, self.scale, self.quiet, self.note = what, total, unit, scale, quiet, note
+        self.live, self.shown = sys.stderr.isatty(), False
+        self.restart(0)
+
+    def restart(self, done: float) -> None:
+        """`done` was there before: the rate begins now."""
+        self.begin, self.start = done, time.monotonic()
+        self.last = self.start - (9.0 if not self.live else -0.5)  # the first line comes after a second
+
+    def line(self, done: float, more: str = "") -> str:
+        seconds = max(time.monotonic() - self.start, 1e-9)
+        rate = (done - self.begin) / seconds
+        size = f"{done / self.scale:,.0f}"
+        if self.total:
+            size += f" of {self.total / self.scale:,.0f}"
+        parts = [f"{self.what}: {size} {self.unit}".rstrip(), f"{rate / self.scale:,.1f} {self.unit}/s"]
+        if rate > 0 and self.total > done:
+            parts.append(f"{clock((self.total - done) / rate)} left")
+        return ", ".join([*parts, more] if more else parts)
+
+    def show(self, done: float, more: str = "") -> None:
+        """Called as often as one likes: most calls show nothing."""
+        now = time.monotonic()
+        if now - self.last < (0.2 if self.live else 10):
+            return
+        self.last, line = now, self.line(done, more)
+        if self.note:
+            self.note(line)
+        if not self.quiet:
+            show_line(line, self.live)
+            self.shown = True
+
+    def close(self) -> None:
+        """Take the live line away."""
+        if self.live and self.shown:
+            show_line("", live=True)
+        self.shown = False
+
+
+def show_line(line: str, live: bool) -> None:
+    """On stderr: live, in place of the one before and as wide as the terminal; else as a line of its own."""
+    with suppress(OSError):  # a full disk behind stderr is no reason to stop
+        if live:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r{line[:width]:<{width}}\r", end="", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """75 -> '1:15', 3700 -> '1:01:40', 100,000 -> '1d 03h'"""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24}d {hours % 24:02}h"
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,85 @@
+"""Processes that work for us: as many as there are CPUs for us, and none that outlives its parent.
+
+    for item, result in in_order(function, items, workers=0):      # results in the order of the items
+        ...
+"""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
+from typing import TypeVar
+
+from configurator import UserError
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+def cpu_count() -> int:
+    """The CPUs that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_order(function: Callable[[Item], Result], items: Iterator[Item], workers: int = 0,
+             few: int = 2) -> Iterator[tuple[Item, Result]]:  # fmt: skip
+    """(item, function(item)) in the order of the items, by `workers` processes (0: one per CPU).
+
+    With one worker, or fewer than `few` items, no process is started. At most 2 `workers` items are ahead of the one
+    that is yielded. Workers that are killed end in a UserError.
+    """
+    workers = workers or cpu_count()
+    head = list(islice(items, few)) if workers > 1 else []
+    items = chain(head, items)
+    if len(head) < few:
+        yield from ((item, function(item)) for item in items)
+        return
+    # A forked worker need not import our caller's modules again; macOS and Windows have to start afresh.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    pool = ProcessPoolExecutor(workers, context, start_worker, (function, os.getpid()))
+    waiting: deque = deque()
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(work_on, item)))
+            if len(waiting) > 2 * workers:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        yield from ((done, future.result()) for done, future in waiting)
+    except BrokenProcessPool:
+        raise UserError("a worker process was killed, most likely because the memory was full; WORKERS=1 needs less"
+                        ) from None  # fmt: skip
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker(function: Callable, parent: int) -> None:
+    """In a new worker: Ctrl-C is the parent's business, and nobody works for a parent that was killed."""
+    global work
+    work = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: at once, also inside a long call
+    watch_parent(parent, lambda: os._exit(1))
+
+
+def work_on(item):
+    return work(item)
+
+
+def watch_parent(parent: int, then: Callable[[], None]) -> None:
+    """Call `then` from a thread when the process `parent`, which started this one, is gone."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        then()
+
+    threading.Thread(target=watch, daemon=True).start()
