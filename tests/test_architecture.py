@@ -9,6 +9,7 @@ from configurator import ROOT
 
 FLOORS = [
     ["configurator", "linear"],
+    ["files", "workers"],
     ["bpe_train", "attention", "ffn", "loss", "lora", "reversible", "optim", "machine", "download"],
     ["bpe", "mla", "enigma", "corpus"],
     ["spm", "batches", "model", "mixture"],
