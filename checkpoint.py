@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError, find_path, pick
+from configurator import ROOT, UserError, find_path, pick
 from files import locked, replacing, writing
 from lora import LoraSettings, fingerprint, inject, load_adapter, merge
 from model import LanguageModel, ModelConfig
@@ -135,15 +135,16 @@ def load_newest(folder: Path, say=print) -> dict | None:
     return None
 
 
-def runs(root: str | Path = "out") -> list[Path]:
-    """The folders that hold checkpoints, the newest first."""
+def runs(root: Path | None = None) -> list[Path]:
+    """The folders in `root` (by default our out/) that hold checkpoints, the newest first."""
+    root = root or ROOT / "out"
     found: dict[Path, float] = {}
-    for path in [*find_path(root).glob("*/best.pt"), *find_path(root).glob("*/step_*.pt")]:
+    for path in [*root.glob("*/best.pt"), *root.glob("*/step_*.pt")]:
         found[path.parent] = max(found.get(path.parent, 0.0), path.stat().st_mtime)
     return sorted(found, key=found.get, reverse=True)
 
 
-def find(where: str | Path = "", root: str | Path = "out") -> Path:
+def find(where: str | Path = "", root: Path | None = None) -> Path:
     """A checkpoint file: `where` itself, the best (else the newest) one of folder `where`, or of the newest run.
 
     Raises UserError if there is none.

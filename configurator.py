@@ -74,13 +74,42 @@ def run(main) -> None:
         sys.exit(0)
 
 
-def find_path(path: str | Path) -> Path:
-    """An absolute path as it is; a relative one where you are, or, if nothing is there, beside the scripts.
+def write_path(path: str | Path) -> Path:
+    """A path that the user names, to write to: where he is, `~` is his home. UserError if it cannot be a path.
 
-    So every script finds `config/gpt2.py`, `data/` and `out/` from any directory.
+    What nobody names (`out/`, `data/cache`) is beside the scripts: ROOT / "out".
     """
-    path = Path(path).expanduser()
-    return path if path.is_absolute() or path.exists() else ROOT / path
+    try:
+        path = Path(path).expanduser()
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, not allowed, a NUL
+        shown = str(path) if len(str(path)) <= 60 else f"{str(path)[:60]}..."
+        raise UserError(f"{shown!r} is not a usable path: {getattr(error, 'strerror', None) or error}") from None
+    return path
+
+
+def find_path(path: str | Path) -> Path:
+    """A path that the user names, to read from: where he is, or, if nothing is there, beside the scripts.
+
+    So `python /elsewhere/sample.py --init_from out/quickstart` finds the run that train.py wrote there.
+    """
+    path = write_path(path)
+    return ROOT / path if not path.exists() and (ROOT / path).exists() else path
+
+
+def cache_folder(cache_dir: str | Path) -> Path:
+    """Where tokens and downloads are kept: the folder that the user names, or our data/cache."""
+    return write_path(cache_dir) if cache_dir else ROOT / "data" / "cache"
+
+
+def find_config(file: str) -> Path:
+    """`config/gpt2.py` is ours from anywhere; `./config/gpt2.py` is one of yours."""
+    ours = ROOT / file
+    if Path(file).parts[:1] == ("config",) and not file.startswith(".") and ours.is_file():
+        return ours
+    return find_path(file)
 
 
 class Settings:
@@ -182,7 +211,7 @@ def split_arguments(settings: Settings, argv: list[str]) -> tuple[list[str], lis
 
 def read_config_file(settings: Settings, file: str) -> None:
     """Run a config file in a namespace of its own and take over what it leaves there."""
-    path = find_path(file)
+    path = find_config(file)
     if not path.is_file():
         names = sorted(f"config/{p.name}" for p in (ROOT / "config").glob("*.py"))
         raise UserError(f"config file {file} not found; there are {', '.join(names)}")

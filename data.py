@@ -31,7 +31,7 @@ import numpy as np
 import download
 import spm
 from batches import FORMAT, TokenStream, open_shard, read_meta
-from configurator import UserError, configure, find_path, pick, run
+from configurator import UserError, cache_folder, configure, find_path, pick, run
 from corpus import SUFFIXES, RawCorpus, list_files, open_corpus, path_name
 from files import locked, replacing, show_line, writing
 from mixture import open_mixture
@@ -60,7 +60,7 @@ class DataSettings:
     mixture_size: int = 0       # words or tokens to train on; 0 = until every corpus was used up once
     workers: int = 0            # processes that tokenize; 0 = one per CPU
     overwrite: str = ""         # make anew from this stage on: download, mix, tokenizer, tokens, train; all
-    cache_dir: str = "data/cache"  # folder that keeps the tokens
+    cache_dir: str = ""         # folder that keeps the tokens; empty: data/cache beside the scripts
     data_order: Literal["shuffled", "sequential"] = "shuffled"  # order of the training rows
     data_window: Literal["stream", "document"] = "stream"  # rows start anywhere, or only where a document does
 
@@ -93,7 +93,7 @@ def prepare(s, quiet: bool = False) -> Path:
         raw, tokenizer, shards = find_source(s)
         sources = raw.sources()
         made = [tokenizer.fingerprint, tokenizer.role("eot")] if tokenizer else tokenizer_decides(s)
-        folder = find_path(s.cache_dir) / f"{raw.name}-{cache_key(*text_decides(sources, s), *made, s.shard_tokens)}"
+        folder = cache_folder(s.cache_dir) / f"{raw.name}-{cache_key(*text_decides(sources, s), *made, s.shard_tokens)}"
         if is_current(folder / "meta.json", s, "tokens"):
             say(f"data: {folder} is current: downloads, tokenizer and tokens are there", quiet)
         else:
@@ -213,7 +213,7 @@ def build(folder: Path, raw: RawCorpus, sources: list, tokenizer, shards: dict, 
 def make_tokenizer(raw: RawCorpus, sources: list, s, quiet: bool):
     """Train on the training documents, and on nothing else; or take the one that was trained so before."""
     key = cache_key(*text_decides(sources, s), *tokenizer_decides(s))
-    folder = find_path(s.cache_dir) / f"{raw.name}-tokenizer-{key}"
+    folder = cache_folder(s.cache_dir) / f"{raw.name}-tokenizer-{key}"
     with working(folder, quiet):
         if is_current(folder / "tokenizer.json", s, "tokenizer"):
             say(f"data: {folder} is current", quiet)

@@ -27,7 +27,7 @@ import torch
 
 import checkpoint
 from batches import TokenStream, Validation, read_meta
-from configurator import Settings, UserError, configure, find_path, run
+from configurator import Settings, UserError, cache_folder, configure, find_path, run
 from corpus import files_pieces, text_files
 from data import prepare
 from files import write_json, writing
@@ -63,7 +63,7 @@ class EvalSettings:
     task_dir: str = ""          # folder with the benchmarks' files; empty = download them
     batch_tokens: int = 8192   # tokens of all choices in one forward pass of a benchmark
     bos: Literal["auto", "yes", "no"] = "auto"  # begin-of-text token before every text; auto: as the tokenizer's files
-    cache_dir: str = "data/cache"  # folder that keeps tokens and downloads
+    cache_dir: str = ""         # folder that keeps tokens and downloads; empty: data/cache beside the scripts
     lora_base: str = ""         # adapters: where their base checkpoint is now, if it has moved
 
 
@@ -253,9 +253,11 @@ def text_name(data_path: str) -> str:
 def tokens_of(s: Settings, saved: dict, tokenizer, quiet: bool) -> Path:
     """The tokens that the run validated on while they are in the cache, else prepared again with its tokenizer."""
     cache_dir = s.cache_dir if s.given("cache_dir") else saved["cache_dir"]
+    if cache_dir == saved["cache_dir"] == "data/cache":  # once the name of the default
+        cache_dir = ""
     names = ("dataset", "data_path", "val_path", "val_share", "text_field", "mixture", "mixture_unit", "mixture_size")
     decides = {name: saved[name] for name in names if name in saved}  # the run may be older than some of them
-    for path in sorted(find_path(cache_dir).glob("*/meta.json"), key=lambda path: -path.stat().st_mtime):
+    for path in sorted(cache_folder(cache_dir).glob("*/meta.json"), key=lambda path: -path.stat().st_mtime):
         try:
             meta = read_meta(path.parent)
             if meta["tokenizer"] == tokenizer.fingerprint and decides.items() <= meta["settings"].items():

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import checkpoint
-from configurator import UserError, find_path, run
+from configurator import UserError, run, write_path
 from lora import LoraLinear, merged_state
 
 
@@ -24,7 +24,7 @@ def merge(run_folder: str, target: str = "", lora_base: str = "") -> Path:
         raise UserError(f"{path} holds no adapters: it is a whole model already")
     saved = json.loads(state["settings"])
     saved |= {"use_lora": False, "tie_embeddings": saved["tie_embeddings"] and not isinstance(model.head, LoraLinear)}
-    folder = find_path(target) if target else path.parent.with_name(path.parent.name + "-merged")
+    folder = write_path(target) if target else path.parent.with_name(path.parent.name + "-merged")
     if list(folder.glob("*.pt")):
         raise UserError(f"{folder} holds a model already; name another folder")
     plain = {"format": checkpoint.FORMAT, "settings": json.dumps(saved), "base": None, "init": "",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import checkpoint
 from chat import ChatSettings
-from configurator import ROOT, Settings, UserError, find_path, pick
+from configurator import ROOT, Settings, UserError, pick, write_path
 from corpus import dataset_name
 from data import forced
 from lora import LoraSettings, fingerprint
@@ -86,7 +86,7 @@ def run_folder(s: Settings) -> Path:
     A fine-tuning run is called after its base, which is the newest pretraining run if init_from names none.
     """
     if s.out_dir:
-        return find_path(s.out_dir)
+        return write_path(s.out_dir)
     name = s.configs[-1] if s.configs else "quickstart"
     if s.task == "sft" or s.use_lora:
         name = s.configs[-1] if s.configs else base_of(s).resolve().parent.name

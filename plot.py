@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError, configure, find_path, run
+from configurator import ROOT, UserError, configure, find_path, run, write_path
 from log import optional, read_log
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito 2008
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     s = configure([PlotSettings], folders_first(sys.argv[1:] if argv is None else argv), doc=__doc__)
     files = [log_of(name) for name in s.runs] or newest()
     curves = [read_curves(file) for file in files]
-    out = Path(s.out) if s.out else files[0].parent
+    out = write_path(s.out) if s.out else files[0].parent
     out = out / "curves.png" if out.is_dir() else out if out.suffix else out.with_suffix(".png")
     draw(names(files), curves, out)
     print(out)
@@ -54,7 +54,7 @@ def log_of(name: str) -> Path:
 
 
 def newest() -> list[Path]:
-    files = sorted(find_path("out").glob("*/log.csv"), key=lambda path: path.stat().st_mtime)
+    files = sorted((ROOT / "out").glob("*/log.csv"), key=lambda path: path.stat().st_mtime)
     if not files:
         raise UserError("there is no run in out/ yet: `python train.py` makes one")
     return files[-1:]

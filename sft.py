@@ -33,7 +33,7 @@ from torch import Tensor
 
 from batches import permute, round_keys
 from chat import Message, Template, split_turns
-from configurator import UserError, find_path
+from configurator import UserError, cache_folder
 from corpus import (
     SEPARATOR,
     dataset_name,
@@ -199,7 +199,7 @@ def prepare_examples(s, quiet: bool) -> Path:
                         "dataset=stdlib_chat, or DATA_PATH=<your .jsonl>")  # fmt: skip
     facts = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-    folder = find_path(s.cache_dir) / f"{dataset_name(s.dataset)}-{key}"
+    folder = cache_folder(s.cache_dir) / f"{dataset_name(s.dataset)}-{key}"
     with working(folder, quiet):
         for split in ("train", "val"):
             if not (folder / f"{split}.jsonl").is_file():

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import UserError, find_path
+from configurator import UserError, cache_folder, find_path
 from corpus import json_records, natural_key, reading
 from download import download
 from generate import prefill
@@ -105,12 +105,12 @@ def choose(names: str) -> list[str]:
 # Files
 
 
-def load(name: str, split: str = "", task_dir: str = "", cache_dir: str = "data/cache") -> list[Example]:
+def load(name: str, split: str = "", task_dir: str = "", cache_dir: str = "") -> list[Example]:
     """The examples of a task in the order of its files, from `task_dir`, else downloaded once."""
     task = TASKS[name]
     split = split or task.split
     if not task_dir:
-        folder = find_path(cache_dir) / "tasks" / name
+        folder = cache_folder(cache_dir) / "tasks" / name
         for url in task.urls[split]:
             if url.endswith(".parquet"):
                 parquet_reader(url)  # before the download

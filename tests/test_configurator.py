@@ -7,7 +7,17 @@ from typing import Literal
 
 import pytest
 
-from configurator import KNOWN_ELSEWHERE, ROOT, UserError, configure, find_path, pick
+from configurator import (
+    KNOWN_ELSEWHERE,
+    ROOT,
+    UserError,
+    cache_folder,
+    configure,
+    find_config,
+    find_path,
+    pick,
+    write_path,
+)
 
 
 @dataclass
@@ -138,11 +148,36 @@ def test_settings_are_json(tmp_path):
     assert json.loads(json.dumps(settings("lr=2").to_dict()))["lr"] == 2
 
 
-def test_paths_are_found_from_any_directory(tmp_path, monkeypatch):
+def test_what_is_read_is_found_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_path("model.py") == ROOT / "model.py"
     (tmp_path / "model.py").touch()
     assert find_path("model.py").resolve() == tmp_path / "model.py"
+
+
+def test_what_is_written_is_where_the_user_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert write_path("tests").resolve() == tmp_path / "tests"
+    assert cache_folder("").resolve() == ROOT / "data" / "cache"
+    assert cache_folder("data/cache").resolve() == tmp_path / "data" / "cache"
+
+
+def test_our_configs_are_ours_wherever_one_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    theirs = tmp_path / "config" / "quickstart.py"
+    theirs.parent.mkdir()
+    theirs.touch()
+    assert find_config("config/quickstart.py") == ROOT / "config" / "quickstart.py"
+    assert find_config("./config/quickstart.py").samefile(theirs)
+    assert find_config(str(theirs)).samefile(theirs)
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "a/" * 3000, "~nosuchuser/x", "a\0b", "\ud800"])
+def test_a_path_that_cannot_be_one_fails_in_a_sentence(path):
+    for use in (find_path, write_path, cache_folder):
+        with pytest.raises(UserError, match="usable path") as caught:
+            use(path)
+        assert len(str(caught.value)) < 200
 
 
 SCRIPTS = ["train.py", "sample.py"]

@@ -203,8 +203,16 @@ def test_a_wrong_base_is_refused_and_a_moved_one_is_found(text, base, adapted, t
 def home(monkeypatch, tmp_path):
     """An empty place for runs."""
     monkeypatch.setattr(plan, "ROOT", tmp_path)
-    monkeypatch.setattr(checkpoint, "find_path", lambda path: tmp_path / path)
+    monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
     return tmp_path
+
+
+def test_a_folder_that_is_named_is_where_the_user_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("myrun", "out/quickstart", "tests"):
+        assert settle(f"out_dir={name}")[1].resolve() == tmp_path / name
+    (tmp_path / "out").mkdir()
+    assert settle()[1] == plan.ROOT / "out" / "quickstart"
 
 
 def settle(*argv, **environ):

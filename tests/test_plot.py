@@ -126,11 +126,11 @@ def test_mistakes_are_sentences(tmp_path, monkeypatch):
 
 
 def test_without_arguments_the_newest_run_is_drawn(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plot, "ROOT", tmp_path)
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="there is no run"):
         plot.main([])
     for name, when in (("old", 100), ("new", 300), ("older", 50)):
         os.utime(write(tmp_path / "out" / name) / "log.csv", (when, when))
     plot.main([])
-    assert capsys.readouterr().out.strip() == "out/new/curves.png"
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out/new/curves.png")
