@@ -1,6 +1,6 @@
 # make quickstart   install, prepare a corpus without any download, train about three minutes, sample
 # make chat         the same model, taught to answer (LoRA, some minutes); then it answers some questions
-# make test         install what the tests need, then run them
+# make test         install what the tests need, then run them by two processes; names the slowest ten
 # make bench        the benchmarks of docs/benchmarks.md that take minutes
 # make lint
 
@@ -22,7 +22,7 @@ chat: .venv/installed
 	@echo "Talk with it: .venv/bin/python sample.py --chat"
 
 test: .venv/tested
-	.venv/bin/python -m pytest -q tests
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile --durations=10 tests
 
 bench: .venv/installed
 	.venv/bin/python bench.py optim
@@ -32,7 +32,7 @@ lint: .venv/tested
 	.venv/bin/ruff check .
 
 .venv/installed: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and sys.executable + " is Python %d.%d, and 3.11 or newer is needed: make PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
 	@echo "installing torch, numpy, tiktoken and sentencepiece into .venv (once, some minutes)"
 	.venv/bin/pip install -q -r requirements.txt

@@ -3,7 +3,6 @@
 import os
 import shlex
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,43 +11,20 @@ import numpy as np
 import lora
 from chat import Template
 from configurator import Settings
-from generate import SamplingSettings, stream
+from files import write_text
+from generate import SamplingSettings, generate
 from machine import Machine
 from model import LanguageModel
 from plan import Plan
 
 TEMPERATURES = (0.8, 0.0, 1.0)
-SECONDS = 5.0  # for all samples together; what is not done then stays shorter
+PROMPTS = 3
+NEW_TOKENS = 100  # of each sample, whatever the machine: the same run writes the same samples
 
 
 def finish(s: Settings, plan: Plan, machine: Machine, out_dir: Path, model: LanguageModel, tokenizer, held_out) -> None:
-    """Write samples.txt and say what to do next. `held_out` is the validation of the task: its documents (or its
-    questions) are the prompts, as the model has not seen how they go on."""
-    if s.task == "sft":
-        template = Template(s.template, tokenizer)
-        prompts, stops = [template.prompt(talk[:-1]) for talk in held_out.conversations[:3]], template.stop_ids
-        lora.merge(model)
-    else:
-        eot = tokenizer.role("eot")
-        prompts, stops = [[eot], *([eot, *ids] for ids in beginnings(held_out.stream, tokenizer))], (eot,)
-    written, first = [], ""
-    for temperature in TEMPERATURES:
-        sampling = SamplingSettings(max_new_tokens=min(200, model.cfg.seq_len // 2), temperature=temperature)
-        if not temperature:
-            sampling = replace(sampling, top_p=1.0)
-        for prompt, row in zip(prompts, continued(model, prompts, sampling, stops), strict=True):
-            skip = s.task != "sft"  # the end of the text before
-            text = tokenizer.decode((prompt + row)[skip:])  # together: SentencePiece's spaces belong to words
-            begin = tokenizer.decode(prompt[skip:])
-            settings = f"temperature {temperature:g}, top_p {sampling.top_p:g}, seed {sampling.seed}"
-            written.append(f"-------- {settings}; the prompt is {begin!r}\n{text}\n")
-            first = first or text
-    path = out_dir / "samples.txt"
-    try:
-        path.write_text("\n".join(written), encoding="utf-8")
-        more = f" (more in {short(path)})"
-    except OSError as error:
-        more = f" (cannot write more of them to {short(path)}: {error.strerror})"
+    """Write samples.txt, and print one sample and the commands that come next."""
+    first, more = write_samples(s, out_dir / "samples.txt", model, tokenizer, held_out)
     print(f"\nA sample{more}:\n\n{first}\n")
     folder = shlex.quote(short(out_dir))
     print(f"sample   python sample.py --init_from {folder} {'--chat' if s.task == 'sft' else '--prompt ...'}\n"
@@ -57,7 +33,42 @@ def finish(s: Settings, plan: Plan, machine: Machine, out_dir: Path, model: Lang
           f"continue {longer(s, plan, machine)}", flush=True)  # fmt: skip
 
 
-def beginnings(stream, tokenizer, count: int = 3, size: int = 40) -> list[list[int]]:
+def write_samples(s: Settings, path: Path, model: LanguageModel, tokenizer, held_out) -> tuple[str, str]:
+    """Continue a few prompts at each temperature and write all to `path`. Returns the first sample, and where the
+    others are or why they cannot be written.
+
+    `held_out` is the validation of the task: its documents (or its questions) are the prompts, as the model has not
+    seen how they continue.
+    """
+    if s.task == "sft":
+        template = Template(s.template, tokenizer)
+        prompts = [template.prompt(talk[:-1]) for talk in held_out.conversations[:PROMPTS]]
+        stops = template.stop_ids
+        lora.merge(model)
+    else:
+        eot = tokenizer.role("eot")
+        prompts = [[eot], *([eot, *ids] for ids in beginnings(held_out.stream, tokenizer, PROMPTS))]
+        stops = (eot,)
+    written, first = [], ""
+    for temperature in TEMPERATURES:
+        sampling = SamplingSettings(max_new_tokens=min(NEW_TOKENS, model.cfg.seq_len // 2), temperature=temperature)
+        if not temperature:
+            sampling = replace(sampling, top_p=1.0)
+        for prompt, row in zip(prompts, generate(model, prompts, sampling, stops), strict=True):
+            skip = s.task != "sft"  # the end of the text before
+            text = tokenizer.decode((prompt + row)[skip:])  # together: SentencePiece's spaces belong to words
+            begin = tokenizer.decode(prompt[skip:])
+            settings = f"temperature {temperature:g}, top_p {sampling.top_p:g}, seed {sampling.seed}"
+            written.append(f"-------- {settings}; the prompt is {begin!r}\n{text}\n")
+            first = first or text
+    try:
+        write_text(path, "\n".join(written))
+    except OSError as error:
+        return first, f" (cannot write more of them to {short(path)}: {error.strerror})"
+    return first, f" (more in {short(path)})"
+
+
+def beginnings(stream, tokenizer, count: int, size: int = 40) -> list[list[int]]:
     """The first tokens, about `size` bytes, of `count` documents, evenly spread over the first million tokens."""
     ids = stream.read(0, 1_000_000)
     ends = np.flatnonzero(ids == stream.eot)
@@ -72,18 +83,6 @@ def beginnings(stream, tokenizer, count: int = 3, size: int = 40) -> list[list[i
         long = np.cumsum([sizes[i] for i in document]) <= size
         found.append(document[: max(1, int(long.sum()))])
     return [document for document in found if document]
-
-
-def continued(model, prompts: list[list[int]], sampling: SamplingSettings, stops: tuple[int, ...]) -> list[list[int]]:
-    """The new ids of every prompt, as many as its share of SECONDS allows."""
-    rows, end = [[] for _ in prompts], time.perf_counter() + SECONDS / len(TEMPERATURES)
-    for new in stream(model, prompts, sampling, stops):
-        for row, token in zip(rows, new, strict=True):
-            if token is not None:
-                row.append(token)
-        if time.perf_counter() > end:
-            break
-    return rows
 
 
 def longer(s: Settings, plan: Plan, machine: Machine) -> str:

@@ -280,7 +280,7 @@ def test_killed_process_leaves_no_lock_and_nothing_that_looks_complete(tmp_path,
     assert not list(tmp_path.glob("cache/*/meta.json"))
     begin = time.monotonic()
     assert text_of(made(tmp_path, data_path=corpus_file, tokenizer="char"), "train")
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 60, "it waited for the lock of a dead process"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def test_a_kill_while_the_file_is_made_anew_loses_nothing(go, tmp_path, monkeypa
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("batches.os.replace", replace)
+        patch.setattr("files.os.replace", replace)
         with pytest.raises(Killed):
             make(tmp_path / "run", first=6)
     assert table(tmp_path / "run") == before
@@ -305,8 +305,8 @@ def test_a_service_that_fails_is_left_out_and_the_run_goes_on(go, tmp_path, caps
 
 
 @pytest.mark.parametrize("module, settings, words", [
-    ("torch.utils.tensorboard", dict(tensorboard=True), "tensorboard is not installed: pip install tensorboard"),
-    ("wandb", dict(wandb="x"), "wandb is not installed: pip install wandb"),
+    ("torch.utils.tensorboard", dict(tensorboard=True), "this needs the package tensorboard: pip install tensorboard"),
+    ("wandb", dict(wandb="x"), "this needs the package wandb: pip install wandb"),
 ])  # fmt: skip
 def test_a_missing_package_is_a_sentence(go, tmp_path, monkeypatch, module, settings, words):
     monkeypatch.setitem(sys.modules, module, None)
