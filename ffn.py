@@ -207,7 +207,9 @@ class MoE(nn.Module):
         choice = scores.detach() if self.bias is None else scores.detach() + self.bias
         if self.topk_group < self.n_group:
             groups = choice.unflatten(1, (self.n_group, -1))  # (N, G, E / G)
-            quality = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(dim=-1)  # (N, G)
+            # A group is as good as its best two experts (DeepSeek-V3), with softmax as its best one (V2).
+            judged = min(2, groups.shape[-1]) if self.sigmoid else 1
+            quality = groups.topk(judged, dim=-1).values.sum(dim=-1)  # (N, G)
             best = quality.topk(self.topk_group, dim=-1).indices
             barred = torch.ones_like(quality, dtype=torch.bool).scatter_(1, best, False)
             # Not 0: with a bias the scores of all others may be lower.
@@ -220,7 +222,7 @@ class MoE(nn.Module):
         return probs, chosen, weight * self.scale
 
     @torch.no_grad()
-    def update_bias(self, counts: Tensor, rate: float) -> None:
+    def update_bias(self, counts: Tensor, rate: float | Tensor) -> None:
         """After an optimizer step: raise the bias where an expert got fewer tokens, counts (E,), than the mean."""
         if self.bias is not None:
             counts = counts.float()
@@ -233,8 +235,8 @@ class MoE(nn.Module):
 
 
 @torch.no_grad()
-def update_balance(model: nn.Module, all_reduce: Callable[[Tensor], Tensor], rate: float) -> Tensor:
-    """After an optimizer step: move the biases of all MoE layers and start counting anew.
+def update_balance(model: nn.Module, all_reduce: Callable[[Tensor], Tensor], rate: float | Tensor) -> Tensor:
+    """After an optimizer step: move the biases of all MoE layers by `rate` and count from zero again.
 
     Counts are summed over the step's forward passes, and by all_reduce, once, over the processes, so the biases stay
     the same everywhere. Returns the load of the busiest expert of any layer, as a multiple of the mean: 0-D fp32.

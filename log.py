@@ -22,7 +22,7 @@ from files import clock, optional, replacing
 from machine import Machine, peak_flops, peak_memory
 
 COLUMNS = ["step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_gb", "val_loss",
-           "val_bits_per_byte", "expert_load", "balance"]  # fmt: skip
+           "val_bits_per_byte", "expert_load", "balance", "muon_lr"]  # fmt: skip
 
 
 @dataclass
@@ -113,10 +113,11 @@ class Log:
         yield
         self.paused += time.perf_counter() - begin
 
-    def step(self, progress, lr: float, norm: float, per_step: int, more: dict[str, float]) -> None:
-        """The mean loss since the last line, cross-entropy alone, of the steps that were not skipped; learning rate,
-        gradient norm and `more` of the last step: expert_load is the busiest expert's share as a multiple of the mean,
-        balance the balance loss. Memory is the peak so far."""
+    def step(self, progress, lr: float, norm: float, per_step: int, more: dict[str, float],
+             muon_lr: float | None = None) -> None:  # fmt: skip
+        """The mean loss since the last line, cross-entropy alone, of the steps that were not skipped; learning
+        rates, gradient norm and `more` of the last step: expert_load is the busiest expert's share as a multiple of
+        the mean, balance the balance loss. Memory is the peak so far."""
         if not self.machine.is_main:
             return
         last_step, last_time = self.since
@@ -128,13 +129,15 @@ class Log:
         left = clock((self.max_steps - progress.step) * per_step / rate)
         rest = f"{memory:5.1f} GB" + (f"  skipped {progress.skipped}" if progress.skipped else "")
         rest += "".join(f"  {name.replace('_', ' ')} {value:.2f}" for name, value in more.items())
+        rates = f"lr {lr:.2e}" if muon_lr is None else f"lr {lr:.2e}  muon {muon_lr:.2e}"
         # What matters most comes first: a terminal that is too narrow cuts the end.
         self.show(f"{self.name(progress.step)}  loss {fixed(loss, 7, 4)}  {rate:9,.0f} tok/s  left {left:>8}  "
-                  f"lr {lr:.2e}  norm {fixed(norm, 6, 2)}  mfu {'-' if mfu is None else f'{mfu:.1%}':>5}  {rest}",
+                  f"{rates}  norm {fixed(norm, 6, 2)}  mfu {'-' if mfu is None else f'{mfu:.1%}':>5}  {rest}",
                   stays=not self.live)  # fmt: skip
         self.row(step=progress.step, tokens=progress.tokens, seconds=f"{progress.seconds:.2f}", loss=f"{loss:.6f}",
                  lr=f"{lr:.6e}", grad_norm=f"{norm:.4f}", tokens_per_second=f"{rate:.0f}",
                  mfu="" if mfu is None else f"{mfu:.4f}", memory_gb=f"{memory:.3f}",
+                 muon_lr="" if muon_lr is None else f"{muon_lr:.6e}",
                  **{name: f"{value:.4f}" for name, value in more.items()})  # fmt: skip
 
     def validation(self, progress, score, better: bool) -> None:

@@ -217,10 +217,11 @@ class Block(nn.Module):
 
     def think(self, x: Tensor, place: Place, cache: None = None) -> Tensor:
         x = x if self.post else self.ffn_norm(x)
-        if place.balance is None or not isinstance(self.ffn, MoE):
+        if not isinstance(self.ffn, MoE):
             return self.dropout(self.ffn(x))
         y, balance = self.ffn.balanced(x, place.weights)
-        place.balance.append(balance)
+        if place.balance is not None:
+            place.balance.append(balance)
         return self.dropout(y)
 
     def forward(self, x: Tensor, place: Place, caches: tuple = (None, None)) -> Tensor:
@@ -310,8 +311,9 @@ class LanguageModel(nn.Module):
         if start + T > limit:
             raise ValueError(f"{start + T} tokens are more than {'seq_len' if cache is None else 'the cache'}={limit}")
         x, place = self.embed_at(ids, start, cache.pad if cache is not None else None, positions)
+        place.weights = weights
         if self.training and targets is not None and self.cfg.n_expert and self.cfg.balance == "loss":
-            place.balance, place.weights = [], weights
+            place.balance = []
         if self.chain is not None:
             x = self.through_chain(x, place, cache)
         else:

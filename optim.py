@@ -27,7 +27,8 @@ from configurator import UserError
 class OptimSettings:
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: AdamW, but Muon for hidden matrices; adamw: AdamW for all
     lr: float = 3e-2            # peak learning rate of AdamW; for optimizer=adamw rather 3e-3, less for large models
-    muon_lr: float = 0.02       # peak learning rate of Muon; follows the same schedule
+    muon_lr: float = 0.0        # peak learning rate of Muon; 0 = lr / muon_ratio, so that lr scales both
+    muon_ratio: float = 1.5     # lr over muon_lr, where that is 0
     min_lr: float = -1.0        # learning rate of the last step, on the scale of lr; -1 = lr / 10
     weight_decay: float = 0.1   # decoupled, times the learning rate; on matrices, not on embeddings, norms and biases
     beta1: float = 0.9          # AdamW: memory of the mean of the gradient
@@ -49,10 +50,11 @@ class OptimSettings:
                 raise UserError(f"{field.name}={value}: choose one of {', '.join(choices)}")
             if field.name in ("beta1", "beta2", "muon_momentum") and not 0 < value < 1:
                 raise UserError(f"{field.name}={value} must be between 0 and 1")
-            if field.name in ("lr", "muon_lr", "t0", "t_mult", "decay_share") and value <= 0:
+            if field.name in ("lr", "muon_ratio", "t0", "t_mult", "decay_share") and value <= 0:
                 raise UserError(f"{field.name}={value} must be above 0")
-            if field.name in ("weight_decay", "eps", "grad_clip", "warmup_steps") and value < 0:
+            if field.name in ("muon_lr", "weight_decay", "eps", "grad_clip", "warmup_steps") and value < 0:
                 raise UserError(f"{field.name}={value} must not be negative")
+        self.muon_lr = self.muon_lr or self.lr / self.muon_ratio
         if self.min_lr > self.lr:
             raise UserError(f"min_lr={self.min_lr} is above lr={self.lr}: lower it, or set min_lr=-1 for lr / 10")
         if not 0 <= self.ema < 1:
@@ -415,16 +417,22 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.decay, self.updates = decay, 0
+        self.decay = decay
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.weights = {name: p.detach().float().clone() for name, p in self.params.items()}
+        device = next(iter(self.weights.values())).device
+        self.updates = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def update(self) -> None:
-        """After each optimizer step."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.weights.values()), [p.float() for p in self.params.values()], 1 - decay)
-        self.updates += 1
+    def update(self, finite: Tensor | None = None) -> None:
+        """After each optimizer step; one that was skipped, as its gradient was not `finite`, moves nothing."""
+        new = (9 / (10 + self.updates)).clamp(min=1 - self.decay)  # 1 - d, the share of the new weights
+        done = torch.ones_like(self.updates)
+        if finite is not None:
+            new, done = torch.where(finite, new, 0.0), finite
+        for name, average in self.weights.items():
+            average.lerp_(self.params[name].float(), new)
+        self.updates += done
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -442,9 +450,9 @@ class EMA:
             p.copy_(weights[name])
 
     def state_dict(self) -> dict:
-        """{"updates": int, "weights": {name: fp32 tensor}}; the weights load into a model as they are."""
+        """{"updates": 0-D tensor, "weights": {name: fp32 tensor}}; the weights load into a model as they are."""
         return {"updates": self.updates, "weights": dict(self.weights)}
 
     def load_state_dict(self, saved: dict) -> None:
         restore(self.weights, saved["weights"], "average of the weights")
-        self.updates = saved["updates"]
+        self.updates.fill_(saved["updates"])  # an int in older checkpoints

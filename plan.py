@@ -25,7 +25,7 @@ MAY_CHANGE = {"dropout", "label_smoothing", "init_std", "checkpoint_activations"
 FIXED = [*LoraSettings.__dataclass_fields__, *ChatSettings.__dataclass_fields__]
 # Fine-tuning starts from weights that are good already; where nothing is said, its steps are fewer and smaller.
 OUTSIDE = ("environment", "command line")  # of a config file
-FINE_TUNING = {"lr": 5e-3, "muon_lr": 2e-3, "max_steps": 400, "warmup_steps": 20, "eval_interval": 100}
+FINE_TUNING = {"lr": 5e-3, "muon_ratio": 2.5, "max_steps": 400, "warmup_steps": 20, "eval_interval": 100}
 
 
 @dataclass

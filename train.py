@@ -205,9 +205,10 @@ class Run:
     def describe(self) -> None:
         counts, cfg, plan = self.model.count_parameters(), self.model.cfg, self.plan
         per_step, parts = plan.sequences * cfg.seq_len, plan.per_rank // plan.micro_batch
+        active = f"{counts['active']:,} of them active for a token, " if counts["active"] < counts["total"] else ""
         self.machine.print(
-            f"model    {counts['total']:,} parameters, {counts['total'] - counts['embedding']:,} without embeddings; "
-            f"{self.model.flops_per_token() / 1e6:.0f} MFLOP per token")  # fmt: skip
+            f"model    {counts['total']:,} parameters, {active}{counts['total'] - counts['embedding']:,} without "
+            f"embeddings; {self.model.flops_per_token() / 1e6:.0f} MFLOP per token")  # fmt: skip
         if self.s.use_lora:
             self.machine.print(f"adapters {lora.describe(self.model)}")
         self.machine.print(
@@ -215,6 +216,9 @@ class Run:
             f"{self.validation.tokens:,} tokens\n"
             f"steps    {plan.max_steps:,} of {per_step:,} tokens{f' in {parts} forward passes' if parts > 1 else ''}: "
             f"{plan.max_steps * plan.sequences / self.batches.per_epoch:.2f} epochs")  # fmt: skip
+        lr, muon_lr = self.rates()
+        if muon_lr is not None:
+            self.machine.print(f"rates    lr {lr:g} (AdamW), muon_lr {muon_lr:g} for hidden matrices (Muon)")
         if self.s.tokenizer == "char" and self.s.dataset == "stdlib" and not self.s.data_path:
             self.machine.print("         Python source has few characters: DATA_PATH=<text of yours> brings its own")
 
@@ -301,11 +305,17 @@ class Run:
         if self.scale:
             self.scale.update(finite)
         if self.ema:
-            self.ema.update()
+            self.ema.update(finite)
         if self.s.n_expert:
-            self.load = update_balance(self.model, machine.all_reduce, 0.0 if self.s.use_lora else self.s.balance_rate)
+            rate = 0.0 if self.s.use_lora else self.s.balance_rate
+            self.load = update_balance(self.model, machine.all_reduce, torch.where(finite, rate, 0.0))
         self.bad = torch.where(finite, 0.0, self.bad + 1)
         return norm
+
+    def rates(self, factor: float = 1.0) -> tuple[float, float | None]:
+        """The learning rates at `factor` times their peaks: AdamW's, and Muon's or None where it does not run."""
+        settings = self.optimizer.settings
+        return factor * settings.lr, factor * settings.muon_lr if self.optimizer.stacks else None
 
     def report(self, factor: float, norm: float) -> None:
         """A line of the log; too many bad steps in a row end the run."""
@@ -316,7 +326,8 @@ class Run:
         if self.s.n_expert:
             more = {"expert_load": self.load.item()}
             more |= {"balance": self.model.balance.item()} if self.s.balance == "loss" else {}
-        self.log.step(progress, factor * self.s.lr, norm, self.plan.sequences * self.s.seq_len, more)
+        lr, muon_lr = self.rates(factor)
+        self.log.step(progress, lr, norm, self.plan.sequences * self.s.seq_len, more, muon_lr)
         progress.nats, progress.learned = self.nats.zero_().item(), self.learned.zero_().item()
         if self.bad >= self.s.max_skipped:
             good = checkpoint.steps(self.out_dir)

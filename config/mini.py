@@ -10,6 +10,7 @@ residual = "parallel"
 ffn = "gelu"
 
 lr = 1e-2
+muon_ratio = 0.5
 warmup_steps = 100
 batch_size = 16
 max_steps = 2000

@@ -6,6 +6,7 @@ dataset = "shakespeare"
 tokenizer = "char"
 dropout = 0.1
 lr = 1e-2
+muon_ratio = 0.5
 max_steps = 1500
 eval_interval = 250
 eval_tokens = 0

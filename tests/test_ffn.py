@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 import ffn
 from configurator import UserError
 from ffn import ACTIVATIONS, FeedForward, MoE, update_balance
+from model import LanguageModel, ModelConfig
 from optim import OptimSettings, build_optimizer
 from reversible import Branch, Chain
 
@@ -296,6 +297,20 @@ def test_the_gradient_of_the_balance_loss_leads_to_balance():
         loads.append(load(moe))
         moe.counts.zero_()
     assert loads[0] > 2 and loads[-1] < 1.3 and balance < 1.05
+
+
+@pytest.mark.parametrize("balance", ["loss", "bias", "none"])
+@pytest.mark.parametrize("more", [{}, dict(reversible=True), dict(checkpoint_activations=True)])
+def test_tokens_of_weight_0_count_in_no_way_of_balancing(balance, more):
+    if more.get("reversible") and balance == "loss":
+        return
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(vocab_size=64, seq_len=16, d_model=32, n_layer=2, n_head=4, n_expert=4,
+                                      d_expert=8, balance=balance, **more)).train()  # fmt: skip
+    ids, weights = torch.randint(64, (2, 16)), torch.zeros(2, 16)
+    weights[:, :3] = 1
+    model(ids, ids, weights).sum().backward()
+    assert [int(moe.counts.sum()) for moe in model.experts()] == [6 * 2, 6 * 2]
 
 
 @pytest.mark.parametrize("router", ["softmax", "sigmoid"])

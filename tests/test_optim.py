@@ -440,6 +440,29 @@ def test_ema_equals_its_formula():
     torch.testing.assert_close(ema.weights["norm.weight"], expected)
 
 
+def test_a_skipped_step_does_not_move_the_average():
+    one, other = (EMA(small_model(), decay=0.5) for _ in range(2))
+    for ema, wanted in ((one, [True, False, True]), (other, [True, True])):
+        for finite in wanted:
+            ema.update(torch.tensor(finite))
+            for p in ema.params.values():
+                p.data += 1.0 if finite else 0.0
+    assert_identical(one.state_dict()["weights"], other.state_dict()["weights"])
+    assert one.updates == other.updates == 2
+
+
+def test_an_average_of_an_older_checkpoint_loads():
+    ema = EMA(small_model(), decay=0.5)
+    ema.load_state_dict({"updates": 7, "weights": ema.state_dict()["weights"]})
+    assert ema.updates == 7
+
+
+def test_lr_alone_scales_the_rate_of_muon_too():
+    assert (OptimSettings().lr, OptimSettings().muon_lr) == (0.03, 0.02)
+    assert OptimSettings(lr=0.003).muon_lr == pytest.approx(0.002)
+    assert OptimSettings(lr=0.003, muon_lr=0.02).muon_lr == 0.02
+
+
 def test_ema_is_in_the_model_inside_the_context_only_even_after_an_error():
     model = small_model()
     ema = EMA(model, decay=0.9)

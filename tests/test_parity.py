@@ -113,12 +113,18 @@ def test_qwen3_moe(renormalise):
                 router_renormalise=renormalise)  # fmt: skip
 
 
-@pytest.mark.parametrize("version", [2, 3])
+GROUPS = dict(n_group=4, topk_group=2, routed_scaling_factor=2.5)
+DEEPSEEK = {"greedy": dict(topk_method="greedy"), "group_limited_greedy": dict(topk_method="group_limited_greedy"),
+            "noaux_tc": {}}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", DEEPSEEK)
 @pytest.mark.parametrize("q_rank", [0, 20])
-def test_deepseek_with_latent_attention_and_experts(version, q_rank):
+def test_deepseek_with_latent_attention_and_experts(method, q_rank):
     import transformers
 
-    more = dict(n_group=4, topk_group=2, routed_scaling_factor=2.5) if version == 3 else dict(topk_method="greedy")
+    version = 3 if method == "noaux_tc" else 2
+    more = DEEPSEEK[method] | (GROUPS if method != "greedy" else {})
     config = getattr(transformers, f"DeepseekV{version}Config")(
         **SIZES | {"num_key_value_heads": 4}, kv_lora_rank=12, q_lora_rank=q_rank or None, qk_rope_head_dim=6,
         qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=8, num_experts_per_tok=3, n_shared_experts=2,
@@ -137,7 +143,8 @@ def test_deepseek_with_latent_attention_and_experts(version, q_rank):
             state[name] = torch.randn(8) * 0.1
             gate = model.get_submodule(f"model.layers.{name.split('.')[1]}.mlp.gate")
             gate.e_score_correction_bias.data = state[name]
-    own = dict(router="sigmoid", router_scale=2.5, balance="bias", n_group=4, topk_group=2) if version == 3 else dict(
-        router_renormalise=False)  # fmt: skip
+    own = dict(router="sigmoid", balance="bias") if version == 3 else dict(router_renormalise=False)
+    if method != "greedy":
+        own |= dict(router_scale=2.5, n_group=4, topk_group=2)
     same_logits(model, state, attention="mla", n_kv_head=4, kv_rank=12, q_rank=q_rank, rope_dim=6, n_expert=8, top_k=3,
                 n_shared=2, d_expert=16, n_dense=1, **own)  # fmt: skip

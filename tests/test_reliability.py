@@ -252,6 +252,15 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(go, tmp_path, monkeypa
     assert "skipped 2" in capsys.readouterr().out
 
 
+def test_a_skipped_step_moves_neither_the_average_nor_the_bias_of_the_router(go, tmp_path, monkeypatch):
+    experts = dict(n_expert=4, d_expert=16, balance="bias", balance_rate=0.1, ema=0.9, eval_interval=1, max_steps=4)
+    poison(monkeypatch, {4})
+    go(**experts)
+    before, after = (checkpoint.load(tmp_path / "run" / f"step_0000000{n}.pt") for n in (3, 4))
+    assert same(before["ema"], after["ema"]) and same(before["model"], after["model"])
+    assert any(name.endswith("ffn.bias") for name in after["model"])
+
+
 def test_too_many_bad_steps_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(go, tmp_path, monkeypatch):
     poison(monkeypatch, range(8, 100))
     with pytest.raises(UserError) as error:
