@@ -450,9 +450,9 @@ class EMA:
             p.copy_(weights[name])
 
     def state_dict(self) -> dict:
-        """{"updates": 0-D tensor, "weights": {name: fp32 tensor}}; the weights load into a model as they are."""
-        return {"updates": self.updates, "weights": dict(self.weights)}
+        """{"updates": int, "weights": {name: fp32 tensor}}; the weights load into a model as they are."""
+        return {"updates": int(self.updates), "weights": dict(self.weights)}
 
     def load_state_dict(self, saved: dict) -> None:
         restore(self.weights, saved["weights"], "average of the weights")
-        self.updates.fill_(saved["updates"])  # an int in older checkpoints
+        self.updates.fill_(saved["updates"])

@@ -451,12 +451,6 @@ def test_a_skipped_step_does_not_move_the_average():
     assert one.updates == other.updates == 2
 
 
-def test_an_average_of_an_older_checkpoint_loads():
-    ema = EMA(small_model(), decay=0.5)
-    ema.load_state_dict({"updates": 7, "weights": ema.state_dict()["weights"]})
-    assert ema.updates == 7
-
-
 def test_lr_alone_scales_the_rate_of_muon_too():
     assert (OptimSettings().lr, OptimSettings().muon_lr) == (0.03, 0.02)
     assert OptimSettings(lr=0.003).muon_lr == pytest.approx(0.002)
