@@ -26,7 +26,7 @@ from tokenizer import StreamDecoder, Tokenizer
 
 TEMPLATES = ("chatml", "alpaca", "inst")
 
-Message = dict[str, str]
+Message = dict  # {"role": str, "content": str}, perhaps "input": str, or "learn": False of an answer
 
 
 @dataclass
@@ -97,19 +97,21 @@ class Template:
     def render(self, messages: list[Message], learn: str = "response") -> tuple[list[int], list[bool]]:
         """(ids, learned): learned[i] is True if token i is a target that counts, be it predicted or the very first.
 
-        "response": the tokens of every answer and its end token; "all": every token. A last message of the user
-        stands there without an answer.
+        "response": the tokens of every answer and its end token; "all": every token. An answer with "learn": False is
+        not learned in either case. A last message of the user stands there without an answer.
         """
         system, turns = split_turns(messages)
         ids: list[int] = []
         learned: list[bool] = []
         for n, (user, answer) in enumerate(turns):
-            parts = [(self.opening(user, system if n == 0 else ""), False)]
+            prompts = learn == "all"
+            parts = [(self.opening(user, system if n == 0 else ""), prompts)]
             if answer is not None:
-                parts += [(self._encode(answer, self.ending[0]), True), (self.ending[1:], False)]
+                text = self._encode(answer["content"], self.ending[0])
+                parts += [(text, answer.get("learn", True)), (self.ending[1:], prompts)]
             for part, counts in parts:
                 ids += part
-                learned += [counts or learn == "all"] * len(part)
+                learned += [counts] * len(part)
         return ids, learned
 
     def prompt(self, messages: list[Message]) -> list[int]:
@@ -132,8 +134,8 @@ class Template:
         return self.ending + self.opening(user)
 
 
-def split_turns(messages: list[Message]) -> tuple[str, list[tuple[Message, str | None]]]:
-    """[system,] user, assistant, user ... -> (system text, [(user's message, answer or None), ...]).
+def split_turns(messages: list[Message]) -> tuple[str, list[tuple[Message, Message | None]]]:
+    """[system,] user, assistant, user ... -> (system text, [(user's message, answer's message or None), ...]).
 
     Raises UserError if the roles are in another order.
     """
@@ -146,7 +148,7 @@ def split_turns(messages: list[Message]) -> tuple[str, list[tuple[Message, str |
                             "conversation is an optional system text, then user and assistant by turns")  # fmt: skip
     if not rest:
         raise UserError("a conversation needs a message of the user")
-    answers = [*(message["content"] for message in rest[1::2]), None]
+    answers = [*rest[1::2], None]
     return messages[0]["content"] if has_system else "", list(zip(rest[::2], answers, strict=False))
 
 

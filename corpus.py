@@ -31,6 +31,7 @@ from types import ModuleType
 from configurator import ROOT, UserError, find_path
 from download import download as download  # what most prepare.py need
 from download import missing as missing
+from files import unique_fields
 
 SEPARATOR = "<|endoftext|>"
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".parquet")
@@ -312,7 +313,7 @@ def json_records(path: Path) -> Iterator[tuple[str, object]]:
             try:
                 line = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if line:
-                    yield where, json.loads(line)
+                    yield where, json.loads(line, object_pairs_hook=unique_fields)
             except UnicodeDecodeError as error:
                 raise UserError(f"{where} is not UTF-8 at byte {error.start} of the line") from None
             except (ValueError, RecursionError) as error:

@@ -211,6 +211,15 @@ def read_json(path: Path, shape=dict, remedy: str = ""):
     return content
 
 
+def unique_fields(pairs: list[tuple[str, object]]) -> dict:
+    """For json.loads(text, object_pairs_hook=unique_fields): of two equal names in an object, one would be lost."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has the field {next(name for name in names if names.count(name) > 1)!r} twice")
+    return fields
+
+
 class Either(tuple):
     """Either(int, None): a shape that is one of several."""
 

@@ -1,30 +1,19 @@
-"""Fine-tuning examples: conversations in files -> rows of examples that do not see each other.
+"""Fine-tuning examples: conversations (conversations.py) -> rows of examples that do not see each other.
 
     train, val = split_examples(list(read_examples("my.jsonl")), val_share=0.05)
     examples = Examples(train, Template("chatml", tokenizer), seq_len=256, seed=1)
     ids, targets, weights, positions = examples.get(first, count)     # (count, 256) each
-
-A file is .jsonl (also .gz), one record a line, of one of two kinds,
-
-    {"instruction": "Translate.", "input": "Guten Tag", "output": "Good day"}         # "input" may be left out
-    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
-
-or plain text with these lines before the parts of each example (what stands before the first one is its system text,
-and a line `<|endoftext|>` ends an example):
-
-    ### Instruction:
-    ### Input:
-    ### Response:
 """
 
 import bisect
 import hashlib
 import json
-import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
+from textwrap import shorten
 from typing import Literal
 
 import numpy as np
@@ -32,23 +21,14 @@ import torch
 from torch import Tensor
 
 from batches import permute, round_keys
-from chat import Message, Template, split_turns
+from chat import Template
 from configurator import UserError, cache_folder
-from corpus import (
-    SEPARATOR,
-    dataset_name,
-    document_hash,
-    json_records,
-    load_dataset,
-    record_text,
-    text_blocks,
-    text_files,
-)
+from conversations import Conversation, example_files, read_examples
+from corpus import dataset_name, document_hash, load_dataset
 from data import say, working
-from files import replacing
+from files import replacing, visible
 from tokenizer import Tokenizer
 
-Conversation = list[Message]
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # ids, targets (B, T) int64, weights float32, positions int64
 
 
@@ -67,96 +47,23 @@ class SftSettings:
 # Files
 
 
-def read_examples(path: str | Path) -> Iterator[Conversation]:
-    """The conversations of a file, or of the .jsonl and .txt files of a folder; each ends with an answer.
-
-    Raises UserError with file and line for a record that is none.
-    """
-    for file in text_files(path):
-        is_jsonl = file.name.lower().removesuffix(".gz").endswith(".jsonl")
-        yield from jsonl_examples(file) if is_jsonl else text_examples(file)
-
-
-def jsonl_examples(path: Path) -> Iterator[Conversation]:
-    for where, record in json_records(path):
-        yield checked(record_messages(record, where), where)
-
-
-def record_messages(record, where: str) -> Conversation:
-    """A record of either kind -> messages."""
-    if isinstance(record, dict) and isinstance(record.get("messages"), list):
-        for number, part in enumerate(record["messages"], 1):
-            if not isinstance(part, dict) or not {"role", "content"} <= part.keys():
-                raise UserError(f"{where}: message {number} needs a role and a content")
-        return [{key: record_text(part, key, where) for key in ("role", "content", "input") if key in part}
-                for part in record["messages"]]  # fmt: skip
-    if not isinstance(record, dict) or not {"instruction", "output"} <= record.keys():
-        raise UserError(f"{where}: expected a record with a list of messages, or with instruction and output")
-    user = {"role": "user", "content": record_text(record, "instruction", where)}
-    if record.get("input"):
-        user["input"] = record_text(record, "input", where)
-    return [user, {"role": "assistant", "content": record_text(record, "output", where)}]
-
-
-def checked(messages: Conversation, where: str) -> Conversation:
-    """The messages, if they are a conversation that ends with an answer that is not blank."""
-    try:
-        split_turns(messages)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        raise UserError(f"{where} has no answer at its end: add one, or remove the example")
-    return messages
-
-
-HEADING = re.compile(r"### (Instruction|Input|Response):")
-BEFORE = {"Instruction": ("",), "Input": ("Instruction",), "Response": ("Instruction", "Input")}
-
-
-def text_examples(path: Path) -> Iterator[Conversation]:
-    """The blocks of a text file; blank lines around a part are no part of it."""
-    parts: dict[str, list[str]] = {"": []}  # of this example, "" being what stands before its first heading
-    start = 1
-    for number, line in enumerate([*"".join(block for block, _ in text_blocks(path)).split("\n"), SEPARATOR], 1):
-        name = found[1] if (found := HEADING.match(line)) else ""
-        if line == SEPARATOR or (name == "Instruction" and "Response" in parts):
-            if len(parts) > 1 or "".join(parts[""]).strip():
-                yield block_messages(parts, f"{path}, line {start}")
-            parts, start = {"": []}, number
-        if name:
-            last = next(reversed(parts))
-            if last not in BEFORE[name]:
-                after = f"### {last}:" if last else "no ### Instruction:"
-                raise UserError(f"{path}, line {number}: ### {name}: behind {after}, but an example is an Instruction, "
-                                "perhaps an Input, and a Response")  # fmt: skip
-            parts[name] = [line[found.end() :].strip()]
-            start = number if name == "Instruction" else start
-        elif line != SEPARATOR:
-            parts[next(reversed(parts))].append(line)
-
-
-def block_messages(parts: dict[str, list[str]], where: str) -> Conversation:
-    if "Response" not in parts:
-        raise UserError(f"{where}: {'no ### Response:' if len(parts) > 1 else 'text without ### Instruction:'}")
-    text = {name: re.sub(r"^\s*\n", "", "\n".join(lines)).rstrip() for name, lines in parts.items()}
-    user = {"role": "user", "content": text["Instruction"]} | ({"input": text["Input"]} if text.get("Input") else {})
-    system = [{"role": "system", "content": text[""]}] if text[""] else []
-    return checked([*system, user, {"role": "assistant", "content": text["Response"]}], where)
-
-
-def split_examples(examples: list[Conversation], val_share: float) -> tuple[list[Conversation], list[Conversation]]:
-    """(train, val): about `val_share` of the different conversations, at least one, chosen by the hash of their text.
+def split_examples(examples: list[Conversation], val_share: float, fits: Callable[[Conversation], bool] = bool,
+                   ) -> tuple[list[Conversation], list[Conversation]]:  # fmt: skip
+    """(train, val): about `val_share` of the different conversations, at least one, chosen by the hash of their text
+    among those that `fits` allows.
 
     Equal conversations never part, and the choice depends neither on a seed nor on the order of the examples.
     """
     hashes = [document_hash(json.dumps(example, sort_keys=True)) for example in examples]
-    order = sorted(set(hashes))
-    if not 0 < val_share < 1 or len(order) < 2:
-        raise UserError(f"val_share={val_share} of {len(order)} different examples leaves nothing to train or validate "
-                        "on: it must lie between 0 and 1, and two examples is the least")  # fmt: skip
-    below = order[min(len(order) - 1, max(1, round(val_share * len(order))))]
-    return ([example for example, key in zip(examples, hashes, strict=True) if key >= below],
-            [example for example, key in zip(examples, hashes, strict=True) if key < below])  # fmt: skip
+    different = dict(zip(hashes, examples, strict=True))
+    if not 0 < val_share < 1 or len(different) < 2:
+        raise UserError(f"val_share={val_share} of {len(different)} different examples leaves nothing to train or "
+                        "validate on: it must lie between 0 and 1, and two examples is the least")  # fmt: skip
+    allowed = (key for key in sorted(different) if fits(different[key]))
+    count = min(len(different) - 1, max(1, round(val_share * len(different))))
+    chosen = set(islice(allowed, count))
+    return ([example for example, key in zip(examples, hashes, strict=True) if key not in chosen],
+            [example for example, key in zip(examples, hashes, strict=True) if key in chosen])  # fmt: skip
 
 
 def open_examples(s, tokenizer: Tokenizer, quiet: bool = False) -> tuple["Examples", "ExampleValidation"]:
@@ -165,30 +72,46 @@ def open_examples(s, tokenizer: Tokenizer, quiet: bool = False) -> tuple["Exampl
     `val_path`, else a share of the examples, is for validation; of these, as many as have eval_tokens ids.
     """
     template = Template(s.template, tokenizer)
-    if s.data_path:
-        own = text_files(s.val_path) if s.val_path else []
-        known = {file.resolve() for file in own}
-        files = [file for file in text_files(s.data_path) if file.resolve() not in known]
-        train = [each for file in files for each in read_examples(file)]
-        val = [each for file in own for each in read_examples(file)]
-        if not own:
-            train, val = split_examples(train, s.val_share)
-    else:
-        folder = prepare_examples(s, quiet)
-        train, val = (list(read_examples(folder / f"{split}.jsonl")) for split in ("train", "val"))
+
+    def with_system(example: Conversation) -> Conversation:
+        own = example[0]["role"] == "system" or not s.system
+        return example if own else [{"role": "system", "content": s.system}, *example]
+
+    def fits(example: Conversation) -> bool:
+        return fit(*template.render(with_system(example)), s.seq_len) is not None
+
+    train, val = read_files(s, quiet)
+    if not val and train and not s.val_path:
+        train, val = split_examples(train, s.val_share, fits)
+    train, val = (list(map(with_system, part)) for part in (train, val))
     for name, part in (("data_path", train), ("val_path", val)):
         if not part:
             raise UserError(f"there is no example left to {'train' if part is train else 'validate'} on: see {name}")
-    if s.system:
-        text = [{"role": "system", "content": s.system}]
-        train, val = ([each if each[0]["role"] == "system" else text + each for each in part] for part in (train, val))
     if s.eval_tokens:
-        ends = np.cumsum([len(template.render(each)[0]) for each in val])
+        ends = np.cumsum([len(template.render(each)[0]) * fits(each) for each in val])
         val = val[: max(1, int(np.searchsorted(ends, s.eval_tokens)))]
-    say(f"example  {show_example(*template.render(train[0], s.learn), tokenizer)}\n         (learned: between ⟦ and ⟧)",
-        quiet)  # fmt: skip
+    shown = show_example(*template.render(train[0], s.learn), tokenizer)
+    say(visible(f"example  {shown}\n         (learned: between ⟦ and ⟧)"), quiet)
     rows, held_out = (Examples(part, template, s.seq_len, s.learn, s.seed, s.packing) for part in (train, val))
     return rows, ExampleValidation(held_out)
+
+
+def read_files(s, quiet: bool) -> tuple[list[Conversation], list[Conversation]]:
+    """(train, val) as the files have them; val is empty where they leave the choice to us. Says what was read."""
+    if s.data_path:
+        val_files = example_files(s.val_path) if s.val_path else []
+        known = {file.resolve() for file in val_files}
+        train_files = [file for file in example_files(s.data_path) if file.resolve() not in known]
+    else:
+        folder = prepare_examples(s, quiet)
+        train_files, val_files = [folder / "train.jsonl"], [folder / "val.jsonl"]
+    notes: Counter = Counter()
+    train, val = ([each for file in files for each in read_examples(file, notes)] for files in (train_files, val_files))
+    names = ", ".join(file.name for file in train_files + val_files)
+    say(visible(f"examples {len(train) + len(val):,} of {shorten(names, 300)}"), quiet)
+    for note, count in notes.items():
+        say(visible(f"         {note} ({count:,} times)"), quiet)
+    return train, val
 
 
 def prepare_examples(s, quiet: bool) -> Path:
@@ -204,7 +127,7 @@ def prepare_examples(s, quiet: bool) -> Path:
         for split in ("train", "val"):
             if not (folder / f"{split}.jsonl").is_file():
                 with replacing(folder / f"{split}.jsonl") as file:
-                    file.writelines(json.dumps(each).encode() + b"\n" for each in module.examples(split))
+                    file.writelines(json.dumps(each, default=str).encode() + b"\n" for each in module.examples(split))
     return folder
 
 
@@ -238,9 +161,17 @@ class Examples:
         self.ids: list[np.ndarray] = []      # of each example
         self.weights: list[np.ndarray] = []  # 1 for an id that is a target to be learned
         for conversation in conversations:
-            if fitting := self.fit(*map(np.array, template.render(conversation))):
-                self.ids.append(fitting[0].astype(np.int32))
-                self.weights.append(np.ones_like(fitting[1]) if learn == "all" else fitting[1])
+            ids, weights = template.render(conversation)
+            fitting = fit(ids, weights, seq_len)
+            if fitting is None:
+                self.dropped += 1
+                continue
+            kept, weights = fitting
+            self.cut += len(kept) < len(ids)
+            if learn == "all":
+                weights = template.render(conversation, "all")[1][-len(kept) :]
+            self.ids.append(np.array(kept, np.int32))
+            self.weights.append(np.array(weights, bool))
         if not self.ids:
             raise UserError(f"none of {len(conversations)} examples has an answer that fits into seq_len={seq_len}")
         lengths = np.array([len(ids) - 1 for ids in self.ids])
@@ -254,21 +185,6 @@ class Examples:
         sizes = np.array([len(token) for token in template.tokenizer.token_bytes()])
         counted = zip(self.ids, self.weights, strict=True)
         self.bytes = sum(int(sizes[ids[1:][weights[1:]]].sum()) for ids, weights in counted)
-
-    def fit(self, ids: np.ndarray, learned: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """The newest seq_len + 1 ids and what is learned of them; None if the last answer would lose its beginning."""
-        first = len(ids) - self.seq_len - 1  # the first id to stay
-        if first <= 0:
-            return ids, learned
-        answers = np.flatnonzero(learned)
-        begins = np.flatnonzero(~learned[: answers[-1]])[-1] + 1 if len(answers) else 0  # of the last answer
-        if begins <= first:
-            self.dropped += 1
-            return None
-        self.cut += 1
-        ids, learned = ids[first:], learned[first:]
-        learned[: np.argmin(learned)] = False  # the rest of an answer whose question is gone
-        return ids, learned
 
     def describe(self) -> str:
         """For the screen."""
@@ -297,6 +213,22 @@ class Examples:
                 positions[b, place] = np.arange(place.stop - place.start)
             positions[b, at:] = np.arange(self.seq_len - at)
         return tuple(map(torch.from_numpy, (ids, targets, weights, positions)))
+
+
+def fit(ids: list[int], learned: list[bool], seq_len: int) -> tuple[list[int], list[bool]] | None:
+    """The newest seq_len + 1 ids and what is learned of them; None if the last answer would lose its beginning."""
+    first = len(ids) - seq_len - 1  # the first id to stay
+    if first <= 0:
+        return ids, learned
+    if True not in learned:
+        return None
+    last = len(learned) - learned[::-1].index(True)  # the last answer ends before it
+    begins = last - (learned[:last][::-1].index(False))
+    if begins <= first:
+        return None
+    ids, learned = ids[first:], learned[first:]
+    rest = learned.index(False)  # of an answer whose question is gone
+    return ids, [False] * rest + learned[rest:]
 
 
 def pack(lengths: np.ndarray, order: np.ndarray, size: int) -> list[list[int]]:

@@ -17,6 +17,7 @@ FLOORS = [
     ["generate", "checkpoint", "shards", "plot"],
     ["data"],
     ["chat"],
+    ["conversations"],
     ["sft", "plan", "tasks"],
     ["eval", "finish"],
     ["train", "sample", "interop", "bench"],

@@ -210,11 +210,13 @@ def test_both_kinds_of_records_become_messages(tmp_path):
     first = {"instruction": "Translate.", "input": CHINESE, "output": "Moon"}
     second = {"instruction": "3.14 ... i.e. [this]", "input": "", "output": EMOJI, "id": 7}
     third = {"messages": talk("Hi", "Hello", "So?", "", "And?", "Yes", system="Be brief.")}
+    unlearned = talk("Hi", "Hello", "So?", "", "And?", "Yes", system="Be brief.")
+    unlearned[4]["learn"] = False
     file = write(tmp_path / "a.jsonl", "\ufeff" + json.dumps(first), "", second, third, newline="\r\n")
     assert list(read_examples(file)) == [
         [{"role": "user", "content": "Translate.", "input": CHINESE}, {"role": "assistant", "content": "Moon"}],
         talk("3.14 ... i.e. [this]", EMOJI),
-        talk("Hi", "Hello", "So?", "", "And?", "Yes", system="Be brief."),
+        unlearned,
     ]
 
 
@@ -234,7 +236,8 @@ def test_half_a_surrogate_pair_in_json_becomes_text(tmp_path):
     ('{"messages": []}', "needs a message of the user"),
     ('{"messages": [{"role": "user"}]}', "message 1 needs a role and a content"),
     ('{"messages": [{"role": "user", "content": ["a"]}]}', "'content' holds a list"),
-    ('{"messages": [{"role": "human", "content": "a"}]}', "message 1 is of role 'human'"),
+    ('{"messages": [{"role": "narrator", "content": "a"}]}', "message 1 is of role 'narrator'"),
+    ('{"messages": [{"role": "gpt", "content": "a"}]}', "message 1 is of role 'assistant', expected 'user'"),
 ])  # fmt: skip
 def test_a_broken_line_is_named_with_its_file(tmp_path, line, complaint):
     file = write(tmp_path / "bad.jsonl", {"instruction": "a", "output": "b"}, "", line)

@@ -4,6 +4,7 @@
     dataset=hf:Salesforce/wikitext,wikitext-2-raw-v1                       # a subset
     dataset=hf:openai/gsm8k,main,column=question                           # another column
     dataset=hf:wikimedia/wikipedia,20231101.en,limit=2e9+my_folder         # two, one after the other
+    SFT_MODE=1 dataset=hf:tatsu-lab/alpaca                                 # rows of conversations.py's formats
 
 A path is a name on the Hub, a folder of .parquet, .jsonl or .csv files, or one that `save_to_disk` wrote. Rows are
 streamed: nothing is downloaded ahead, and each pass (validation, training of the tokenizer, tokens) reads them anew. A
@@ -79,6 +80,20 @@ def documents(split: str) -> Iterator[str]:
         yield from (text for text in found if document_hash(text) not in held_out)
 
 
+def examples(split: str) -> Iterator[dict]:
+    """The rows of `split` as they are, for fine-tuning; none of "val" where nobody has split them."""
+    if not chosen:
+        raise UserError("dataset=hf: say which dataset, for example dataset=hf:tatsu-lab/alpaca")
+    for choice in chosen:
+        train, val = open_splits(choice)
+        read = 0
+        for row in safely(choice, train if split == "train" else val or ()):
+            read += sum(len(value) for value in map(str, row.values()))
+            yield row
+            if choice.limit and read >= choice.limit:
+                break
+
+
 def carve(choice: Choice, rows: Iterable[dict], split: str) -> Iterator[str]:
     """The training or the validation part of rows that nobody has split."""
     pieces = lambda: ((text, True) for text in texts(choice, rows))  # noqa: E731
@@ -86,16 +101,23 @@ def carve(choice: Choice, rows: Iterable[dict], split: str) -> Iterator[str]:
     return itertools.islice(mine, VAL_DOCUMENTS if split == "val" else None)
 
 
-def texts(choice: Choice, rows: Iterable[dict]) -> Iterator[str]:
-    """What the column holds, row by row, up to the limit; rows without text are passed over."""
-    rows, read = iter(rows), 0
-    while not choice.limit or read < choice.limit:
+def safely(choice: Choice, rows: Iterable[dict]) -> Iterator[dict]:
+    """The rows; what goes wrong on the way is one sentence."""
+    rows = iter(rows)
+    while True:
         try:
             row = next(rows, None)
         except Exception as error:  # of the network, of a broken file: each package beneath has errors of its own
             raise UserError(f"dataset=hf:{choice.path} broke off ({one_line(error)}); start again") from None
         if row is None:
             return
+        yield row
+
+
+def texts(choice: Choice, rows: Iterable[dict]) -> Iterator[str]:
+    """What the column holds, row by row, up to the limit; rows without text are passed over."""
+    read = 0
+    for row in safely(choice, rows):
         text = row.get(choice.column, 0)
         if not isinstance(text, str | None):
             names = ", ".join(name for name, value in row.items() if isinstance(value, str))
@@ -104,6 +126,8 @@ def texts(choice: Choice, rows: Iterable[dict]) -> Iterator[str]:
         if text:
             read += len(text)
             yield text
+        if choice.limit and read >= choice.limit:
+            return
 
 
 def open_splits(choice: Choice) -> tuple[Iterable[dict], Iterable[dict] | None]:
