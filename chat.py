@@ -257,16 +257,20 @@ class Chat:
         return choose(logits, self.sampling, self.generator, [answer], banned).item()
 
 
-def before_stop(pieces: Iterable[str], stops: tuple[str, ...]) -> Iterator[str]:
-    """The text up to the first of the stop strings. What could be the beginning of one waits until that is decided.
+def before_stop(pieces: Iterable[str], stops: Iterable[str]) -> Iterator[str]:
+    """The text up to the stop string that is complete first, however the text is cut into pieces. What could be the
+    beginning of one waits until that is decided.
 
     >>> list(before_stop(["a#", "b#", "#c"], ("##",)))  ->  ["a", "#b"]
     """
     held = ""
     for piece in pieces:
         held += piece
-        if found := [i for i in map(held.find, stops) if i >= 0]:
-            yield from [held[: min(found)]] if min(found) else []
+        found = [(begin + len(stop), begin) for stop in stops if (begin := held.find(stop)) >= 0]
+        if found:
+            _, begin = min(found)
+            if begin:
+                yield held[:begin]
             return
         begins = (i for i in range(len(held)) if any(stop.startswith(held[i:]) for stop in stops))
         safe = next(begins, len(held))

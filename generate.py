@@ -128,21 +128,35 @@ def allow_only(ids: list[list[int]], logits: Tensor) -> Tensor:
 
 def choose(logits: Tensor, sampling: SamplingSettings, generator: torch.Generator,
            generated: list[list[int]], banned: tuple[int, ...] = ()) -> Tensor:  # fmt: skip
-    """logits (B, V) -> chosen ids (B,). `generated` are the new tokens of each row, for penalty and bans."""
-    logits = logits.float()
+    """logits (B, V) -> chosen ids (B,). `generated` are the new tokens of each row, for penalty and bans.
+
+    Every positive temperature and penalty has a limit: a temperature near 0 takes the most likely token, a very large
+    one any token that is allowed.
+    """
+    logits, largest = logits.float(), torch.finfo(torch.float32).max
     for i, row in enumerate(generated):
         if sampling.repetition_penalty != 1 and row:
             seen = torch.tensor(sorted(set(row)), device=logits.device)  # once per token, however often it came
             values = logits[i, seen]
-            penalty = sampling.repetition_penalty
-            logits[i, seen] = torch.where(values > 0, values / penalty, values * penalty)
+            penalty = within_float32(sampling.repetition_penalty)
+            logits[i, seen] = torch.where(values > 0, values / penalty, values * penalty).clamp(-largest, largest)
         ban = [*banned, *ngram_bans(row, sampling.no_repeat_ngram)]
         if len(set(ban)) < logits.shape[1]:  # something must remain
             logits[i, ban] = float("-inf")
+    best = logits.amax(dim=-1, keepdim=True)
+    if not best.isfinite().all():
+        raise UserError("the model's output is not finite: it diverged in training, or its dtype is too narrow "
+                        "(dtype=float32 is the widest)")  # fmt: skip
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    probs = filter_probs(logits / sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    temperature = within_float32(sampling.temperature)
+    probs = filter_probs((logits - best) / temperature, sampling.top_k, sampling.top_p, sampling.min_p)
     return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def within_float32(factor: float) -> float:
+    """The nearest one that float32 can multiply with and divide by."""
+    return min(max(factor, 1e-30), 1e30)
 
 
 def ngram_bans(row: list[int], n: int) -> list[int]:

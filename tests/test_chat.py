@@ -369,7 +369,9 @@ def test_what_might_begin_a_stop_waits_and_comes_if_it_was_none():
         stops = tuple("".join(rng.choice("ab#") for _ in range(rng.randint(1, 3))) for _ in range(rng.randrange(3)))
         ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
         begins = [text.find(stop) for stop in stops if stop in text and text.find(stop) + len(stop) == min(ends)]
-        assert "".join(before_stop(text, stops)) == (text[: min(begins)] if ends else text)
+        cuts = sorted(rng.randrange(len(text) + 1) for _ in range(3))
+        for pieces in (text, [text], [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]):
+            assert "".join(before_stop(pieces, stops)) == (text[: min(begins)] if ends else text)
 
 
 def test_reset_forgets_and_begins_the_same_talk_again():

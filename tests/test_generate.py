@@ -149,6 +149,33 @@ def test_bans_come_before_the_nucleus_so_it_is_never_empty():
     assert chosen([0.0, 0.0, 9.0], generated=[2], no_repeat_ngram=1, top_p=0.1) in (0, 1)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-40, 5e-324])
+@pytest.mark.parametrize("logits", [[1.0, 3.0, 2.0], [-3e38, 3e38, 0.0]])
+def test_a_tiny_temperature_takes_the_most_likely_token(temperature, logits):
+    assert chosen(logits, temperature=temperature) == chosen(logits, temperature=0) == 1
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e300])
+def test_a_huge_temperature_takes_any_token_that_is_allowed(temperature):
+    rules = SamplingSettings(temperature=temperature, top_p=1.0, no_repeat_ngram=1)
+    logits, generator = torch.tensor([[9.0, 0.0, -9.0]]), torch.Generator()
+    assert {choose(logits, rules, generator, [[0]]).item() for _ in range(50)} == {1, 2}
+
+
+@pytest.mark.parametrize("penalty", [1e-45, 1e-300, 1e300])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_penalties_of_any_size_choose_a_token(penalty, temperature):
+    ids = [chosen([3.0, 2.0, 0.0, -1.0], generated=[0, 1, 2, 3], repetition_penalty=penalty, temperature=temperature)]
+    assert 0 <= ids[0] < 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_a_sentence(value, temperature):
+    with pytest.raises(UserError, match="not finite"):
+        chosen([1.0, value, 0.0], temperature=temperature)
+
+
 def test_temperature_sharpens():
     logits = torch.tensor([[1.0, 0.0]]).repeat(4000, 1)
     share = {}
