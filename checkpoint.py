@@ -5,21 +5,26 @@ of tensors, numbers and strings: the model, the optimizer's state, the step, the
 so that sampling needs nothing but the file. A run with adapters saves these alone, and the fingerprint of their base.
 """
 
+import io
 import json
+import math
 import os
 import pickle
+import pickletools
 import shutil
 import zipfile
+from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from configurator import ROOT, UserError, find_path, pick
-from files import locked, replacing, writing
-from lora import LoraSettings, fingerprint, inject, load_adapter, merge
+from configurator import ROOT, Settings, UserError, check, find_path, pick
+from files import Either, locked, mismatch, replacing, require_file, visible, writing
+from lora import LoraSettings, adapter_state, fingerprint, inject, load_adapter, merge
 from model import LanguageModel, ModelConfig
-from tokenizer import tokenizer_from_dict
+from tokenizer import Tokenizer, tokenizer_from_dict
 
 FORMAT = 2
 
@@ -99,40 +104,207 @@ def steps(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*.pt"))
 
 
-def damage(path: Path) -> str:
-    """What is wrong with the file, '' if nothing: torch's format is a zip with a checksum for every tensor."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-            return f"checksum of {bad} does not match" if bad else ""
-    except (zipfile.BadZipFile, EOFError) as error:
-        return f"not a whole file ({error})"
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading: a checkpoint may be damaged, or come from somebody else
+
+# What a checkpoint holds beside the optimizer's state; "?" where older files, or best.pt, have nothing.
+SHAPE = {"settings": str, "tokenizer": str, "model": {str: torch.Tensor}, "progress": {"step": int, "best": float},
+         "base?": Either(None, {"path": str, "fingerprint": str}), "init?": str, "optimizer?": {str: torch.Tensor},
+         "ema?": Either(None, {"updates": int, "weights": {str: torch.Tensor}}),
+         "scale?": Either(None, {"value": torch.Tensor, "good": torch.Tensor})}  # fmt: skip
+DTYPES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+          "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+          "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+          "BoolStorage": torch.bool}  # fmt: skip
 
 
-def load(path: str | Path) -> dict:
-    """Read a checkpoint to the CPU. Raises UserError if it is missing, damaged or of another kind."""
+class Foreign(Exception):
+    """A whole file, but none that we wrote."""
+
+
+def read(path: Path, device: str = "cpu"):
+    """What torch.save wrote; device "meta" leaves out what is in the tensors.
+
+    torch.load would check no checksum, would trust the sizes that the file claims, and would build more than tensors,
+    numbers, strings, lists and tables of them. Here a file takes no more memory than it has bytes. Raises Foreign, and
+    for damage whatever zipfile and pickle raise.
+    """
+    with open(require_file(path), "rb") as file, zipfile.ZipFile(file) as archive:
+        entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
+        stored = all(entry.file_size == entry.compress_size for entry in archive.infolist())
+        if not stored or sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise ValueError("it would unpack to more than it holds")
+        for name, entry in entries.items():
+            if not name.startswith("data/"):
+                archive.read(entry)  # compares the checksum
+        tensors: dict[str, torch.Tensor] = {}
+
+        def tensor_of(name: str, dtype: torch.dtype) -> torch.Tensor:
+            """A storage as a flat tensor, read once."""
+            if name not in tensors:
+                data = torch.empty(entries[name].file_size, dtype=torch.uint8, device=device)
+                if device != "meta" and len(data):
+                    read_into(data, archive, entries[name])
+                tensors[name] = data
+            return tensors[name].view(dtype)
+
+        state = Builder(archive.read(entries["data.pkl"]), tensor_of).load()
+        if device != "meta" and (rest := {name for name in entries if name.startswith("data/")} - tensors.keys()):
+            raise Foreign(f"{min(rest)} belongs to nothing")
+        return state
+
+
+def read_into(data: torch.Tensor, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    with archive.open(entry) as file:
+        whole = memoryview(data.numpy())
+        done = 0
+        while count := file.readinto(whole[done : done + 2**20]):
+            done += count
+        if done < len(whole) or file.read(1):
+            raise ValueError(f"{entry.filename} is cut short")
+
+
+class Builder(pickle.Unpickler):
+    """Builds the state from data.pkl with these three functions and no others."""
+
+    def __init__(self, data: bytes, tensor_of):
+        for opcode, place, _ in pickletools.genops(data):
+            if "PUT" in opcode.name and place is not None and place > len(data):
+                raise Foreign(f"its pickle has a place {place}")  # the unpickler would make room for as many
+        super().__init__(io.BytesIO(data))
+        self.tensor_of = tensor_of
+
+    def find_class(self, module: str, name: str):
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda flat, offset, size, stride, *_: view_of(flat, offset, size, stride)
+        if module == "torch" and name in DTYPES:
+            return DTYPES[name]
+        raise Foreign(f"it asks for {module}.{name}, and a checkpoint is tensors, numbers and text")
+
+    def persistent_load(self, found):
+        _, dtype, key, *_ = found
+        return self.tensor_of(f"data/{key}", dtype)
+
+
+def view_of(flat: torch.Tensor, offset: int, size: tuple, stride: tuple) -> torch.Tensor:
+    if math.prod(size) > len(flat):
+        raise Foreign(f"a tensor of shape {tuple(size)} has {len(flat)} numbers")
+    return flat.as_strided(size, stride, offset)
+
+
+def load(path: str | Path, device: str = "cpu") -> dict:
+    """Read a checkpoint. Raises UserError if it is missing, damaged, of another kind, or lacks a part."""
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"checkpoint {path} not found")
-    if problem := damage(path):
-        raise UserError(f"checkpoint {path} is damaged: {problem}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise UserError(f"{path} is not a checkpoint of this program: {str(error).splitlines()[0]}") from None
+        state = read(path, device)
+    except (UserError, MemoryError):
+        raise
+    except Foreign as error:
+        raise UserError(f"{path} is not a checkpoint of this program: {error}") from None
+    except Exception as error:  # there is no end of what zipfile and pickle raise for a wrong byte
+        reason = visible(f"{type(error).__name__} {error}".splitlines()[0])
+        raise UserError(f"checkpoint {path} is damaged ({reason})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this program (format {FORMAT})")
+    wrong = mismatch(state, SHAPE) or mismatch(state["progress"], {str: Either(float, bool)}, "progress")
+    if wrong:
+        raise UserError(f"{path} is not a checkpoint of this program: {wrong}")
+    state.setdefault("base", None)
+    state.setdefault("init", "")
     return state
 
 
 def load_newest(folder: Path, say=print) -> dict | None:
     """The newest undamaged step checkpoint of a folder, None if there is none; says which ones it had to pass over."""
     for path in reversed(steps(folder)):
-        if problem := damage(path):
-            say(f"{path} is damaged ({problem}): we go back to the one before")
-        else:
+        try:
             return load(path)
+        except UserError as error:
+            say(f"{error}: we go back to the one before")
     return None
+
+
+def saved_settings(state: dict, path: Path, parts: list[type]) -> dict:
+    """The settings of a checkpoint; those of `parts` are typed and complete.
+
+    A run that is older than a setting gets its default: a default says what was done before there was the choice.
+    """
+    saved = parsed(state, "settings", path)
+    table = Settings(parts)
+    for name in table.source.keys() & saved.keys():
+        table.set(name, check(table, name, saved[name], f"the settings in {path}"), "checkpoint")
+    return saved | table.to_dict()
+
+
+def settings(path: Path) -> dict:
+    """The settings of a run, from its checkpoint, without reading the tensors."""
+    return saved_settings(load(path, "meta"), path, [ModelConfig, LoraSettings])
+
+
+def tokenizer_of(state: dict, saved: dict, path: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint, whose settings are `saved`."""
+    try:
+        tokenizer = tokenizer_from_dict(parsed(state, "tokenizer", path, {"tokenizer": dict, "config": dict}))
+    except UserError as error:
+        raise UserError(f"the tokenizer in {path} cannot be used: {error}") from None
+    if tokenizer.vocab_size > saved["vocab_size"]:
+        raise UserError(f"{path} does not fit its own settings: its tokenizer has {tokenizer.vocab_size} ids, its "
+                        f"model {saved['vocab_size']}")  # fmt: skip
+    return tokenizer
+
+
+def parsed(state: dict, name: str, path: Path, shape=dict) -> dict:
+    """A part of a checkpoint that is kept as JSON."""
+    try:
+        content = json.loads(state[name])
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a checkpoint of this program: its {name} cannot be read ({error})") from None
+    if wrong := mismatch(content, shape, name):
+        raise UserError(f"{path} is not a checkpoint of this program: {wrong}")
+    return content
+
+
+def check_weights(path: Path, saved: dict, found: dict[str, torch.Tensor], adapters: dict | None = None) -> None:
+    """UserError if the weights, or the adapters on them, are not those of a model with these settings, or not finite.
+
+    The model is built without memory, and what its settings claim is compared with the file's size before that.
+    """
+    cfg, total = pick(ModelConfig, saved), sum(tensor.numel() for tensor in found.values())
+    sizes = {field.name: getattr(cfg, field.name) for field in fields(cfg) if field.type in (int, "int")}
+    sizes = {name: size for name, size in sizes.items() if name not in ("seq_len", "window", "rope_original")}
+    name = "n_layer" if cfg.n_layer + cfg.n_enigma > len(found) else max(sizes, key=sizes.get)
+    if name == "n_layer" or sizes[name] > total:
+        raise UserError(f"{path} does not fit its own settings: the {name} there needs more weights than it holds")
+    with torch.device("meta"):
+        model = LanguageModel(cfg)
+        compare(path, model.state_dict(), found)
+        if adapters is not None:
+            if saved["lora_rank"] > sum(tensor.numel() for tensor in adapters.values()):
+                raise UserError(f"{path} does not fit its own settings: the lora_rank there is more than it holds")
+            inject(model, pick(LoraSettings, saved))
+            compare(path, adapter_state(model), adapters)
+    for name, tensor in (found | (adapters or {})).items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} is not finite (nan or inf), so its training diverged: take an earlier "
+                            "checkpoint, or train again with a lower lr")  # fmt: skip
+
+
+def compare(path: Path, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+    if different := sorted(expected.keys() ^ found.keys()):
+        where = "has" if different[0] in found else "lacks"
+        raise UserError(f"{path} does not fit its own settings: it {where} {different[0]}")
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape:
+            raise UserError(f"{path} does not fit its own settings: {name} is {tuple(found[name].shape)}, expected "
+                            f"{tuple(tensor.shape)}")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
 
 
 def runs(root: Path | None = None) -> list[Path]:
@@ -162,14 +334,6 @@ def find(where: str | Path = "", root: Path | None = None) -> Path:
     return path
 
 
-def settings(path: Path) -> dict:
-    """The settings of a run, from its checkpoint, without reading the tensors."""
-    try:
-        return json.loads(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["settings"])
-    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError):
-        return json.loads(load(path)["settings"])  # says what is wrong with it
-
-
 def weights(state: dict) -> dict[str, torch.Tensor]:
     """The weights that a checkpoint ships: averaged ones where the run kept them."""
     averaged = dict(state["ema"]["weights"]) if state.get("ema") else {}
@@ -181,44 +345,50 @@ def weights(state: dict) -> dict[str, torch.Tensor]:
 def load_base(base: dict, folder: Path, moved_to: str = "") -> dict[str, torch.Tensor]:
     """The weights beneath the adapters in `folder`; `base` is what their checkpoint says of them.
 
-    They are at `moved_to` if given, else where they were, else in the copy that the run kept. A wrong base is refused.
+    They are at `moved_to` if given, else in the copy that the run kept, else where they were. That last place is
+    believed of our own runs only: elsewhere a stranger's checkpoint would choose which file we open.
     """
-    paths = [find(moved_to)] if moved_to else [Path(base["path"]), folder / "base.pt"]
-    for path in (path for path in paths if path.is_file()):
+    was = Path(base["path"])
+    paths = [find(moved_to)] if moved_to else [folder / "base.pt"]
+    if not moved_to and was.resolve().is_relative_to((ROOT / "out").resolve()):
+        paths.append(was)
+    paths = [path for path in paths if path.is_file() and (moved_to or not path.is_symlink())]
+    for path in paths:
         found = weights(load(path))
         if fingerprint(found) == base["fingerprint"]:
             return found
-    if any(path.is_file() for path in paths):
+    if paths:
         raise UserError(f"these adapters belong to weights {base['fingerprint']}, but {paths[0]} holds others; "
                         "lora_base=<checkpoint> names the right ones")  # fmt: skip
-    raise UserError(f"these adapters belong to {paths[0]}, which is not there; lora_base=<checkpoint> says where it is")
+    raise UserError(f"these adapters belong to weights that are not in {folder}; their place was {visible(str(was))}: "
+                    "lora_base=<checkpoint> says where they are")  # fmt: skip
 
 
 def keep_base(path: Path, folder: Path) -> None:
     """A second name for a base beside its adapters, as its own run may go on and replace it. Costs no disk until then,
     where the file system has links."""
-    folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "base.pt"
-    kept.unlink(missing_ok=True)
-    try:
-        os.link(path, kept)
-    except OSError:
+    with writing(folder, "; set another out_dir"):
+        kept.unlink(missing_ok=True)
         try:
-            shutil.copyfile(path, kept)
-        except OSError as error:
-            raise UserError(f"cannot write {kept} ({error.strerror}); set another out_dir") from None
+            os.link(path.resolve(), kept)
+        except OSError:
+            with open(path, "rb") as source, replacing(kept) as file:
+                shutil.copyfileobj(source, file)
 
 
 def load_model(path: Path, device="cpu", lora_base: str = ""):
     """(model in eval mode, tokenizer, state) of a checkpoint; adapters are put on their base and merged into it."""
     state = load(path)
-    saved = json.loads(state["settings"])
+    saved = saved_settings(state, path, [ModelConfig, LoraSettings])
+    own = weights(state)
+    base = load_base(state["base"], path.parent, lora_base) if state["base"] else None
+    check_weights(path, saved, base or own, own if base else None)
+    tokenizer = tokenizer_of(state, saved, path)
     model = LanguageModel(pick(ModelConfig, saved))
-    if state["base"]:
-        model.load_state_dict(load_base(state["base"], path.parent, lora_base))
+    model.load_state_dict(base or own)
+    if base:
         inject(model, pick(LoraSettings, saved))
-        load_adapter(model, weights(state))
+        load_adapter(model, own)
         merge(model)
-    else:
-        model.load_state_dict(weights(state))
-    return model.to(device).eval(), tokenizer_from_dict(json.loads(state["tokenizer"])), state
+    return model.to(device).eval(), tokenizer, state

@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{name} is for text and tasks for questions: ask for one of them at a time")
     path = checkpoint.find(s.init_from)
     model, tokenizer, state = checkpoint.load_model(path, lora_base=s.lora_base)
-    saved = json.loads(state["settings"])
+    saved = checkpoint.saved_settings(state, path, SETTINGS)
     for name in ("dtype", "batch_size", "eval_tokens"):  # as the run, so that its numbers come out
         if not s.given(name):
             s.set(name, saved.get(name, getattr(s, name)), "checkpoint")

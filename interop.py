@@ -11,6 +11,7 @@ from pathlib import Path
 import checkpoint
 from configurator import UserError, run, write_path
 from lora import LoraLinear, merged_state
+from model import ModelConfig
 
 
 def merge(run_folder: str, target: str = "", lora_base: str = "") -> Path:
@@ -22,7 +23,7 @@ def merge(run_folder: str, target: str = "", lora_base: str = "") -> Path:
     model, _, state = checkpoint.load_model(path, lora_base=lora_base)
     if not state["base"]:
         raise UserError(f"{path} holds no adapters: it is a whole model already")
-    saved = json.loads(state["settings"])
+    saved = checkpoint.saved_settings(state, path, [ModelConfig])
     saved |= {"use_lora": False, "tie_embeddings": saved["tie_embeddings"] and not isinstance(model.head, LoraLinear)}
     folder = write_path(target) if target else path.parent.with_name(path.parent.name + "-merged")
     if list(folder.glob("*.pt")):

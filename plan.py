@@ -4,7 +4,6 @@ A fine-tuning run starts from a pretraining run and has a folder of its own; a r
 alone, with the name and the fingerprint of the base that they belong to.
 """
 
-import json
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,7 +16,7 @@ from data import forced
 from lora import LoraSettings, fingerprint
 from machine import Machine
 from model import ModelConfig
-from tokenizer import Tokenizer, load_tokenizer, tokenizer_from_dict
+from tokenizer import Tokenizer, load_tokenizer
 
 # Settings of the model that do not touch the shape of a checkpoint.
 MAY_CHANGE = {"dropout", "label_smoothing", "init_std", "checkpoint_activations", "vocab_size"}
@@ -170,16 +169,20 @@ def starting_point(s: Settings, out_dir: Path, machine: Machine) -> Start:
         raise UserError(f"{path} holds adapters: `python interop.py merge {path.parent}` makes a model of them, which "
                         "can be a base")  # fmt: skip
     machine.print(f"init     from {path}")
-    saved, names = json.loads(state["settings"]), {field.name for field in fields(ModelConfig)}
+    saved, names = checkpoint.saved_settings(state, path, s.parts), {field.name for field in fields(ModelConfig)}
+    tokenizer = checkpoint.tokenizer_of(state, saved, path)
+    start = Start(checkpoint.weights(state), init=str(path.resolve()), tokenizer=tokenizer)
+    checkpoint.check_weights(path, saved, start.weights)
+    if tokenizer.vocab_size != saved["vocab_size"]:
+        raise UserError(f"{path} has {saved['vocab_size']} embeddings, but its tokenizer {tokenizer.vocab_size} ids: "
+                        "it cannot be trained further")  # fmt: skip
     if not s.use_lora:  # adapters belong to the base as it is; other weights may learn a longer context
         longer = ["rope_scaling", "rope_factor", "rope_original"] + ["seq_len"] * (saved["position"] != "learned")
         names -= {name for name in longer if s.given(name)}
     adopt(s, saved, names)
     if anew:
         set_aside(out_dir, machine)
-    keep_tokenizer(s, state, out_dir, resumed=False)
-    theirs = tokenizer_from_dict(json.loads(state["tokenizer"]))
-    start = Start(checkpoint.weights(state), init=str(path.resolve()), tokenizer=theirs)
+    keep_tokenizer(s, tokenizer, out_dir, resumed=False)
     if s.use_lora:
         start.base = {"path": start.init, "fingerprint": fingerprint(start.weights)}
         if machine.is_main:
@@ -199,7 +202,7 @@ def continued(s: Settings, out_dir: Path, machine: Machine) -> Start:
     if state is None:
         raise UserError(f"no checkpoint in {out_dir} can be read; remove the folder, or set another out_dir")
     machine.print(f"resume   from step {state['progress']['step']} (the same command continues a run)")
-    saved = json.loads(state["settings"])
+    saved = checkpoint.saved_settings(state, out_dir, s.parts)
     for name in ("task", "use_lora"):
         if getattr(s, name) != saved[name]:
             raise UserError(f"the run in {out_dir} has {name}={saved[name]}: say so again, or set another out_dir")
@@ -207,9 +210,13 @@ def continued(s: Settings, out_dir: Path, machine: Machine) -> Start:
         raise UserError(f"the run in {out_dir} began from {state['init'] or 'fresh weights'}, not from init_from="
                         f"{s.init_from}; set another out_dir")  # fmt: skip
     adopt(s, saved, {field.name for field in fields(ModelConfig)} | set(FIXED))
-    keep_tokenizer(s, state, out_dir, resumed=True)
-    weights = checkpoint.load_base(state["base"], out_dir, s.lora_base) if state["base"] else state["model"]
-    return Start(weights, state, state["base"], tokenizer_from_dict(json.loads(state["tokenizer"])), state["init"])
+    tokenizer = checkpoint.tokenizer_of(state, saved, out_dir)
+    keep_tokenizer(s, tokenizer, out_dir, resumed=True)
+    weights, adapters = state["model"], None
+    if state["base"]:
+        weights, adapters = checkpoint.load_base(state["base"], out_dir, s.lora_base), weights
+    checkpoint.check_weights(out_dir, saved, weights, adapters)
+    return Start(weights, state, state["base"], tokenizer, state["init"])
 
 
 def adopt(s: Settings, saved: dict, names: set[str]) -> None:
@@ -224,11 +231,11 @@ def adopt(s: Settings, saved: dict, names: set[str]) -> None:
         s.set(name, saved[name], "checkpoint")
 
 
-def keep_tokenizer(s: Settings, state: dict, out_dir: Path, resumed: bool) -> None:
+def keep_tokenizer(s: Settings, tokenizer: Tokenizer, out_dir: Path, resumed: bool) -> None:
     """These weights know one tokenizer; a copy of it stays with the run, and prepares its corpus."""
     if not s.given("tokenizer"):
         if not resumed:
-            tokenizer_from_dict(json.loads(state["tokenizer"])).save(out_dir)
+            tokenizer.save(out_dir)
         if (out_dir / "tokenizer.json").is_file():
             s.set("tokenizer", str(out_dir), "checkpoint")
 

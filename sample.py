@@ -9,7 +9,6 @@
 """
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -55,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in ("n_samples", "stop", "allow_special"):
             if s.given(name):
                 raise UserError(f"{name} is for samples: leave it out with --chat")
-        talk(s, model, tokenizer, json.loads(state["settings"]))
+        talk(s, model, tokenizer, checkpoint.saved_settings(state, path, [ChatSettings]))
         return
     texts = [text for text in read_prompts(s) for _ in range(s.n_samples)]
     prompts, first, healed = [], [], []
@@ -82,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def talk(s, model, tokenizer, saved: dict) -> None:
     """A conversation, line by line, from the terminal or a pipe. Ctrl-C ends an answer, Ctrl-D or /quit the program."""
-    if saved["task"] != "sft":
+    if saved.get("task") != "sft":
         print("[this model was trained to go on with text, not to answer: `USE_LORA=1 python train.py` teaches it]",
               file=sys.stderr)  # fmt: skip
     template, system = (getattr(s, name) if s.given(name) else saved[name] for name in ("template", "system"))

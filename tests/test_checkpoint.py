@@ -1,17 +1,24 @@
+import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 import checkpoint
-from configurator import UserError
+import train
+from configurator import ROOT, UserError
+from conftest import tiny_run
+from model import LanguageModel, ModelConfig
+from test_train import same
 
 
 def state(step=1):
-    return {"format": checkpoint.FORMAT, "model": {"w": torch.randn(2000)}, "progress": {"step": step, "best": 1.0}}
+    return {"format": checkpoint.FORMAT, "model": {"w": torch.randn(2000)}, "progress": {"step": step, "best": 1.0},
+            "settings": "{}", "tokenizer": "{}", "base": None, "init": ""}  # fmt: skip
 
 
 def test_save_and_load_are_the_identity(tmp_path):
@@ -52,6 +59,22 @@ def test_any_flipped_bit_in_the_tensors_is_found(tmp_path):
     assert checkpoint.load(path) and state_bytes
 
 
+def test_any_flipped_byte_is_found_or_changes_nothing(tmp_path):
+    saved = state() | {"model": {"w": torch.randn(3)}}
+    path = checkpoint.save_step(tmp_path, 1, saved, 2)
+    content = bytearray(path.read_bytes())
+    directory = content.index(b"PK\x01\x02")
+    for place in [*range(0, directory, 7), *range(directory, len(content))]:
+        content[place] ^= 0xFF
+        path.write_bytes(content)
+        try:
+            assert same(checkpoint.load(path), saved), place
+        except UserError as error:
+            assert "damaged" in str(error)
+        content[place] ^= 0xFF
+    assert same(checkpoint.load(path), saved) and len(content) > directory
+
+
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_and_says_so(tmp_path):
     for step in (1, 2):
         path = checkpoint.save_step(tmp_path, step, state(step), 2)
@@ -73,6 +96,156 @@ def test_loading_executes_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="evil.pt"):
         checkpoint.load(tmp_path / "evil.pt")
     assert not Path("executed").exists()
+
+
+def test_a_refused_file_is_not_followed_by_advice_to_load_it_all_the_same(tmp_path):
+    torch.save({"format": checkpoint.FORMAT, "model": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(UserError) as error:
+        checkpoint.load(tmp_path / "evil.pt")
+    assert "mkdir" in str(error.value) and "weights_only" not in str(error.value)
+
+
+# ---- checkpoints of others
+
+
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train.main(tiny_run(text, folder, max_steps=2, eval_interval=2))
+    return folder
+
+
+def tampered(folder, into, **changes):
+    """A copy of the newest checkpoint in which settings, or parts (`_model=...`; None: left out), are others."""
+    state = checkpoint.load_newest(folder)
+    parts = {name[1:]: changes.pop(name) for name in list(changes) if name.startswith("_")}
+    state["settings"] = json.dumps(json.loads(state["settings"]) | changes)
+    state |= parts
+    checkpoint.save(into / "step_00000002.pt", {name: part for name, part in state.items() if part is not None})
+    return into / "step_00000002.pt"
+
+
+NAN = torch.full((300, 32), float("nan"))
+FOREIGN = [
+    dict(d_model="abc"), dict(n_layer=None), dict(vocab_size=1.5), dict(n_layer=True), dict(ffn="evil"),
+    dict(seq_len=[1]), dict(norm={}), dict(position="Rope"), dict(d_model=-1), dict(d_model=64), dict(d_ff=8),
+    dict(n_layer=10**9), dict(n_layer=1), dict(vocab_size=10**9), dict(n_head=10**9), dict(d_ff=10**12),
+    dict(n_expert=10**9), dict(head_dim=10**9), dict(lora_rank="x"), dict(d_model=10**400),
+    dict(_model=None), dict(_tokenizer=None), dict(_progress=None), dict(_settings=None),
+    dict(_model=[1, 2]), dict(_model={}), dict(_model={"embed.weight": 1}), dict(_model={1: torch.zeros(1)}),
+    dict(_progress=[]), dict(_progress={"step": "7", "best": 1.0}), dict(_progress={"best": 1.0}),
+    dict(_settings="[]"), dict(_settings="{"), dict(_settings="[" * 100_000), dict(_settings=7),
+    dict(_tokenizer="{}"), dict(_tokenizer="["), dict(_tokenizer="null"), dict(_tokenizer=[]),
+    dict(_base="x"), dict(_base={}), dict(_base={"path": 1, "fingerprint": "x"}),
+    dict(_base={"path": "/dev/zero", "fingerprint": "x"}), dict(_ema=[1]), dict(_ema={"weights": {}}),
+    dict(_model={"embed.weight": NAN}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", FOREIGN, ids=lambda changes: f"{changes}"[:50])
+def test_a_checkpoint_that_is_not_as_ours_is_one_sentence_for_every_user_of_it(trained, text, tmp_path, changes):
+    path = tampered(trained, tmp_path / "theirs", **changes)
+    for use in (lambda: checkpoint.load_model(path), lambda: checkpoint.settings(path) and checkpoint.load_model(path),
+                lambda: train.main(tiny_run(text, tmp_path / "tuned", init_from=path)),
+                lambda: train.main(tiny_run(text, path.parent))):  # fmt: skip
+        with pytest.raises(UserError) as error:
+            use()
+        assert str(error.value).count("\n") == 0 and len(str(error.value)) < 400
+
+
+def test_a_weight_that_is_missing_too_much_misshapen_or_not_finite_is_named(trained, tmp_path):
+    good = checkpoint.load_newest(trained)["model"]
+    infinite = good["norm.weight"] * float("inf")
+    for change, word in (({"norm.weight": None}, "lacks norm.weight"), ({"more": torch.zeros(1)}, "has more"),
+                         ({"norm.weight": torch.zeros(7)}, r"norm.weight is \(7,\)"),
+                         ({"norm.weight": infinite}, "norm.weight is not finite")):  # fmt: skip
+        model = {name: tensor for name, tensor in (good | change).items() if tensor is not None}
+        with pytest.raises(UserError, match=word):
+            checkpoint.load_model(tampered(trained, tmp_path, _model=model))
+
+
+def test_more_ids_than_embeddings_are_refused(trained, tmp_path):
+    good = checkpoint.load_newest(trained)["model"]
+    model = good | {name: good[name][:299].clone() for name in ("embed.weight", "head.weight")}
+    with pytest.raises(UserError, match="its tokenizer has 300 ids, its model 299"):
+        checkpoint.load_model(tampered(trained, tmp_path, _model=model, vocab_size=299))
+
+
+def test_a_checkpoint_older_than_a_setting_gets_its_default(trained, text, tmp_path):
+    old = checkpoint.load_newest(trained)
+    saved = json.loads(old["settings"])
+    for name in ("window", "rope_scaling", "residual", "lora_dora", "system", "mixture", "wandb"):
+        del saved[name]
+    path = tampered(trained, tmp_path / "old", _settings=json.dumps(saved))
+    assert checkpoint.load_model(path)
+    for more in (dict(out_dir=path.parent, max_steps=4), dict(out_dir=tmp_path / "more", init_from=path),
+                 dict(out_dir=tmp_path / "lora", init_from=path, use_lora=1)):  # fmt: skip
+        assert train.main(tiny_run(text, more.pop("out_dir"), **dict(max_steps=2) | more)) == 0
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
+def test_every_model_of_ours_passes_the_check_of_its_weights(config):
+    from configurator import configure
+
+    s = configure(train.SETTINGS, [str(config), "d_model=32", "n_head=4", "n_kv_head=2", "n_layer=2", "vocab_size=64",
+                                   "seq_len=32", "head_dim=8"], environ={})  # fmt: skip
+    model = LanguageModel(s.part(ModelConfig))
+    checkpoint.check_weights(Path("x.pt"), s.to_dict(), model.state_dict())
+
+
+def zip_of(path, content, **options):
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, data in content.items():
+            archive.writestr(f"archive/{name}", data)
+    return path
+
+
+class Large:
+    def __reduce__(self):
+        return bytearray, (3_000_000_000,)
+
+
+def wide():
+    """A tensor of one number that claims to be 10^12."""
+    return torch.zeros(1).expand(10**6, 10**6)
+
+
+def test_bombs_are_refused_before_they_take_memory(tmp_path):
+    code = """
+import resource, sys
+import checkpoint
+from configurator import UserError
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[1:]:
+    try:
+        checkpoint.load(path)
+    except UserError as error:
+        print(error)
+print("MB", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    zeros = bytes(300_000_000)
+    files = [zip_of(tmp_path / "deflated.pt", {"data.pkl": b"N.", "data/0": zeros}, compression=zipfile.ZIP_DEFLATED)]
+    files += [zip_of(tmp_path / "place.pt", {"data.pkl": b"\x80\x02Nr\xff\xff\xff\x7f."})]
+    for name, what in (("pickled", Large()), ("wide", wide())):
+        torch.save({"format": checkpoint.FORMAT, "model": {"w": what}}, tmp_path / f"{name}.pt")
+        files.append(tmp_path / f"{name}.pt")
+    os.mkfifo(tmp_path / "fifo.pt")
+    files += [tmp_path / "fifo.pt", Path("/dev/zero"), tmp_path]
+    result = subprocess.run([sys.executable, "-c", code, *map(str, files)], capture_output=True, text=True, timeout=60,
+                            env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(files) + 1 and not result.stderr, result.stderr
+    assert int(lines[-1].split()[1]) < 100
+
+
+def test_what_a_storage_lacks_is_not_read(tmp_path):
+    """A file that claims more numbers in a tensor than its bytes hold: torch would read past their end."""
+    torch.save(state() | {"model": {"w": torch.arange(1000.0)}}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        content = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+    zip_of(tmp_path / "b.pt", content | {"data/0": content["data/0"][:40]})
+    with pytest.raises(UserError, match="b.pt"):
+        checkpoint.load(tmp_path / "b.pt")
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
