@@ -209,13 +209,13 @@ def continued(s: Settings, out_dir: Path, machine: Machine) -> Start:
     if s.init_from != "auto" and checkpoint.find(s.init_from).resolve().parent != Path(state["init"]).parent:
         raise UserError(f"the run in {out_dir} began from {state['init'] or 'fresh weights'}, not from init_from="
                         f"{s.init_from}; set another out_dir")  # fmt: skip
-    adopt(s, saved, {field.name for field in fields(ModelConfig)} | set(FIXED))
     tokenizer = checkpoint.tokenizer_of(state, saved, out_dir)
-    keep_tokenizer(s, tokenizer, out_dir, resumed=True)
     weights, adapters = state["model"], None
     if state["base"]:
         weights, adapters = checkpoint.load_base(state["base"], out_dir, s.lora_base), weights
     checkpoint.check_weights(out_dir, saved, weights, adapters)
+    adopt(s, saved, {field.name for field in fields(ModelConfig)} | set(FIXED))
+    keep_tokenizer(s, tokenizer, out_dir, resumed=True)
     return Start(weights, state, state["base"], tokenizer, state["init"])
 
 
