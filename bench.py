@@ -15,6 +15,7 @@
     python bench.py encode                               # text to ids, against tokenizers and tiktoken
     python bench.py batches                              # batches/s of the loader
     python bench.py kill REPEATS=50                      # SIGKILL at random moments; the end must have the same bits
+    SMOKE=1 python bench.py decode                       # tiny sizes, once: does it run?
 
 Peers run in the same call, in turn with ours, so that a machine whose speed drifts slows both. Figures are medians.
 """
@@ -42,7 +43,7 @@ from benchmarks.decode import bench_decode, bench_generate, bench_start
 from benchmarks.evaluation import bench_eval
 from benchmarks.recipe import bench_time_to_loss
 from benchmarks.text import bench_bpe, bench_encode
-from benchmarks.timing import limits, show, summary, take_turns, timed
+from benchmarks.timing import TINY, limits, show, summary, take_turns, timed
 from configurator import ROOT, Settings, UserError, configure, find_path, run
 from data import DataSettings, prepare
 from ffn import FeedForward, MoE
@@ -59,6 +60,7 @@ class BenchSettings:
     threads: int = 0            # CPU threads; 0 = all
     text_mb: int = 100          # bpe, encode: megabytes of text
     batch_size: int = 1         # step: sequences in a step
+    smoke: bool = False         # tiny sizes, everything once: shows that a benchmark runs, and measures nothing
     worker: str = ""            # internal: this process measures one variant and prints its seconds
 
 
@@ -73,6 +75,10 @@ def main() -> None:
         argv = ["--help"]
     name = argv.pop(0) if argv[0] in BENCHMARKS else ""
     s = configure(SETTINGS, argv, doc=__doc__)
+    if s.smoke:
+        s.set("repeats", 1, "smoke")
+        for setting, value in TINY.items():
+            s.set(setting, value, "smoke")
     if s.threads:
         torch.set_num_threads(s.threads)
     if s.worker:
@@ -115,7 +121,7 @@ def step_ours(s: Settings) -> dict:
         optimizer.step(1.0, finite=norm.isfinite())
         optimizer.zero_grad()
 
-    seconds = timed(step, 4)[1:]
+    seconds = timed(step, 2 if s.smoke else 4)[1:]
     # Beside the weights there are gradients and both moments of AdamW, of what trains.
     weights = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters()) / 1e9
     return {"seconds": seconds, "gb": peak_memory(machine), "weights_gb": weights}
@@ -167,7 +173,7 @@ def bench_step(s: Settings, argv: list[str]) -> dict:
     tokens = s.batch_size * s.seq_len
     print(f"training step: {s.n_layer} layers x {s.d_model}, {s.vocab_size} entries, {s.batch_size} x {s.seq_len}")
     flops = tokens * LanguageModel(s.part(ModelConfig)).flops_per_token()
-    top = limits(choose_machine(s.part(MachineSettings)))
+    top = limits(choose_machine(s.part(MachineSettings)), s.smoke)
     rows = {}
     for name in names:
         row = summary(seconds[name])
@@ -185,7 +191,7 @@ TUNING = {"all weights": [], "LoRA": ["use_lora=1"], "DoRA": ["use_lora=1", "lor
 def bench_depth(s: Settings, argv: list[str]) -> dict:
     """Reversible stacks of different depth: time per step, and memory."""
     shape = dict(seq_len=2048, d_model=256, n_head=4, n_kv_head=4, optimizer="adamw", lr=1e-3)
-    return {"rows": [row for depth in (4, 8, 16, 32, 48)
+    return {"rows": [row for depth in ((4,) if s.smoke else (4, 8, 16, 32, 48))
                      for row in compare(s, argv, STACKS, shape | {"n_layer": depth})]}  # fmt: skip
 
 
@@ -220,8 +226,9 @@ def bench_experts(s: Settings, argv: list[str]) -> dict:
     """Forward and backward of 4096 tokens of 512 channels: 2 of 8 experts of 1024, a dense layer of the same active
     parameters, and the experts one after the other."""
     machine = choose_machine(s.part(MachineSettings))
-    x = torch.randn(8, 512, 512, device=machine.device)
-    dense, moe = FeedForward(512, 2048).to(machine.device), MoE(512, 1024, 8, 2).to(machine.device)
+    d = 32 if s.smoke else 512
+    x = torch.randn(8, d, d, device=machine.device)
+    dense, moe = FeedForward(d, 4 * d).to(machine.device), MoE(d, 2 * d, 8, 2).to(machine.device)
 
     def step(layer):
         with machine.autocast():
@@ -243,8 +250,10 @@ def bench_experts(s: Settings, argv: list[str]) -> dict:
 
 def bench_optim(s: Settings, argv: list[str]) -> dict:
     """Milliseconds per optimizer step on a GPT-2-like model of 29.4 M parameters; the candidates take turns."""
-    cfg = ModelConfig(vocab_size=20000, seq_len=512, d_model=512, n_layer=6, n_head=8, ffn="gelu", norm="layernorm",
-                      qk_norm=False, position="learned", bias=True)  # fmt: skip
+    shape = dict(vocab_size=20000, seq_len=512, d_model=512, n_layer=6, n_head=8)
+    if s.smoke:
+        shape = TINY
+    cfg = ModelConfig(**shape, ffn="gelu", norm="layernorm", qk_norm=False, position="learned", bias=True)
 
     def model() -> torch.nn.Module:
         torch.manual_seed(0)
@@ -286,10 +295,10 @@ def bench_optim(s: Settings, argv: list[str]) -> dict:
 def bench_batches(s: Settings, argv: list[str]) -> dict:
     """Batches per second of the loader from the prepared corpus."""
     folder = prepare(s, quiet=True)
-    rows = {}
+    rows, calls = {}, 2 if s.smoke else 500
     for count, seq_len in ((12, 64), (32, 256), (64, 1024)):
         batches, first = Batches(TokenStream(folder, "train"), seq_len, seed=1), iter(range(0, 10**9, count))
-        seconds = statistics.median(timed(lambda b=batches, f=first, n=count: b.get(next(f), n), 500))
+        seconds = statistics.median(timed(lambda b=batches, f=first, n=count: b.get(next(f), n), calls))
         rows[f"{count} x {seq_len}"] = {"ms": seconds * 1e3, "batches/s": 1 / seconds}
     return show(rows)
 
@@ -300,7 +309,8 @@ def bench_batches(s: Settings, argv: list[str]) -> dict:
 
 def bench_kill(s: Settings, argv: list[str]) -> dict:
     """Kill a small run `repeats` times at random moments, and compare its end with that of a run left in peace."""
-    settings = dict(seq_len=32, d_model=32, n_layer=2, n_head=4, batch_size=4, max_steps=120 * s.repeats, dropout=0.1,
+    steps = 40 if s.smoke else 120 * s.repeats
+    settings = dict(seq_len=32, d_model=32, n_layer=2, n_head=4, batch_size=4, max_steps=steps, dropout=0.1,
                     eval_interval=3, eval_tokens=64, log_interval=1, device="cpu", vocab_size=512)  # fmt: skip
     generator, interrupted = random.Random(0), 0
     with tempfile.TemporaryDirectory() as folder:

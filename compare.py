@@ -19,7 +19,7 @@ import torch
 
 import checkpoint
 from benchmarks.decode import cache_bytes
-from benchmarks.recipe import SAME_TOKENS, run_nanogpt, run_ours, shakespeare, train
+from benchmarks.recipe import SAME_TOKENS, SMOKE, run_nanogpt, run_ours, shakespeare, train
 from configurator import Settings, UserError, configure, run
 from generate import SamplingSettings, stream
 from model import LanguageModel, ModelConfig
@@ -30,6 +30,7 @@ class CompareSettings:
     data_path: str = ""         # tiny Shakespeare's input.txt
     nanogpt: str = ""           # checkout of nanoGPT to compare with
     seeds: int = 3              # runs of each
+    smoke: bool = False         # tiny sizes, everything once: shows that a comparison runs, and compares nothing
     only: str = ""              # ablation: the one corpus to do, stdlib or shakespeare
     steps: int = 0              # optimizer steps of a run, if not those of the comparison
 
@@ -43,6 +44,9 @@ def main() -> None:
         argv = ["--help"]
     name = argv.pop(0) if argv[0] in names else ""
     s = configure([CompareSettings], argv, doc=__doc__)
+    if s.smoke:
+        s.set("seeds", 1, "smoke")
+        s.set("steps", 1, "smoke")
     print(json.dumps({"compare": name, "torch": torch.__version__, **names[name](s)}))
 
 
@@ -64,11 +68,14 @@ def compare_models(s: Settings) -> dict:
     """Each kind on the standard library, the same tokens; the speed of a process alone on this machine."""
     base = dict(vocab_size=4096, seq_len=256, d_model=192, n_head=6, n_kv_head=2, n_layer=4, max_steps=s.steps or 240,
                 eval_interval=s.steps or 240, eval_tokens=100_000)  # fmt: skip
-    rows = {}
+    models, rows = list(MODELS.items()), {}
+    if s.smoke:
+        base |= dict(vocab_size=512, seq_len=32, d_model=48, eval_tokens=640)
+        models = models[:2]
     columns = ("total", "active", "MFLOP/token", "cache B/token", "train tok/s", "decode tok/s", "bits/byte")
     print(f"{'':<18}" + "".join(f"{column:>14}" for column in columns))
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in MODELS.items():
+        for name, text in models:
             settings = base | dict(pair.split("=") for pair in text.split())
             settings["d_ff"] = width_for(settings, base)
             log = train(settings | {"out_dir": Path(folder) / name.split()[0]})
@@ -112,13 +119,18 @@ def compare_ablation(s: Settings) -> dict:
     corpora = {"shakespeare": {"data_path": s.data_path, "tokenizer": "char"}, "stdlib": {"vocab_size": 4096}}
     base = dict(seq_len=128, d_model=128, n_head=4, n_kv_head=4, n_layer=0, n_enigma=4, reversible=1, batch_size=16,
                 max_steps=s.steps or 400, eval_interval=s.steps or 400, eval_tokens=100_000, lr=1e-2)  # fmt: skip
+    variants = list(ABLATION.items())
+    if s.smoke:
+        corpora["stdlib"]["vocab_size"] = 512
+        base |= dict(seq_len=32, d_model=32, eval_tokens=640)
+        variants = variants[:1]
     results: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for corpus, data in corpora.items():
             if s.only not in ("", corpus) or data.get("data_path") == "":
                 continue
             print(f"{corpus}: validation bits per byte of {s.seeds} seeds")
-            for name, text in ABLATION.items():
+            for name, text in variants:
                 own = dict(pair.split("=") for pair in text.split())
                 if "n_layer" in own:
                     own = {"n_enigma": 0, "reversible": 0} | own
@@ -157,11 +169,12 @@ def compare_shakespeare(s: Settings) -> dict:
     """Validation loss and wall-clock seconds, model of the same size and the same number of tokens, several seeds."""
     text = shakespeare(s.data_path)
     rows: dict[str, list[tuple[float, float]]] = {}
+    recipe = SAME_TOKENS | SMOKE if s.smoke else SAME_TOKENS
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(1, s.seeds + 1):
             if s.nanogpt:
                 rows.setdefault("nanogpt", []).append(run_nanogpt(s.nanogpt, Path(folder), text, seed))
-            rows.setdefault("ours", []).append(run_ours(SAME_TOKENS, Path(folder), text, seed))
+            rows.setdefault("ours", []).append(run_ours(recipe, Path(folder), text, seed))
     for name, values in rows.items():
         losses, seconds = zip(*values, strict=True)
         print(f"  {name:<10} validation loss {', '.join(f'{x:.3f}' for x in losses)}   "

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from benchmarks.timing import limits, take_turns, timed
+from benchmarks.timing import TINY, limits, take_turns, timed
 from configurator import ROOT, Settings, UserError
 from generate import SamplingSettings, generate
 from machine import MachineSettings, choose_machine
@@ -33,16 +33,21 @@ def cache_bytes(cache) -> int:
 def bench_decode(s: Settings, argv: list[str]) -> dict:
     """Tokens/s behind a context, of kinds of models of GPT-2's width and depth; the kinds take turns."""
     machine = choose_machine(s.part(MachineSettings))
-    top, rows, models = limits(machine), {}, {}
+    top, rows, models = limits(machine, s.smoke), {}, {}
+    batches, contexts, base = (1, 8, 64), (128, 1024, 4096), MODERN
+    if s.smoke:
+        batches, contexts, base = (1, 2), (16, 128), MODERN | TINY
     for name, own in KINDS.items():
-        models[name] = LanguageModel(ModelConfig(**MODERN | own)).to(machine.device, machine.dtype).eval()
+        if s.smoke and "n_kv_head" in own:
+            own = own | {"n_kv_head": 1}
+        models[name] = LanguageModel(ModelConfig(**base | own)).to(machine.device, machine.dtype).eval()
     print(f"{'batch':>6} {'context':>8}  {'model':<18} {'cache MB':>9} {'ms/step':>9} {'tokens/s':>9} "
           f"{'of bandwidth':>13} {'first token, ms':>16}")
-    for batch in (1, 8, 64):
-        for context in (128, 1024, 4096):
+    for batch in batches:
+        for context in contexts:
             if batch * context > 65536:  # 64 x 4096 of multi-head keys and values are 10 GB
                 continue
-            ids = torch.randint(1000, (batch, context), device=machine.device)
+            ids = torch.randint(500, (batch, context), device=machine.device)
             token, caches, first = ids[:, :1], {}, {}
             for name, model in models.items():
                 caches[name] = model.new_cache(batch, context + 16)
@@ -95,17 +100,20 @@ def as_transformers(model: LanguageModel):
 def bench_generate(s: Settings, argv: list[str]) -> dict:
     """Greedy decoding of GPT-2 124 M against Hugging Face `generate` with its cache, the same weights, in turn."""
     machine = choose_machine(s.part(MachineSettings))
-    top, rows, new = limits(machine), {}, 65
+    top, rows, new = limits(machine, s.smoke), {}, 65
+    batches, contexts, shape = (1, 8), (16, 512), GPT2
+    if s.smoke:
+        batches, contexts, shape, new = (1, 2), (16,), GPT2 | TINY, 5
     torch.manual_seed(0)
-    ours = LanguageModel(ModelConfig(**GPT2)).to(machine.device).eval()
+    ours = LanguageModel(ModelConfig(**shape)).to(machine.device).eval()
     theirs = as_transformers(ours).to(machine.device)
     print(f"{'dtype':<9} {'batch':>6} {'context':>8} {'':<14} {'tokens/s':>9} {'ratio':>7} {'of bandwidth':>13} "
           f"{'first token, ms':>16}")
     for dtype in dict.fromkeys((torch.float32, machine.dtype)):
         ours.to(dtype), theirs.to(dtype)
-        for batch in (1, 8):
-            for context in (16, 512):
-                prompt = torch.randint(1000, (batch, context), device=machine.device)
+        for batch in batches:
+            for context in contexts:
+                prompt = torch.randint(500, (batch, context), device=machine.device)
                 rows_of_ids = prompt.tolist()
 
                 def run_ours(n, rows_of_ids=rows_of_ids):

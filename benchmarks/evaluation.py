@@ -7,7 +7,7 @@ import tempfile
 import torch
 
 from benchmarks.decode import GPT2, as_transformers
-from benchmarks.timing import take_turns
+from benchmarks.timing import TINY, take_turns
 from configurator import Settings, UserError
 from machine import MachineSettings, choose_machine
 from model import LanguageModel, ModelConfig
@@ -28,10 +28,13 @@ def bench_eval(s: Settings, argv: list[str]) -> dict:
         raise UserError("this benchmark compares with the harness: pip install lm_eval transformers") from None
     machine = choose_machine(s.part(MachineSettings))
     torch.manual_seed(0)
-    ours, r = LanguageModel(ModelConfig(**GPT2)).to(machine.device).eval().requires_grad_(False), random.Random(0)
+    kinds, shape, entries = KINDS, GPT2, 4000
+    if s.smoke:
+        kinds, shape, entries = {"ARC, 0 shots": (22, 4, 2)}, GPT2 | TINY, 400
+    ours, r = LanguageModel(ModelConfig(**shape)).to(machine.device).eval().requires_grad_(False), random.Random(0)
     theirs = as_transformers(ours).to(machine.device)
     words = ["".join(r.choices("abcdefghijklmnopqrstuvwxyz", k=r.randint(2, 8))) for _ in range(1500)]
-    tokenizer = train_tokenizer("bpe", [" " + " ".join(words)] * 2, 4000)
+    tokenizer = train_tokenizer("bpe", [" " + " ".join(words)] * 2, entries)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
         peer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -41,8 +44,8 @@ def bench_eval(s: Settings, argv: list[str]) -> dict:
         machine.dtype = dtype
         theirs.to(dtype)
         cast_products(ours, dtype)
-        lm = HFLM(pretrained=theirs, tokenizer=peer, batch_size=16, max_length=GPT2["seq_len"], device=machine.device)
-        for kind, (context, choice, n) in KINDS.items():
+        lm = HFLM(pretrained=theirs, tokenizer=peer, batch_size=16, max_length=shape["seq_len"], device=machine.device)
+        for kind, (context, choice, n) in kinds.items():
             def text(length):
                 return " ".join(r.choices(words, k=r.randint(length * 2 // 3, length * 4 // 3)))
 

@@ -17,6 +17,8 @@ SAME_TOKENS = dict(n_layer=4, batch_size=12, max_steps=2000, eval_interval=2000,
 # The same width and context, and whatever else brings the loss of these 2000 steps soonest: docs/log.md.
 SOONEST = dict(n_layer=2, n_kv_head=1, batch_size=32, max_steps=180, eval_interval=180, warmup_steps=10, lr=2e-2,
                muon_lr=0.03)  # fmt: skip
+# For SMOKE=1, on top of either.
+SMOKE = dict(d_model=32, n_layer=1, batch_size=4, max_steps=2, eval_interval=2, eval_tokens=640)
 TARGET = 1.87  # nats per character: what nanoGPT has after its 2000 steps
 
 
@@ -70,7 +72,8 @@ def bench_time_to_loss(s: Settings, argv: list[str]) -> dict:
         for seed in range(1, s.repeats + 1):
             if s.nanogpt:
                 rows["nanogpt"].append(run_nanogpt(s.nanogpt, Path(folder), text, seed))
-            rows["ours"].append(run_ours(SOONEST, Path(folder), text, seed))
+            recipe = SOONEST | SMOKE if s.smoke else SOONEST
+            rows["ours"].append(run_ours(recipe, Path(folder), text, seed))
             for name, values in rows.items():
                 if values:
                     print(f"  seed {seed}  {name:<8} {values[-1][1]:6.1f} s, loss {values[-1][0]:.3f}", flush=True)

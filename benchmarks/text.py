@@ -195,6 +195,8 @@ def own_peak() -> int:
 
 
 def _settings(s: Settings) -> tuple[float, int, int]:
+    if s.smoke:
+        return 0.2, 400, 2
     return s.text_mb, s.vocab_size if s.given("vocab_size") else 32_000, s.threads or os.cpu_count()
 
 

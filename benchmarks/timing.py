@@ -8,6 +8,9 @@ import torch
 
 from machine import Machine
 
+# SMOKE=1: any model of a benchmark with these sizes, to see in seconds that the benchmark runs.
+TINY = dict(vocab_size=512, seq_len=160, d_model=32, n_layer=2, n_head=2, n_kv_head=2)
+
 
 def timed(step: Callable, count: int) -> list[float]:
     """Seconds of each of `count` calls."""
@@ -46,11 +49,13 @@ def show(rows: dict[str, dict], base: str = "") -> dict:
     return {"rows": rows, "base": base}
 
 
-def limits(machine: Machine) -> dict[str, float]:
+def limits(machine: Machine, smoke: bool = False) -> dict[str, float]:
     """What this machine can do at most, measured: FLOP/s of a product of 4096 (CPU: 2048) square matrices in the
     machine's precision, and bytes/s of reading a GB (CPU: a quarter of that; far more than its caches hold)."""
     big = machine.device.type == "cuda"
     n, floats = (4096, 1 << 28) if big else (2048, 1 << 26)
+    if smoke:
+        n, floats = 64, 1 << 12
     a, b = (torch.randn(n, n, device=machine.device, dtype=machine.dtype) for _ in range(2))
     data = torch.ones(floats, device=machine.device)
     seconds = take_turns({"product": lambda: a @ b, "read": data.sum}, 10)
