@@ -80,7 +80,9 @@ def choose_task(s: Settings) -> None:
 
 
 def run_folder(s: Settings) -> Path:
-    """out_dir as set, else out/<config name>, with the name of data that was chosen outside of the config behind it.
+    """out_dir as set, else out/<config name>, with the data and the tokenizer that were chosen outside of the config.
+
+    >>> DATA_PATH=my.txt TOKENIZER=char python train.py  ->  out/quickstart-my-char
 
     A fine-tuning run is called after its base, which is the newest pretraining run if init_from names none.
     """
@@ -95,7 +97,15 @@ def run_folder(s: Settings) -> Path:
         name += f"-{dataset_name(s.dataset)}"
     elif s.source["mixture"] in OUTSIDE:
         name += f"-{dataset_name('mix ' + s.mixture)}"
+    if s.task == "pretrain" and not s.use_lora and s.source["tokenizer"] in OUTSIDE:
+        name += f"-{tokenizer_name(s.tokenizer)}"
     return ROOT / "out" / (name + "-sft" * (s.task == "sft") + "-lora" * s.use_lora)
+
+
+def tokenizer_name(tokenizer: str) -> str:
+    """'char' -> 'char', 'tokenizers/english/tokenizer.json' -> 'english'"""
+    path = Path(tokenizer)
+    return path.parent.name if path.name in ("tokenizer.json", "tokenizer.model") else path.stem
 
 
 def base_of(s: Settings) -> Path:

@@ -158,7 +158,8 @@ def bench_start(s: Settings, argv: list[str]) -> dict:
             raise UserError(result.stderr.strip().splitlines()[-1])
         return time.perf_counter() - begin
 
-    times = take_turns({name: lambda a=arguments: start(a) for name, arguments in STAGES.items()}, s.repeats)
+    times = take_turns({name: lambda a=arguments: start(a) for name, arguments in STAGES.items()}, s.repeats,
+                       warm=0 if s.smoke else 1)  # fmt: skip
     medians = {name: statistics.median(t) for name, t in times.items()}
     before = 0.0
     for name, seconds in medians.items():

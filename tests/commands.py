@@ -16,9 +16,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS_NETWORK = ("shakespeare_char", "tinystories", "gutenberg", "fineweb", "ancients", "hf:", "arc_", "hellaswag",
                  "piqa", "pip install", "make test", "source ")  # fmt: skip
 # Small enough for a second or two, whatever a config file says: the environment is stronger.
-TINY = dict(D_MODEL=32, N_LAYER=1, N_HEAD=2, N_KV_HEAD=1, SEQ_LEN=128, VOCAB_SIZE=512, BATCH_SIZE=10, MAX_STEPS=2,
+TINY = dict(D_MODEL=32, N_LAYER=1, N_HEAD=2, N_KV_HEAD=2, SEQ_LEN=128, VOCAB_SIZE=512, BATCH_SIZE=10, MAX_STEPS=2,
             TOTAL_BATCH_SIZE=0, EVAL_TOKENS=500, MAX_NEW_TOKENS=4, DEVICE="cpu", DTYPE="float32", SMOKE=1)  # fmt: skip
-STARTS = r"(?:[A-Z_]+=\S+ )*(?:echo \"\w+\" \| |time )?(?:python|torchrun|make) "
+STARTS = r"(?:[A-Z_]+=\S+ )*(?:echo \"\w+\" \| )?(?:(?:python|torchrun) (?:-\S+ )*[\w/]+\.py|make \w)"
 
 
 @dataclass
@@ -43,9 +43,9 @@ def commands(path: Path) -> list[Command]:
     prose = re.sub(r"(?m)^    .*$|^```.*?^```$", lambda block: re.sub(r"[^\n]", " ", block[0]), text, flags=re.DOTALL)
     found = []
     for match in re.finditer(rf"(?m)^    ({STARTS}.*)$", text):
-        found.append((match.start(), match[1].split("  #")[0].strip()))
+        found.append((match.start(), re.split(r"\s# ", match[1])[0].strip()))
     for match in re.finditer(rf"`({STARTS}[^`]*)`", prose):
-        found.append((match.start(), " ".join(match[1].split())))
+        found.append((match.start(), " ".join(match[1].split()).replace("NANOGPT=… ", "")))
     return [Command(path.name, text[:at].count("\n") + 1, command) for at, command in sorted(found)]
 
 
@@ -80,7 +80,19 @@ def run(command: str, folder: Path, **environment) -> subprocess.CompletedProces
         for script in bin_folder.iterdir():
             script.chmod(0o755)
     settings = {name: str(value) for name, value in (TINY | environment).items()}
+    if "eval.py" in command:  # of a file all is scored
+        del settings["EVAL_TOKENS"]
     environ = {name: value for name, value in os.environ.items() if name not in ("PYTEST_CURRENT_TEST", "PYTHONPATH")}
     environ |= settings | {"PATH": f"{bin_folder}:{environ['PATH']}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(["bash", "-c", command], cwd=folder, env=environ, capture_output=True, text=True,
                           input="Who are you?\n/quit\n", timeout=300)  # fmt: skip
+
+
+def failures(todo: list[str], folder: Path, **environment) -> list[str]:
+    """Run them one after the other; the commands that failed, each with the end of what it said."""
+    found = []
+    for command in todo:
+        done = run(command, folder, **environment)
+        if done.returncode:
+            found.append(f"{command}\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
+    return found

@@ -5,34 +5,58 @@ import shlex
 
 import pytest
 
+import bench
+import commands
+import eval as eval_script
+import sample
+import train
 from configurator import ROOT, configure
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "README.zh.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = {"train.py": train, "sample.py": sample, "eval.py": eval_script, "bench.py": bench}
 
 
-def commands():
+def parsed():
     for path in DOCUMENTS:
-        text = path.read_text(encoding="utf-8")
-        for line in re.findall(r"(?:[A-Z_]+=\S+ )*python (?:train|sample|eval|bench)\.py[^\n`]*", text):
-            if "…" not in line and "..." not in line:
-                yield pytest.param(line.split("  #")[0].strip(), id=f"{path.name}: {line[:50]}")
+        for command in commands.commands(path):
+            script = re.search(r"(\w+\.py)", command.text)
+            if script and script[1] in SCRIPTS and not re.search(r"[…<]|\.\.\.", command.text):
+                yield pytest.param(command.text, id=f"{command.page}: {command.text[:50]}")
 
 
-@pytest.mark.parametrize("command", list(commands()))
+@pytest.mark.parametrize("command", list(parsed()))
 def test_every_command_of_the_documentation_is_understood(command):
-    import bench
-    import eval
-    import sample
-    import train
-
-    words = shlex.split(command)
-    environ = dict(word.split("=", 1) for word in words[: words.index("python")])
-    script, *argv = words[words.index("python") + 1 :]
+    words = shlex.split(command.rpartition("| ")[2])
+    at = next(i for i, word in enumerate(words) if word in SCRIPTS)
+    environ = dict(word.split("=", 1) for word in words[:at] if re.match(r"[A-Z_]+=", word))
+    script, *argv = words[at:]
     if script == "bench.py":
         assert argv.pop(0) in bench.BENCHMARKS
-    settings = {"train.py": train, "sample.py": sample, "eval.py": eval, "bench.py": bench}[script].SETTINGS
     if "--help" not in argv:
-        configure(settings, argv, environ)
+        configure(SCRIPTS[script].SETTINGS, argv, environ)
+
+
+def test_every_command_of_the_documentation_runs_in_its_order(tmp_path):
+    """In one copy of the checkout, by settings in the environment that make it small; tests/test_bench.py has the
+    benchmarks. What downloads is only parsed, above."""
+    folder, seen, todo = commands.clone(tmp_path / "nano"), set(), []
+    for command in [command for page in commands.PAGES for command in commands.commands(page)]:
+        if not command.runs or command.text in seen or re.search(r"(bench|compare)\.py", command.text):
+            continue
+        seen.add(command.text)
+        todo += commands.recipe(command.text.split()[1]) if command.text.startswith("make ") else [command.text]
+    assert len(todo) > 20
+    failed = commands.failures(todo, folder)
+    assert not failed, "\n\n".join(failed)
+
+
+def test_the_part_that_the_readme_imports_runs(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    lines = (f"hello {n} and the number {n * n} again\n" for n in range(3000))
+    (tmp_path / "my.txt").write_text("".join(lines), encoding="utf-8")
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "my_tokenizer" / "tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

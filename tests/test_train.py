@@ -246,6 +246,9 @@ def test_a_run_has_a_folder_of_its_own(monkeypatch):
     assert folder("data_path=/x/my book.txt") == "quickstart-my book"
     assert folder("config/gpt2.py", DATA_PATH="a/b.jsonl") == "gpt2-b"
     assert folder("dataset=shakespeare") == "quickstart-shakespeare"
+    for tokenizer, name in (("char", "char"), ("bpe", "bpe"), ("x/english/tokenizer.json", "english"),
+                            ("out/tokenizer", "tokenizer"), ("llama.model", "llama"), ("gpt2", "gpt2")):  # fmt: skip
+        assert folder("data_path=my.txt", TOKENIZER=tokenizer) == f"quickstart-my-{name}"
 
 
 def test_a_checkpoint_needs_no_other_file(go, tmp_path):
