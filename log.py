@@ -7,6 +7,7 @@ No log is a reason to lose a run: what a full disk refuses is written later, and
 import csv
 import io
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import UserError
-from files import clock, optional, replacing
+from files import clock, optional, replacing, require_file
 from machine import Machine, peak_flops, peak_memory
 
 COLUMNS = ["step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_gb", "val_loss",
@@ -206,10 +207,16 @@ def wandb(project: str, folder: Path, first: int, config: dict) -> Service:
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """The rows of a log.csv, by the names of its columns. What a power cut left of the last one is dropped."""
-    text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
-    rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-    return [row for row in rows if (row.get("step") or "").isdecimal() and None not in (*row, *row.values())]
+    """The rows of a log.csv, by the names of its columns. Rows that are damaged are left out, and so is what a power
+    cut left of the last one."""
+    text = require_file(path).read_text(encoding="utf-8", errors="replace").replace("\0", "")
+    header, *lines = text[: text.rfind("\n") + 1].split("\n")  # no cell of ours has a comma or a quote
+    names, rows = header.split(","), []
+    for line in lines:
+        cells = line.split(",")
+        if len(cells) == len(names):
+            rows.append(dict(zip(names, cells, strict=True)))
+    return [row for row in rows if re.fullmatch(r"[0-9]{1,15}", row.get("step", ""))]
 
 
 def to_csv(rows: list[dict], header: bool) -> bytes:

@@ -18,7 +18,9 @@ from configurator import ROOT, UserError, configure, find_path, run, write_path
 from log import optional, read_log
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito 2008
+STYLES = ["-", "--", ":", "-."]  # of every seven more runs
 GREY = "#4a5568"
+HUGE = 1e30  # nothing that we log comes near; matplotlib's axes overflow not far beyond
 
 
 @dataclass
@@ -80,7 +82,7 @@ def read_curves(path: Path) -> dict[str, np.ndarray]:
 
 def number(text: str) -> float:
     try:
-        return float(text) if math.isfinite(float(text)) else math.nan
+        return float(text) if abs(float(text)) < HUGE else math.nan
     except ValueError:
         return math.nan
 
@@ -127,7 +129,8 @@ def draw(labels: list[str], runs: list[dict], out: Path) -> None:
             draw_column(figure.add_subplot(grid[2, 2 * k : 2 * k + 2]), runs, column, title)
         figure.suptitle(headline(labels, runs), x=0.01, ha="left", fontsize=11)
         if len(runs) > 1:
-            lines = [plt.Line2D([], [], color=COLORS[i % len(COLORS)], marker="o", ms=4) for i in range(len(runs))]
+            lines = [plt.Line2D([], [], color=colors(runs, i)[0], ls=line_style(i), marker="o", ms=4)
+                     for i in range(len(runs))]  # fmt: skip
             wide.legend(lines, labels, loc="upper right", framealpha=0.9)
         try:
             figure.savefig(out)
@@ -154,6 +157,11 @@ def colors(runs: list[dict], i: int) -> tuple[str, str]:
     return tuple(COLORS[:2]) if len(runs) == 1 else (COLORS[i % len(COLORS)],) * 2
 
 
+def line_style(i: int) -> str:
+    """The line of run i: with the colours it tells 28 runs apart."""
+    return STYLES[i // len(COLORS) % len(STYLES)]
+
+
 def window(values: np.ndarray) -> int:
     """How many lines of the log a smoothed point stands for: an odd 2 %."""
     return len(values) // 50 | 1
@@ -167,9 +175,9 @@ def draw_loss(ax, runs: list[dict], x: str, xlabel: str, unit: float = 1.0):
         if window(loss) > 1:
             ax.plot(at / unit, loss, color=training, alpha=0.2, lw=0.7)
         alone = "o" if len(at) == 1 else ""
-        ax.plot(at / unit, smooth(loss, window(loss)), color=training, lw=thin, marker=alone, ms=3)
+        ax.plot(at / unit, smooth(loss, window(loss)), color=training, ls=line_style(i), lw=thin, marker=alone, ms=3)
         at, loss = points(curves, x, "val_loss")
-        ax.plot(at / unit, loss, color=validation, lw=1.0, marker="o", ms=3.5 if len(at) < 50 else 2)
+        ax.plot(at / unit, loss, color=validation, ls=line_style(i), lw=1.0, marker="o", ms=3.5 if len(at) < 50 else 2)
     set_axis(ax, xlabel, log=True)
     return ax
 
@@ -181,7 +189,7 @@ def draw_column(ax, runs: list[dict], column: str, title: str) -> None:
         if column == "grad_norm" and window(y) > 1:
             ax.plot(at, y, color=colors(runs, i)[0], alpha=0.2, lw=0.7)
             y = smooth(y, window(y))
-        ax.plot(at, y, color=colors(runs, i)[0], lw=1.2, marker="o" if len(at) == 1 else "", ms=3)
+        ax.plot(at, y, color=colors(runs, i)[0], ls=line_style(i), lw=1.2, marker="o" if len(at) == 1 else "", ms=3)
     ax.set_title(title)
     positive = values[values > 0]
     wide = len(positive) and positive.max() > 20 * positive.min()

@@ -1,7 +1,9 @@
 """Curves: what a log says ends in the picture, and a log that says little ends in a sentence or in a small one."""
 
 import os
+import random
 import sys
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -65,6 +67,27 @@ def test_several_runs_of_different_length_share_a_picture_with_a_legend(tmp_path
     assert len({line.get_color() for line in drawn()[3].lines}) == 3
     assert (tmp_path / "a" / "curves.png").is_file()
     assert "smoothed: means of 2 %" in drawn()[0].figure.get_suptitle()
+
+
+def test_28_runs_are_told_apart_by_colour_and_line(tmp_path, drawn):
+    plot.main([*(str(write(tmp_path / str(i), 3)) for i in range(28)), f"out={tmp_path / 'x.png'}"])
+    for lines in (drawn()[3].lines, drawn()[0].get_legend().get_lines()):
+        assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines) == 28
+
+
+def test_a_damaged_log_is_a_picture_or_a_sentence(tmp_path):
+    r, whole = random.Random(0), write(tmp_path / "run") / "log.csv"
+    before = whole.read_bytes()
+    strange = [b"\r", b'"', b",", b"\n", b"\0", b"\xff", b"-", b"e", b"9" * 400, b'"' * 200_000, "²".encode(), b"1e308"]
+    for i in range(300):
+        at = r.randrange(len(before))
+        damaged = before[:at] + r.choice(strange) + before[at + r.choice([0, 1, 50]) :]
+        whole.write_bytes(r.choice([damaged, damaged[: r.randrange(len(damaged))]]))
+        with suppress(UserError):
+            curves = plot.read_curves(whole)
+            assert all(int(step) >= 0 for step in curves["step"])
+            if i % 100 == 0:
+                plot.main([str(tmp_path / "run")])
 
 
 def test_runs_with_folders_of_one_name_are_told_apart_by_their_paths(tmp_path):
