@@ -21,17 +21,19 @@ ever joined across its borders, and inside them happened just what happens when 
 
 import argparse
 import cProfile
+import hashlib
+import heapq
 import json
 import os
 import pstats
+import re
 import sys
 import time
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from functools import cached_property, partial
-from itertools import pairwise
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -50,16 +52,23 @@ from bpe_train import (
     learn_merges,
     read_blocks,
     safe_chunks,
+    spell_classes,
     utf8,
 )
-from configurator import UserError, run
-from files import read_json, write_json
+from configurator import ROOT, UserError, run
+from files import Either, mismatch, read_json, write_json
 
 SPECIALS = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]  # our trainers always reserve these
 
 # Files hold tokens as text. GPT-2 shows each byte as one visible character: itself, or (a space, say) one from 256 on.
 _SHOWN = {byte: chr(byte if byte in _VISIBLE else 256 + i - len(_VISIBLE)) for i, byte in enumerate(_ORDER)}
 _MEANT = {char: byte for byte, char in _SHOWN.items()}
+
+
+NEVER = {"<|never|>": 1 << 30}  # tiktoken's encoder wants a special token
+MANY = 16_384  # tokens; what takes long with more of them is remembered
+CACHE = ROOT / "data" / "cache" / "tokenizers"
+LARGEST_ID = 1 << 24  # a model has a row for every id up to the largest, and so have our tables
 
 
 def spell(token: bytes) -> str:
@@ -72,6 +81,26 @@ def unspell(name: str) -> bytes:
     return bytes([_MEANT[char] for char in name])
 
 
+def remembered(key: str, make: Callable[[], list[int]]) -> list[int]:
+    """What make() returns, which takes seconds: from the cache if it is there and whole. A cache is never needed."""
+    path = CACHE / f"{key}.json"
+
+    def check(numbers: np.ndarray) -> str:
+        return hashlib.sha256(key.encode() + numbers.tobytes()).hexdigest()
+
+    try:
+        kept = read_json(path, {"numbers": str, "check": str})
+        numbers = np.array(kept["numbers"].split(), np.int64)
+        if kept["check"] == check(numbers):
+            return numbers.tolist()
+    except (UserError, ValueError, OverflowError):  # none yet, or damaged
+        pass
+    made = make()
+    with suppress(OSError):  # read only, full
+        write_json(path, {"numbers": " ".join(map(str, made)), "check": check(np.array(made, np.int64))})
+    return made
+
+
 # ---- encoding and decoding ------------------------------------------------------------------------------------------
 
 
@@ -80,16 +109,49 @@ def join_pairs(piece: bytes, rank: Callable[[tuple[bytes, bytes]], int | None], 
 
     b"hugs", {(b"u", b"g"): 0, (b"h", b"ug"): 1}.get -> [b"hug", b"s"]
 
-    Stops when no neighbours have a rank, or at `until` tokens. Quadratic in the length of the piece.
+    Stops when no neighbours have a rank, or at `until` tokens. Takes n log n steps for n bytes.
     """
-    tokens = [piece[i : i + 1] for i in range(len(piece))]
-    while len(tokens) > until:
-        known = [(r, i) for i, pair in enumerate(pairwise(tokens)) if (r := rank(pair)) is not None]
-        if not known:
-            break
-        _, i = min(known)
-        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
-    return tokens
+    n = len(piece)
+    end = list(range(1, n + 1))  # the token that begins at byte i ends before byte end[i]; 0 once it is part of another
+    begin = list(range(-1, n - 1))  # and the token before it begins at byte begin[i]
+    heap: list[tuple[int, int, int, int]] = []
+
+    def propose(left: int, right: int) -> None:
+        """Two neighbours, by where they begin, wait for their turn."""
+        known = rank((piece[left:right], piece[right : end[right]]))
+        if known is not None:
+            heapq.heappush(heap, (known, left, right, end[right]))
+
+    for i in range(n - 1):
+        propose(i, i + 1)
+    tokens = n
+    while tokens > until and heap:
+        _, left, right, after = heapq.heappop(heap)
+        if end[left] != right or end[right] != after:
+            continue  # one of them was joined with another neighbour meanwhile
+        end[left], end[right] = after, 0
+        tokens -= 1
+        if after < n:
+            begin[after] = left
+            propose(left, after)
+        if left > 0:
+            propose(begin[left], left)
+    joined, i = [], 0
+    while i < n:
+        joined.append(piece[i : end[i]])
+        i = end[i]
+    return joined
+
+
+class Unwritable(UserError):
+    """A text has a character that the vocabulary has no bytes for; `at` is its place, `char` the character."""
+
+    def __init__(self, text: str, missing: Collection[int]):
+        self.at = next(at for at, char in enumerate(text) if missing & set(utf8(char)))
+        self.char = text[self.at]
+        lost = sorted(missing & set(utf8(text)))
+        super().__init__(f"this vocabulary lacks the bytes {lost} of the text, first in U+{ord(self.char):04X} at "
+                         f"character {self.at + 1:,}, and would lose characters")  # fmt: skip
 
 
 def lookup(table: dict[int, bytes], ids: Iterable[int]) -> bytes:
@@ -100,12 +162,45 @@ def lookup(table: dict[int, bytes], ids: Iterable[int]) -> bytes:
                         ) from None  # fmt: skip
 
 
-def split_text(text: str, splits: list[regex.Pattern]) -> list[str]:
+PATIENCE = 60  # seconds for one search of a pattern that we do not know: some take for ever
+WHITE = 1 << 16  # characters; tiktoken's engine for regular expressions fails at a million of white space in a row
+
+
+def split_text(text: str, patterns: list[str]) -> list[str]:
     """ "a cat" -> ["a", " cat"] """
     pieces = [text]
-    for split in splits:
-        pieces = [match.group() for piece in pieces for match in split.finditer(piece)]
+    for pattern in patterns:
+        pieces = [part for piece in pieces for part in cut_text(piece, pattern)]
     return pieces
+
+
+def cut_text(text: str, pattern: str) -> list[str]:
+    """What a pattern finds; what it does not match is one piece (as Hugging Face has it)."""
+    if pattern in CUTTABLE:
+        return _with_tables_of_tiktoken(pattern).findall(text)
+    try:
+        return [found.group() for found in _compile(pattern).finditer(text, timeout=PATIENCE)]
+    except TimeoutError:
+        raise UserError(f"the split pattern {pattern} takes for ever on {text[:20]!r}...: change it in the tokenizer's "
+                        "file") from None  # fmt: skip
+
+
+@cache
+def _with_tables_of_tiktoken(pattern: str) -> re.Pattern:
+    """Libraries differ in which of the newest characters are letters; so we ask the one that usually cuts."""
+    every = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000))))
+    ranks = {bytes([byte]): byte for byte in range(256)}
+
+    def members(name: str) -> str:
+        core = tiktoken.Encoding("class", pat_str=name, mergeable_ranks=ranks, special_tokens=NEVER)
+        return core.encode_to_numpy(every).astype(np.uint8).tobytes().decode()
+
+    return spell_classes(pattern, members)
+
+
+def is_white(text: str) -> bool:
+    """True if there may be 2 WHITE characters of white space in a row."""
+    return any(text[at : at + WHITE].isspace() for at in range(0, len(text) - WHITE + 1, WHITE))
 
 
 class BPETokenizer:
@@ -132,7 +227,8 @@ class BPETokenizer:
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
         self._bytes = {i: token for token, i in vocab.items()} | {i: utf8(t) for t, i in self.added_ids.items()}
         self.vocab_size = max(self._bytes) + 1  # ids may have holes
-        self._splits = [_compile(pattern) for pattern in patterns]
+        for pattern in patterns:
+            _compile(pattern)  # refuses what is no pattern
         self._names = {allow: [t for t in self.added_ids if allow or t not in self.specials] for allow in (True, False)}
         self._finders = {allow: find_names(names) for allow, names in self._names.items()}
         self._missing = frozenset(range(256)) - {token[0] for token in vocab if len(token) == 1}
@@ -140,12 +236,18 @@ class BPETokenizer:
 
     def _check(self) -> None:
         for left, right in self.merges:
-            if not {left, right, left + right} <= self.vocab.keys():
+            if not (left in self.vocab and right in self.vocab and left + right in self.vocab):
                 raise UserError(f"the merge {spell(left)} {spell(right)} needs a token that is not in the vocabulary")
-        ids = [(i, spell(token)) for token, i in self.vocab.items()] + [(i, name) for name, i in self.added_ids.items()]
-        if not len(set(ids)) == len(dict(ids)) == len({name for _, name in ids}) or "" in self.added_ids:
-            raise UserError("two tokens have the same id or the same name, or a special token is empty")
+        ids = [*self.vocab.values(), *self.added_ids.values()]
+        if wrong := [i for i in ids if not 0 <= i <= LARGEST_ID]:
+            raise UserError(f"a token has the id {wrong[0]}, and ids are numbers from 0 to {LARGEST_ID:,}")
+        # A name may stand in the vocabulary and among the added tokens, if it has one id.
+        again = {name for name in self.added_ids if set(name) <= _MEANT.keys() and unspell(name) in self.vocab}
+        differ = [name for name in again if self.vocab[unspell(name)] != self.added_ids[name]]
+        if differ or "" in self.added_ids or b"" in self.vocab or len(set(ids)) != len(ids) - len(again):
+            raise UserError("two tokens have the same id or the same name, or one is empty")
         for token in self.added:
+            utf8(token["content"])  # refuses lone surrogates
             for flag in ("single_word", "lstrip", "rstrip"):
                 if token.get(flag):
                     raise UserError(f"the added token {token['content']} asks for {flag}, which we do not have")
@@ -178,7 +280,20 @@ class BPETokenizer:
 
     @cached_property
     def _core(self) -> tuple[tiktoken.Encoding, np.ndarray] | None:
-        """(tiktoken's encoder, its ids -> ours); None where it could not give the ids of `encode_reference`.
+        """(tiktoken's encoder, its ids -> ours); None where it could not give the ids of `encode_reference`."""
+        order = remembered(self._content("core"), self._order) if len(self.vocab) > MANY else self._order()
+        if not order:
+            return None
+        tokens = {i: token for token, i in self.vocab.items()}
+        ranks = {tokens[i]: rank for rank, i in enumerate(order)}
+        # A pattern that we do not know may take for ever there, so it cuts here and not there.
+        pattern = self.patterns[-1] if self.patterns[-1] in CUTTABLE else r"[\s\S]+"
+        # We look for special tokens ourselves, but tiktoken, if it has none, finds an empty one everywhere.
+        core = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens=NEVER)
+        return core, np.array(order, np.uint32)
+
+    def _order(self) -> list[int]:
+        """The ids in the order of tiktoken's ranks; [] where it could not give the ids of `encode_reference`.
 
         tiktoken has no merges: it looks up the whole piece, and else joins neighbours whenever the result is a token,
         lowest rank first. That is the same if all tokens encode to themselves. Those that do not never appear and are
@@ -189,33 +304,45 @@ class BPETokenizer:
         for token, i in self.vocab.items():
             last = tuple(join_pairs(token, self._ranks.get, until=2))
             if len(token) == 1:
-                single.append((i, token))
+                single.append((i, i))
             elif last in self._ranks:
-                joined.append((self._ranks[last], token))
+                joined.append((self._ranks[last], i))
             elif self.ignore_merges:
-                whole.append((i, token))
+                whole.append((i, i))
                 if len(last) == 2:
-                    return None
-        order = [token for group in (single, joined, whole) for _, token in sorted(group)]
-        ranks = {token: rank for rank, token in enumerate(order)}
-        try:  # we look for special tokens ourselves, but tiktoken, if it has none, finds an empty one everywhere
-            core = tiktoken.Encoding("ours", pat_str=self._splits[-1].pattern, mergeable_ranks=ranks,
-                                     special_tokens={"<|never|>": len(order)})  # fmt: skip
-        except ValueError:  # a pattern that only the `regex` package understands
-            return None
-        return core, np.array([self.vocab[token] for token in order], np.uint32)
+                    return []
+        return [i for group in (single, joined, whole) for _, i in sorted(group)]
+
+    def _content(self, use: str) -> str:
+        """A hash of what decides about `_order`, to remember it by."""
+        sizes = np.array([len(token) for token in self.vocab])
+        ids = np.array(list(self.vocab.values()))
+        pairs = np.array([self.vocab[token] for pair in self.merges for token in pair])
+        content = hashlib.sha256(f"{use} {self.ignore_merges} {len(sizes)}".encode())
+        for part in (sizes, ids, pairs):
+            content.update(part.tobytes())
+        content.update(b"".join(self.vocab))
+        return content.hexdigest()[:32]
 
     def _segments(self, text: str, allow_special: bool) -> list[int | str]:
         """Find the added tokens: "a<|pad|>b" -> ["a", 258, "b"]. UserError for text that cannot be encoded."""
         data = utf8(text)
-        if self._missing and (lost := self._missing.intersection(data)):
-            raise UserError(f"this vocabulary lacks the bytes {sorted(lost)} of the text, and would lose characters")
+        if self._missing and not self._missing.isdisjoint(data):
+            raise Unwritable(text, self._missing)
         finder = self._finders[allow_special]
         parts = finder.split(text) if finder else [text]
         parts[1::2] = [self.added_ids[name] for name in parts[1::2]]
         if self.nfc:
             parts[::2] = [unicodedata.normalize("NFC", part) for part in parts[::2]]
         return parts
+
+    def repaired(self, text: str) -> tuple[str, int]:
+        """`text` with U+FFFD (or ?) for every character whose bytes this vocabulary lacks, and their number."""
+        if self._missing.isdisjoint(utf8(text)):
+            return text, 0
+        sign = "\ufffd" if self._missing.isdisjoint(utf8("\ufffd")) else "?"
+        chars = [char if self._missing.isdisjoint(utf8(char)) else sign for char in text]
+        return "".join(chars), sum(old != new for old, new in zip(text, chars, strict=True))
 
     def encode_reference(self, text: str, allow_special: bool = False) -> list[int]:
         """What `encode` returns, without tiktoken."""
@@ -224,7 +351,7 @@ class BPETokenizer:
             if isinstance(segment, int):
                 ids.append(segment)
                 continue
-            for piece in map(utf8, split_text(segment, self._splits)):
+            for piece in map(utf8, split_text(segment, self.patterns)):
                 known = self.ignore_merges and piece in self.vocab
                 ids.extend(self.vocab[token] for token in ([piece] if known else join_pairs(piece, self._ranks.get)))
         return ids
@@ -238,9 +365,13 @@ class BPETokenizer:
         for segment in self._segments(text, allow_special):
             if isinstance(segment, int):
                 found.append(np.array([segment], np.uint32))
-            else:  # tiktoken takes one pattern, the last
-                for part in split_text(segment, self._splits[:-1]):
+                continue
+            for part in split_text(segment, self.patterns[:-1]):  # tiktoken takes one pattern, the last
+                if self.patterns[-1] in CUTTABLE and not is_white(part):
                     found.append(our_ids[core.encode_to_numpy(part, disallowed_special=())])
+                else:
+                    pieces = cut_text(part, self.patterns[-1])
+                    found += [our_ids[core._encode_single_piece(piece)] for piece in pieces]
         return np.concatenate(found)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
@@ -288,12 +419,13 @@ class BPETokenizer:
         splits = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
                   for pattern in self.patterns]  # fmt: skip
         sequence = {"type": "Sequence", "pretokenizers": [*splits, byte_level | {"use_regex": False}]}
-        vocab = {spell(token): i for token, i in self.vocab.items()} | self.added_ids
+        names = {token: spell(token) for token in self.vocab}
+        vocab = {names[token]: i for token, i in self.vocab.items()} | self.added_ids
         model = {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": self.ignore_merges,
             "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
-            "merges": [[spell(left), spell(right)] for left, right in self.merges],
+            "merges": [[names[left], names[right]] for left, right in self.merges],
         }  # fmt: skip
         document = {
             "version": "1.0", "truncation": None, "padding": None, "added_tokens": self.added,
@@ -307,10 +439,8 @@ class BPETokenizer:
     def from_dict(cls, d: dict, source: str = "this tokenizer") -> "BPETokenizer":
         """Inverse of `to_dict`. What a file of others asks for and we do not have is named in a UserError, but its
         settings for truncating and padding, which say how a program called `tokenizers`, are left out."""
-        try:
+        with naming(source):
             return cls(**_read_document(d["tokenizer"]), config=d["config"])
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from None
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, which Hugging Face's tokenizers and transformers load, and tokenizer_config.json."""
@@ -324,14 +454,15 @@ class BPETokenizer:
         return cls.from_dict({"tokenizer": read_json(path), "config": read_config(path)}, str(path))
 
 
+@cache
 def _compile(pattern: str) -> regex.Pattern:
-    """`pattern`, extended by: and what it does not match is one piece (as Hugging Face has it)."""
+    """`pattern`, extended by: and what it does not match is one piece."""
     try:
-        if regex.fullmatch(pattern, ""):
+        if regex.fullmatch(pattern, "", timeout=PATIENCE):
             raise UserError(f"the split pattern {pattern} matches the empty text")
         return regex.compile(pattern if pattern in CUTTABLE else rf"{pattern}|(?:(?!{pattern})[\s\S])+")
-    except regex.error as error:
-        raise UserError(f"the split pattern {pattern} is not one that we can read: {error}") from None
+    except (regex.error, RecursionError, OverflowError, TimeoutError) as error:
+        raise UserError(f"the split pattern {pattern[:100]} is not one that we can read: {error}") from None
 
 
 def added_tokens(specials: Iterable[str], first_id: int) -> list[dict]:
@@ -346,21 +477,52 @@ def config_for(specials: Collection[str]) -> dict:
     return {"tokenizer_class": "PreTrainedTokenizerFast"} | {k: v for k, v in roles.items() if v in specials}
 
 
+STEP = Either({"type": str}, None)
+ADDED = {"id": int, "content": str, "special": bool}
+DOCUMENT = {"model": dict, "added_tokens?": Either([ADDED], None), "normalizer?": STEP, "pre_tokenizer?": STEP,
+            "decoder?": STEP, "post_processor?": Either(dict, None)}  # fmt: skip
+MODEL = {"vocab": {str: int}, "merges": list, "ignore_merges?": Either(bool, None)}
+SPLIT = {"pattern": Either({"Regex": str}, {"String": str}), "behavior": str, "invert": bool}
+_NAMED = Either(str, {"content": str}, None)  # a token by its name; transformers writes either
+CONFIG = {"roles?": Either({str: str}, None), "added_tokens_decoder?": Either({str: {"content": str}}, None),
+          **{f"{role}_token?": _NAMED for role in ("bos", "eos", "pad", "unk")}}  # fmt: skip
+
+
+@contextmanager
+def naming(source: str | Path) -> Iterator[None]:
+    """A mistake inside is one of the file `source`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def require(value, shape, name: str = "") -> None:
+    """UserError if data from outside does not have the shape (see `files.mismatch`)."""
+    if wrong := mismatch(value, shape, name):
+        raise UserError(f"not a tokenizer that we can read: {wrong}")
+
+
 def _read_document(document: dict) -> dict:
     """The contents of a tokenizer.json -> arguments of BPETokenizer."""
 
     def steps(section: str, inner: str) -> list[dict]:  # a section is null, one step, or a sequence of steps
         step = document.get(section)
-        return [] if step is None else step[inner] if step["type"] == "Sequence" else [step]
+        if step is None or step["type"] != "Sequence":
+            return [step] if step else []
+        require(step, {inner: [{"type": str}]}, section)
+        return step[inner]
 
     def refuse(what: str):
         raise UserError(f"it asks for {what}, which we do not have: we read byte-level BPE only")
 
-    if not isinstance(document, dict) or "model" not in document:
+    if "model" not in document:
         raise UserError("not a tokenizer.json: it has no model")
+    require(document, DOCUMENT)
     model = document["model"]
-    if model.get("type", "BPE") != "BPE":
+    if model.get("type") not in (None, "BPE"):
         refuse(f"a {model['type']} model")
+    require(model, MODEL, "model")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(key):
             refuse(f"{key}={model[key]}")
@@ -372,40 +534,67 @@ def _read_document(document: dict) -> dict:
 
     patterns, splits = [], steps("pre_tokenizer", "pretokenizers")
     for step in splits:
-        if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
-            patterns.append(step["pattern"].get("Regex") or regex.escape(step["pattern"]["String"]))
-        elif step["type"] == "Digits":
-            patterns.append(r"\p{N}" if step["individual_digits"] else r"\p{N}+")
-        elif step["type"] == "ByteLevel" and not step["add_prefix_space"] and step is splits[-1]:
+        if pattern := _split_pattern(step):
+            patterns.append(pattern)
+        elif step["type"] == "ByteLevel" and not step.get("add_prefix_space", True) and step is splits[-1]:
             patterns += [PATTERNS["gpt2"]] if step.get("use_regex", True) else []
         else:
-            refuse(f"the pre-tokenizer {json.dumps(step)}")
+            refuse(f"the pre-tokenizer {json.dumps(step)[:200]}")
     if not splits or splits[-1]["type"] != "ByteLevel":
         refuse("pre-tokenizing without ByteLevel")
 
-    added = document.get("added_tokens", [])
-    try:
-        merges = [read_merge(merge) for merge in model["merges"]]
-        # The vocabulary may list the added tokens again: then they are ordinary ones too only if merges make them.
-        made, names = {spell(left + right) for left, right in merges} | _MEANT.keys(), {t["content"] for t in added}
-        vocab = {unspell(name): i for name, i in model["vocab"].items() if name in made or name not in names}
-    except (KeyError, ValueError) as error:  # a character that shows no byte, or a merge of three
-        raise UserError(f"not byte-level BPE: a token or merge cannot be read: {error}") from None
-    return {"vocab": vocab, "merges": merges, "patterns": patterns or [r"[\s\S]+"], "added": added,
-            "ignore_merges": model.get("ignore_merges", False), "nfc": bool(steps("normalizer", "normalizers")),
+    added = document.get("added_tokens") or []
+    pairs = [read_merge(merge) for merge in model["merges"]]
+    # The vocabulary may list the added tokens again: then they are ordinary ones too only if merges make them.
+    made = {left + right for left, right in pairs} | _MEANT.keys()
+    names = {token["content"] for token in added} - made
+    vocab, merges = read_names({name: i for name, i in model["vocab"].items() if name not in names}, pairs)
+    return {"vocab": vocab, "merges": merges,
+            "patterns": patterns or [r"[\s\S]+"], "added": added,
+            "ignore_merges": bool(model.get("ignore_merges")), "nfc": bool(steps("normalizer", "normalizers")),
             "post": document.get("post_processor")}  # fmt: skip
 
 
-def read_merge(merge: str | list[str]) -> tuple[bytes, bytes]:
-    """ "Ġ c" (old files) or ["Ġ", "c"] (new ones) -> (b" ", b"c"). In files a space shows as Ġ, so split is safe."""
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return unspell(left), unspell(right)
+def _split_pattern(step: dict) -> str:
+    """The expression by which a pre-tokenizer cuts; "" if it does something else."""
+    if step["type"] == "Digits":
+        return r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
+    if step["type"] != "Split":
+        return ""
+    require(step, SPLIT, "a Split")
+    pattern = step["pattern"].get("Regex") or regex.escape(step["pattern"]["String"])
+    isolated = step["behavior"] == "Isolated" and not step["invert"]
+    # To remove what does not match is the same, if the pattern matches every text.
+    kept = step["behavior"] == "Removed" and step["invert"] and pattern in CUTTABLE
+    return pattern if isolated or kept else ""
+
+
+def read_names(vocab: dict[str, int], pairs: list[tuple[str, str]]) -> tuple[dict[bytes, int], list]:
+    """Vocabulary and merges as files spell them -> as `BPETokenizer` takes them."""
+    if not set("".join(vocab)) <= _MEANT.keys():
+        wrong = next(name for name in vocab if not set(name) <= _MEANT.keys())
+        raise UserError(f"not byte-level BPE: the token {wrong[:50]!r} shows no bytes")
+    table = {ord(char): byte for char, byte in _MEANT.items()}
+    tokens = {name: name.translate(table).encode("latin-1") for name in vocab}
+    lacking = next((pair for pair in pairs if not (pair[0] in tokens and pair[1] in tokens)), None)
+    if lacking:
+        raise UserError(f"the merge {' '.join(lacking)} needs a token that is not in the vocabulary")
+    merges = [(tokens[left], tokens[right]) for left, right in pairs]
+    return {token: vocab[name] for name, token in tokens.items()}, merges
+
+
+def read_merge(merge: str | list[str]) -> tuple[str, str]:
+    """ "Ġ c" (old files) or ["Ġ", "c"] (new ones) -> ("Ġ", "c"). In files a space shows as Ġ, so split is safe."""
+    pair = merge.split(" ") if isinstance(merge, str) else merge
+    if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], str)):
+        raise UserError(f"a merge cannot be read: {str(merge)[:50]!r} is not two tokens")
+    return pair[0], pair[1]
 
 
 def read_config(path: Path) -> dict:
     """The tokenizer_config.json beside a tokenizer's file; {} if there is none."""
     path = path.with_name("tokenizer_config.json")
-    return read_json(path) if path.exists() else {}
+    return read_json(path, CONFIG) if path.exists() else {}
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

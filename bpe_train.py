@@ -12,6 +12,7 @@ from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import regex
 
 from configurator import UserError
@@ -112,6 +113,7 @@ def find_names(names: Iterable[str]) -> regex.Pattern | None:
 
 BATCH = 4 << 20  # characters that a counting process gets at once
 MAX_PIECES = 4_000_000  # different pieces that we remember, in about 0.6 GB
+LONGEST = 1000  # characters of a piece; each merge costs time in proportion to it, and no learned token is longer
 
 
 def count_pieces(texts: Iterable[str], pattern: str, max_bytes: int = 0, workers: int = 0,
@@ -124,6 +126,8 @@ def count_pieces(texts: Iterable[str], pattern: str, max_bytes: int = 0, workers
     Numbers, hashes and links bring new pieces for ever. When MAX_PIECES are there (some GB of text), we forget the
     rarest until half of them are left, and say so once: those seen once, if need be those seen twice, and so on.
     Such pieces are far too rare to make a merge of their own, and what is frequent is counted anew soon.
+
+    A piece of more than LONGEST characters (a genome, base64, a line of dashes) counts as several.
     """
     total, done, forgot = Counter(), 0, False
     batches = _batches(first_bytes(texts, max_bytes))
@@ -169,6 +173,10 @@ def _count_batch(pattern: str, texts: list[str]) -> tuple[Counter[str], int]:
     for text in texts:
         for block in [text] if _is_basic(text) else safe_chunks([text], BLOCK):
             counts.update((faster if _is_basic(block) else split)(block))
+    for piece in [piece for piece in counts if len(piece) > LONGEST]:
+        times = counts.pop(piece)
+        for start in range(0, len(piece), LONGEST):
+            counts[piece[start : start + LONGEST]] += times
     return counts, sum(len(utf8(text)) for text in texts)
 
 
@@ -187,9 +195,16 @@ def _plain(pattern: str) -> re.Pattern:
     " ?\\p{N}+" -> " ?[0-9²³¹¼-¾٠-٩...]+": `re` knows no \\p, so we write out all characters that `regex` knows.
     """
     basic = "".join(map(chr, range(0x10000)))
+    return spell_classes(pattern, lambda name: "".join(regex.findall(name, basic)))
+
+
+def spell_classes(pattern: str, members: Callable[[str], str]) -> re.Pattern:
+    """`pattern` for `re`, each class of characters spelled out; members(name) gives its characters in their order."""
 
     def ranges(name: str) -> str:
-        return "".join(f"{run[0]}-{run[-1]}" for run in regex.findall(f"{name}+", basic))
+        codes = np.frombuffer(members(name).encode("utf-32-le", "surrogatepass"), np.uint32)
+        runs = np.split(codes, np.flatnonzero(np.diff(codes) != 1) + 1)
+        return "".join(f"{chr(run[0])}-{chr(run[-1])}" for run in runs)
 
     def spelled(found: re.Match) -> str:
         if found[0][0] == "[":
@@ -294,10 +309,10 @@ def learn_merges(pieces: dict[bytes, int], n_merges: int, forbidden: Collection[
         # The words in which a character stood before the pair or behind it, and those with the pair twice in a row.
         before, behind, twice = defaultdict(list), defaultdict(list), []
         del counts[pair]
-        for i in where.pop(pair):
+        for i in dict.fromkeys(where.pop(pair)):  # each word once, however often it holds the pair
             gaps = words[i].split(pair)
             if len(gaps) == 1:
-                continue  # one of the two was joined with another neighbour since the index was written
+                continue  # one of the two was joined with another neighbour after the index was written
             words[i] = new.join(gaps)
             for gap, next_gap in pairwise(gaps):
                 if gap:

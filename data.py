@@ -36,6 +36,7 @@ from corpus import SUFFIXES, RawCorpus, list_files, open_corpus, path_name
 from files import locked, replacing, show_line, writing
 from mixture import open_mixture
 from model import ModelConfig
+from ranks import TIKTOKEN
 from shards import Progress, write_split
 from tokenizer import load_tokenizer, train_tokenizer
 
@@ -131,8 +132,8 @@ def find_source(s) -> tuple[RawCorpus, object, dict[str, list[Path]]]:
 
 def existing_tokenizer(s):
     """The tokenizer of a file or folder."""
-    if s.tokenizer not in spm.TIKTOKEN and not find_path(s.tokenizer).exists():
-        raise UserError(f"tokenizer={s.tokenizer} is none of {', '.join((*TRAINED, *spm.TIKTOKEN))}, nor a file or "
+    if s.tokenizer not in TIKTOKEN and not find_path(s.tokenizer).exists():
+        raise UserError(f"tokenizer={s.tokenizer} is none of {', '.join((*TRAINED, *TIKTOKEN))}, nor a file or "
                         "folder that exists")  # fmt: skip
     return load_tokenizer(s.tokenizer)
 

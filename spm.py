@@ -1,8 +1,7 @@
-"""Tokenizers that others define: SentencePiece's models (loaded, or trained here), and tiktoken's encodings by name.
+"""SentencePiece's models, loaded or trained here.
 
     codec = SentencePieceTokenizer.load("tokenizer.model")
     codec = SentencePieceTokenizer.train(documents, 8000, "unigram")
-    codec = tiktoken_by_name("cl100k_base")
 
 SentencePiece (Kudo and Richardson 2018) writes a space as ▁ and looks for pieces in the text as a whole. With "spbpe"
 it joins the best neighbours, as `bpe` does; with "unigram" (Kudo 2018) each piece has a probability, and the most
@@ -21,12 +20,12 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 
 import bpe
 import bpe_train
-from bpe import SPECIALS, BPETokenizer
+from bpe import SPECIALS
 from configurator import UserError
+from files import require_file
 
 KINDS = {"unigram": "unigram", "spbpe": "bpe"}  # what we train, and SentencePiece's name for it
 CHUNK = 1 << 16  # characters that SentencePiece gets at once, at least
@@ -60,13 +59,18 @@ class SentencePieceTokenizer:
         byte_ids = {int(pieces[i][1:-1], 16): i for i in ids if processor.is_byte(i)}  # <0x0A>
         self.specials = {pieces[i]: i for i in ids if processor.is_control(i) or processor.is_unknown(i)}
         added = self.config.get("added_tokens_decoder", {}).items()
+        if wrong := [i for i, _ in added if not (i.isdecimal() and int(i) <= bpe.LARGEST_ID)]:
+            raise UserError(f"{source}: {wrong[0][:50]!r} in added_tokens_decoder is no id")
         self.specials |= {token["content"]: int(i) for i, token in added if int(i) >= len(ids)}
+        if "" in self.specials:
+            raise UserError(f"{source}: a special token is empty")
         self.vocab_size = max([*ids, *self.specials.values()]) + 1
         texts = [piece.replace(SPACE, " ") for piece in pieces]
         self._bytes = dict(enumerate(map(bpe.utf8, texts)))
         self._bytes |= {i: bytes([byte]) for byte, i in byte_ids.items()}
         self._bytes |= {i: bpe.utf8(name) for name, i in self.specials.items()}
         self._special_ids = frozenset(self.specials.values())
+        self._begins = self._special_ids - {processor.unk_id()}  # what follows one of these starts a text
 
         self._found = {name: [i] for name, i in self.specials.items()}
         spelled = [SPACE] if byte_ids else []
@@ -78,8 +82,8 @@ class SentencePieceTokenizer:
         start = processor.normalize("a")
         if start not in ("a", SPACE + "a"):
             raise UserError(f"{source} marks the end of words (treat_whitespace_as_suffix), which we do not have")
-        self._prefix = start != "a"
-        if self._prefix:
+        self.adds_space = start != "a"
+        if self.adds_space:
             self._rest = _processor(model + NO_PREFIX, source)
         probe = "  ﬁ \n A "  # a model that changes spaces or composes characters gets its text in one
         self._cuttable = self._rest.normalize(probe).replace(SPACE, " ") == probe
@@ -148,28 +152,31 @@ class SentencePieceTokenizer:
                     at = cut
                 held, size = [whole[at:]], size - at
 
-    def encode_stream_to_numpy(self, texts: Iterable[str], allow_special: bool = False) -> Iterator[np.ndarray]:
+    def encode_stream_to_numpy(self, texts: Iterable[str], allow_special: bool = False,
+                               starts: bool = True) -> Iterator[np.ndarray]:  # fmt: skip
         """Ids of the concatenation of `texts`, equal to those of the whole, in bounded memory.
 
         All of the text is held if the model normalises. Long texts are cut in `encode_to_numpy` too, see `_chunks`:
         this costs no id with "spbpe"; with "unigram", two ways to cut a word that are equally good are told apart by
         rounding, and SentencePiece, adding up from the start of the text, may round to the other one.
+
+        starts=False: the text goes on with another, and gets no space in front.
         """
-        starts = True
         for chunk in self._chunks(texts) if self._cuttable else ["".join(texts)]:
             bpe.utf8(chunk)  # refuses lone surrogates
             ids, finder = [], self._finders[allow_special]
             for i, part in enumerate(finder.split(chunk) if finder else [chunk]):
                 if i % 2:
                     ids += self._found[part]
-                    starts = part in self.specials
+                    starts = self._found[part][0] in self._begins
                 elif part:
                     ids += (self._first if starts else self._rest).encode(part)
                     starts = False
             yield np.array(ids, np.uint32)
 
-    def encode_to_numpy(self, text: str, allow_special: bool = False) -> np.ndarray:
-        return np.concatenate([np.empty(0, np.uint32), *self.encode_stream_to_numpy([text], allow_special)])
+    def encode_to_numpy(self, text: str, allow_special: bool = False, starts: bool = True) -> np.ndarray:
+        found = self.encode_stream_to_numpy([text], allow_special, starts)
+        return np.concatenate([np.empty(0, np.uint32), *found])
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Ids of `text`; in it, the names of special tokens are plain text unless `allow_special`."""
@@ -183,9 +190,9 @@ class SentencePieceTokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Bytes of `ids`, special tokens by their names. UserError for an id that is not in the vocabulary."""
         ids = list(ids)
-        if not self._prefix:
+        if not self.adds_space:
             return bpe.lookup(self._bytes, ids)
-        starts = [True, *(i in self._special_ids for i in ids[:-1])]
+        starts = [True, *(i in self._begins for i in ids[:-1])]
         tokens = [bpe.lookup(self._bytes, [i]) for i in ids]
         return b"".join(token.removeprefix(b" ") if start else token
                         for token, start in zip(tokens, starts, strict=False))  # fmt: skip
@@ -201,12 +208,18 @@ class SentencePieceTokenizer:
 
     @classmethod
     def from_dict(cls, d: dict, source: str = "this tokenizer") -> "SentencePieceTokenizer":
-        return cls(base64.b64decode(d["tokenizer"]["model"]), d["config"], source)
+        with bpe.naming(source):
+            bpe.require(d["tokenizer"], {"model": str})
+        try:
+            model = base64.b64decode(d["tokenizer"]["model"], validate=True)
+        except ValueError as error:
+            raise UserError(f"{source}: its model is not base64: {error}") from None
+        return cls(model, d["config"], source)
 
     @classmethod
     def load(cls, path: str | Path) -> "SentencePieceTokenizer":
         """Read a .model file, and the tokenizer_config.json beside it if there is one."""
-        path = Path(path)
+        path = require_file(Path(path))
         try:
             return cls(path.read_bytes(), bpe.read_config(path), str(path))
         except OSError as error:
@@ -229,36 +242,6 @@ def _processor(model: bytes, source: str):
         processor.LoadFromSerializedProto(model)
         if model and processor.vocab_size():
             return processor
-    except RuntimeError:
+    except Exception:  # whatever it raises on bytes of others
         pass
     raise UserError(f"{source} is not a SentencePiece model")
-
-
-# ---- tiktoken -------------------------------------------------------------------------------------------------------
-
-# The encodings that we know by name, and which of bpe.PATTERNS cuts text as theirs does. Theirs have possessive
-# quantifiers, which Hugging Face's tokenizers reads as something else.
-TIKTOKEN = {"gpt2": "gpt2", "r50k_base": "gpt2", "p50k_base": "gpt2", "cl100k_base": "cl100k", "o200k_base": "o200k"}
-
-
-def tiktoken_by_name(name: str) -> BPETokenizer:
-    """OpenAI's encoding, from tiktoken's cache or, the first time, over the network."""
-    if name not in TIKTOKEN:
-        raise UserError(f"{name} is none of tiktoken's encodings that we know: {', '.join(TIKTOKEN)}")
-    try:
-        encoding = tiktoken.get_encoding(name)
-    except (OSError, ValueError):  # all network errors of requests are OSErrors; ValueError: a damaged download
-        raise UserError(f"tiktoken cannot get its file of {name} from its cache or the network; on a machine that is "
-                        "online, fetch it once and set TIKTOKEN_CACHE_DIR to its folder here") from None  # fmt: skip
-    names = encoding._special_tokens
-    added = [bpe.added_tokens([special], i)[0] for special, i in names.items()]
-    return bpe_from_ranks(encoding._mergeable_ranks, bpe.PATTERNS[TIKTOKEN[name]], added, bpe.config_for(names))
-
-
-def bpe_from_ranks(ranks: dict[bytes, int], pattern: str, added: list[dict], config: dict) -> BPETokenizer:
-    """tiktoken joins two neighbours if the result has a rank, so the merge that makes a token is the last pair when
-    the token itself is encoded; a token without one is found as a whole piece only."""
-    last = [bpe.join_pairs(token, lambda pair: ranks.get(pair[0] + pair[1]), until=2)
-            for token in sorted(ranks, key=ranks.get)]  # fmt: skip
-    merges = [(pair[0], pair[1]) for pair in last if len(pair) == 2]
-    return BPETokenizer(ranks, merges, [pattern], added, any(len(tokens) > 2 for tokens in last), config=config)

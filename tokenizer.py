@@ -7,14 +7,15 @@
 `Tokenizer` wraps a codec, which turns text into ids and back: `bpe.BPETokenizer`, or `CharTokenizer` below.
 """
 
-import base64
 import codecs
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,7 +24,8 @@ import bpe_train
 import spm
 from bpe import SPECIALS, BPETokenizer
 from configurator import UserError, find_path
-from files import read_json, write_json
+from files import read_json, require_file, write_json
+from ranks import TIKTOKEN, read_ranks, read_tekken, tiktoken_by_name
 from spm import SentencePieceTokenizer
 
 # Roles and the names under which they are known. A role is the token that `roles` names, or else
@@ -41,6 +43,16 @@ ROLES = {
 }
 
 
+class Lost(NamedTuple):
+    """How lossy a tokenization is; str() is a sentence."""
+
+    rate: float  # share of the characters that do not come back
+    first: str   # of these
+
+    def __str__(self) -> str:
+        return f"the tokenizer loses {self.rate:.2%} of the characters, first {self.first!r} (U+{ord(self.first):04X})"
+
+
 class Tokenizer:
     """Text to ids and back. The names of special tokens in a text are plain text unless `allow_special`.
 
@@ -50,11 +62,17 @@ class Tokenizer:
 
     def __init__(self, codec: "BPETokenizer | CharTokenizer", roles: dict[str, str] | None = None):
         self.codec, self.vocab_size, self.specials = codec, codec.vocab_size, codec.specials
+        self.adds_space = getattr(codec, "adds_space", False)
         if roles:
             codec.config["roles"] = codec.config.get("roles", {}) | roles
 
-    def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Ids of `text`, with no begin-of-text token: `role("bos")` is the caller's to add."""
+    def encode(self, text: str, allow_special: bool = False, starts: bool = True) -> list[int]:
+        """Ids of `text`, with no begin-of-text token: `role("bos")` is the caller's to add.
+
+        starts=False: `text` goes on with another one. Many SentencePiece models put a space before a text that starts.
+        """
+        if self.adds_space and not starts:
+            return self.codec.encode_to_numpy(text, allow_special, starts).tolist()
         return self.codec.encode_to_numpy(text, allow_special).tolist()
 
     def encode_to_numpy(self, text: str, allow_special: bool = False) -> np.ndarray:
@@ -93,15 +111,18 @@ class Tokenizer:
 
     def role(self, name: str) -> int | None:
         """Id of the token that plays a role, a key of ROLES; None where this tokenizer has none."""
+        config, named = self.codec.config, self.codec.config.get(f"{name}_token")
+        if isinstance(named, dict):  # transformers writes either
+            named = named["content"]
         known = [each for each in ROLES[name] if each in self.specials]
-        config = self.codec.config
-        token = config.get("roles", {}).get(name) or config.get(f"{name}_token") or next(iter(known), None)
+        token = (config.get("roles") or {}).get(name) or named or next(iter(known), None)
         if token is None:
             return self.role("eos") if name == "eot" else None
-        token = token["content"] if isinstance(token, dict) else token  # transformers writes either
         ids = self.encode(token, allow_special=True)
         if len(ids) != 1:
             raise UserError(f"{token!r} is to be the {name} token, but this tokenizer has no such token")
+        if name == "unk" and ids[0] == self.role("eot"):
+            return None  # GPT-2's files name end-of-text here, which is a token of its own
         return ids[0]
 
     def needs(self, name: str) -> int:
@@ -121,6 +142,24 @@ class Tokenizer:
         """The share of the tokens of `text` that are <unk>; always 0 with BPE."""
         ids = self.encode_to_numpy(text)
         return float((ids == self.role("unk")).mean()) if len(ids) and self.role("unk") is not None else 0.0
+
+    def lost(self, text: str) -> "Lost":
+        """What does not come back when `text` is encoded and decoded: characters without a token, or normalised.
+
+        >>> char_tokenizer_of_english.lost("naïve")  ->  Lost(rate=0.2, first="ï")
+        """
+        text, replaced = self.repaired(text)
+        ids, unk = self.encode(text), self.role("unk")
+        back = self.decode([i for i in ids if i != unk])
+        if back == text and not replaced:
+            return Lost(0.0, "")
+        gone = Counter(text) - Counter(back)
+        first = next((char for char in text if char in gone), "\ufffd")
+        return Lost(max(1, gone.total() + replaced) / len(text), first)
+
+    def repaired(self, text: str) -> tuple[str, int]:
+        """`text` with U+FFFD for each character for which this tokenizer would raise `bpe.Unwritable`, and how many."""
+        return self.codec.repaired(text) if isinstance(self.codec, BPETokenizer) else (text, 0)
 
     def to_dict(self) -> dict:
         """JSON-able, for checkpoints: {"tokenizer": tokenizer.json, "config": tokenizer_config.json}."""
@@ -145,80 +184,124 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int, pattern: s
     raise UserError(f"a tokenizer of kind {kind} cannot be trained, only bpe, char, {', '.join(spm.KINDS)}")
 
 
-def tokenizer_from_dict(d: dict, source: str = "this tokenizer", roles: dict[str, str] | None = None) -> Tokenizer:
-    """Inverse of `to_dict`, for every kind. `source` is named in errors."""
-    if isinstance(d["tokenizer"], dict) and d["tokenizer"].get("type") == "char":
-        return Tokenizer(CharTokenizer(d["tokenizer"]["chars"], d["tokenizer"]["specials"], d["config"]), roles)
-    if isinstance(d["tokenizer"], dict) and d["tokenizer"].get("type") == "sentencepiece":
+def tokenizer_from_dict(d: dict | str, source: str = "this tokenizer",
+                        roles: dict[str, str] | None = None) -> Tokenizer:  # fmt: skip
+    """Inverse of `to_dict`, for every kind; `d` may be JSON of it. `source` is named in errors. Whatever comes from
+    elsewhere comes through here or through `load_tokenizer`: UserError if it is not what it should be."""
+    with bpe.naming(source):
+        if isinstance(d, str):
+            try:
+                d = json.loads(d)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"it cannot be read as JSON: {error}") from None
+        bpe.require(d, {"tokenizer": dict, "config": bpe.CONFIG})
+    kind = d["tokenizer"].get("type")
+    if kind == "char":
+        with bpe.naming(source):
+            bpe.require(d["tokenizer"], {"chars": str, "specials": [str]})
+            return Tokenizer(CharTokenizer(d["tokenizer"]["chars"], d["tokenizer"]["specials"], d["config"]), roles)
+    if kind == "sentencepiece":
         return Tokenizer(SentencePieceTokenizer.from_dict(d, source), roles)
     return Tokenizer(BPETokenizer.from_dict(d, source), roles)
 
 
 def load_tokenizer(path: str | Path, pattern: str = "", roles: dict[str, str] | None = None) -> Tokenizer:
-    """Read a tokenizer.json (ours of either kind, or Hugging Face's), GPT-2's vocab.json with merges.txt beside it,
-    tiktoken's x.tiktoken, or a folder with one of these.
+    """Read a tokenizer: a file, a folder that holds one, a run's folder or checkpoint, or tiktoken's encoding by name.
 
-    The latter two do not say how text is cut: `pattern`, a key of `bpe.PATTERNS`, does. By default it is GPT-2's for
-    vocab.json, that of the encoding for a file like cl100k_base.tiktoken, and GPT-4's for other .tiktoken files. These
-    name no specials; ours take the ids behind the ranks.
+    What a file is shows in its content and not in its name: tokenizer.json (ours of every kind, or Hugging Face's),
+    GPT-2's vocab.json with merges.txt beside it, Mistral's tekken.json, tiktoken's ranks (also Llama 3's
+    tokenizer.model), SentencePiece's models. vocab.json and ranks do not say how text is cut: `pattern`, a key of
+    `bpe.PATTERNS`, does. By default it is GPT-2's for vocab.json, for ranks see `ranks.KNOWN`.
     """
     name, path = str(path), find_path(path)
-    if name in spm.TIKTOKEN and not path.exists():
-        return Tokenizer(spm.tiktoken_by_name(name), roles)
-    if path.is_dir():
-        names = ("tokenizer.model", "tokenizer.json", "vocab.json")
-        found = [path / name for name in names if (path / name).exists()]
-        found += sorted(path.glob("*.tiktoken"))
-        if not found:
-            raise UserError(f"{path} holds no tokenizer.json, vocab.json or .tiktoken file")
-        path = found[0]
+    if name in TIKTOKEN and not path.exists():
+        return Tokenizer(tiktoken_by_name(name), roles)
+    if pattern and pattern not in bpe.PATTERNS:
+        raise UserError(f"pattern={pattern} is none of {', '.join(bpe.PATTERNS)}")
+    path = choose_file(path) if path.is_dir() else require_file(path)
+    kind = kind_of(path)
+    if kind == "checkpoint":
+        from checkpoint import load  # it imports this file, and nobody else needs torch here
+
+        return tokenizer_from_dict(load(path).get("tokenizer"), str(path), roles)
+    if kind == "sentencepiece":
+        return Tokenizer(SentencePieceTokenizer.load(path), roles)
+    if kind == "ranks":
+        return Tokenizer(read_ranks(path, pattern), roles)
+    document = read_json(path)
+    if path.name.endswith("vocab.json") or document and set(map(type, document.values())) == {int}:
+        return Tokenizer(_read_gpt2(path, document, bpe.PATTERNS[pattern or "gpt2"]), roles)
+    if "config" in document and "vocab" in document:
+        return Tokenizer(read_tekken(path, document), roles)
+    return tokenizer_from_dict({"tokenizer": document, "config": bpe.read_config(path)}, str(path), roles)
+
+
+def kind_of(path: Path) -> str:
+    """json, checkpoint, ranks, or sentencepiece: what a tokenizer's file is, by how it begins."""
     try:
-        if path.suffix == ".model":
-            return Tokenizer(SentencePieceTokenizer.load(path), roles)
-        if path.suffix == ".tiktoken":
-            return Tokenizer(_read_tiktoken(path, bpe.PATTERNS[pattern or spm.TIKTOKEN.get(path.stem, "gpt4")]), roles)
-        document, config = read_json(path), bpe.read_config(path)
-        if path.name.endswith("vocab.json"):
-            return Tokenizer(_read_gpt2(path, document, config, bpe.PATTERNS[pattern or "gpt2"]), roles)
-        return tokenizer_from_dict({"tokenizer": document, "config": config}, str(path), roles)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not a tokenizer that we can read: {error!r}") from None
+        with open(path, "rb") as file:
+            begin = file.read(4096)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if begin.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"[") or path.suffix == ".json":
+        return "json"
+    if begin.startswith(b"PK") or path.suffix == ".pt":
+        return "checkpoint"
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", begin) or path.suffix == ".tiktoken":
+        return "ranks"
+    return "sentencepiece"
 
 
-def _read_gpt2(path: Path, names: dict[str, int], config: dict, pattern: str) -> BPETokenizer:
+def choose_file(folder: Path) -> Path:
+    """The file of a folder that says most: a SentencePiece model has what its tokenizer.json leaves out, and ranks do
+    not have the special tokens that tokenizer.json has."""
+    models = [path for path in sorted(folder.glob("*.model*")) if path.is_file() and path.name[0] != "."]
+    kinds = {path: kind_of(path) for path in [*models, *sorted(folder.glob("*.tiktoken"))]}
+    pieces = [path for path, kind in kinds.items() if kind == "sentencepiece"]
+    known = [folder / name for name in ("tokenizer.json", "tekken.json", "vocab.json")]
+    ranks = [path for path, kind in kinds.items() if kind == "ranks"]
+    steps = sorted(folder.glob("step_*.pt"), reverse=True)
+    found = [*pieces, *known, *ranks, folder / "best.pt", *steps]
+    file = next((path for path in found if path.is_file()), None)
+    if file is None:
+        raise UserError(f"{folder} holds no tokenizer.json, tokenizer.model, tekken.json, vocab.json or .tiktoken "
+                        "file, and no checkpoint")  # fmt: skip
+    return file
+
+
+def _read_gpt2(path: Path, names: dict[str, int], pattern: str) -> BPETokenizer:
     """vocab.json: {spelled token: id}; merges.txt: "left right" a line, behind a line with a version."""
+    config = bpe.read_config(path)
     merges_file = path.with_name(path.name.replace("vocab.json", "merges.txt"))
-    if not merges_file.exists():
-        raise UserError(f"{path} needs its {merges_file.name} beside it")
-    lines = merges_file.read_text(encoding="utf-8").split("\n")
-    merges = [bpe.read_merge(line) for line in lines if line and not line.startswith("#version")]
-    from_text = {bpe.spell(token) for token in bpe.BYTES} | {bpe.spell(left + right) for left, right in merges}
-    # What no merge makes cannot come from text, so it is a special token; transformers lists more in the config.
-    added = [bpe.added_tokens([name], i)[0] for name, i in names.items() if name not in from_text]
-    more = config.get("added_tokens_decoder", {}).items()
-    added += [token | {"id": int(i)} for i, token in more if token["content"] not in names]
-    vocab = {bpe.unspell(name): i for name, i in names.items() if name in from_text}
-    return BPETokenizer(vocab, merges, [pattern], added, config=config)
-
-
-def _read_tiktoken(path: Path, pattern: str) -> BPETokenizer:
-    """Lines of base64, space, rank. tiktoken joins two neighbours if the result has a rank, so the merge that makes a
-    token is the last pair when the token itself is encoded; a token without one is found as a whole piece only."""
+    if merges_file == path or not merges_file.exists():
+        raise UserError(f"{path} needs its merges.txt beside it")
     try:
-        rows = [line.split() for line in path.read_text(encoding="ascii").splitlines() if line]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a file of tiktoken ranks: {error}") from None
-    added = bpe.added_tokens(SPECIALS, max(ranks.values()) + 1)
-    return spm.bpe_from_ranks(ranks, pattern, added, bpe.config_for(SPECIALS))
+        lines = require_file(merges_file).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{merges_file} cannot be read as UTF-8 text: {error}") from None
+    with bpe.naming(path):
+        bpe.require(names, {str: int})
+        pairs = [bpe.read_merge(line) for line in lines if line and not line.startswith("#version")]
+        from_text = {bpe.spell(token) for token in bpe.BYTES} | {left + right for left, right in pairs}
+        # What no merge makes cannot come from text, so it is special; transformers lists more in the config.
+        added = [bpe.added_tokens([name], i)[0] for name, i in names.items() if name not in from_text]
+        more = config.get("added_tokens_decoder") or {}
+        if wrong := [i for i in more if not i.isdecimal()]:
+            raise UserError(f"{wrong[0][:50]!r} in added_tokens_decoder is no id")
+        bpe.require(list(more.values()), [{"content": str, "special": bool}], "added_tokens_decoder")
+        added += [token | {"id": int(i)} for i, token in more.items() if token["content"] not in names]
+        vocab, merges = bpe.read_names({name: i for name, i in names.items() if name in from_text}, pairs)
+        return BPETokenizer(vocab, merges, [pattern], added, config=config)
 
 
 class CharTokenizer:
     """One id per character, in the order of code points, then the specials. What was not in the data is <unk>."""
 
-    def __init__(self, chars: Iterable[str], specials: Iterable[str], config: dict | None = None):
+    def __init__(self, chars: Iterable[str], specials: list[str], config: dict | None = None):
         self.chars, self.config = sorted(chars), config or {}
         self.specials = {name: len(self.chars) + i for i, name in enumerate(specials)}
+        if len(set(self.chars)) < len(self.chars) or len(self.specials) < len(specials):
+            raise UserError("two characters or two special tokens are the same")
         if "<unk>" not in self.specials or "" in self.specials or self.specials.keys() & set(self.chars):
             raise UserError("a character tokenizer needs <unk> as a special, and none that is empty or a character")
         self.vocab_size = len(self.chars) + len(self.specials)

@@ -7,6 +7,7 @@ import pickle
 import random
 import subprocess
 import sys
+import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -130,7 +131,8 @@ def test_incremental_merges_are_those_of_the_textbook_wherever_the_floor_lies():
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS.values(), spm.WORD])
-def test_pieces_are_counted_as_the_pattern_finds_them(pattern):
+def test_pieces_are_counted_as_the_pattern_finds_them(pattern, monkeypatch):
+    monkeypatch.setattr(bpe_train, "LONGEST", 1 << 20)
     every = [chr(c) for c in range(0x11000) if not 0xD800 <= c < 0xE000]
     texts = [*TEXTS, *fuzz(500), "".join(every[:0xF800]), "'S'ſ ".join(every), "x 1' ".join(every)]
     if pattern == spm.WORD:  # text with an emoji is cut into blocks, and in a word too
@@ -161,7 +163,7 @@ def test_merges_are_those_of_the_rust_trainer():
     hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     hf.train_from_iterator([text], trainers.BpeTrainer(vocab_size=800, show_progress=False, initial_alphabet=alphabet))
-    theirs = [bpe.read_merge(merge) for merge in json.loads(hf.to_str())["model"]["merges"]]
+    theirs = [tuple(map(bpe.unspell, bpe.read_merge(merge))) for merge in json.loads(hf.to_str())["model"]["merges"]]
     assert train(800, "gpt2", [text], specials=[]).merges == theirs
 
 
@@ -200,6 +202,75 @@ def test_vocab_size_counts_bytes_merges_and_specials():
     with pytest.raises(UserError, match="too small.*260"):
         train(259)
     assert train(260).merges == []
+
+
+def test_no_learned_token_is_longer_than_the_longest_piece(monkeypatch):
+    monkeypatch.setattr(bpe_train, "LONGEST", 20)
+    assert max(map(len, train(300, texts=["a" * 1000 + " " + "b" * 30]).vocab)) == 20
+
+
+@pytest.mark.parametrize("text", ["ACGTTGCA" * 40_000, " " * 1_200_000, "\n" * 1_200_000 + "a", "x" * 300_000,
+                                  "世界和平" * 30_000, "a \u3000" * 100_000])  # fmt: skip
+@pytest.mark.parametrize("pattern", ["gpt2", "gpt4", "cl100k", "o200k"])
+def test_long_pieces_are_learned_and_encoded_in_linear_time(text, pattern):
+    """A minute would be quadratic; and the encoder's engine takes no million of white space in a row."""
+    began = time.process_time()
+    ours = train(400, pattern, [text])
+    ids = ours.encode(text)
+    assert ours.decode(ids) == text
+    assert ours.encode(text[-200_000:]) == ours.encode_reference(text[-200_000:])
+    assert time.process_time() - began < 60
+
+
+def test_white_space_too_long_for_the_engine_has_the_ids_of_the_reference(trained, monkeypatch):
+    text = "a" + " " * 3000 + "b\n" + "\n" * 2000 + " \u3000" * 900 + "x  y"
+    expected = trained.encode(text)
+    monkeypatch.setattr(bpe, "WHITE", 500)
+    assert trained.encode(text) == trained.encode_reference(text) == expected
+
+
+def test_a_very_long_token_is_no_trouble():
+    tokens = ["a" * 2**k for k in range(14)]
+    merges = [f"{token} {token}" for token in tokens[:-1]]
+    hf, ours = odd_tokenizer(False, [], merges)
+    began = time.process_time()
+    assert ours.encode("a" * 20_000) == hf_ids(hf, "a" * 20_000) == ours.encode_reference("a" * 20_000)
+    assert time.process_time() - began < 60
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_reference_knows_the_newest_characters_as_tiktoken_does(pattern):
+    ours, rng = train(pattern=pattern), random.Random(0)
+    newest = [chr(c) for c in (0x558, 0x58B, 0x295, 0x88F, 0xC5C, 0xA7CE, 0xA7CF, 0x11DE0, 0x16EBB, 0x5C8, 0x323B0)]
+    for _ in range(300):
+        text = "".join(rng.choices([*newest, "a", "A", " ", "1", "!", "\n"], k=12))
+        assert ours.encode(text) == ours.encode_reference(text)
+
+
+def test_a_split_pattern_that_takes_for_ever_is_refused(monkeypatch):
+    monkeypatch.setattr(bpe, "PATIENCE", 0.2)
+    hf = layout("gpt2")
+    hf.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(r"(a|aa)+$"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])  # fmt: skip
+    with pytest.raises(UserError, match="takes for ever"):
+        load_hf(hf).encode("a" * 60 + "b")
+
+
+def test_what_takes_long_to_load_is_remembered_and_made_again_if_damaged(monkeypatch, tmp_path):
+    monkeypatch.setattr(bpe, "MANY", 10)
+    monkeypatch.setattr(bpe, "CACHE", tmp_path / "cache")
+    expected = train().encode(MIXED)
+    (kept,) = (tmp_path / "cache").glob("*.json")
+    content = json.loads(kept.read_text())
+    first, rest = content["numbers"].split(" ", 1)
+    for damaged in ("", "{", "[]", json.dumps({"numbers": "1 2", "check": ""}), json.dumps({"numbers": 3, "check": ""}),
+                    json.dumps(content | {"numbers": f"{rest} {first}"})):  # fmt: skip
+        kept.write_text(damaged)
+        assert train().encode(MIXED) == expected
+        assert json.loads(kept.read_text()) == content
+    monkeypatch.setattr(bpe, "CACHE", kept / "no folder")  # cannot be written
+    assert train().encode(MIXED) == expected
 
 
 def test_unknown_pattern_is_refused_by_name():
@@ -511,6 +582,10 @@ def test_text_with_a_byte_that_the_vocabulary_lacks_is_refused():
     for encode in (ours.encode, ours.encode_reference):
         with pytest.raises(UserError, match=r"lacks the bytes \[4\]"):
             encode("abc\x04")
+    with pytest.raises(bpe.Unwritable, match=r"U\+0004 at character 4") as refused:
+        ours.encode("abc\x04")
+    assert (refused.value.at, refused.value.char) == (3, "\x04")
+    assert ours.repaired("abc\x04d\x04") == ("abc\ufffdd\ufffd", 2) and ours.repaired("abc") == ("abc", 0)
 
 
 def test_damaged_vocabularies_are_refused():

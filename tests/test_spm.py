@@ -16,9 +16,10 @@ import tiktoken
 import tiktoken_ext.openai_public as openai
 
 import spm
-from bpe import SPECIALS, BPETokenizer
+from bpe import PATTERNS, SPECIALS, BPETokenizer
 from configurator import UserError
-from spm import SentencePieceTokenizer, bpe_from_ranks, tiktoken_by_name
+from ranks import TIKTOKEN, from_ranks, tiktoken_by_name
+from spm import SentencePieceTokenizer
 from tokenizer import StreamDecoder, Tokenizer
 
 SOURCE = Path(re.__file__).read_text(encoding="utf-8")[:20_000]
@@ -357,14 +358,13 @@ def ranks() -> dict[bytes, int]:
     return BPETokenizer.train(TEXTS, 700, "gpt2", specials=[], workers=1).vocab
 
 
-@pytest.mark.parametrize("name", spm.TIKTOKEN)
+@pytest.mark.parametrize("name", TIKTOKEN)
 def test_named_encoding_has_the_ids_of_tiktoken(name, ranks, monkeypatch):
     # Patterns and special tokens as the installed tiktoken has them, with ranks of ours: no network.
     monkeypatch.setattr(openai, "load_tiktoken_bpe", lambda *args, **options: ranks)
     monkeypatch.setattr(openai, "data_gym_to_mergeable_bpe_ranks", lambda *args, **options: ranks)
     parts = getattr(openai, name)() | {"explicit_n_vocab": None}
     encoding = tiktoken.Encoding(**parts)
-    monkeypatch.setattr(tiktoken, "get_encoding", {name: encoding}.__getitem__)
     ours = tiktoken_by_name(name)
     assert ours.specials == parts["special_tokens"] and ours.vocab_size == encoding.n_vocab
     assert Tokenizer(ours).role("eot") == encoding.eot_token
@@ -379,15 +379,15 @@ def test_named_encoding_has_the_ids_of_tiktoken(name, ranks, monkeypatch):
 def test_ranks_that_no_merge_reaches_are_whole_pieces(ranks):
     ranks = ranks | {b"xyzzy": 700}
     encoding = tiktoken.Encoding("t", pat_str=openai.r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
-    ours = bpe_from_ranks(ranks, spm.bpe.PATTERNS["gpt2"], [], {})
+    ours = from_ranks(ranks, PATTERNS["gpt2"], {})
     assert ours.encode("xyzzy xyzzyx") == encoding.encode("xyzzy xyzzyx") and 700 in ours.encode("xyzzy")
 
 
 def test_unreachable_and_unknown_encodings_are_one_sentence(monkeypatch):
-    def unreachable(name):
+    def unreachable(*args, **options):
         raise requests.exceptions.ConnectionError("HTTPSConnectionPool(...)")
 
-    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+    monkeypatch.setattr(openai, "load_tiktoken_bpe", unreachable)
     with pytest.raises(UserError, match="^tiktoken cannot get its file of cl100k_base .*TIKTOKEN_CACHE_DIR"):
         tiktoken_by_name("cl100k_base")
     with pytest.raises(UserError, match="gpt5.*gpt2, r50k_base"):

@@ -287,6 +287,18 @@ def test_missing_files_are_named(tmp_path):
             load_tokenizer(path)
 
 
+def test_the_unknown_token_is_not_the_end_of_text():
+    gpt2 = with_specials("<|endoftext|>", unk_token="<|endoftext|>", eos_token="<|endoftext|>")
+    assert gpt2.role("unk") is None and gpt2.role("eot") is not None
+
+
+@pytest.mark.parametrize("text, rate, first", [("abc", 0, ""), ("", 0, ""), ("ab漢字", 0.5, "漢"), ("漢", 1, "漢")])
+def test_what_a_tokenization_loses_is_said_with_its_rate(text, rate, first):
+    lost = train_tokenizer("char", ["abc"], 0).lost(text)
+    assert lost == (rate, first)
+    assert not rate or "U+6F22" in str(lost)
+
+
 # ---- characters -----------------------------------------------------------------------------------------------------
 
 
