@@ -44,7 +44,7 @@ from benchmarks.evaluation import bench_eval
 from benchmarks.recipe import bench_time_to_loss
 from benchmarks.text import bench_bpe, bench_encode
 from benchmarks.timing import TINY, limits, show, summary, take_turns, timed
-from configurator import ROOT, Settings, UserError, configure, find_path, run
+from configurator import ROOT, Batch, Count, Settings, Size, UserError, check_fields, configure, find_path, run
 from data import DataSettings, prepare
 from ffn import FeedForward, MoE
 from lora import LoraSettings, inject
@@ -56,12 +56,15 @@ from optim import OptimSettings, build_optimizer, clip_grad_norm, roles
 @dataclass
 class BenchSettings:
     nanogpt: str = ""           # checkout of nanoGPT to compare with
-    repeats: int = 5            # measurements of each variant, of which we report the median
-    threads: int = 0            # CPU threads; 0 = all
-    text_mb: int = 100          # bpe, encode: megabytes of text
-    batch_size: int = 1         # step: sequences in a step
+    repeats: Count = 5          # measurements of each variant, of which we report the median
+    threads: Size = 0           # CPU threads; 0 = all
+    text_mb: Count = 100        # bpe, encode: megabytes of text
+    batch_size: Batch = 1       # step: sequences in a step
     smoke: bool = False         # tiny sizes, everything once: shows that a benchmark runs, and measures nothing
     worker: str = ""            # internal: this process measures one variant and prints its seconds
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 SETTINGS = [BenchSettings, ModelConfig, OptimSettings, DataSettings, MachineSettings, LoraSettings]

@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from configurator import UserError
+from configurator import UserError, check_fields
 from generate import SamplingSettings, choose
 from tokenizer import StreamDecoder, Tokenizer
 
@@ -34,6 +34,9 @@ class ChatSettings:
     template: Literal["chatml", "alpaca", "inst"] = "chatml"  # how a conversation is written down
     system: str = ""            # system text: stands before the conversation and says how to answer
     learn: Literal["response", "all"] = "response"  # fine-tuning: learn the answers, or the prompts too
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 class Template:

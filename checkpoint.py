@@ -236,7 +236,7 @@ def saved_settings(state: dict, path: Path, parts: list[type]) -> dict:
     saved = parsed(state, "settings", path)
     table = Settings(parts)
     for name in table.source.keys() & saved.keys():
-        table.set(name, check(table, name, saved[name], f"the settings in {path}"), "checkpoint")
+        table.set(name, check(table.part_of[name], name, saved[name], f"the settings in {path}"), "checkpoint")
     return saved | table.to_dict()
 
 
@@ -274,7 +274,7 @@ def check_weights(path: Path, saved: dict, found: dict[str, torch.Tensor], adapt
     The model is built without memory, and what its settings claim is compared with the file's size before that.
     """
     cfg, total = pick(ModelConfig, saved), sum(tensor.numel() for tensor in found.values())
-    sizes = {field.name: getattr(cfg, field.name) for field in fields(cfg) if field.type in (int, "int")}
+    sizes = {field.name: getattr(cfg, field.name) for field in fields(cfg) if type(getattr(cfg, field.name)) is int}
     sizes = {name: size for name, size in sizes.items() if name not in ("seq_len", "window", "rope_original")}
     name = "n_layer" if cfg.n_layer + cfg.n_enigma > len(found) else max(sizes, key=sizes.get)
     if name == "n_layer" or sizes[name] > total:

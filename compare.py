@@ -20,7 +20,7 @@ import torch
 import checkpoint
 from benchmarks.decode import cache_bytes
 from benchmarks.recipe import SAME_TOKENS, SMOKE, run_nanogpt, run_ours, shakespeare, train
-from configurator import Settings, UserError, configure, run
+from configurator import Count, Settings, Size, UserError, check_fields, configure, run
 from generate import SamplingSettings, stream
 from model import LanguageModel, ModelConfig
 
@@ -29,10 +29,13 @@ from model import LanguageModel, ModelConfig
 class CompareSettings:
     data_path: str = ""         # tiny Shakespeare's input.txt
     nanogpt: str = ""           # checkout of nanoGPT to compare with
-    seeds: int = 3              # runs of each
+    seeds: Count = 3            # runs of each
     smoke: bool = False         # tiny sizes, everything once: shows that a comparison runs, and compares nothing
     only: str = ""              # ablation: the one corpus to do, stdlib or shakespeare
-    steps: int = 0              # optimizer steps of a run, if not those of the comparison
+    steps: Size = 0             # optimizer steps of a run, if not those of the comparison
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def main() -> None:

@@ -10,6 +10,9 @@ its help text:
     class OptimSettings:
         lr: float = 1e-3           # peak learning rate
 
+The type names the values that are allowed: a Literal its choices, `lr: Positive` numbers above 0. `configure` checks
+them, and so does the dataclass when it is built without it, if its `__post_init__` calls `check_fields(self)`.
+
 `configure([OptimSettings, ...])` makes one flat table of them. A config file is Python that assigns to these names;
 it may compute and import modules, but every public name that it leaves must be a setting, so a typo is an error and
 not a setting silently ignored. Values from outside are parsed by the field's type and never evaluated.
@@ -17,15 +20,19 @@ not a setting silently ignored. Values from outside are parsed by the field's ty
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
+import math
 import os
 import re
 import sys
 import traceback
 import types
 import typing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 ROOT = Path(__file__).resolve().parent
 
@@ -112,19 +119,58 @@ def find_config(file: str) -> Path:
     return find_path(file)
 
 
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may be: `least` and `most` belong to them, `above` and `below` do not."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def problem(self, number: float) -> str:
+        """Range(least=1): 2 -> "", 0 -> "must be at least 1" """
+        if isinstance(number, float) and not math.isfinite(number):
+            return "must be a finite number"
+        if number < self.least:
+            return f"must be at least {self.least:,}"
+        if number > self.most:
+            return f"must be at most {self.most:,}"
+        if number <= self.above:
+            return f"must be above {self.above:,}"
+        if number >= self.below:
+            return f"must be below {self.below:,}"
+        return ""
+
+
+# Types of settings. An int without a range is bounded, too: nothing here counts further.
+Count = Annotated[int, Range(least=1, most=2**31 - 1)]
+Size = Annotated[int, Range(least=0, most=2**31 - 1)]  # most often, 0 is none, all, or a default
+Amount = Annotated[int, Range(least=0, most=10**15)]  # of tokens or bytes
+Batch = Annotated[int, Range(least=1, most=2**20)]  # of rows
+Positive = Annotated[float, Range(above=0)]
+NotNegative = Annotated[float, Range(least=0)]
+Share = Annotated[float, Range(least=0, most=1)]
+BelowOne = Annotated[float, Range(least=0, below=1)]
+ANY = {int: Range(least=-(10**15), most=10**15), float: Range()}
+
+
 class Settings:
     """A flat table: `s.lr`, its origin `s.source["lr"]`, and `s.part(OptimSettings)` for one concern."""
 
     def __init__(self, parts: list[type]):
-        self.parts, self.source, self.configs = parts, {}, []
+        self.parts, self.source, self.configs, self.part_of = parts, {}, [], {}
         for part in parts:
             for field in dataclasses.fields(part):
                 if field.name in self.source:
                     raise ValueError(f"two dataclasses declare the setting {field.name}")
                 default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
                 setattr(self, field.name, default)
-                self.source[field.name] = "default"
-        self.types = {name: hint for part in parts for name, hint in typing.get_type_hints(part).items()}
+                self.source[field.name], self.part_of[field.name] = "default", part
+
+    def type(self, name: str):
+        """int, float, bool, str, list[str] or a Literal"""
+        return kind_and_range(self.part_of[name], name)[0]
 
     def set(self, name: str, value, source: str) -> None:
         setattr(self, name, value)
@@ -177,7 +223,7 @@ def configure(parts: list[type], argv: list[str] | None = None, environ=None, do
             settings.set(name, parse(settings, name, text, f"environment variable {name.upper()}"), "environment")
     for name, text in assignments:
         value = parse(settings, name, text, "command line")
-        if typing.get_origin(settings.types[name]) is list and settings.source[name] == "command line":
+        if typing.get_origin(settings.type(name)) is list and settings.source[name] == "command line":
             value = getattr(settings, name) + value
         settings.set(name, value, "command line")
     return settings
@@ -226,7 +272,7 @@ def read_config_file(settings: Settings, file: str) -> None:
         if key.startswith("_") or isinstance(value, types.ModuleType):
             continue
         name = known(settings, key.lower(), file)
-        settings.set(name, check(settings, name, value, file), file)
+        settings.set(name, check(settings.part_of[name], name, value, file), file)
     settings.configs.append(path.stem)
 
 
@@ -234,7 +280,7 @@ BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0
 
 
 def is_bool(settings: Settings, name: str) -> bool:
-    return settings.types.get(name) is bool
+    return name in settings.source and settings.type(name) is bool
 
 
 def known(settings: Settings, key: str, where: str) -> str:
@@ -249,40 +295,64 @@ def known(settings: Settings, key: str, where: str) -> str:
 
 def parse(settings: Settings, name: str, text: str, where: str):
     """Text from outside -> a value of the field's type: '1e5' -> 100000 for an int, 'off' -> False for a bool."""
-    hint = settings.types[name]
-    if hint is bool:
-        if text.lower() not in BOOLEANS:
-            raise UserError(f"{name}={text} ({where}): expected true or false")
-        return BOOLEANS[text.lower()]
-    if hint in (int, float):
+    kind, value = settings.type(name), text
+    if kind is bool:
+        value = BOOLEANS.get(text.lower())
+        if value is None:
+            raise UserError(f"{name}={shown(text)} ({where}): expected true or false")
+    elif kind in (int, float):
         try:
             value = int(text) if re.fullmatch(r"[+-]?[\d_]+", text) else float(text)
-            return hint(value) if hint is float or int(value) == value else int(text)
-        except (ValueError, OverflowError):
-            kind = "a whole number" if hint is int else "a number"
-            example = f"{name}={getattr(settings, name)}"
-            raise UserError(f"{name}={text} ({where}): expected {kind}, as in {example}") from None
-    return check(settings, name, [text] if typing.get_origin(hint) is list else text, where)
+        except ValueError:
+            raise UserError(f"{name}={shown(text)} ({where}): expected {KINDS[kind]}, as in "
+                            f"{name}={getattr(settings, name)}") from None  # fmt: skip
+    elif typing.get_origin(kind) is list:
+        value = [text]
+    return check(settings.part_of[name], name, value, where)
 
 
-def check(settings: Settings, name: str, value, where: str):
-    """A value that is already Python: integers are fine for floats, 1e5 for ints, and nothing else is bent."""
-    hint = settings.types[name]
-    if typing.get_origin(hint) is typing.Literal:
-        if value in typing.get_args(hint):
+KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", list[str]: "a list of strings"}
+
+
+@functools.cache
+def kind_and_range(part: type, name: str) -> tuple:
+    """The type of a setting, and the range of its numbers: (OptimSettings, "lr") -> (float, Range(above=0))"""
+    hint = typing.get_type_hints(part, include_extras=True)[name]
+    kind, *span = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+    return kind, span[0] if span else ANY.get(kind)
+
+
+def check(part: type, name: str, value, where: str = ""):
+    """The value, if the setting `name` of `part` may have it, as its type: 1 -> 1.0 for a float, 1e5 -> 100000 for an
+    int, and nothing else is bent. UserError otherwise."""
+    kind, span = kind_and_range(part, name)
+    given = f"{name}={shown(value)}" + (f" ({where})" if where else "")
+    if typing.get_origin(kind) is typing.Literal:
+        if isinstance(value, str) and value in typing.get_args(kind):
             return value
-        raise UserError(f"{name}={value} ({where}): choose one of {', '.join(map(str, typing.get_args(hint)))}")
-    if typing.get_origin(hint) is list:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return value
-        raise UserError(f"{name}={value!r} ({where}): expected a list of strings")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise UserError(f"{name}={value!r} ({where}): expected {hint.__name__}, got {type(value).__name__}")
+        raise UserError(f"{given}: choose one of {', '.join(typing.get_args(kind))}")
+    if type(value) is int and kind is float:
+        value = float(value) if abs(value) < 2**1023 else math.inf
+    elif type(value) is float and kind is int and value.is_integer():
+        value = int(value)
+    fits = isinstance(value, typing.get_origin(kind) or kind) and not (kind is int and isinstance(value, bool))
+    if not fits or (kind == list[str] and not all(isinstance(item, str) for item in value)):
+        raise UserError(f"{given}: expected {KINDS[kind]}, got {type(value).__name__}")
+    if span and (problem := span.problem(value)):
+        raise UserError(f"{given} {problem} ({field_comments(part)[name]})")
+    return value
+
+
+def check_fields(settings) -> None:
+    """For the `__post_init__` of a dataclass of settings: every field has the type, choice or range it declares."""
+    for field in dataclasses.fields(settings):
+        setattr(settings, field.name, check(type(settings), field.name, getattr(settings, field.name)))
+
+
+def shown(value) -> str:
+    """A value in a sentence, shortened if need be."""
+    text = value if isinstance(value, str) and value.isprintable() and value else repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def help_text(settings: Settings, doc: str) -> str:
@@ -292,15 +362,16 @@ def help_text(settings: Settings, doc: str) -> str:
         lines.append(f"{part.__name__} ({Path(inspect.getfile(part)).name})")
         comments = field_comments(part)
         for field in dataclasses.fields(part):
-            hint = settings.types[field.name]
-            literal = typing.get_origin(hint) is typing.Literal
-            choices = f" [{' | '.join(map(str, typing.get_args(hint)))}]" if literal else ""
+            choices = ""
+            if typing.get_origin(settings.type(field.name)) is typing.Literal:
+                choices = f" [{' | '.join(typing.get_args(settings.type(field.name)))}]"
             default = json.dumps(getattr(settings, field.name))
             lines.append(f"  {field.name + ' = ' + default:<34} {comments[field.name]}{choices}")
         lines.append("")
     return "\n".join(lines)
 
 
+@functools.cache
 def field_comments(part: type) -> dict[str, str]:
     """{'lr': 'peak learning rate', ...} read from the trailing comments of a dataclass's source."""
     pattern = re.compile(r"^\s+(\w+): [^#]*?(?:#\s*(.*))?$", re.MULTILINE)

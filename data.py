@@ -24,14 +24,26 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 import download
 import spm
 from batches import FORMAT, TokenStream, open_shard, read_meta
-from configurator import UserError, cache_folder, configure, find_path, pick, run
+from configurator import (
+    Amount,
+    Count,
+    Range,
+    Share,
+    UserError,
+    cache_folder,
+    check_fields,
+    configure,
+    find_path,
+    pick,
+    run,
+)
 from corpus import SUFFIXES, RawCorpus, list_files, open_corpus, path_name
 from files import locked, replacing, show_line, writing
 from mixture import open_mixture
@@ -50,20 +62,23 @@ class DataSettings:
     dataset: str = "stdlib"     # corpus: a folder of data/ that has a prepare.py, as in hf:a/b with its choice
     data_path: str = ""         # text of your own instead: .txt, .jsonl, .gz, .parquet, folder, token shards
     val_path: str = ""          # validation data of your own; without it, a part of data_path is kept for that
-    val_share: float = 0.05     # share of data_path that is kept for validation
+    val_share: Share = 0.05     # share of data_path that is kept for validation
     text_field: str = "text"    # field of a .jsonl record or column of a .parquet file with the text; * = all strings
     tokenizer: str = "bpe"      # bpe, char, unigram, spbpe: trained on the text; or a file, folder, or tiktoken name
     tokenizer_pattern: str = "gpt2"  # how bpe splits text into words before it merges: a name of bpe.PATTERNS
-    tokenizer_bytes: int = 1_000_000_000  # bytes of training text, at most, that the tokenizer is trained on
-    shard_tokens: int = 33_554_432  # tokens per file: 64 MB of uint16
+    tokenizer_bytes: Amount = 1_000_000_000  # bytes of training text, at most, that the tokenizer is trained on
+    shard_tokens: Count = 33_554_432  # tokens per file: 64 MB of uint16
     mixture: str = ""           # corpora by weight instead of dataset, as in "gutenberg:0.4 tinystories:0.6"
     mixture_unit: Literal["words", "tokens"] = "words"  # what the weights are shares of
-    mixture_size: int = 0       # words or tokens to train on; 0 = until every corpus was used up once
-    workers: int = 0            # processes that tokenize; 0 = one per CPU
+    mixture_size: Amount = 0    # words or tokens to train on; 0 = until every corpus was used up once
+    workers: Annotated[int, Range(least=0, most=1024)] = 0  # processes that tokenize; 0 = one per CPU
     overwrite: str = ""         # make anew from this stage on: download, mix, tokenizer, tokens, train; all
     cache_dir: str = ""         # folder that keeps the tokens; empty: data/cache beside the scripts
     data_order: Literal["shuffled", "sequential"] = "shuffled"  # order of the training rows
     data_window: Literal["stream", "document"] = "stream"  # rows start anywhere, or only where a document does
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def prepare(s, quiet: bool = False) -> Path:
@@ -72,11 +87,8 @@ def prepare(s, quiet: bool = False) -> Path:
     `s` holds DataSettings, `vocab_size`, `seq_len` and `source`. Several processes may call this at once: one of them
     works and the others wait.
     """
-    s = SimpleNamespace(**asdict(DataSettings()) | vars(s))  # a checkpoint may be older than some of the settings
-    if s.shard_tokens < 1 or s.workers < 0:
-        raise UserError(f"shard_tokens={s.shard_tokens} must be at least 1, and workers={s.workers} at least 0")
-    if s.tokenizer_bytes < 0:
-        raise UserError(f"tokenizer_bytes={s.tokenizer_bytes} must be 0 (all of the text) or more")
+    # A checkpoint may be older than some of the settings.
+    s = SimpleNamespace(**vars(s) | asdict(pick(DataSettings, vars(s))))
     if "download" in forced(s):
         download.since = STARTED
     folder = find_path(s.data_path)

@@ -27,7 +27,19 @@ import torch
 
 import checkpoint
 from batches import TokenStream, Validation, read_meta
-from configurator import Settings, UserError, cache_folder, configure, find_path, run
+from configurator import (
+    Amount,
+    Batch,
+    Count,
+    Settings,
+    Size,
+    UserError,
+    cache_folder,
+    check_fields,
+    configure,
+    find_path,
+    run,
+)
 from corpus import files_pieces, text_files
 from data import prepare
 from files import write_json, writing
@@ -54,17 +66,20 @@ class EvalSettings:
     init_from: str = ""         # checkpoint file or run's folder; default: the newest run in out/
     data_path: str = ""         # text to score: .txt, .jsonl, .gz, a folder of them, or prepared tokens (val)
     text_field: str = "text"    # field of a .jsonl record that holds the text; * = all its strings
-    stride: int = 0             # tokens that windows move on, the less the more context for each; 0: text seq_len / 2
-    eval_tokens: int = 0        # validation tokens to score; 0 = all; not set: as many as the run
-    batch_size: int = 16        # windows in one forward pass; not set: as the run
+    stride: Size = 0            # tokens that windows move on, the less the more context for each; 0: text seq_len / 2
+    eval_tokens: Amount = 0     # validation tokens to score; 0 = all; not set: as many as the run
+    batch_size: Batch = 16      # windows in one forward pass; not set: as the run
     tasks: str = ""             # benchmarks, separated by commas: arc_easy, arc_challenge, hellaswag, piqa
-    n_shot: int = 0             # answered questions before each question
-    limit: int = 0              # only the first so many questions; 0 = all
+    n_shot: Size = 0            # answered questions before each question
+    limit: Size = 0             # only the first so many questions; 0 = all
     task_dir: str = ""          # folder with the benchmarks' files; empty = download them
-    batch_tokens: int = 8192   # tokens of all choices in one forward pass of a benchmark
+    batch_tokens: Count = 8192  # tokens of all choices in one forward pass of a benchmark
     bos: Literal["auto", "yes", "no"] = "auto"  # begin-of-text token before every text; auto: as the tokenizer's files
     cache_dir: str = ""         # folder that keeps tokens and downloads; empty: data/cache beside the scripts
     lora_base: str = ""         # adapters: where their base checkpoint is now, if it has moved
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 SETTINGS = [EvalSettings, MachineSettings]
@@ -185,10 +200,6 @@ def cut(ids: np.ndarray, seq_len: int, stride: int) -> list[tuple[np.ndarray, in
 def main(argv: list[str] | None = None) -> None:
     s = configure(SETTINGS, argv, doc=__doc__)
     names = choose(s.tasks)
-    for name, least in (("limit", 1 if s.given("limit") else 0), ("n_shot", 0), ("stride", 0), ("batch_size", 1),
-                        ("eval_tokens", 0), ("batch_tokens", 1)):  # fmt: skip
-        if getattr(s, name) < least:
-            raise UserError(f"{name}={getattr(s, name)} must be at least {least}")
     for name in ("data_path", "stride", "eval_tokens"):
         if names and s.given(name):
             raise UserError(f"{name} is for text and tasks for questions: ask for one of them at a time")

@@ -13,31 +13,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from configurator import UserError
+from configurator import Amount, NotNegative, Positive, Share, Size, UserError, check_fields
 from model import LanguageModel
 
 
 @dataclass
 class SamplingSettings:
-    max_new_tokens: int = 256   # tokens to generate per sample, at most
-    min_new_tokens: int = 0     # no end of text before so many tokens
-    temperature: float = 0.8    # 0 takes the most likely token, 1 samples the model's own distribution
-    top_k: int = 0              # only the k most likely tokens; 0 = all
-    top_p: float = 0.95         # only the most likely tokens that together reach p (arXiv 1904.09751); 1 = all
-    min_p: float = 0.0          # only tokens at least min_p times as likely as the likeliest (arXiv 2407.01082)
-    repetition_penalty: float = 1.0  # on logits of generated tokens: l/p if positive, else l·p (arXiv 1909.05858)
-    no_repeat_ngram: int = 0    # no sequence of n generated tokens twice; 0 = off
-    seed: int = 1337            # of the random numbers
+    max_new_tokens: Size = 256  # tokens to generate per sample, at most
+    min_new_tokens: Size = 0    # no end of text before so many tokens
+    temperature: NotNegative = 0.8  # 0 takes the most likely token, 1 samples the model's own distribution
+    top_k: Size = 0             # only the k most likely tokens; 0 = all
+    top_p: Share = 0.95         # only the most likely tokens that together reach p (arXiv 1904.09751); 1 = all
+    min_p: Share = 0.0          # only tokens at least min_p times as likely as the likeliest (arXiv 2407.01082)
+    repetition_penalty: Positive = 1.0  # on logits of generated tokens: l/p if positive, else l·p (arXiv 1909.05858)
+    no_repeat_ngram: Size = 0   # no sequence of n generated tokens twice; 0 = off
+    seed: Amount = 1337         # of the random numbers
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "no_repeat_ngram"):
-            if not getattr(self, name) >= 0:  # nor nan
-                raise UserError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("top_p", "min_p"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name}={getattr(self, name)} must be between 0 and 1")
-        if not self.repetition_penalty > 0:
-            raise UserError(f"repetition_penalty={self.repetition_penalty} must be positive; 1 switches it off")
+        check_fields(self)
 
 
 def generate(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSettings | None = None,

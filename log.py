@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import UserError
+from configurator import UserError, check_fields
 from files import clock, optional, replacing, require_file
 from machine import Machine, peak_flops, peak_memory
 
@@ -30,6 +30,9 @@ COLUMNS = ["step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_s
 class LogSettings:
     tensorboard: bool = False   # write the log for TensorBoard, too, into <out_dir>/tensorboard
     wandb: str = ""             # report to this project of Weights & Biases, too; WANDB_MODE=offline keeps it here
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 class Log:

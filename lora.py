@@ -19,27 +19,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configurator import UserError
+from configurator import BelowOne, Count, Positive, UserError, check_fields
 
 
 @dataclass
 class LoraSettings:
     use_lora: bool = False      # train adapters beside frozen weights
-    lora_rank: int = 16         # rank r of the adapters
-    lora_alpha: float = 32.0    # their product is scaled by alpha / r
-    lora_dropout: float = 0.0   # on the input of the adapters, in training only
+    lora_rank: Count = 16       # rank r of the adapters
+    lora_alpha: Positive = 32.0  # their product is scaled by alpha / r
+    lora_dropout: BelowOne = 0.0  # on the input of the adapters, in training only
     lora_targets: str = "all,head"  # matrices, by commas: q, k, v, o, ffn, head, all (but it), or such as blocks.0.*
     lora_rs: bool = False       # rsLoRA: scale by alpha / sqrt(r), which suits large ranks
     lora_dora: bool = False     # DoRA: train the length of each row of the weight apart from its direction
     lora_base: str = ""         # where the base checkpoint is now, if it has moved
 
     def __post_init__(self):
-        if self.lora_rank < 1:
-            raise UserError(f"lora_rank={self.lora_rank} must be at least 1")
-        if not 0 < self.lora_alpha < math.inf:
-            raise UserError(f"lora_alpha={self.lora_alpha} must be above 0 and finite")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
+        check_fields(self)
         if not self.targets():
             raise UserError("lora_targets names no matrix: set lora_targets=all")
 

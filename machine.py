@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from configurator import UserError
+from configurator import UserError, check_fields
 
 
 @dataclass
@@ -22,6 +22,9 @@ class MachineSettings:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights stay float32
     compile: bool = False       # torch.compile the model; without this setting: on CUDA only
     compile_backend: str = "inductor"  # backend of torch.compile
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 @dataclass

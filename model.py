@@ -12,7 +12,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from attention import (
     rope_table,
     sinusoids,
 )
-from configurator import UserError
+from configurator import BelowOne, Count, NotNegative, Positive, Range, Size, UserError, check_fields
 from enigma import EnigmaBlock, wheel_index, wheel_sizes
 from ffn import Experts, FeedForward, MoE, default_d_ff
 from linear import Linear, RMSNorm
@@ -36,149 +36,157 @@ from loss import HeadLoss, soft_cap
 from mla import LatentAttention
 from reversible import Branch, Chain
 
+# No model is near these bounds: what is beyond is a slip, which would take all memory, or for ever.
+Layers = Annotated[int, Range(least=0, most=10_000)]
+Dim = Annotated[int, Range(least=1, most=2**20)]
+Bits = Annotated[int, Range(least=0, most=20)]
+DimOrZero = Annotated[int, Range(least=0, most=2**20)]  # 0 = none, or the usual one
+
 
 @dataclass
 class ModelConfig:
-    vocab_size: int = 4096      # entries of the vocabulary; a tokenizer that is loaded, not trained, sets it
-    seq_len: int = 256          # context length in tokens
-    d_model: int = 192          # width of the residual stream
-    n_layer: int = 4            # blocks
-    n_head: int = 6             # query heads
-    n_kv_head: int = 2          # key/value heads, each shared by a group of query heads; 0 = n_head
-    head_dim: int = 0           # width of a head; 0 = d_model / n_head
-    d_ff: int = 0               # hidden width of the feed-forward; 0 = 4 d_model, or 8/3 d_model for swiglu
+    vocab_size: Count = 4096    # entries of the vocabulary; a tokenizer that is loaded, not trained, sets it
+    seq_len: Count = 256        # context length in tokens
+    d_model: Dim = 192          # width of the residual stream
+    n_layer: Layers = 4         # blocks
+    n_head: Dim = 6             # query heads
+    n_kv_head: DimOrZero = 2    # key/value heads, each shared by a group of query heads; 0 = n_head
+    head_dim: DimOrZero = 0     # width of a head; 0 = d_model / n_head
+    d_ff: DimOrZero = 0         # hidden width of the feed-forward; 0 = 4 d_model, or 8/3 d_model for swiglu
     ffn: Literal["swiglu", "relu2", "gelu", "silu"] = "relu2"  # feed-forward
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # normalisation
     norm_position: Literal["pre", "post"] = "pre"  # normalise what a branch reads, or the sum it was added to
-    norm_eps: float = 1e-6      # added to the variance
+    norm_eps: NotNegative = 1e-6  # added to the variance
     residual: Literal["serial", "parallel"] = "serial"  # the feed-forward reads what attention has added, or not
     qk_norm: bool = True        # normalise queries and keys per head
     position: Literal["rope", "alibi", "learned", "sinusoidal", "none"] = "rope"  # how the model knows the order
-    rope_theta: float = 10000.0  # base of the rotary wavelengths
+    rope_theta: Annotated[float, Range(above=1)] = 10000.0  # base of the rotary wavelengths
     rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"  # for contexts longer than those trained on
-    rope_factor: float = 1.0    # so many times longer
-    rope_original: int = 0      # yarn, llama3: context length of the original training
-    window: int = 0             # sliding window: a token sees so many, itself included; 0 = all
+    rope_factor: Positive = 1.0  # so many times longer
+    rope_original: Size = 0     # yarn, llama3: context length of the original training
+    window: Size = 0            # sliding window: a token sees so many, itself included; 0 = all
     window_pattern: str = "S"   # which blocks have the window, repeated: SSL = two of three; L sees all
     tie_embeddings: bool = True  # the head is the embedding, transposed
-    embed_scale: float = 1.0    # embeddings are multiplied by it; 0 = √d_model
-    logit_softcap: float = 0.0  # keep logits within ± this, smoothly; 0 = off
+    embed_scale: NotNegative = 1.0  # embeddings are multiplied by it; 0 = √d_model
+    logit_softcap: NotNegative = 0.0  # keep logits within ± this, smoothly; 0 = off
     attention: Literal["gqa", "mla"] = "gqa"  # grouped-query or multi-head latent attention
-    kv_rank: int = 0            # mla: channels that keys and values of all heads come from; 0 = 4 head_dim
-    q_rank: int = 0             # mla: channels that the queries come from; 0 = straight from the stream
-    rope_dim: int = 0           # mla: channels of a query or key that carry the position; 0 = head_dim / 2
-    n_expert: int = 0           # mixture of experts: feed-forwards of a block to choose from; 0 = a single one
-    top_k: int = 2              # experts that compute a token
-    n_shared: int = 0           # experts that compute every token, besides
-    d_expert: int = 0           # hidden width of an expert; 0 = d_ff / top_k
-    n_dense: int = 0            # first blocks without experts
+    kv_rank: DimOrZero = 0      # mla: channels that keys and values of all heads come from; 0 = 4 head_dim
+    q_rank: DimOrZero = 0       # mla: channels that the queries come from; 0 = straight from the stream
+    rope_dim: DimOrZero = 0     # mla: channels of a query or key that carry the position; 0 = head_dim / 2
+    n_expert: DimOrZero = 0     # mixture of experts: feed-forwards of a block to choose from; 0 = a single one
+    top_k: Dim = 2              # experts that compute a token
+    n_shared: DimOrZero = 0     # experts that compute every token, besides
+    d_expert: DimOrZero = 0     # hidden width of an expert; 0 = d_ff / top_k
+    n_dense: Layers = 0         # first blocks without experts
     router: Literal["softmax", "sigmoid"] = "softmax"  # scores of experts
     router_renormalise: bool = True  # the weights of a token's experts sum to one
-    router_scale: float = 1.0   # and are multiplied by this
-    n_group: int = 1            # groups of experts, of which a token uses
-    topk_group: int = 1         # so many
+    router_scale: Positive = 1.0  # and are multiplied by this
+    n_group: Dim = 1            # groups of experts, of which a token uses
+    topk_group: Dim = 1         # so many
     balance: Literal["loss", "bias", "none"] = "loss"  # keep experts equally busy by a loss, or by a bias of the router
-    balance_loss: float = 0.01  # coefficient of that loss, which is 1 at balance
-    balance_rate: float = 1e-3  # how far the bias moves each step
+    balance_loss: NotNegative = 0.01  # coefficient of that loss, which is 1 at balance
+    balance_rate: NotNegative = 1e-3  # how far the bias moves each step
     bias: bool = False          # biases in linear layers and LayerNorm
-    dropout: float = 0.0        # on embeddings, attention weights and branch outputs, in training only
-    init_std: float = 0.02      # weights start as N(0, init_std²); branch outputs at 1/√branches of it
+    dropout: BelowOne = 0.0     # on embeddings, attention weights and branch outputs, in training only
+    init_std: NotNegative = 0.02  # weights start as N(0, init_std²); branch outputs at 1/√branches of it
     checkpoint_activations: bool = False  # keep the inputs of blocks only and compute the rest again
     reversible: bool = False    # two streams that can be undone: the memory of training does not grow with the depth
-    reversible_grid: int = 14   # round what is added to the streams to multiples of 2^-this: undone exactly; 0 = off
-    n_enigma: int = 0           # Enigma blocks before the n_layer others; reversible models only
+    reversible_grid: Bits = 14  # round what is added to the streams to multiples of 2^-this: undone exactly; 0 = off
+    n_enigma: Layers = 0        # Enigma blocks before the n_layer others; reversible models only
     wheels: Literal["free", "carry", "none"] = "free"  # Enigma: wheels step with every token, like an odometer, or not
-    kernel: int = 4             # Enigma: taps of the dynamic convolution; 0 = no convolution
+    kernel: DimOrZero = 4       # Enigma: taps of the dynamic convolution; 0 = no convolution
     shears: bool = True         # Enigma: mix the channels of both streams by an invertible matrix
-    label_smoothing: float = 0.0  # share of the target spread over the vocabulary, in training only
+    label_smoothing: BelowOne = 0.0  # share of the target spread over the vocabulary, in training only
 
     def __post_init__(self):
-        """Fill in the zeros; refuse sizes that do not fit together."""
-        for name in ("vocab_size", "seq_len", "d_model", "n_layer", "n_head"):
-            if getattr(self, name) < (name != "n_layer" or not self.n_enigma):
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("head_dim", "d_ff", "n_expert", "n_shared", "d_expert", "n_enigma", "rope_dim", "kv_rank",
-                     "q_rank", "init_std", "norm_eps", "balance_loss", "balance_rate", "n_kv_head"):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must not be negative")
-        if not 0 <= self.reversible_grid <= 20:
-            raise UserError(f"reversible_grid={self.reversible_grid} must be between 0 and 20")
-        if not self.rope_theta > 1 or not self.logit_softcap >= 0 or not self.embed_scale >= 0:
-            raise UserError("rope_theta must be above 1, logit_softcap and embed_scale not negative")
+        check_fields(self)
+        self.fill_defaults()
+        self.check_heads()
+        self.check_positions()
+        if self.attention == "mla":
+            self.check_latent()
+        if self.reversible:
+            self.check_reversible()
+        if self.n_enigma:
+            self.check_enigma()
+        if self.n_expert and self.n_dense >= self.n_layer:
+            raise UserError(f"n_dense={self.n_dense} must be below n_layer={self.n_layer}: experts need a block")
+        if self.norm_position == "post" and (self.residual == "parallel" or self.tie_embeddings):
+            raise UserError("norm_position=post needs residual=serial and tie_embeddings=False: tied, a token would "
+                            "predict itself at first")  # fmt: skip
+
+    def fill_defaults(self) -> None:
+        """Sizes that are 0 and follow from others."""
         if not self.head_dim and self.d_model % self.n_head:
             raise UserError(f"d_model={self.d_model} does not divide by n_head={self.n_head}: change one of them")
         self.head_dim = self.head_dim or self.d_model // self.n_head
         if self.attention == "mla" or not self.n_kv_head:  # latent heads have keys of their own
             self.n_kv_head = self.n_head
-        self.d_ff = self.d_ff or default_d_ff(self.d_model, self.ffn)
-        if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
-            raise UserError(f"n_head={self.n_head} does not divide by n_kv_head={self.n_kv_head}")
-        if self.position == "rope" and self.head_dim % 2:
-            raise UserError(f"head_dim={self.head_dim} is odd, and rotary positions turn channels in pairs")
-        self.check_positions()
-        if self.reversible:
-            name = next((n for n in ("dropout", "checkpoint_activations") if getattr(self, n)), "")
-            if name:
-                raise UserError(f"reversible=True computes every branch again, the same each time: set {name}=0")
-            for name, value in (("norm_position", "pre"), ("residual", "serial")):
-                if getattr(self, name) != value:
-                    raise UserError(f"reversible=True has no {name}={getattr(self, name)}: set {name}={value}")
-            if self.n_expert and self.balance == "loss":
-                raise UserError("reversible=True computes experts again, and their loss with them: set balance=bias")
         if self.attention == "mla":
-            self.check_latent()
-        if self.n_enigma and not self.reversible:
-            raise UserError(f"n_enigma={self.n_enigma} needs reversible=True")
-        if self.n_enigma and self.wheels != "none" and (self.n_head % 2 or self.n_kv_head % 2):
-            raise UserError(f"n_head={self.n_head} and n_kv_head={self.n_kv_head} must be even: half of the heads "
-                            "turn with wheels (wheels=none has none)")  # fmt: skip
-        if self.n_enigma and not 0 <= self.kernel <= self.seq_len:
-            raise UserError(f"kernel={self.kernel} must be between 0 and seq_len={self.seq_len}")
-        if self.n_expert:
-            if not 0 <= self.n_dense < self.n_layer:
-                raise UserError(f"n_dense={self.n_dense} must be below n_layer={self.n_layer}: experts need a block")
-            self.d_expert = self.d_expert or self.d_ff // max(self.top_k, 1) // 8 * 8
+            self.kv_rank = self.kv_rank or 4 * self.head_dim
+            self.rope_dim = self.rope_dim or self.head_dim // 2
+        self.d_ff = self.d_ff or default_d_ff(self.d_model, self.ffn)
+        if self.n_expert and not self.d_expert:
+            self.d_expert = self.d_ff // self.top_k // 8 * 8
             if not self.d_expert:
                 raise UserError(f"d_ff={self.d_ff} leaves no width for experts: set d_expert")
-        if self.norm_position == "post" and (self.residual == "parallel" or self.tie_embeddings):
-            raise UserError("norm_position=post needs residual=serial and tie_embeddings=False: tied, a token would "
-                            "predict itself at first")  # fmt: skip
-        if self.n_enigma and (self.window or self.norm != "rmsnorm"):
-            raise UserError("Enigma blocks have RMSNorm and no window: set norm=rmsnorm window=0")
-        if self.n_enigma and ((self.kernel and self.d_model % self.n_head) or self.head_dim < 4):
-            raise UserError(f"Enigma blocks need heads of at least 4 channels, and d_model={self.d_model} to divide by "
-                            f"n_head={self.n_head}")  # fmt: skip
-        if self.rope_factor != 1 and self.rope_scaling == "none":
-            raise UserError(f"rope_factor={self.rope_factor} needs rope_scaling=linear, yarn or llama3")
-        for name in ("dropout", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be in [0, 1)")
 
+    def check_heads(self) -> None:
+        if self.n_layer + self.n_enigma == 0:
+            raise UserError("n_layer=0 must be at least 1: a model needs a block")
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"n_head={self.n_head} does not divide by n_kv_head={self.n_kv_head}: set n_kv_head="
+                            f"{math.gcd(self.n_head, self.n_kv_head)}, or 0 for as many as n_head")  # fmt: skip
 
     def check_positions(self) -> None:
+        if self.position == "rope" and self.head_dim % 2:
+            raise UserError(f"head_dim={self.head_dim} is odd, and rotary positions turn channels in pairs")
         if self.position == "sinusoidal" and self.d_model % 2:
             raise UserError(f"d_model={self.d_model} is odd, and sinusoidal positions come in pairs")
+        if self.rope_factor != 1 and self.rope_scaling == "none":
+            raise UserError(f"rope_factor={self.rope_factor} needs rope_scaling=linear, yarn or llama3")
         if self.rope_scaling != "none":
             if self.position != "rope" or self.rope_factor < 1:
                 raise UserError(f"rope_scaling={self.rope_scaling} needs position=rope and a rope_factor of at least 1")
             if self.rope_scaling != "linear" and self.rope_original < 1:
                 raise UserError(f"rope_scaling={self.rope_scaling} needs rope_original=<context of the first training>")
-        if self.window < 0 or not self.window_pattern or set(self.window_pattern) - set("SL"):
-            raise UserError(f"window={self.window} window_pattern={self.window_pattern}: a length of at least 0, and "
-                            "a pattern of S (window) and L (all)")  # fmt: skip
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise UserError(f"window_pattern={self.window_pattern} must be a pattern of S (window) and L (all)")
 
     def check_latent(self) -> None:
-        """attention=mla: fill in the zeros; refuse what it has a form of its own for, or none."""
-        self.kv_rank = self.kv_rank or 4 * self.head_dim
-        self.rope_dim = self.rope_dim or self.head_dim // 2
+        """attention=mla: what it has a form of its own for, or none."""
         for name, value in (("position", "rope"), ("qk_norm", False), ("window", 0), ("n_enigma", 0)):
             if getattr(self, name) != value:
                 raise UserError(f"attention=mla has no {name}={getattr(self, name)}: set {name}={value}")
         if self.rope_scaling == "yarn":
             raise UserError("attention=mla has no rope_scaling=yarn: set rope_scaling=linear or llama3")
-        if self.rope_dim % 2 or self.kv_rank < 1 or self.q_rank < 0:
-            raise UserError(f"rope_dim={self.rope_dim} must be even, and kv_rank={self.kv_rank}, q_rank={self.q_rank} "
-                            "not negative")  # fmt: skip
+        if self.rope_dim % 2:
+            raise UserError(f"rope_dim={self.rope_dim} is odd, and rotary positions turn channels in pairs")
+
+    def check_reversible(self) -> None:
+        """Branches are computed twice, and must come out the same."""
+        for name in ("dropout", "checkpoint_activations"):
+            if getattr(self, name):
+                raise UserError(f"reversible=True computes every branch again, the same each time: set {name}=0")
+        for name, value in (("norm_position", "pre"), ("residual", "serial")):
+            if getattr(self, name) != value:
+                raise UserError(f"reversible=True has no {name}={getattr(self, name)}: set {name}={value}")
+        if self.n_expert and self.balance == "loss":
+            raise UserError("reversible=True computes experts again, and their loss with them: set balance=bias")
+
+    def check_enigma(self) -> None:
+        if not self.reversible:
+            raise UserError(f"n_enigma={self.n_enigma} needs reversible=True")
+        if self.wheels != "none" and (self.n_head % 2 or self.n_kv_head % 2):
+            raise UserError(f"n_head={self.n_head} and n_kv_head={self.n_kv_head} must be even: half of the heads "
+                            "turn with wheels (wheels=none has none)")  # fmt: skip
+        if self.kernel > self.seq_len:
+            raise UserError(f"kernel={self.kernel} must be between 0 and seq_len={self.seq_len}")
+        if self.window or self.norm != "rmsnorm":
+            raise UserError("Enigma blocks have RMSNorm and no window: set norm=rmsnorm window=0")
+        if (self.kernel and self.d_model % self.n_head) or self.head_dim < 4:
+            raise UserError(f"Enigma blocks need heads of at least 4 channels, and d_model={self.d_model} to divide by "
+                            f"n_head={self.n_head}")  # fmt: skip
 
 
 def make_norm(cfg: ModelConfig) -> nn.Module:

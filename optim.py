@@ -14,51 +14,45 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
-from configurator import UserError
+from configurator import BelowOne, Count, NotNegative, Positive, Range, Size, UserError, check_fields
+
+Decay = Annotated[float, Range(above=0, below=1)]
+PositiveShare = Annotated[float, Range(above=0, most=1)]
 
 
 @dataclass
 class OptimSettings:
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: AdamW, but Muon for hidden matrices; adamw: AdamW for all
-    lr: float = 3e-2            # peak learning rate of AdamW; for optimizer=adamw rather 3e-3, less for large models
-    muon_lr: float = 0.0        # peak learning rate of Muon; 0 = lr / muon_ratio, so that lr scales both
-    muon_ratio: float = 1.5     # lr over muon_lr, where that is 0
+    lr: Positive = 3e-2         # peak learning rate of AdamW; for optimizer=adamw rather 3e-3, less for large models
+    muon_lr: NotNegative = 0.0  # peak learning rate of Muon; 0 = lr / muon_ratio, so that lr scales both
+    muon_ratio: Positive = 1.5  # lr over muon_lr, where that is 0
     min_lr: float = -1.0        # learning rate of the last step, on the scale of lr; -1 = lr / 10
-    weight_decay: float = 0.1   # decoupled, times the learning rate; on matrices, not on embeddings, norms and biases
-    beta1: float = 0.9          # AdamW: memory of the mean of the gradient
-    beta2: float = 0.95         # AdamW: memory of its mean square
-    eps: float = 1e-8           # AdamW: added to the root of the mean square
-    muon_momentum: float = 0.95  # Muon: memory of the mean of the gradient
-    grad_clip: float = 1.0      # largest global norm of the gradient; 0 = no limit
+    weight_decay: NotNegative = 0.1  # decoupled, times the learning rate; on matrices, not embeddings, norms, biases
+    beta1: Decay = 0.9          # AdamW: memory of the mean of the gradient
+    beta2: Decay = 0.95         # AdamW: memory of its mean square
+    eps: NotNegative = 1e-8     # AdamW: added to the root of the mean square
+    muon_momentum: Decay = 0.95  # Muon: memory of the mean of the gradient
+    grad_clip: NotNegative = 1.0  # largest global norm of the gradient; 0 = no limit
     schedule: Literal["cosine", "cosine_restarts", "linear", "wsd", "constant"] = "cosine"  # after the warm-up
-    warmup_steps: int = 30      # steps in which the learning rate rises; at most half of the run
-    t0: int = 2000              # cosine_restarts: steps of the first cycle
-    t_mult: int = 2             # cosine_restarts: each cycle is so many times longer than the one before
-    decay_share: float = 0.2    # wsd: share of the run, at its end, in which the learning rate falls linearly
-    ema: float = 0.0            # decay of the moving average of the weights, such as 0.999; 0 = off
+    warmup_steps: Size = 30     # steps in which the learning rate rises; at most half of the run
+    t0: Count = 2000            # cosine_restarts: steps of the first cycle
+    t_mult: Count = 2           # cosine_restarts: each cycle is so many times longer than the one before
+    decay_share: PositiveShare = 0.2  # wsd: share of the run, at its end, in which the learning rate falls linearly
+    ema: BelowOne = 0.0         # decay of the moving average of the weights, such as 0.999; 0 = off
 
     def __post_init__(self):
-        for field in fields(self):
-            value, choices = getattr(self, field.name), get_args(field.type)
-            if choices and value not in choices:
-                raise UserError(f"{field.name}={value}: choose one of {', '.join(choices)}")
-            if field.name in ("beta1", "beta2", "muon_momentum") and not 0 < value < 1:
-                raise UserError(f"{field.name}={value} must be between 0 and 1")
-            if field.name in ("lr", "muon_ratio", "t0", "t_mult", "decay_share") and value <= 0:
-                raise UserError(f"{field.name}={value} must be above 0")
-            if field.name in ("muon_lr", "weight_decay", "eps", "grad_clip", "warmup_steps") and value < 0:
-                raise UserError(f"{field.name}={value} must not be negative")
+        check_fields(self)
+        if self.min_lr < 0 and self.min_lr != -1:
+            raise UserError(f"min_lr={self.min_lr} must not be negative; min_lr=-1 is lr / 10")
         self.muon_lr = self.muon_lr or self.lr / self.muon_ratio
         if self.min_lr > self.lr:
             raise UserError(f"min_lr={self.min_lr} is above lr={self.lr}: lower it, or set min_lr=-1 for lr / 10")
-        if not 0 <= self.ema < 1:
-            raise UserError(f"ema={self.ema} must be in [0, 1)")
 
 
 # ---- schedules -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import ROOT, UserError, configure, find_path, run, write_path
+from configurator import ROOT, UserError, check_fields, configure, find_path, run, write_path
 from log import optional, read_log
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito 2008
@@ -27,6 +27,9 @@ HUGE = 1e30  # nothing that we log comes near; matplotlib's axes overflow not fa
 class PlotSettings:
     runs: list[str] = field(default_factory=list)  # folders of runs, as plain arguments; default: the newest in out/
     out: str = ""               # the picture; default: curves.png in the folder of the first run
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def main(argv: list[str] | None = None) -> None:

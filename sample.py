@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import checkpoint
 from chat import Chat, ChatSettings
-from configurator import UserError, configure, find_path, run
+from configurator import Count, UserError, check_fields, configure, find_path, run
 from generate import SamplingSettings, generate, stream
 from machine import MachineSettings, choose_machine
 from tokenizer import StreamDecoder
@@ -28,11 +28,14 @@ class SampleSettings:
     init_from: str = ""         # checkpoint file or run's folder; default: the newest run in out/
     prompt: list[str] = field(default_factory=list)  # text to continue; may be repeated
     prompts_file: str = ""      # file with one prompt per line
-    n_samples: int = 1          # samples per prompt
+    n_samples: Count = 1        # samples per prompt
     stop: list[str] = field(default_factory=list)  # end a sample before this text; may be repeated
     allow_special: bool = False  # read names of special tokens in prompts as these tokens
     chat: bool = False          # a conversation, in the template that the model was fine-tuned with
     lora_base: str = ""         # adapters: where their base checkpoint is now, if it has moved
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 SETTINGS = [SampleSettings, SamplingSettings, ChatSettings, MachineSettings]
@@ -42,8 +45,6 @@ def main(argv: list[str] | None = None) -> None:
     s = configure(SETTINGS, argv, doc=__doc__)
     machine = choose_machine(s.part(MachineSettings))
     sampling = s.part(SamplingSettings)
-    if s.n_samples < 1:
-        raise UserError(f"n_samples={s.n_samples} must be at least 1")
     path = checkpoint.find(s.init_from)
     model, tokenizer, state = checkpoint.load_model(path, machine.device, s.lora_base)
     large = model.count_parameters()["total"] > 24e6  # a smaller one stays in a CPU's caches: float32 is as fast there

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from batches import permute, round_keys
 from chat import Template
-from configurator import UserError, cache_folder
+from configurator import UserError, cache_folder, check_fields
 from conversations import Conversation, example_files, read_examples
 from corpus import dataset_name, document_hash, load_dataset
 from data import say, working
@@ -39,6 +39,7 @@ class SftSettings:
     packing: bool = True        # fine-tuning: several examples in a row, which do not see each other
 
     def __post_init__(self):
+        check_fields(self)
         if self.sft_mode:
             self.task = "sft"
 

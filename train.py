@@ -25,7 +25,7 @@ import checkpoint
 import lora
 from batches import Batches, Prefetcher, TokenStream, Validation
 from chat import ChatSettings
-from configurator import Settings, UserError, configure, run
+from configurator import Amount, Batch, Count, NotNegative, Settings, Size, UserError, check_fields, configure, run
 from data import DataSettings, prepare
 from eval import evaluate
 from ffn import update_balance
@@ -52,24 +52,28 @@ from sft import Examples, ExampleValidation, SftSettings, open_examples
 class TrainSettings:
     out_dir: str = ""           # folder of the run; out/<config name> if empty, out/quickstart without a config
     init_from: str = "auto"     # auto continues the run in out_dir if there is one; scratch; or a checkpoint's path
-    seed: int = 1337            # of the initial weights, the order of the data, and dropout
-    max_steps: int = 480        # length of the run in optimizer steps
-    max_tokens: int = 0         # length of the run in tokens instead, if not 0
-    batch_size: int = 16        # sequences in one forward pass of one process
-    grad_accum: int = 1         # forward passes per step, all processes together
-    total_batch_size: int = 0   # tokens per step, all processes together; if not 0, it is cut as batch_size allows
-    log_interval: int = 10      # steps between lines of the log
-    eval_interval: int = 120    # steps between checkpoints, each followed by a validation
-    eval_tokens: int = 50_000   # validation tokens scored each time; 0 = all
-    keep_checkpoints: int = 2   # step checkpoints that stay in the folder
-    stop_loss: float = 0.0      # end the run when the validation loss is this low
-    stop_ppl: float = 0.0       # end the run when the validation perplexity is this low
-    patience: int = 0           # end the run after so many validations without a better one; 0 = never
-    max_skipped: int = 20       # give up after so many steps in a row without a finite gradient
+    seed: Amount = 1337         # of the initial weights, the order of the data, and dropout
+    max_steps: Count = 480      # length of the run in optimizer steps
+    max_tokens: Amount = 0      # length of the run in tokens instead, if not 0
+    batch_size: Batch = 16      # sequences in one forward pass of one process
+    grad_accum: Batch = 1       # forward passes per step, all processes together
+    total_batch_size: Size = 0  # tokens per step, all processes together; if not 0, it is cut as batch_size allows
+    log_interval: Count = 10    # steps between lines of the log
+    eval_interval: Count = 120  # steps between checkpoints, each followed by a validation
+    eval_tokens: Amount = 50_000  # validation tokens scored each time; 0 = all
+    keep_checkpoints: Count = 2  # step checkpoints that stay in the folder
+    stop_loss: NotNegative = 0.0  # end the run when the validation loss is this low
+    stop_ppl: NotNegative = 0.0  # end the run when the validation perplexity is this low
+    patience: Size = 0          # end the run after so many validations without a better one; 0 = never
+    max_skipped: Count = 20     # give up after so many steps in a row without a finite gradient
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 SETTINGS = [TrainSettings, DataSettings, ModelConfig, OptimSettings, MachineSettings, SftSettings, ChatSettings,
             LoraSettings, LogSettings]
+
 
 @dataclass
 class Progress:

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,6 +16,7 @@ from configurator import (
     configure,
     find_config,
     find_path,
+    kind_and_range,
     pick,
     write_path,
 )
@@ -80,11 +82,11 @@ def test_a_config_file_may_compute_and_import(tmp_path):
 
 @pytest.mark.parametrize("text, words", [
     ("learning_rate = 1", ["learning_rate", "did you mean lr"]),
-    ("lr = 'fast'", ["lr='fast'", "expected float"]),
+    ("lr = 'fast'", ["lr=fast", "expected a number"]),
     ("x = (", ["line 1", "SyntaxError"]),
     ("lr = 1\nmax_steps = 1 // 0", ["line 2", "ZeroDivisionError"]),
     ("kind = 'c'", ["kind=c", "a, b"]),
-    ("compile = 1", ["compile=1", "expected bool"]),
+    ("compile = 1", ["compile=1", "expected True or False"]),
 ])  # fmt: skip
 def test_mistakes_in_a_config_file_name_the_file_and_the_remedy(tmp_path, text, words):
     file = tmp_path / "wrong.py"
@@ -228,3 +230,61 @@ def test_every_config_file_is_accepted():
         s = configure(train.SETTINGS, [str(file)], {})
         assert s.part(train.ModelConfig).d_model > 0
     assert os.path.exists(ROOT / "config" / "quickstart.py")
+
+
+def parts() -> list[type]:
+    import bench
+    import compare
+    import eval
+    import plot
+    import sample
+    import train
+
+    more = [compare.CompareSettings, plot.PlotSettings, bench.BenchSettings]
+    return list(dict.fromkeys([*train.SETTINGS, *sample.SETTINGS, *eval.SETTINGS, *more]))
+
+
+def wrong_values(kind) -> list:
+    """What no setting of this type may be."""
+    if typing.get_origin(kind) is Literal:
+        choice = typing.get_args(kind)[0]
+        return [choice.upper(), choice + " ", "", None, 1, True]
+    if kind is int:
+        return ["3", None, True, 1.5, float("nan"), 10**19, 10**400, 1e30, -(10**16)]
+    if kind is float:
+        return ["3", None, True, float("nan"), float("inf"), -float("inf"), 10**400]
+    return {bool: ["true", 1, 0, None], str: [None, 3, b"x"], list[str]: ["a", [1], None, ("a",)]}[kind]
+
+
+def test_every_settings_class_checks_its_own_fields():
+    for part in parts():
+        for name in part.__dataclass_fields__:
+            for value in wrong_values(kind_and_range(part, name)[0]):
+                with pytest.raises(UserError, match=f"^{name}="):
+                    part(**{name: value})
+
+
+@pytest.mark.parametrize("setting", [
+    "lr=nan", "lr=0", "muon_lr=inf", "eps=-1", "eps=nan", "norm_eps=inf", "weight_decay=nan", "embed_scale=-inf",
+    "logit_softcap=nan", "init_std=inf", "grad_clip=nan", "min_lr=nan", "stop_loss=inf", "stop_ppl=-1",
+    "router_scale=nan", "router_scale=0", "balance_loss=inf", "decay_share=nan", "decay_share=1.5", "rope_theta=inf",
+    "rope_theta=1", "beta1=1", "beta2=0", "ema=1", "dropout=1", "label_smoothing=nan", "lora_alpha=inf",
+    "seq_len=0", "seq_len=1e30", f"d_model={10**19}", "n_layer=-1", "n_layer=1e9", "batch_size=0", "eval_tokens=-5",
+    "patience=-1", "max_skipped=0", "max_steps=0", "log_interval=0", "eval_interval=-1", "keep_checkpoints=0",
+    "seed=-1", f"seed={10**20}", "workers=-1", "workers=100000", "shard_tokens=0", "val_share=nan", "vocab_size=-3",
+])  # fmt: skip
+def test_numbers_out_of_their_range_are_refused_in_a_sentence(setting):
+    import train
+
+    name = setting.partition("=")[0]
+    for argv, environ in (([setting], {}), ([], {name.upper(): setting.partition("=")[2]})):
+        with pytest.raises(UserError, match=f"^{name}=.*must be") as caught:
+            configure(train.SETTINGS, argv, environ)
+        assert len(str(caught.value)) < 220 and "\n" not in str(caught.value)
+
+
+def test_a_long_value_is_shortened_in_a_sentence():
+    for setting in ("lr=" + "9" * 10_000, "max_steps=" + "9" * 10_000, "kind=" + "x" * 10_000, "compile=\n\x1b[2J"):
+        with pytest.raises(UserError) as caught:
+            settings(setting)
+        assert len(str(caught.value)) < 220 and str(caught.value).isprintable()

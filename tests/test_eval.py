@@ -192,7 +192,7 @@ def test_mistakes_end_in_a_sentence(base, text, tmp_path):
     empty.write_text("")
     run = f"init_from={base}"
     for arguments, words in (
-        ([f"init_from={tmp_path}"], "holds no checkpoint"), ([run, "limit=0"], "limit=0 must be at least 1"),
+        ([f"init_from={tmp_path}"], "holds no checkpoint"), ([run, "limit=-1"], r"limit=-1 .* must be at least 0"),
         ([run, "tasks=mmlu"], "there is no task mmlu"), ([run, "stride=17"], "seq_len is 16"),
         ([run, f"data_path={tmp_path / 'none'}"], "not found"), ([run, f"data_path={empty}"], "holds no text"),
         ([run, f"data_path={text}", "eval_tokens=9"], "of a file all is scored"),
