@@ -20,6 +20,8 @@
 Peers run in the same call, in turn with ours, so that a machine whose speed drifts slows both. Figures are medians.
 """
 
+import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
+
 import contextlib
 import importlib.util
 import io

@@ -19,6 +19,8 @@ ever joined across its borders, and inside them happened just what happens when 
   2. a token whose own bytes do not encode to it never appears (`BPETokenizer._core` builds on it).
 """
 
+import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
+
 import argparse
 import cProfile
 import hashlib

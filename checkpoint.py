@@ -6,6 +6,7 @@ so that sampling needs nothing but the file. A run with adapters saves these alo
 """
 
 import io
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 
 from configurator import ROOT, Settings, UserError, check, find_path, pick
-from files import Either, locked, mismatch, replacing, require_file, visible, writing
+from files import Either, locked, mismatch, replacing, require_file, visible, write_text, writing
 from lora import LoraSettings, adapter_state, fingerprint, inject, load_adapter, merge
 from model import LanguageModel, ModelConfig
 from tokenizer import Tokenizer, tokenizer_from_dict
@@ -72,10 +73,15 @@ def lock(folder: Path):
     def refuse(note: str) -> None:
         raise UserError(f"another process trains in {folder}; wait for it, or set another out_dir")
 
-    with ExitStack() as stack:
-        with writing(folder, "; set another out_dir"):
-            stack.enter_context(locked(folder / ".lock", refuse))
-        yield
+    is_new = not folder.exists()
+    try:
+        with ExitStack() as stack:
+            with writing(folder, "; set another out_dir"):
+                stack.enter_context(locked(folder / ".lock", refuse))
+            yield
+    finally:
+        if is_new and folder.is_dir() and not any(folder.iterdir()):  # the run did not begin
+            folder.rmdir()
 
 
 def set_aside(folder: Path) -> Path | None:
@@ -83,7 +89,8 @@ def set_aside(folder: Path) -> Path | None:
     found = [path for path in folder.iterdir() if path.name != ".lock" and not path.name.startswith("before_")]
     if not found:
         return None
-    kept = folder / f"before_{1 + len(list(folder.glob('before_*')))}"
+    names = (folder / f"before_{n}" for n in itertools.count(1))
+    kept = next(name for name in names if not os.path.lexists(name))
     kept.mkdir()
     for path in found:
         path.rename(kept / path.name)
@@ -101,7 +108,7 @@ def save_step(folder: Path, step: int, state: dict, keep: int) -> Path:
 
 def steps(folder: Path) -> list[Path]:
     """The step checkpoints of a run's folder, oldest first."""
-    return sorted(folder.glob("step_*.pt"))
+    return sorted(path for path in folder.glob("step_*.pt") if path.is_file())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,10 +294,15 @@ def check_weights(path: Path, saved: dict, found: dict[str, torch.Tensor], adapt
                 raise UserError(f"{path} does not fit its own settings: the lora_rank there is more than it holds")
             inject(model, pick(LoraSettings, saved))
             compare(path, adapter_state(model), adapters)
-    for name, tensor in (found | (adapters or {})).items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} is not finite (nan or inf), so its training diverged: take an earlier "
-                            "checkpoint, or train again with a lower lr")  # fmt: skip
+    if name := not_finite(found | (adapters or {})):
+        raise UserError(f"{path}: {name} is not finite (nan or inf), so its training diverged: take an earlier "
+                        "checkpoint, or train again with a lower lr")  # fmt: skip
+
+
+def not_finite(found: dict[str, torch.Tensor]) -> str:
+    """The name of a weight that is nan or inf, '' if there is none."""
+    floats = (name for name, tensor in found.items() if tensor.is_floating_point())
+    return next((name for name in floats if not found[name].isfinite().all()), "")
 
 
 def compare(path: Path, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
@@ -307,13 +319,29 @@ def compare(path: Path, expected: dict[str, torch.Tensor], found: dict[str, torc
 # Runs
 
 
-def runs(root: Path | None = None) -> list[Path]:
-    """The folders in `root` (by default our out/) that hold checkpoints, the newest first."""
+def remember(folder: Path) -> None:
+    """Note in our out/ that `folder` is the newest run there: clocks jump, and copies have new dates."""
+    root = ROOT / "out"
+    if folder.resolve().parent == root.resolve():
+        names = [folder.name, *(name for name in remembered(root) if name != folder.name)]
+        write_text(root / ".newest", "\n".join(names[:1000]))
+
+
+def remembered(root: Path) -> list[str]:
+    """Names of runs, the newest first. They are compared with those of folders, never opened."""
+    path = root / ".newest"
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+
+
+def runs(root: Path | None = None, files: tuple[str, ...] = ("best.pt", "step_*.pt")) -> list[Path]:
+    """The folders in `root` (by default our out/) that hold such files, the newest first: in the order in which they
+    were started last, and then by the dates of their files."""
     root = root or ROOT / "out"
     found: dict[Path, float] = {}
-    for path in [*root.glob("*/best.pt"), *root.glob("*/step_*.pt")]:
+    for path in [path for pattern in files for path in root.glob(f"*/{pattern}")]:
         found[path.parent] = max(found.get(path.parent, 0.0), path.stat().st_mtime)
-    return sorted(found, key=found.get, reverse=True)
+    order = {name: number for number, name in enumerate(remembered(root))}
+    return sorted(found, key=lambda folder: (order.get(folder.name, len(order)), -found[folder]))
 
 
 def find(where: str | Path = "", root: Path | None = None) -> Path:

@@ -7,6 +7,8 @@
 DATA_PATH is tiny Shakespeare; the other corpus is the standard library. The last line is one JSON document.
 """
 
+import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
+
 import json
 import statistics
 import sys

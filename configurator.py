@@ -18,15 +18,27 @@ it may compute and import modules, but every public name that it leaves must be 
 not a setting silently ignored. Values from outside are parsed by the field's type and never evaluated.
 """
 
+import os
+import signal
+import sys
+
+
+def leave_quietly(number: int, frame) -> None:
+    """Ctrl-C while a script is imported or cleared up, where nothing is to be saved."""
+    os._exit(128 + number)
+
+
+if os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.dirname(os.path.abspath(__file__)):  # a script of ours
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # which main() gets back: see run
+        signal.signal(signal.SIGINT, leave_quietly)
+
 import dataclasses
 import difflib
 import functools
 import inspect
 import json
 import math
-import os
 import re
-import sys
 import traceback
 import types
 import typing
@@ -68,14 +80,23 @@ def run(main) -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # what a terminal cannot show or send is no reason to stop
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    if signal.getsignal(signal.SIGINT) == leave_quietly:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        sys.exit(main())
+        code = main()
+        sys.stdout.flush()
+        signal.signal(signal.SIGINT, leave_quietly)  # while Python clears up
+        sys.exit(code)
     except UserError as error:
         print(f"\n{script}{f' [rank {rank}]' if rank != '0' else ''}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted", file=sys.stderr)
         sys.exit(130)
+    except MemoryError as error:
+        print(f"\n{script}: out of memory ({str(error) or 'no more to be had'}); what is on the disk is whole. Smaller "
+              "sizes or WORKERS=1 need less", file=sys.stderr)  # fmt: skip
+        sys.exit(2)
     except BrokenPipeError:  # the reader of our pipe went away (`| head`): not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

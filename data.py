@@ -14,6 +14,8 @@ sizes and times of the files, tokenizer, settings. A change of any of these make
 tokenizer that we train has a folder of its own, so it outlives an interruption, and a change of shard_tokens.
 """
 
+import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
+
 import hashlib
 import json
 import re

@@ -9,6 +9,8 @@ Results go to the folder eval/ of the run: a summary, and a line for each questi
 numbers mean.
 """
 
+import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
+
 import hashlib
 import json
 import math

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
@@ -108,6 +109,15 @@ def writing(folder: Path, advice: str = ""):
         raise UserError(f"cannot write in {folder} ({error.strerror or error}){advice}") from None
 
 
+def own_file(path: Path, append: bool = False) -> FileIO:
+    """A file at a name that we chose ourselves in a run's folder, opened for appending or made anew; never what a
+    link there points to. Unbuffered. Raises the system's OSError."""
+    if not append:
+        path.unlink(missing_ok=True)
+    how = os.O_APPEND if append else os.O_EXCL
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | how | NO_FOLLOW, 0o666), "ab", buffering=0)
+
+
 def own_folder(folder: Path) -> Path:
     """A folder inside a run's folder, made if it is missing; UserError if it is a symbolic link to another place."""
     if folder.is_symlink():
@@ -120,16 +130,18 @@ def own_folder(folder: Path) -> Path:
 # Locks
 
 
-def take_lock(handle: int) -> bool:
+def take_lock(handle: int, unlocked: Callable[[str], None] = lambda reason: None) -> bool:
     """Lock an open file without waiting; False if another process has it. The kernel drops the lock with its holder.
 
-    True, too, on a file system that has no locks.
+    True, too, on a file system that has no locks, after `unlocked` is told so.
     """
     try:
         if fcntl:  # lockf and not flock, which would live on in forked workers
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EAGAIN, errno.EACCES)
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        unlocked(error.strerror)
     return True
 
 
@@ -140,6 +152,10 @@ def locked(path: Path, busy: Callable[[str], None]) -> Iterator[Callable[[str], 
     While another process is inside, `busy(note)` is called five times a second with what that process noted last: it
     may show it, or raise. Yields `note`, the function by which the holder tells those who wait how far it is.
     """
+
+    def unlocked(reason: str) -> None:
+        print(f"{path.parent} has no locks ({reason}): start nothing else that writes there", file=sys.stderr)
+
     while True:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o666)
@@ -148,7 +164,7 @@ def locked(path: Path, busy: Callable[[str], None]) -> Iterator[Callable[[str], 
                 raise UserError(f"{path} is a symbolic link where a lock belongs: remove it") from None
             raise
         try:
-            if not take_lock(handle):
+            if not take_lock(handle, unlocked):
                 busy(os.pread(handle, 1000, 0).decode("utf-8", "replace") if hasattr(os, "pread") else "")
                 time.sleep(0.2)
                 continue

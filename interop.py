@@ -4,6 +4,8 @@
     python interop.py merge out/quickstart-sft-lora out/mine
 """
 
+import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
+
 import json
 import sys
 from pathlib import Path

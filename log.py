@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import UserError, check_fields
-from files import clock, optional, replacing, require_file
+from files import clock, optional, own_file, own_folder, replacing, require_file, write_text
 from machine import Machine, peak_flops, peak_memory
 
 COLUMNS = ["step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_gb", "val_loss",
@@ -90,15 +90,20 @@ class Log:
         if not self.machine.is_main:
             return
         self.waiting.append(values)
-        size = 0
         try:
-            with open(self.path, "ab") as file:
+            with own_file(self.path, append=True) as file:
                 size = file.tell()
-                file.write(to_csv(self.waiting, header=size == 0))
+                data = memoryview(to_csv(self.waiting, header=size == 0))
+                try:
+                    while data:
+                        data = data[file.write(data) :]
+                except OSError:
+                    os.ftruncate(file.fileno(), size)  # no half row
+                    raise
             self.waiting = []
+            if size == 0:
+                self.say(f"{self.path} was removed: a new one begins here, without the earlier rows")
         except OSError as error:
-            with suppress(OSError):
-                os.truncate(self.path, size)  # no half row
             if len(self.waiting) == 1:
                 self.say(f"cannot write {self.path} ({error.strerror}); the run goes on, and we try again")
         self.tell("write", values)
@@ -106,7 +111,7 @@ class Log:
     def sync(self) -> None:
         """Force the log to the disk, before a checkpoint: that must not be ahead of the log after a power cut."""
         if self.machine.is_main:
-            with suppress(OSError), open(self.path, "ab") as file:
+            with suppress(OSError), own_file(self.path, append=True) as file:
                 os.fsync(file.fileno())
             self.tell("flush")
 
@@ -186,7 +191,8 @@ class Service(NamedTuple):
 
 def tensorboard(folder: Path, first: int) -> Service:
     """Every column is a curve of the same name; a run that goes on replaces what earlier files have from `first` on."""
-    writer = optional("torch.utils.tensorboard", "tensorboard").SummaryWriter(folder / "tensorboard", purge_step=first)
+    package = optional("torch.utils.tensorboard", "tensorboard")
+    writer = package.SummaryWriter(own_folder(folder / "tensorboard"), purge_step=first)
 
     def write(row: dict) -> None:
         for name, value in numbers(row).items():
@@ -198,8 +204,11 @@ def tensorboard(folder: Path, first: int) -> Service:
 def wandb(project: str, folder: Path, first: int, config: dict) -> Service:
     """A run that goes on keeps its id, and curves are over our `step`: W&B's own cannot go back."""
     package, known = optional("wandb", "wandb"), folder / "wandb.id"
-    name = known.read_text(encoding="utf-8") if first and known.is_file() else secrets.token_hex(4)
-    known.write_text(name, encoding="utf-8")
+    name = known.read_text(encoding="utf-8", errors="replace") if first and known.is_file() else ""
+    if not re.fullmatch(r"[0-9a-f]{8}", name):
+        name = secrets.token_hex(4)
+    write_text(known, name)
+    own_folder(folder / "wandb")
     run = package.init(project=project, name=folder.name, id=name, resume="allow", dir=str(folder), config=config)
     run.define_metric("*", step_metric="step")
     return Service(lambda row: run.log({"step": int(row["step"])} | numbers(row)), lambda: None, run.finish)

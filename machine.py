@@ -5,7 +5,9 @@ import ctypes
 import os
 import re
 import shutil
+import signal
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import UserError, check_fields
+from workers import watch_parent
 
 
 @dataclass
@@ -72,6 +75,8 @@ def choose_machine(s: MachineSettings) -> Machine:
     """Resolve device and precision; read rank and world size from torchrun's environment (no process group yet)."""
     rank, world_size, local_rank = (int(os.environ.get(k, d)) for k, d in
                                     (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        watch_parent(os.getppid(), leave_orphaned)
     name = s.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -89,6 +94,13 @@ def choose_machine(s: MachineSettings) -> Machine:
         keep_memory()
     dtype, reason = choose_dtype(s.dtype, device)
     return Machine(device, dtype, reason, rank, world_size, local_rank)
+
+
+def leave_orphaned() -> None:
+    """torchrun was killed: end as if it had stopped us, which saves, and in any case within five minutes."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(300)
+    os._exit(1)
 
 
 def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:

@@ -7,6 +7,8 @@
 Needs matplotlib: pip install matplotlib
 """
 
+import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
+
 import math
 import sys
 from dataclasses import dataclass, field
@@ -14,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import ROOT, UserError, check_fields, configure, find_path, run, write_path
-from log import optional, read_log
+import checkpoint
+from configurator import UserError, check_fields, configure, find_path, run, write_path
+from files import optional, replacing
+from log import read_log
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito 2008
 STYLES = ["-", "--", ":", "-."]  # of every seven more runs
@@ -59,10 +63,10 @@ def log_of(name: str) -> Path:
 
 
 def newest() -> list[Path]:
-    files = sorted((ROOT / "out").glob("*/log.csv"), key=lambda path: path.stat().st_mtime)
-    if not files:
+    folders = checkpoint.runs(files=("log.csv",))
+    if not folders:
         raise UserError("there is no run in out/ yet: `python train.py` makes one")
-    return files[-1:]
+    return [folders[0] / "log.csv"]
 
 
 def names(files: list[Path]) -> list[str]:
@@ -136,7 +140,9 @@ def draw(labels: list[str], runs: list[dict], out: Path) -> None:
                      for i in range(len(runs))]  # fmt: skip
             wide.legend(lines, labels, loc="upper right", framealpha=0.9)
         try:
-            figure.savefig(out)
+            out.parent.stat()  # a mistake in a name is not to make a folder
+            with replacing(out) as file:  # not what a link in a run's folder points to
+                figure.savefig(file, format=out.suffix[1:])
         except (OSError, ValueError) as error:
             raise UserError(f"cannot write out={out}: {getattr(error, 'strerror', '') or error}") from None
         finally:

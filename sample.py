@@ -8,6 +8,8 @@
     python sample.py --init_from out/gpt2 --n_samples 3 --temperature 0
 """
 
+import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
+
 import contextlib
 import sys
 from collections.abc import Iterator

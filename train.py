@@ -10,11 +10,14 @@
 The same command again continues the run. Ctrl-C saves and stops.
 """
 
+import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
+
 import json
 import math
 import signal
 import time
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -105,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer, batches, validation = open_data(s, start, quiet=not machine.is_main)
         if start.anew:  # not before: the data may be a mistake
             set_aside(out_dir, machine)
+        if machine.is_main:
+            checkpoint.remember(out_dir)
         init_processes(machine)
         try:
             training = Run(s, plan, machine, out_dir, tokenizer, batches, validation, start)
@@ -115,6 +120,9 @@ def main(argv: list[str] | None = None) -> int:
                 return 0
             code = training.train()
             if code == 0 and machine.is_main:
+                if name := checkpoint.not_finite(training.weights()):
+                    raise UserError(f"{name} is not finite (nan or inf): this run diverged; train again with a lower "
+                                    "lr, in another out_dir")  # fmt: skip
                 finish(s, plan, machine, out_dir, training.model, tokenizer, validation)
             leave_processes(machine, code)
             return code
@@ -238,7 +246,7 @@ class Run:
         """The loop. Returns 0 at the end of the run, 128 + its number if a signal stopped it."""
         s, plan, machine, progress = self.s, self.plan, self.machine, self.progress
         wrapped = wrap(self.model, s, machine)
-        signals, stopped = catch_signals(machine), False
+        stopped = False
         # Nats and learned tokens since the last line of the log, and steps in a row without a finite gradient.
         self.nats = torch.tensor(progress.nats if machine.is_main else 0.0, device=machine.device)
         self.learned = torch.tensor(progress.learned, device=machine.device)
@@ -248,7 +256,8 @@ class Run:
             return self.batches.get(step * plan.sequences + machine.rank * plan.per_rank, plan.per_rank)
 
         self.log.begin(s.to_dict())
-        with closing(self.log), Prefetcher(fetch, progress.step, machine.device) as prefetcher:
+        with (catch_signals(machine) as signals, closing(self.log),
+              Prefetcher(fetch, progress.step, machine.device) as prefetcher):  # fmt: skip
             if progress.step and self.due():  # the checkpoint is older than the validation that followed it
                 with self.log.pause():
                     self.validate()
@@ -271,6 +280,7 @@ class Run:
                         self.save(must=stopped or progress.step == plan.max_steps)
                         if not stopped:
                             self.validate()
+            stopped = stopped or machine.any(bool(signals))  # also while the last checkpoint was scored
         if stopped:
             machine.print(f"stopped and saved at step {progress.step}; the same command goes on from there")
             return 128 + max(signals, default=signal.SIGTERM)
@@ -371,7 +381,8 @@ class Run:
             progress.best, progress.worse = min(progress.best, score.loss), 0 if better else progress.worse + 1
             reached = score.loss <= s.stop_loss or score.perplexity <= s.stop_ppl
             progress.ended = reached or 0 < s.patience <= progress.worse
-            if better and self.machine.is_main:
+            # A best model alone cannot be continued, and would keep the same command out of its folder.
+            if better and self.machine.is_main and checkpoint.steps(self.out_dir):
                 state = {**self.about, "model": self.weights(), "progress": asdict(progress)}
                 try:
                     checkpoint.save(self.out_dir / "best.pt", state)
@@ -391,9 +402,10 @@ class Run:
             self.save(must=True)  # so that the same command does not go on
 
 
-def catch_signals(machine: Machine) -> list[int]:
-    """A list that collects SIGINT and SIGTERM, for the loop to see. A second Ctrl-C interrupts at once; not under
-    torchrun, which passes on the one that every process has got from the terminal already."""
+@contextmanager
+def catch_signals(machine: Machine) -> Iterator[list[int]]:
+    """Inside, SIGINT and SIGTERM are collected in a list, for the loop to see. A second Ctrl-C interrupts at once; not
+    under torchrun, which passes on the one that every process has got from the terminal already."""
     caught: list[int] = []
 
     def handler(number: int, frame) -> None:
@@ -401,9 +413,12 @@ def catch_signals(machine: Machine) -> list[int]:
             raise KeyboardInterrupt
         caught.append(number)
 
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
-    return caught
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, function in before.items():
+            signal.signal(number, function)
 
 
 def out_of_memory(error: Exception, s: Settings) -> UserError | None:

@@ -8,6 +8,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
+import checkpoint
 import log
 import plot
 from configurator import UserError
@@ -149,7 +150,7 @@ def test_mistakes_are_sentences(tmp_path, monkeypatch):
 
 
 def test_without_arguments_the_newest_run_is_drawn(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plot, "ROOT", tmp_path)
+    monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="there is no run"):
         plot.main([])
