@@ -1,44 +1,69 @@
-"""Raw text -> documents: `.txt`, `.jsonl` (also gzipped) and `.parquet` files, folders of them, the corpora of data/.
+"""Raw text -> documents: text, JSON, CSV and Parquet files, compressed or not, folders of them, the corpora of data/.
 
     raw = open_corpus(settings)
     for text, ends in raw.pieces("train"):      # documents in pieces; `ends` closes the document
 
-A file is never read whole: a long document comes in pieces of about a million characters. Two things change in a text
-file: a byte-order mark goes, and CRLF becomes LF. Lines that hold exactly `<|endoftext|>` separate the documents of a
-.txt file; without them a file is one document. A .jsonl file holds one document a line, a .parquet file one a row.
+The content of a file decides how it is read, the suffix only where the content cannot (`text_kind`). A file is never
+read whole: a long document comes in pieces of about a million characters. Two things change in a text: a byte-order
+mark goes, and CRLF becomes LF. Lines that hold exactly `<|endoftext|>` separate the documents of a text file; without
+them a file is one document. A JSON record, or a row of a .csv or .parquet file, is a document; null is none.
 
 A corpus of ours is a folder data/<name>/ with a `prepare.py` that has
 
     def documents(split: str) -> Iterator[str]   # split is "train" or "val"; the same documents at every call
     def sources() -> list[Path]                  # optional: the files it reads, a change of which makes a new cache
-    def choose(text: str) -> None                # optional: called first, with what stands behind dataset=<name>:
+    def choose(text: str) -> None                # optional: called first, with what is behind dataset=<name>:
+    def choose_field(name: str) -> None          # optional: called with text_field, where somebody set it
+    def downloads() -> list[Path]                # optional: the files it fetched, for overwrite=download
+    def describe() -> str                        # optional: what it is going to fetch, said before the first byte
+    def size(split: str) -> float                # optional: bytes of its text, about, where files do not tell
     skipped: list                                # optional: what documents() could not read
 """
 
+import bz2
 import codecs
+import csv
 import gzip
 import hashlib
 import importlib.util
+import io
 import json
+import lzma
+import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
 from configurator import ROOT, UserError, find_path
 from download import download as download  # what most prepare.py need
-from download import missing as missing
-from files import unique_fields
+from files import file_state, optional, require_file, unique_fields
 
 SEPARATOR = "<|endoftext|>"
-SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".parquet")
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+SUFFIXES = (".parquet", *(kind + packed for kind in (".txt", *RECORDS) for packed in ("", *PACKED)))  # of a folder
+HEAD = 1 << 16    # bytes that tell what a file is
+LONGEST = 1 << 28 # bytes of a record, at most
 PIECE = 1 << 20   # bytes read at once, and about the characters of a piece
 FEW = 20          # fewer documents than this expected in val: choose them by size, not by hash alone
 
 Piece = tuple[str, bool]  # (text, True if the document ends with it)
+
+
+class Position:
+    """How far a pass over files is: in bytes of the files as they are on the disk, so that a share of a compressed one
+    is known too."""
+
+    def __init__(self):
+        self.before, self.file = 0, None
+
+    def now(self) -> int:
+        return self.before + (0 if self.file is None or self.file.closed else self.file.tell())
 
 
 @dataclass
@@ -48,32 +73,58 @@ class RawCorpus:
     pieces: Callable[[str], Iterator[Piece]]  # "train" | "val" -> documents in pieces
     skipped: list = field(default_factory=list)
     mixed: dict = field(default_factory=dict) # split -> what a mixture came to be (mixture.py)
+    val_files: int = 0                        # the last so many of the files are val_path's
+    left_out: Counter = field(default_factory=Counter)  # suffix -> files of a folder that are no text of ours
+    position: Position | None = None          # of the pass that goes on, where files tell it
+    size: Callable[[str], float] = lambda split: 0  # how much a pass over a split is, 0 if nobody knows
+    unit: str = "MB"
+    scale: float = 1e6
+    module: ModuleType | None = None          # its prepare.py
 
     def sources(self) -> list:
-        """[path, bytes, mtime in ns] of every file."""
+        """[path, bytes, times of the last change in ns] of every file."""
         result = []
         for path in self.files:
             with reading(path):
-                stat = path.stat()
-            result.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+                result.append([str(path.resolve()), *file_state(require_file(path))])
         return result
+
+    def done(self, n_bytes: float) -> float:
+        """How much of `size` was read, if these are the bytes that came out."""
+        return self.position.now() if self.position else n_bytes
 
 
 def open_corpus(s) -> RawCorpus:
     """`data_path` where given, else `dataset`; `val_path` replaces the validation documents of either."""
     val = text_files(s.val_path) if s.val_path else []
-    raw = open_files(s.data_path, s, val) if s.data_path else open_dataset(s.dataset)
+    raw = open_files(s.data_path, s, val) if s.data_path else open_dataset(s.dataset, s.text_field)
     if val:
         train = raw.pieces
-        raw.pieces = lambda split: train("train") if split == "train" else files_pieces(val, s.text_field)
-        raw.files = raw.files + val
+
+        def pieces(split: str) -> Iterator[Piece]:
+            if split == "train":
+                return train("train")
+            raw.position = Position()
+            return files_pieces(val, s.text_field, raw.position)
+
+        size = raw.size
+        raw.size = lambda split: size(split) if split == "train" else total_size(val)
+        raw.pieces, raw.files, raw.val_files = pieces, raw.files + val, len(val)
     return raw
 
 
-def open_dataset(name: str) -> RawCorpus:
-    module, files = load_dataset(name)
-    pieces = lambda split: ((text, True) for text in module.documents(split) if text)  # noqa: E731
-    return RawCorpus(dataset_name(name), files, pieces, getattr(module, "skipped", []))
+def open_dataset(name: str, text_field: str = "text") -> RawCorpus:
+    module, files = load_dataset(name, text_field)
+
+    def pieces(split: str) -> Iterator[Piece]:
+        return ((text, True) for text in module.documents(split) if text)
+
+    size = getattr(module, "size", lambda split: total_size(files[1:]))
+    return RawCorpus(dataset_name(name), files, pieces, getattr(module, "skipped", []), size=size, module=module)
+
+
+def total_size(files: list[Path]) -> int:
+    return sum(path.stat().st_size for path in files if path.exists())
 
 
 def dataset_name(dataset: str) -> str:
@@ -81,35 +132,56 @@ def dataset_name(dataset: str) -> str:
     return re.sub(r"\W+", "-", dataset).strip("-")[:60]
 
 
-def load_dataset(name: str) -> tuple[ModuleType, list[Path]]:
-    """data/<name>/prepare.py as a module, wherever we are called from, and the files that decide what it yields.
+def is_dataset(name: str) -> bool:
+    """Whether a name, with or without a choice behind a colon, is one of a corpus in our own data/: a plain word, and
+    no link that leads elsewhere."""
+    name, home = name.partition(":")[0], (ROOT / "data").resolve()
+    script = home / name / "prepare.py"
+    return re.fullmatch(r"[A-Za-z0-9_]+", name) is not None and script.is_file() and script.resolve() == script
 
-    What stands behind a colon ("hf:roneneldan/TinyStories") is the corpus's own choice, and goes to its choose().
-    """
-    name, _, choice = name.partition(":")
-    script = find_path(Path("data") / name / "prepare.py")
-    if not name or not script.is_file():
+
+def import_dataset(name: str) -> ModuleType:
+    """data/<name>/prepare.py as a module of its own, wherever we are called from; nothing is chosen or fetched."""
+    if not is_dataset(name):
         known = sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py"))
         raise UserError(f"dataset={name}: there are {', '.join(known)}; DATA_PATH=<file> takes any text")
-    spec = importlib.util.spec_from_file_location(f"prepare_{name}", script)
+    name = name.partition(":")[0]
+    spec = importlib.util.spec_from_file_location(f"prepare_{name}", ROOT / "data" / name / "prepare.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def load_dataset(name: str, text_field: str = "text") -> tuple[ModuleType, list[Path]]:
+    """A corpus of data/, and the files that decide what it yields, its prepare.py first.
+
+    What is behind a colon ("hf:roneneldan/TinyStories") is the corpus's own choice, and goes to its choose().
+    """
+    module, choice = import_dataset(name), name.partition(":")[2]
+    if hasattr(module, "choose_field") and text_field != "text":
+        module.choose_field(text_field)
     if hasattr(module, "choose"):
         module.choose(choice)
     elif choice:
-        raise UserError(f"dataset={name} leaves no choice; take away the :{choice}")
-    return module, [script, *(module.sources() if hasattr(module, "sources") else [])]
+        raise UserError(f"dataset={name.partition(':')[0]} leaves no choice; take away the :{choice}")
+    return module, [Path(module.__file__), *(module.sources() if hasattr(module, "sources") else [])]
 
 
 def open_files(path: str, s, val: list[Path]) -> RawCorpus:
     """The text file or folder at `path`, split here unless it has validation files of its own."""
     known = {file.resolve() for file in val}
     files = [file for file in text_files(path) if file.resolve() not in known]  # val may lie in the folder
-    every = lambda: files_pieces(files, s.text_field)  # noqa: E731
+    raw = RawCorpus(path_name(path), files, pieces=None, left_out=left_out(path), size=lambda split: total_size(files))
+
+    def every() -> Iterator[Piece]:
+        raw.position = Position()
+        return files_pieces(files, s.text_field, raw.position)
+
     if val and not files:
         raise UserError(f"val_path={s.val_path} is all the text of data_path; nothing is left to train on")
     if val:
-        return RawCorpus(path_name(path), files, lambda split: every())
+        raw.pieces = lambda split: every()
+        return raw
     if not 0 < s.val_share < 1:
         raise UserError(f"val_share={s.val_share} must lie between 0 and 1, or val_path name a file to validate on")
     plan: list[Split] = []  # made at the first use: it reads the corpus, and a current cache does not need it
@@ -119,7 +191,8 @@ def open_files(path: str, s, val: list[Path]) -> RawCorpus:
             plan.append(plan_split(every(), s.val_share))
         return split_pieces(every(), plan[0], split)
 
-    return RawCorpus(path_name(path), files, pieces)
+    raw.pieces = pieces
+    return raw
 
 
 def path_name(path: str | Path) -> str:
@@ -160,8 +233,11 @@ def plan_split(pieces: Iterable[Piece], share: float) -> Split:
         total += len(text)
         if ends:
             key, count = None, count + 1
-        if count * share >= FEW:
+        if len(sizes) * share >= FEW:
             return Split(below=int(share * 2**64))
+    if count > 1 and len(sizes) == 1:
+        raise UserError(f"all {count:,} documents are equal, and none is left to validate on: name other text with "
+                        "val_path=<file>")  # fmt: skip
     for most in (1.5, 4):  # in the order of the hashes, none that would make validation far too large
         limit, chosen, taken = min(most * share, (1 + share) / 2) * total, [], 0
         for key in sorted(sizes):
@@ -203,34 +279,73 @@ def natural_key(path: Path | str) -> list:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
+def walk(folder: Path) -> Iterator[Path]:
+    """All files in a folder and in its folders, also through links: each real file once, and no loop without an end.
+    What begins with a dot is passed over."""
+    folders, files = {folder.resolve()}, set()
+    for here, inside, names in os.walk(folder, followlinks=True):
+        inside.sort(key=natural_key)
+        for name in list(inside):
+            real = (Path(here) / name).resolve()
+            if name.startswith(".") or real in folders:
+                inside.remove(name)
+            folders.add(real)
+        for name in sorted(names, key=natural_key):
+            path = Path(here) / name
+            real = path.resolve()
+            if not name.startswith(".") and path.is_file() and real not in files:
+                files.add(real)
+                yield path
+
+
 def list_files(path: str | Path, suffixes: tuple[str, ...]) -> list[Path]:
     """A file as it is; of a folder all files with these suffixes, also in its folders, naturally sorted."""
     found = find_path(path)
     if found.is_dir():
-        inside = [p for p in found.rglob("*") if p.name.lower().endswith(suffixes) and p.is_file()]
-        inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(found).parts)]
+        inside = [p for p in walk(found) if p.name.lower().endswith(suffixes)]
         return sorted(inside, key=lambda p: natural_key(p.relative_to(found).as_posix()))
     if not found.exists():
         raise UserError(f"{path} not found (looked for {found.absolute()})")
-    return [found]
+    if found.is_fifo():
+        raise UserError(f"{path} is a pipe, and a text is read more than once: write it to a file first")
+    return [require_file(found)]
 
 
 def text_files(path: str | Path) -> list[Path]:
-    """The text files at `path`; a single file may have any suffix and is then read as plain text."""
-    files = list_files(path, SUFFIXES)
+    """The text files at `path`; a single file may have any suffix."""
+    files = [file for file in list_files(path, SUFFIXES) if file == find_path(path) or is_corpus(file)]
     if not files:
-        raise UserError(f"{path} holds no text: none of its files ends in {', '.join(SUFFIXES)}")
+        raise UserError(f"{path} holds no text: none of its files ends in .parquet, .txt, {', '.join(RECORDS)}, "
+                        f"nor one of these with {', '.join(PACKED)} behind it")  # fmt: skip
     return files
 
 
-def files_pieces(files: list[Path], text_field: str) -> Iterator[Piece]:
+def is_corpus(path: Path) -> bool:
+    """Of a folder's .json files those with records: what is one table over many lines is somebody's settings."""
+    return ".json" not in path.suffixes or text_kind(path) != "values"
+
+
+def left_out(path: str | Path) -> Counter:
+    """{suffix: how many files of a folder are not read as text}"""
+    found = find_path(path)
+    if not found.is_dir():
+        return Counter()
+    taken = set(text_files(path))
+    return Counter(file.suffix or file.name for file in walk(found) if file not in taken)
+
+
+def files_pieces(files: list[Path], text_field: str, position: Position | None = None) -> Iterator[Piece]:
+    position = position or Position()
     for path in files:
-        name = path.name.lower().removesuffix(".gz")
-        if name.endswith((".jsonl", ".parquet")):
-            records = json_records(path) if name.endswith(".jsonl") else parquet_records(path, text_field)
-            yield from ((text, True) for where, record in records if (text := record_text(record, text_field, where)))
+        kind = text_kind(path)
+        if kind == "text":
+            yield from text_pieces(path, position)
         else:
-            yield from text_pieces(path)
+            for where, record in file_records(path, kind, text_field, position):
+                if not is_null(record, text_field) and (text := record_text(record, text_field, where)):
+                    yield text, True
+        with reading(path):
+            position.before, position.file = position.before + path.stat().st_size, None
 
 
 @contextmanager
@@ -238,26 +353,104 @@ def reading(path: Path):
     """What can go wrong with a file, in one sentence."""
     try:
         yield
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
         raise UserError(f"{path} is damaged or cut short: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def open_binary(path: Path):
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
+@contextmanager
+def opened(path: Path, position: Position | None = None):
+    """A file for reading its bytes, unpacked if its first bytes are those of a compressed file."""
+    with reading(require_file(path)), open(path, "rb") as file:
+        if position:
+            position.file = file
+        begin = file.peek(6)[:6]
+        if begin.startswith(b"\x1f\x8b"):
+            unpacked = gzip.GzipFile(fileobj=file)
+        elif begin == b"\xfd7zXZ\0":
+            unpacked = lzma.LZMAFile(file)
+        elif begin.startswith(b"BZh"):
+            unpacked = bz2.BZ2File(file)
+        elif begin.startswith(b"\x28\xb5\x2f\xfd"):
+            zstandard = optional("zstandard", "zstandard", f"{path}: to read Zstandard")
+            unpacked = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+        else:
+            yield file
+            return
+        try:
+            with closing(unpacked):
+                yield unpacked
+        except Exception as error:
+            if type(error).__name__ == "ZstdError":  # of a package that may not be there
+                raise UserError(f"{path} is damaged or cut short: {error}") from None
+            raise
 
 
-def text_blocks(path: Path) -> Iterator[tuple[str, bool]]:
+OTHERS = {b"PK\x03\x04": "a zip archive: unpack it first", b"%PDF": "a PDF: convert it to text first",
+          b"7z\xbc\xaf": "a 7z archive: unpack it first", b"Rar!": "a RAR archive: unpack it first"}  # fmt: skip
+
+
+def refuse_binary(path: Path, data: bytes) -> None:
+    """UserError for bytes at the beginning of a file that are no UTF-8 text."""
+    for magic, what in OTHERS.items():
+        if data.startswith(magic):
+            raise UserError(f"{path} is {what}")
+    wide = ""
+    if data.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        wide = "UTF-32"
+    elif data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        wide = "UTF-16"
+    elif b"\0" in data:  # which of four bytes in a row are mostly zero?
+        zero = [data[i::4].count(0) > 0.8 * len(data[i::4]) for i in range(4)]
+        wide = {(False, True, True, True): "UTF-32LE", (True, True, True, False): "UTF-32BE",
+                (False, True, False, True): "UTF-16LE", (True, False, True, False): "UTF-16BE"}.get(tuple(zero), "")
+        if not wide:
+            raise UserError(f"{path} is no text: it holds a zero byte at offset {data.index(0):,}")
+    if wide:
+        raise UserError(f"{path} is {wide}, not UTF-8; convert it first: iconv -f {wide} -t UTF-8")
+
+
+def text_kind(path: Path) -> str:
+    """How a file is read: "text", "lines" (a JSON record on each), "values" (a JSON list, or records over several
+    lines), "csv", "parquet". The content decides; only where it may be either does the suffix."""
+    with opened(path) as file:
+        head = file.read(HEAD)
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    refuse_binary(path, head)
+    suffix = next((suffix.lower() for suffix in reversed(path.suffixes) if suffix.lower() not in PACKED), "")
+    if suffix == ".parquet":
+        raise UserError(f"{path} is damaged or no .parquet file: its first bytes are not PAR1")
+    if suffix in (".csv", ".tsv"):
+        return "csv"
+    if suffix in (".jsonl", ".ndjson"):
+        return "lines"
+    begin = head.decode("utf-8-sig", "replace").lstrip()
+    if re.match(r"\[\s*\{\s*(\"|$)", begin):
+        return "values"
+    line, newline, _ = begin.partition("\n")
+    try:
+        is_record = isinstance(json.loads(line), dict) and len(line) > 2
+    except (ValueError, RecursionError):
+        is_record = not newline and len(head) == HEAD and re.match(r'\{\s*"[^"\n]*"\s*:', line) is not None
+    if is_record:
+        return "lines"
+    return "values" if suffix == ".json" else "text"
+
+
+def text_blocks(path: Path, position: Position | None = None) -> Iterator[tuple[str, bool]]:
     """(decoded block, True for the last) of a UTF-8 file, without byte-order mark, with LF for CRLF."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     done, lines, held = 0, 1, ""
-    with reading(path), open_binary(path) as file:
+    with opened(path, position) as file:
         block = None
         while block != b"":
             block = file.read(PIECE)
-            if done == 0 and block[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise UserError(f"{path} is UTF-16, not UTF-8; convert it first: iconv -f UTF-16 -t UTF-8")
+            if done == 0:
+                refuse_binary(path, block[:HEAD])
+            elif b"\0" in block:
+                raise UserError(f"{path} is no text: it holds a zero byte at offset {done + block.index(0):,}")
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
@@ -270,10 +463,10 @@ def text_blocks(path: Path) -> Iterator[tuple[str, bool]]:
             yield text[: len(text) - len(held)].replace("\r\n", "\n"), not block
 
 
-def text_pieces(path: Path) -> Iterator[Piece]:
-    """The documents of a .txt file: "a\\n<|endoftext|>\\nb\\n" -> ("a\\n", True), ("b\\n", True)"""
+def text_pieces(path: Path, position: Position | None = None) -> Iterator[Piece]:
+    """The documents of a text file: "a\\n<|endoftext|>\\nb\\n" -> ("a\\n", True), ("b\\n", True)"""
     text, line_start, open_document = "", True, False
-    for block, last in text_blocks(path):
+    for block, last in text_blocks(path, position):
         parts = split_documents(text + block, line_start, last)
         for part in parts[:-1]:
             if part or open_document:
@@ -305,11 +498,27 @@ def split_documents(text: str, line_start: bool, last: bool) -> list[str]:
     return [*parts, text[begin:]]
 
 
-def json_records(path: Path) -> Iterator[tuple[str, object]]:
-    """("file, line n", what the line says) of each line of a .jsonl file that is not blank."""
-    with reading(path), open_binary(path) as file:
-        for number, line in enumerate(file, 1):
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+
+
+def file_records(path: Path, kind: str, text_field: str, position: Position | None = None) -> Iterator[tuple]:
+    """("file, line n", record) of a file that holds records of this kind (`text_kind`)."""
+    if kind == "parquet":
+        return parquet_records(path, text_field, position)
+    readers = {"lines": json_records, "values": json_values, "csv": csv_records}
+    return readers[kind](path, position)
+
+
+def json_records(path: Path, position: Position | None = None) -> Iterator[tuple[str, object]]:
+    """("file, line n", what the line says) of each line of JSON lines that is not blank."""
+    number = 0
+    with opened(path, position) as file:
+        while line := file.readline(LONGEST + 1):
+            number += 1
             where = f"{path}, line {number}"
+            if len(line) > LONGEST:
+                raise UserError(f"{where} has more than {LONGEST >> 20} MB: a record of JSON lines is one line")
             try:
                 line = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if line:
@@ -320,23 +529,100 @@ def json_records(path: Path) -> Iterator[tuple[str, object]]:
                 raise UserError(f"{where} is not JSON: {error}") from None
 
 
-def parquet_records(path: Path, text_field: str) -> Iterator[tuple[str, dict]]:
-    """("file, row n", the row) of a .parquet file, read in groups of rows; of `text_field` alone, unless it is *."""
-    try:
-        pyarrow = importlib.import_module("pyarrow.parquet")  # not one of our packages, for those who need it
-    except ImportError:
-        raise UserError(f"{path}: to read .parquet files, pip install pyarrow") from None
-    with reading(path):
+def json_values(path: Path, position: Position | None = None) -> Iterator[tuple[str, object]]:
+    """("file, record n", record) of a JSON list of records, or of records one behind the other."""
+    decoder, blocks = json.JSONDecoder(object_pairs_hook=unique_fields), text_blocks(path, position)
+    text, number = "", 0
+    more, is_list, closed = True, None, False
+
+    def skip(text: str) -> str:
+        return text.lstrip(" \t\r\n," if is_list and number else " \t\r\n")
+
+    while more or text:
+        text = skip(text)
+        if is_list is None and text:
+            is_list = text[0] == "["
+            text = text[1:] if is_list else text
+            continue
+        if is_list and text[:1] == "]":
+            closed, text = True, text[1:]
+            break
         try:
-            file, number = pyarrow.ParquetFile(path), 0
+            value, end = decoder.raw_decode(text)
+        except (ValueError, RecursionError) as error:
+            block, size = None, max(len(text), PIECE)
+            while more and size > 0:  # twice as much at each try, so a long record is not parsed again and again
+                block, last = next(blocks)
+                text, size, more = text + block, size - len(block), not last
+            if block is None and text.strip():
+                raise UserError(f"{path}, record {number + 1} is not JSON: {error}") from None
+            if len(text) > LONGEST:
+                raise UserError(f"{path}, record {number + 1} is not JSON, or longer than {LONGEST >> 20} MB") from None
+            continue
+        number, text = number + 1, text[end:]
+        yield f"{path}, record {number}", value
+    rest = text + "".join(block for block, _ in blocks)
+    if is_list and (not closed or rest.strip()):
+        raise UserError(f"{path}, behind record {number}: the list does not end there, or not at all")
+
+
+def csv_records(path: Path, position: Position | None = None) -> Iterator[tuple[str, dict]]:
+    """("file, line n", {column: field}) of each row of a .csv or .tsv file; its first line names the columns."""
+
+    def lines() -> Iterator[str]:
+        rest = ""
+        for block, last in text_blocks(path, position):
+            *whole, rest = (rest + block).split("\n")
+            yield from (line + "\n" for line in whole)
+            if last and rest:
+                yield rest
+
+    csv.field_size_limit(LONGEST)
+    source = lines()
+    first = next(source, "")
+    separator = max(",;\t", key=first.count)
+    rows = csv.reader(source, delimiter=separator, strict=True)
+    names = next(csv.reader([first], delimiter=separator), [])
+    try:
+        for row in rows:
+            where = f"{path}, line {rows.line_num + 1}"
+            if row and len(row) != len(names):
+                raise UserError(f"{where} has {len(row)} fields, and the first line names {len(names)} columns")
+            if row:
+                yield where, dict(zip(names, row, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.line_num + 1} is no row of a .csv file: {error}") from None
+
+
+def parquet_records(path: Path, text_field: str, position: Position | None = None) -> Iterator[tuple[str, dict]]:
+    """("file, row n", the row) of a .parquet file, read in groups of rows; of `text_field` alone, unless it is *."""
+    pyarrow = optional("pyarrow.parquet", "pyarrow", f"{path}: to read .parquet files")
+    before, number = position.before if position else 0, 0
+    with reading(require_file(path)):
+        try:
+            file = pyarrow.ParquetFile(path)
+            rows, size = max(file.metadata.num_rows, 1), path.stat().st_size
             columns = [text_field] if text_field in file.schema_arrow.names else None
-            for batch in file.iter_batches(1000, columns=columns):
-                for record in batch.to_pylist():
-                    number += 1
-                    if not columns or record[text_field] is not None:
-                        yield f"{path}, row {number}", record
-        except importlib.import_module("pyarrow").ArrowException as error:
-            raise UserError(f"{path} is damaged or no .parquet file: {error}") from None
+            batches = file.iter_batches(1000, columns=columns)
+            while (batch := next(batches, None)) is not None:
+                records = batch.to_pylist()
+                if position:
+                    position.before = before + int(size * number / rows)
+                yield from ((f"{path}, row {number + i}", record) for i, record in enumerate(records, 1))
+                number += len(records)
+        except UserError:
+            raise
+        except Exception as error:  # whatever the package says of a damaged file
+            why = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} is damaged or no .parquet file: {why}") from None
+        finally:
+            if position:
+                position.before = before
+
+
+def is_null(record, text_field: str) -> bool:
+    """A record whose text is null is no document, in every kind of file."""
+    return isinstance(record, dict) and text_field in record and record[text_field] is None
 
 
 def record_text(record, text_field: str, where: str) -> str:
@@ -345,7 +631,8 @@ def record_text(record, text_field: str, where: str) -> str:
     if text_field == "*":
         text = "\n".join(value for value in record.values() if isinstance(value, str))
     elif text_field not in record:
-        raise UserError(f"{where} has no field {text_field!r}; it has {', '.join(record)}; choose with text_field=")
+        names = ", ".join(record)[:200]
+        raise UserError(f"{where} has no field {text_field!r}; it has {names}; choose with text_field=")
     elif not isinstance(record[text_field], str):
         raise UserError(f"{where}: field {text_field!r} holds a {type(record[text_field]).__name__}, not text")
     else:

@@ -9,18 +9,22 @@
     stream = TokenStream(folder, "train", tokenizer)        # batches.py goes on from here
 
 A prepared folder holds `train_00000.npy` ..., `val_00000.npy` ..., the tokenizer, and `meta.json`, which is written
-last: a folder without it is not complete. Its name ends in a hash of all that decides which tokens come out: names,
-sizes and times of the files, tokenizer, settings. A change of any of these makes a new folder beside the old one. A
-tokenizer that we train has a folder of its own, so it outlives an interruption, and a change of shard_tokens.
+last: a folder without it is not complete. Its name ends in a hash of all that decides which tokens come out: the
+content of the files, the tokenizer, the settings. A change of any of these makes a new folder beside the old one. Sizes
+and times spare us reading the files each time: what changes a file but none of these is not seen. A tokenizer that we
+train has a folder of its own, so it outlives an interruption, and a change of shard_tokens.
 """
 
 import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
 
 import hashlib
 import json
+import os
 import re
 import sys
 import time
+import uuid
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -30,9 +34,8 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-import download
 import spm
-from batches import FORMAT, TokenStream, open_shard, read_meta
+from batches import FORMAT, META, TokenStream, header_dtype, open_shard, read_meta, write_meta
 from configurator import (
     Amount,
     Count,
@@ -46,17 +49,21 @@ from configurator import (
     pick,
     run,
 )
-from corpus import SUFFIXES, RawCorpus, list_files, open_corpus, path_name
-from files import locked, replacing, show_line, writing
-from mixture import open_mixture
+from corpus import SEPARATOR, RawCorpus, import_dataset, is_dataset, list_files, open_corpus, path_name, reading
+from download import set_aside
+from files import Either, Progress, locked, read_json, show_line, write_json, writing
+from mixture import open_mixture, parse
 from model import ModelConfig
 from ranks import TIKTOKEN
-from shards import Progress, write_split
+from shards import write_split
 from tokenizer import load_tokenizer, train_tokenizer
 
 TRAINED = ("bpe", "char", *spm.KINDS)  # tokenizers that are trained on the corpus
 STAGES = ("download", "mix", "tokenizer", "tokens", "train")  # of a run, in this order
-STARTED = time.time()      # what is older than that is made anew where `overwrite` says so
+PART = {"documents": int, "bytes": int, "unknown": int, "tokens": int, "content": str, "shards": [(str, int)],
+        "sums?": [(int, int)], "mixture?": {str: {"share": float, "got": float, "passes": int}}}  # fmt: skip
+PREPARED = META | {"vocab_size": int, "trained": str, "skipped": int, "splits": {"train": PART, "val": PART}}
+OFTEN = 4  # passes over a part of a mixture; more are worth a word
 
 
 @dataclass
@@ -74,7 +81,8 @@ class DataSettings:
     mixture_unit: Literal["words", "tokens"] = "words"  # what the weights are shares of
     mixture_size: Amount = 0    # words or tokens to train on; 0 = until every corpus was used up once
     workers: Annotated[int, Range(least=0, most=1024)] = 0  # processes that tokenize; 0 = one per CPU
-    overwrite: str = ""         # make anew from this stage on: download, mix, tokenizer, tokens, train; all
+    bin_dtype: Literal["auto", "uint16", "uint32"] = "auto"  # ids of .bin files without a header
+    overwrite: str = ""         # make again from here: download, download:<corpus>, mix, tokenizer, tokens, train; all
     cache_dir: str = ""         # folder that keeps the tokens; empty: data/cache beside the scripts
     data_order: Literal["shuffled", "sequential"] = "shuffled"  # order of the training rows
     data_window: Literal["stream", "document"] = "stream"  # rows start anywhere, or only where a document does
@@ -91,11 +99,10 @@ def prepare(s, quiet: bool = False) -> Path:
     """
     # A checkpoint may be older than some of the settings.
     s = SimpleNamespace(**vars(s) | asdict(pick(DataSettings, vars(s))))
-    if "download" in forced(s):
-        download.since = STARTED
     folder = find_path(s.data_path)
     if s.data_path and (folder / "meta.json").is_file():  # it is such a folder itself
-        trained, entries = read_meta(folder)["trained"], read_meta(folder)["vocab_size"]
+        meta = read_meta(folder, PREPARED)
+        trained, entries = meta["trained"], meta["vocab_size"]
         if s.val_path:
             raise UserError(f"{folder} holds tokens with a validation part of their own: leave val_path out")
         if trained and s.source["vocab_size"] in ("environment", "command line") and s.vocab_size != entries:
@@ -105,17 +112,21 @@ def prepare(s, quiet: bool = False) -> Path:
         elif s.source["tokenizer"] != "default" and trained and trained != s.tokenizer:
             raise UserError(f"{folder} has tokens of a {trained} tokenizer, not tokenizer={s.tokenizer}; leave it out")
     else:
+        cache = cache_folder(s.cache_dir)
+        again = Again(s, cache)
+        put_downloads_aside(s, again, quiet)
         raw, tokenizer, shards = find_source(s)
         sources = raw.sources()
+        decides = text_decides(raw, content_hashes(sources, cache, quiet), s)
         made = [tokenizer.fingerprint, tokenizer.role("eot")] if tokenizer else tokenizer_decides(s)
-        folder = cache_folder(s.cache_dir) / f"{raw.name}-{cache_key(*text_decides(sources, s), *made, s.shard_tokens)}"
-        if is_current(folder / "meta.json", s, "tokens"):
+        folder = cache / f"{raw.name}-{cache_key(*decides, *made, s.shard_tokens)}"
+        if is_current(folder, again, quiet):
             say(f"data: {folder} is current: downloads, tokenizer and tokens are there", quiet)
         else:
-            with working(folder, quiet):
-                if not is_current(folder / "meta.json", s, "tokens"):
-                    build(folder, raw, sources, tokenizer, shards, s, quiet)
-    meta = read_meta(folder)
+            with working(folder, quiet) as note:
+                if not is_current(folder, again, quiet=True):
+                    build(folder, raw, sources, decides, tokenizer, shards, again, s, quiet, note)
+    meta = read_meta(folder, PREPARED)
     if meta["trained"] == "bpe":
         check_vocabulary(meta["vocab_size"], s)
     for split, part in meta["splits"].items():
@@ -152,11 +163,47 @@ def existing_tokenizer(s):
     return load_tokenizer(s.tokenizer)
 
 
-def text_decides(sources: list, s) -> list:
-    """All that decides which documents come out."""
-    paths = [str(find_path(path).resolve()) if path else "" for path in (s.data_path, s.val_path)]
+def text_decides(raw: RawCorpus, hashes: list[str], s) -> list:
+    """All that decides which documents come out: the files' content, and how their names say it is to be read."""
+    kinds = ["".join(path.suffixes[-2:]).lower() for path in raw.files]
     mixture = [s.mixture, s.mixture_unit, s.mixture_size] if is_mixture(s) else []
-    return [FORMAT, sources, s.dataset, paths, s.val_share, s.text_field, *mixture]
+    corpus = "" if s.data_path else s.dataset
+    return [FORMAT, hashes, kinds, raw.val_files, corpus, s.val_share, s.text_field, s.bin_dtype, *mixture]
+
+
+def content_hashes(sources: list, cache: Path, quiet: bool) -> list[str]:
+    """A hash of each file's content. Files are read again only when size or times say that they may have changed; which
+    file had which hash is kept in the cache."""
+
+    def known() -> dict:
+        try:
+            return read_json(cache / "hashes.json", {str: [Either(str, int)]})
+        except UserError:  # not there, or damaged: then we read the files
+            return {}
+
+    def find(hashes: dict) -> list[str | None]:
+        noted = [hashes.get(path, ()) for path, *_ in sources]
+        return [str(each[-1]) if each[:-1] == state else None for (_, *state), each in zip(sources, noted, strict=True)]
+
+    found = find(known())
+    if None not in found:
+        return found
+    with working(cache, quiet) as note:
+        hashes = known()
+        unread = [source for source, each in zip(sources, find(hashes), strict=True) if each is None]
+        progress = Progress("reading files", sum(size for _, size, *_ in unread), "MB", 1e6, quiet, note)
+        done = 0
+        for path, *state in unread:
+            digest = hashlib.blake2b(digest_size=16)
+            with reading(Path(path)), open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+                    done += len(block)
+                    progress.show(done)
+            hashes[path] = [*state, digest.hexdigest()]
+        progress.close()
+        write_json(cache / "hashes.json", hashes)
+        return find(hashes)
 
 
 def tokenizer_decides(s) -> list:
@@ -173,42 +220,114 @@ def is_mixture(s) -> bool:
 
 
 def forced(s) -> tuple[str, ...]:
-    """The stages that `overwrite` makes anew: the first one that it names and all behind it."""
+    """The stages that `overwrite` makes again: the first one that it names and all behind it."""
     names = [] if s.source.get("overwrite") == "checkpoint" else s.overwrite.replace(",", " ").split()
+    names = ["download" if name.startswith("download:") else name for name in names]
     if unknown := set(names) - {*STAGES, "all"}:
         raise UserError(f"overwrite={s.overwrite}: there is no stage {min(unknown)}, only {', '.join(STAGES)} and all")
     return STAGES[0 if "all" in names else min(map(STAGES.index, names)) :] if names else ()
 
 
-def is_current(path: Path, s, stage: str) -> bool:
-    """True if the file is there and need not be made anew. Of several processes that shall, one does it for all."""
-    return path.is_file() and not (stage in forced(s) and path.stat().st_mtime < STARTED)
+OWN_ID = uuid.uuid4().hex
+
+
+def launch_id() -> str:
+    """The same for all processes that one torchrun starts, and another for each start."""
+    if not os.environ.get("TORCHELASTIC_RUN_ID"):
+        return OWN_ID
+    launcher = os.getppid()
+    try:  # a number may have belonged to another process before; with the time of its start it has not
+        began = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:  # not Linux
+        began = ""
+    where = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "GROUP_RANK")]
+    return "-".join([*where, str(launcher), began])
+
+
+class Again:
+    """What `overwrite` makes again. The launch decides, no clock: whatever one of its processes has made again is noted
+    in the cache, and the others take it as it is, however late they come."""
+
+    def __init__(self, s, cache: Path):
+        self.stages, self.path, self.launch = forced(s), cache / ".overwritten.json", launch_id()
+        self.is_set = bool(self.stages)
+
+    def noted(self) -> list[str]:
+        try:
+            content = read_json(self.path, {"launch": str, "done": [str]}) if self.path.exists() else {}
+        except UserError:  # damaged: nothing was noted
+            content = {}
+        return content["done"] if content.get("launch") == self.launch else []
+
+    def is_due(self, what: str | Path, stage: str) -> bool:
+        return stage in self.stages and str(what) not in self.noted()
+
+    def note(self, what: str | Path) -> None:
+        if self.is_set:
+            with locked(self.path.with_name(".overwritten.lock"), busy=lambda note: None):
+                write_json(self.path, {"launch": self.launch, "done": [*self.noted(), str(what)]})
+
+
+def put_downloads_aside(s, again: Again, quiet: bool) -> None:
+    """Once for a launch: what the corpora have downloaded is fetched again where `overwrite` says so."""
+    if "download" not in again.stages or s.data_path:
+        return
+    wanted = {name.partition(":")[2] for name in s.overwrite.replace(",", " ").split() if name.startswith("download:")}
+    names = list(parse(s.mixture)) if is_mixture(s) else [s.dataset]
+    if unknown := wanted - {name.partition(":")[0] for name in names}:
+        raise UserError(f"overwrite={s.overwrite}: {min(unknown)} is no corpus of this run; it has {', '.join(names)}")
+    for name in filter(is_dataset, names):
+        corpus = name.partition(":")[0]
+        module = import_dataset(corpus)
+        if not hasattr(module, "downloads") or wanted and corpus not in wanted:
+            continue
+        with working(again.path.parent, quiet):
+            if again.is_due(f"download {corpus}", "download"):
+                for path in module.downloads():
+                    set_aside(path)
+                again.note(f"download {corpus}")
+
+
+def is_current(folder: Path, again: Again, quiet: bool) -> bool:
+    """True if the folder is complete and need not be made again."""
+    if not (folder / "meta.json").is_file() or again.is_due(folder, "tokens"):
+        return False
+    try:
+        read_meta(folder, PREPARED)
+    except UserError as error:
+        say(f"data: {str(error).rpartition(';')[0]}; the tokens are made again", quiet)
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Making the folder
 
 
-def build(folder: Path, raw: RawCorpus, sources: list, tokenizer, shards: dict, s, quiet: bool) -> None:
+def build(folder: Path, raw: RawCorpus, sources: list, decides: list, tokenizer, shards: dict, again: Again, s,
+          quiet: bool, note: Callable[[str], None]) -> None:  # fmt: skip
     """Fill the folder. Validation goes first, for then it shows at once if there is none."""
     (folder / "meta.json").unlink(missing_ok=True)
+    if again.is_due(folder, "tokens"):
+        (folder / "state.json").unlink(missing_ok=True)
+    if hasattr(raw.module, "describe"):
+        say(f"data: {raw.module.describe()}", quiet)
+    if raw.left_out:
+        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in raw.left_out.most_common(8))
+        say(f"data: {s.data_path} has files that are left out, for they are no text that we read: {kinds}", quiet)
     trained = tokenizer is None
-    tokenizer = tokenizer or make_tokenizer(raw, sources, s, quiet)
+    tokenizer = tokenizer or make_tokenizer(raw, decides, again, s, quiet)
     if tokenizer.role("eot") is None:
         raise UserError(f"tokenizer={s.tokenizer} has no end-of-text token to put between documents")
     if is_mixture(s) and s.mixture_unit == "tokens":
         raw = open_mixture(s, lambda text: len(tokenizer.encode_to_numpy(text)) + 1)
-    packed = is_mixture(s) or any(name.endswith((".gz", ".parquet")) for name, _, _ in sources)
-    progress = Progress(0 if packed else sum(size for _, size, _ in sources), quiet)
     splits = {}
     for split in ("val", "train"):
         if shards:
-            splits[split] = count_shards(shards[split], tokenizer, progress)
+            progress = Progress(f"reading {split}", 0, "MB", 1e6, quiet, note)
+            splits[split] = count_shards(shards[split], tokenizer, s.bin_dtype, progress)
         else:
-            if not is_current(folder / "state.json", s, "tokens"):
-                (folder / "state.json").unlink(missing_ok=True)
-            splits[split] = write_split(folder, split, raw, tokenizer, s.shard_tokens, s.workers, progress)
-    progress.close()
+            splits[split] = write_split(folder, split, raw, tokenizer, s.shard_tokens, s.workers, quiet, note)
     if raw.sources() != sources:
         (folder / "state.json").unlink(missing_ok=True)
         raise UserError(f"the files of {raw.name} changed while we read them; start again")
@@ -216,34 +335,66 @@ def build(folder: Path, raw: RawCorpus, sources: list, tokenizer, shards: dict, 
     meta = {"format": FORMAT, "name": raw.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.role("eot"),
             "tokenizer": tokenizer.fingerprint, "trained": s.tokenizer if trained else "", "splits": splits,
             "skipped": len(raw.skipped), "settings": asdict(pick(DataSettings, vars(s)))}  # fmt: skip
-    with replacing(folder / "meta.json") as file:
-        file.write(json.dumps(meta, indent=1).encode())
+    if shards:  # they are not in the folder
+        meta |= {"home": folder.stat().st_ino, "bin_ids": "uint32" if s.bin_dtype == "uint32" else "uint16"}
+    write_meta(folder, meta)
     names = {name for part in splits.values() for name, _ in part["shards"]}
     for left_over in [folder / "state.json", *folder.glob("*.npy*")]:  # of runs that were killed
         if left_over.name not in names:
             left_over.unlink(missing_ok=True)
-    say("\n".join(f"data: {line}" for line in mixture_lines(meta)), quiet or not raw.mixed)
+    for split in splits:
+        TokenStream(folder, split, tokenizer)  # are they on the disk as we wrote them?
+    again.note(folder)
+    say("\n".join(f"data: {line}" for line in [*mixture_lines(meta), *marker_lines(meta)]), quiet)
 
 
-def make_tokenizer(raw: RawCorpus, sources: list, s, quiet: bool):
+def make_tokenizer(raw: RawCorpus, decides: list, again: Again, s, quiet: bool):
     """Train on the training documents, and on nothing else; or take the one that was trained so before."""
-    key = cache_key(*text_decides(sources, s), *tokenizer_decides(s))
+    key = cache_key(*decides, *tokenizer_decides(s))
     folder = cache_folder(s.cache_dir) / f"{raw.name}-tokenizer-{key}"
-    with working(folder, quiet):
-        if is_current(folder / "tokenizer.json", s, "tokenizer"):
-            say(f"data: {folder} is current", quiet)
-            tokenizer = load_tokenizer(folder)
-        else:
+    with working(folder, quiet) as note:
+        tokenizer = None
+        if (folder / "tokenizer.json").is_file() and not again.is_due(folder, "tokenizer"):
+            try:
+                tokenizer = load_tokenizer(folder)
+                say(f"data: {folder} is current", quiet)
+            except UserError as error:
+                say(f"data: {error}; the tokenizer is trained again", quiet)
+        if tokenizer is None:
             texts = (text for text, _ in raw.pieces("train"))
             first = next(texts, None)
             if first is None:
                 raise UserError(f"{raw.name} holds no text to train on")
             say(f"data: training a {s.tokenizer} tokenizer on {raw.name}", quiet)
             tokenizer = train_tokenizer(s.tokenizer, chain([first], texts), wanted_vocabulary(s), s.tokenizer_pattern,
-                                        max_bytes=s.tokenizer_bytes, workers=s.workers)  # fmt: skip
+                                        max_bytes=s.tokenizer_bytes, workers=s.workers,
+                                        progress=training_progress(raw, s.tokenizer_bytes, quiet, note))  # fmt: skip
             tokenizer.save(folder)
+            again.note(folder)
     check_vocabulary(tokenizer.vocab_size, s)
     return tokenizer
+
+
+def training_progress(raw: RawCorpus, max_bytes: int, quiet: bool, note: Callable[[str], None]) -> Callable:
+    """Shows how far the training of a tokenizer is: first it counts the text, then it merges."""
+    whole = raw.size("train")
+    limited = 0 < max_bytes < whole
+    count = Progress("tokenizer reads", max_bytes if limited else whole, raw.unit, raw.scale, quiet, note)
+    merge = Progress("tokenizer merges", 0, "", 1, quiet, note)
+
+    def show(phase: str, done: int, total: int) -> None:
+        if phase == "count":
+            count.show(done if limited else raw.done(done))
+            return
+        if not merge.total:
+            count.close()
+            merge.restart(done)
+        merge.total = total
+        merge.show(done)
+        if done >= total:
+            merge.close()
+
+    return show
 
 
 def wanted_vocabulary(s) -> int:
@@ -266,7 +417,18 @@ def mixture_lines(meta: dict) -> list[str]:
             unit = "words" if "words" in mixed else "tokens"
             lines.append(f"{split}: {name} {mixed['share']:.1%} wanted, {mixed['got']:.1%} got, "
                          f"{mixed[unit]:,} {unit} in {mixed['passes']} passes")  # fmt: skip
+            if mixed["passes"] > OFTEN:
+                lines.append(f"{name} is small for its share: it comes {mixed['passes']} times; a smaller weight or "
+                             "mixture_size repeats it less")  # fmt: skip
     return lines
+
+
+def marker_lines(meta: dict) -> list[str]:
+    """A word about end-of-text markers that are learned as text."""
+    count = sum(part.get("markers", 0) for part in meta["splits"].values())
+    if not count:
+        return []
+    return [f"{count:,} times {SEPARATOR} is not alone on its line: there it separates nothing and is learned as text"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,7 +441,7 @@ def find_shards(s) -> dict[str, list[Path]]:
     base, files = root if root.is_dir() else root.parent, shard_files(s.data_path)
     if not files:
         return {}
-    if root.is_dir() and list_files(s.data_path, SUFFIXES):
+    if root.is_dir() and list_files(s.data_path, (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")):
         raise UserError(f"{s.data_path} holds both text and token ids; keep one of them there, or name a single file")
     own = shard_files(s.val_path) if s.val_path else []
     val, train = [], []
@@ -300,27 +462,43 @@ def shard_files(path: str | Path) -> list[Path]:
     return [file.absolute() for file in list_files(path, suffixes) if file.suffix in suffixes]
 
 
-def count_shards(files: list[Path], tokenizer, progress: Progress) -> dict:
+def count_shards(files: list[Path], tokenizer, bin_dtype: str, progress: Progress) -> dict:
     """Read all ids once, to know that the tokenizer has them and how many bytes they stand for."""
     counts = np.zeros(tokenizer.vocab_size, np.int64)
-    shards, content = [], hashlib.blake2b(digest_size=16)
+    shards, content, done = [], hashlib.blake2b(digest_size=16), 0
+    progress.total = sum(path.stat().st_size for path in files)
     for path in files:
-        ids = open_shard(path)
+        if bin_dtype == "auto":
+            refuse_wide(path, len(counts))
+        ids = open_shard(path, "uint32" if bin_dtype == "uint32" else "uint16")
         shards.append([str(path), len(ids)])
         for start in range(0, len(ids), 1 << 22):
             some = ids[start : start + (1 << 22)]
             if some.min() < 0 or some.max() >= len(counts):
                 bad = some.min() if some.min() < 0 else some.max()
+                wide = "; bin_dtype=uint16 or uint32 says how wide its ids are" if path.suffix == ".bin" else ""
                 raise UserError(f"{path} holds id {bad}, but tokenizer {tokenizer.fingerprint} has ids 0 ... "
-                                f"{len(counts) - 1}: it is not the one that made them")  # fmt: skip
+                                f"{len(counts) - 1}: it is not the one that made them{wide}")  # fmt: skip
             content.update(some)
             counts += np.bincount(some, minlength=len(counts))
-            progress.bytes, progress.tokens = progress.bytes + some.nbytes, progress.tokens + len(some)
-            progress.show()
+            done += some.nbytes
+            progress.show(done)
+    progress.close()
     sizes, unk = np.array([len(token) for token in tokenizer.token_bytes()]), tokenizer.role("unk")
     return {"documents": int(counts[tokenizer.role("eot")]), "bytes": int(counts @ sizes),
             "unknown": int(counts[unk]) if unk is not None else 0, "tokens": int(counts.sum()),
             "shards": shards, "content": content.hexdigest()}  # fmt: skip
+
+
+def refuse_wide(path: Path, vocab_size: int) -> None:
+    """UserError for a .bin file without a header whose ids are more likely uint32 than uint16: read so, all of them
+    are in the vocabulary, so of the uint16 every second one is (nearly) 0."""
+    if path.suffix != ".bin" or header_dtype(path):
+        return
+    ids = np.fromfile(path, "<u4", 1 << 20)
+    if len(ids) > 1 and path.stat().st_size % 4 == 0 and ids.max() < vocab_size:
+        raise UserError(f"{path} looks like ids of four bytes, for every second one of two bytes is about 0: say "
+                        "bin_dtype=uint32, or bin_dtype=uint16 if they are of two")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,28 +511,29 @@ ELSEWHERE = "; cache_dir=<folder> puts it elsewhere"
 @contextmanager
 def working(folder: Path, quiet: bool):
     """Make the folder, and be the only process that works on it. Those who wait show how far the one at work is."""
-    live, waiting = sys.stderr.isatty(), False
+    live, shown = sys.stderr.isatty(), 0.0  # when the last line was shown
 
     def wait(note: str) -> None:
-        nonlocal waiting
-        if not waiting:
+        nonlocal shown
+        if not shown:
             say(f"data: waiting for the process that prepares {folder}", quiet)
-        elif live and note and not quiet:
-            show_line(note, live)
-        waiting = True
+        if not shown or (note and not quiet and time.monotonic() - shown > (0 if live else 10)):
+            shown = time.monotonic()
+            if note and not quiet:
+                show_line(note, live)
 
     with writing(folder, ELSEWHERE), locked(folder / ".lock", wait) as note:
         yield note
 
 
 def say(text: str, quiet: bool) -> None:
-    if not quiet:
+    if text and not quiet:
         print(text, flush=True)
 
 
 def summary(folder: Path) -> str:
     """A table of what a prepared folder holds, and how its training text begins."""
-    meta, tokenizer = read_meta(folder), load_tokenizer(folder)
+    meta, tokenizer = read_meta(folder, PREPARED), load_tokenizer(folder)
     skipped = f", {meta['skipped']} files skipped as unreadable" if meta["skipped"] else ""
     lines = [f"{meta['name']}: {folder}{skipped}",
              f"tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} entries", "",
@@ -364,15 +543,14 @@ def summary(folder: Path) -> str:
         lines.append(f"{split:8}{part['documents']:>12,}{part['bytes'] / 1e6:>12,.2f}{part['tokens']:>16,}"
                      f"{part['bytes'] / part['tokens']:>14.2f}{part['unknown'] / part['tokens']:>10.2%}")  # fmt: skip
     begin = tokenizer.decode(TokenStream(folder, "train", tokenizer).read(0, 100).tolist())
-    lines += mixture_lines(meta)
+    lines += mixture_lines(meta) + marker_lines(meta)
     return "\n".join([*lines, "", "it begins: " + json.dumps(begin[:200], ensure_ascii=False)])
 
 
 def main() -> int:
     argv = sys.argv[1:]
     if argv and not argv[0].startswith("-") and "=" not in argv[0]:
-        ours = find_path(Path("data") / argv[0].partition(":")[0] / "prepare.py").is_file()
-        argv[:1] = [f"dataset={argv[0]}", "data_path="] if ours else [f"data_path={argv[0]}"]
+        argv[:1] = [f"dataset={argv[0]}", "data_path="] if is_dataset(argv[0]) else [f"data_path={argv[0]}"]
     s = configure([ModelConfig, DataSettings], argv, doc=__doc__)
     try:
         print(summary(prepare(s)))

@@ -236,6 +236,12 @@ def unique_fields(pairs: list[tuple[str, object]]) -> dict:
     return fields
 
 
+def file_state(path: Path) -> list[int]:
+    """[bytes, times of the last change in ns]: what differs when a file was written, touched or replaced."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
 class Either(tuple):
     """Either(int, None): a shape that is one of several."""
 
@@ -309,6 +315,11 @@ def visible(text: str) -> str:
         return text
     return "".join(c if c in "\n\t" or c.isprintable() or c.isspace() and ord(c) > 0xA0 else
                    c.encode("unicode_escape").decode("ascii") for c in text)  # fmt: skip
+
+
+def is_first_process() -> bool:
+    """Whether we are the process of a launch that speaks: the others would say the same."""
+    return os.environ.get("RANK", "0") in ("", "0")
 
 
 class Progress:

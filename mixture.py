@@ -16,10 +16,9 @@ part was used up once; validation when the first part is used up, because a repe
 
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from configurator import UserError, find_path
-from corpus import Piece, RawCorpus, dataset_name, document_hash, open_dataset, open_files
+from corpus import Piece, RawCorpus, dataset_name, document_hash, is_dataset, open_dataset, open_files
 
 LONG = 8192  # characters, somewhat more than a thousand words of English
 
@@ -39,11 +38,9 @@ def parse(text: str) -> dict[str, float]:
 
 
 def open_part(name: str, s) -> RawCorpus:
-    if find_path(Path("data") / name.partition(":")[0] / "prepare.py").is_file():
-        return open_dataset(name)
-    if find_path(name).exists():
+    if not is_dataset(name) and find_path(name).exists():
         return open_files(name, s, [])
-    return open_dataset(name)  # which says what there is
+    return open_dataset(name, s.text_field)  # which says what there is
 
 
 def open_mixture(s, count: Callable[[str], int] | None = None) -> RawCorpus:
@@ -53,9 +50,20 @@ def open_mixture(s, count: Callable[[str], int] | None = None) -> RawCorpus:
         raise UserError(f"mixture_size={s.mixture_size} must be 0 or more")
     parts = {name: open_part(name, s) for name in shares}
     files = [path for part in parts.values() for path in part.files]
-    raw = RawCorpus(dataset_name("mix " + " ".join(part.name for part in parts.values())), files, pieces=None)
+    raw = RawCorpus(dataset_name("mix " + " ".join(part.name for part in parts.values())), files, pieces=None,
+                    size=lambda split: s.mixture_size if split == "train" else 0, unit=s.mixture_unit,
+                    scale=1)  # fmt: skip
     raw.pieces = lambda split: mix(raw, parts, shares, split, s, count or (lambda text: len(text.split())))
     return raw
+
+
+class Amount:
+    """How far a pass over a mixture is, in words or tokens."""
+
+    given = 0
+
+    def now(self) -> int:
+        return self.given
 
 
 def portions(pieces: Iterator[Piece], held_out: set[int]) -> Iterator[str]:
@@ -84,6 +92,7 @@ def mix(raw: RawCorpus, parts: dict[str, RawCorpus], shares: dict[str, float], s
     streams = {name: portions(part.pieces(split), held_out) for name, part in parts.items()}
     begun = dict.fromkeys(parts, False)  # whether the present pass has brought anything
     size = s.mixture_size if split == "train" else 0
+    raw.position = Amount()
     while not size or total < size:
         name = min(parts, key=lambda name: given[name] / shares[name])
         text = next(streams[name], None)
@@ -96,6 +105,7 @@ def mix(raw: RawCorpus, parts: dict[str, RawCorpus], shares: dict[str, float], s
             streams[name] = portions(parts[name].pieces(split), held_out)
         elif n := count(text):
             begun[name], given[name], total = True, given[name] + n, total + n
+            raw.position.given = total
             yield text, True
     raw.mixed[split] = {name: {"share": shares[name], "got": given[name] / total, s.mixture_unit: given[name],
                                "passes": passes[name] + begun[name]} for name in parts}  # fmt: skip

@@ -9,10 +9,7 @@ shards are those of an uninterrupted run, byte by byte.
 """
 
 import hashlib
-import json
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from itertools import chain
@@ -22,38 +19,42 @@ from typing import NamedTuple
 import numpy as np
 
 import bpe
-from batches import ShardWriter, open_shard
+from batches import ShardWriter, measure, meta_check, open_shard, shard_path
 from configurator import UserError
-from corpus import Piece, RawCorpus
-from files import replacing
+from corpus import SEPARATOR, Piece, RawCorpus
+from files import Either, Progress, read_json, write_json
 from workers import in_order
 
 TASK = 1 << 20  # characters that are encoded together
 FEW = 8         # tasks; fewer are not worth a start of workers
 
+SHARDS = {"shards": [(str, int)], "sums": [(int, int)], "unknown": int}
+DONE = SHARDS | {"documents": int, "bytes": int, "tokens": int, "content": str, "markers": int, "mixture?": dict}
+BEGUN = SHARDS | {"task": int, "mark": str, "skip": int}
+STATE = {"check": int, "train?": Either(DONE, BEGUN), "val?": Either(DONE, BEGUN)}
+
 
 class Task(NamedTuple):
     number: int
     mark: str    # hash of the text before it
-    bytes: int   # read when it was cut
+    done: float  # how much of the corpus was read when it was cut
     work: list[Piece] | np.ndarray  # ids, where only the tokenizer itself knows where to cut
 
 
 def write_split(folder: Path, split: str, raw: RawCorpus, tokenizer, shard_tokens: int, workers: int,
-                progress: "Progress") -> dict:  # fmt: skip
+                quiet: bool = False, note: Callable[[str], None] | None = None) -> dict:  # fmt: skip
     """Encode one split into shards of `folder`; returns its part of meta.json. `workers`: 0 = one per CPU."""
-    state = read_state(folder)
+    state = read_state(folder, quiet)
     part = state.get(split, {})
     if "content" in part:  # the whole split was done
-        progress.skip(progress.bytes + part["bytes"], progress.tokens + part["tokens"])
         return part
     writer = ShardWriter(folder, split, tokenizer.vocab_size, shard_tokens)
-    writer.shards = part.get("shards", [])
+    writer.shards, writer.sums = part.get("shards", []), part.get("sums", [])
     writer.tokens = sum(tokens for _, tokens in writer.shards)
     first, skip, unknown = part.get("task", 0), part.get("skip", 0), part.get("unknown", 0)
-    already, progress.tokens = progress.bytes, progress.tokens + writer.tokens
     unk, content = tokenizer.role("unk"), hashlib.blake2b(digest_size=16)
-    stats = {"documents": 0, "bytes": 0}
+    stats = {"documents": 0, "bytes": 0, "markers": 0}
+    progress = Progress(f"{split} tokens", raw.size(split), raw.unit, raw.scale, quiet, note)
 
     def read() -> Iterator[Piece]:
         for text, ends in raw.pieces(split):
@@ -61,17 +62,22 @@ def write_split(folder: Path, split: str, raw: RawCorpus, tokenizer, shard_token
             content.update(data + b"\xff" * ends)  # a byte that UTF-8 never uses marks the end of a document
             stats["bytes"] += len(data)
             stats["documents"] += ends
+            stats["markers"] += text.count(SEPARATOR)
             yield text, ends
 
     def tasks() -> Iterator[Task]:
         number = -1
         for number, work in enumerate(cut(read(), tokenizer)):
+            done = raw.done(stats["bytes"])
             if number == first:
                 refuse_change(folder, part and part["mark"] != content.hexdigest())
                 if part:
-                    progress.skip(already + stats["bytes"], progress.tokens)
+                    progress.restart(done)
+                    if not quiet:
+                        print(f"data: goes on behind {stats['bytes'] / 1e6:,.1f} MB, {writer.tokens:,} tokens "
+                              f"of {split}", flush=True)  # fmt: skip
             if number >= first:
-                yield Task(number, content.hexdigest(), stats["bytes"], work)
+                yield Task(number, content.hexdigest(), done, work)
         refuse_change(folder, bool(part) and number < first)
 
     work_on = partial(encode, tokenizer, np.array([tokenizer.role("eot")], np.uint32))
@@ -79,15 +85,17 @@ def write_split(folder: Path, split: str, raw: RawCorpus, tokenizer, shard_token
         for task, ids in encoded:
             whole, begin = len(writer.shards), writer.tokens - skip  # where in the split the ids begin
             writer.write(ids[skip:])
-            progress.bytes, progress.tokens, skip = already + task.bytes, progress.tokens + len(ids) - skip, 0
+            skip = 0
             if len(writer.shards) > whole:
                 inside = writer.tokens - writer.filled - begin
                 state[split] = {"task": task.number, "mark": task.mark, "skip": inside, "unknown": unknown,
-                                "shards": writer.shards}  # fmt: skip
+                                "shards": writer.shards, "sums": writer.sums}  # fmt: skip
                 write_state(folder, state)
             unknown += int((ids == unk).sum()) if unk is not None else 0
-            progress.show()
-    part = stats | {"unknown": unknown, "tokens": writer.tokens, "shards": writer.close(),
+            progress.show(task.done, f"{writer.tokens:,} tokens")
+    progress.close()
+    shards = writer.close()
+    part = stats | {"unknown": unknown, "tokens": writer.tokens, "shards": shards, "sums": writer.sums,
                     "content": content.hexdigest()}  # fmt: skip
     if not writer.tokens:
         raise UserError(f"{raw.name} holds no text for {split}; give more documents, or val_path=<a file>")
@@ -101,26 +109,38 @@ def write_split(folder: Path, split: str, raw: RawCorpus, tokenizer, shard_token
 # How far an interrupted run came
 
 
-def read_state(folder: Path) -> dict:
-    """{split: its part of meta.json, or where its last whole shard ends}; {} where a shard is not what it says."""
+def read_state(folder: Path, quiet: bool = False) -> dict:
+    """{split: its part of meta.json, or where its last whole shard ends}; {} if the file or a shard is damaged."""
     path = folder / "state.json"
-    state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
     try:
-        whole = all(len(open_shard(folder / name)) == n for part in state.values() for name, n in part["shards"])
-    except UserError:
-        whole = False
-    return state if whole else {}
+        state = read_json(path, STATE)
+        if state.pop("check") != meta_check(state):
+            raise UserError(f"{path} is damaged")
+        for part in state.values():
+            if len(part["shards"]) != len(part["sums"]):
+                raise UserError(f"{path} is damaged")
+            for (name, tokens), said in zip(part["shards"], part["sums"], strict=True):
+                shard = shard_path(folder, {}, name)
+                ids = open_shard(shard)
+                if len(ids) != tokens or measure(shard, ids) != said:
+                    raise UserError(f"{shard} is damaged")
+    except UserError as error:
+        if not quiet:
+            print(f"data: {error}; the tokens are made from the beginning", flush=True)
+        return {}
+    return state
 
 
 def write_state(folder: Path, state: dict) -> None:
-    with replacing(folder / "state.json") as file:
-        file.write(json.dumps(state).encode())
+    write_json(folder / "state.json", state | {"check": meta_check(state)})
 
 
 def refuse_change(folder: Path, changed: bool) -> None:
     """A stream from elsewhere may be another one now; files are part of the folder's name."""
     if changed:
-        (folder / "state.json").unlink()
+        (folder / "state.json").unlink(missing_ok=True)
         raise UserError(f"the text is not that of the interrupted run whose shards are in {folder}; start again")
 
 
@@ -167,34 +187,3 @@ def encode(tokenizer, eot: np.ndarray, task: Task) -> np.ndarray:
         texts = ((tokenizer.encode_to_numpy(text) if text else eot[:0], eot[:ends]) for text, ends in work)
         work = np.concatenate([part for parts in texts for part in parts])
     return work.astype(np.uint16 if not len(work) or work.max() < 1 << 16 else np.uint32)
-
-
-class Progress:
-    """MB, MB/s, tokens/s and time left on stderr: one live line on a terminal, elsewhere a line every ten seconds."""
-
-    def __init__(self, total: int, quiet: bool):
-        self.total, self.quiet, self.live = total, quiet, sys.stderr.isatty()  # total: bytes to come, 0 = unknown
-        self.bytes = self.tokens = 0
-        self.last = time.monotonic()
-        self.skip(0, 0)
-
-    def skip(self, n_bytes: int, tokens: int) -> None:
-        """An earlier run has dealt with all up to here: the rates begin now."""
-        self.start, self.bytes, self.tokens, self.skipped = time.monotonic(), n_bytes, tokens, (n_bytes, tokens)
-        if n_bytes and not self.quiet:
-            print(f"data: goes on behind {n_bytes / 1e6:,.1f} MB, {tokens:,} tokens", flush=True)
-
-    def show(self) -> None:
-        now = time.monotonic()
-        if self.quiet or now - self.last < (0.2 if self.live else 10):
-            return
-        self.last, seconds = now, now - self.start
-        rate, of = (self.bytes - self.skipped[0]) / seconds, f" of {self.total / 1e6:,.0f}" if self.total else ""
-        left = f", {(self.total - self.bytes) / rate:,.0f} s left" if rate > 0 and self.total > self.bytes else ""
-        line = (f"data: {self.bytes / 1e6:,.0f}{of} MB, {rate / 1e6:.1f} MB/s, {self.tokens:,} tokens, "
-                f"{(self.tokens - self.skipped[1]) / seconds:,.0f} tokens/s{left}")  # fmt: skip
-        print(f"\r{line:<99}" if self.live else line, end="" if self.live else "\n", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.live and not self.quiet:
-            print(f"\r{'':99}\r", end="", file=sys.stderr, flush=True)

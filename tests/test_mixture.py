@@ -26,8 +26,9 @@ def documents(split):
 
 @pytest.fixture
 def corpora(tmp_path, monkeypatch):
-    """Two corpora in the folder where we are: `long` of few long documents, `short` of many short ones."""
+    """Two corpora in a data/ that stands for ours: `long` of few long documents, `short` of many short ones."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("corpus.ROOT", tmp_path)
     for name, n, words in (("long", 40, 500), ("short", 4000, 10)):
         folder = tmp_path / "data" / name
         folder.mkdir(parents=True)

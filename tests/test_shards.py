@@ -133,18 +133,6 @@ def test_damaged_shard_of_an_interrupted_run_is_made_anew(tmp_path):
         assert write(folder) == expected and shard_bytes(folder) == shard_bytes(tmp_path / "whole")
 
 
-def test_progress_tells_rates_of_this_run_and_the_time_left(monkeypatch, capsys):
-    now = [100.0]
-    monkeypatch.setattr(shards.time, "monotonic", lambda: now[0])
-    progress = Progress(200_000_000, quiet=False)
-    progress.skip(100_000_000, 40_000_000)
-    now[0], progress.bytes, progress.tokens = 120.0, 140_000_000, 50_000_000
-    progress.show()
-    out, error = capsys.readouterr()
-    assert out == "data: goes on behind 100.0 MB, 40,000,000 tokens\n"
-    assert error == "data: 140 of 200 MB, 2.0 MB/s, 50,000,000 tokens, 500,000 tokens/s, 30 s left\n"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Kill and go on, as a user would
 

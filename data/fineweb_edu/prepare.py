@@ -4,8 +4,8 @@
     dataset=fineweb_edu:limit=1e9                    # its first billion characters, about 0.2 billion tokens
     dataset=fineweb_edu:sample-100BT                 # another subset: sample-350BT, default (all), CC-MAIN-2024-10, ...
 
-Start with a limit: sample-10BT is 28 GB to fetch, once for each pass over it (validation, tokenizer, tokens). With
-limit=1e9 a model of 10 million weights sees each token once.
+Start with a limit: sample-10BT is 28 GB to fetch, once for each pass over it (validation, tokenizer, tokens), and again
+after an interruption. With limit=1e9 a model of 10 million weights sees each token once.
 
 Needs the package `datasets`, as all of data/hf does, whose other choices hold here too. There is no validation part:
 one page in a hundred is kept for that, chosen by a hash of its text, as data/hf does it.
@@ -14,15 +14,30 @@ one page in a hundred is kept for that, chosen by a hash of its text, as data/hf
 from collections.abc import Iterator
 from pathlib import Path
 
-from corpus import load_dataset
+from corpus import import_dataset
 
 PATH, SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 
-hf = load_dataset("hf")[0]  # the module data/hf/prepare.py
+BYTES = {"sample-10BT": 28e9, "sample-100BT": 277e9, "sample-350BT": 975e9}  # to fetch, compressed
+CHARACTERS = 45e9  # of sample-10BT
+
+hf = import_dataset("hf")  # the module data/hf/prepare.py
+choose_field, size = hf.choose_field, hf.size
 
 
 def choose(text: str) -> None:
-    hf.choose(f"{PATH},{SUBSET}" + f",{text}" * bool(text))  # of two subsets the later one counts
+    options = f",{text}" if text else ""
+    hf.choose(f"{PATH},{SUBSET}{options}")  # of two subsets the later one counts
+
+
+def describe() -> str:
+    hf.package()
+    (choice,) = hf.chosen
+    whole = BYTES.get(choice.subset, 0)
+    if choice.limit:
+        whole = choice.limit / CHARACTERS * BYTES[SUBSET]
+    about = f"about {whole / 1e9:,.1f} GB" if whole else "it"
+    return f"each of three passes (validation, tokenizer, tokens) fetches {about} of {PATH}, {choice.subset}"
 
 
 def sources() -> list[Path]:

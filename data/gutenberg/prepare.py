@@ -1,53 +1,71 @@
 """Classical antiquity in English: the works on Project Gutenberg whose authors lived by 500 CE, one translation each.
 
-    dataset=gutenberg        # the 200 works that are downloaded most
-    dataset=gutenberg:50     # fewer, or more
+    dataset=gutenberg               # the 200 works that are downloaded most
+    dataset=gutenberg:50            # fewer, or more
+    dataset=gutenberg:50,delay=1    # seconds between two requests, 0.3 if you do not say
+    OVERWRITE=download:gutenberg    # fetch its texts again, and nothing of the other parts of a mixture
 
 The catalogue is Gutendex's, kept in catalogue/. What we take of it goes to manifest.csv, which is yours to edit;
 without that file it is made anew. The texts come from a mirror, with a pause after each, because gutenberg.org blocks
-programs. A work is for training or for validation as a whole, and only then cut into documents of 500 to 1000 words.
+programs. Nobody publishes hashes of them: a text is taken if it is whole, from its first marker line to its last. A
+work is for training or for validation as a whole, and only then cut into documents of 500 to 1000 words.
 """
 
 import csv
 import io
-import json
 import re
 import sys
 import time
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from configurator import UserError
-from corpus import document_hash, download, missing, plan_split
-from files import replacing
+from corpus import document_hash, download, plan_split
+from files import Either, Progress, is_first_process, read_json, write_text
 
 FOLDER = Path(__file__).resolve().parent
 CATALOGUE = "https://gutendex.com/books/?languages=en&author_year_end=500&sort=popular"  # 32 books a page
 TEXT = "https://gutenberg.pglaf.org/cache/epub/{id}/pg{id}.txt"
-DELAY = 0.3                # seconds between two requests
+DELAY = 0.3                # seconds between two requests, unless delay= is chosen
 LAST_YEAR = 500
 VAL_SHARE = 0.05           # of the characters, in whole works
 SHORTEST, LONGEST = 500, 1000  # words of a document
+PERSON = {"name": str, "birth_year": Either(int, None), "death_year": Either(int, None)}
+BOOK = {"id": int, "title": Either(str, None), "authors": [PERSON], "translators?": [{"name": str}], "languages": [str],
+        "copyright": Either(bool, None), "media_type": str, "download_count": int}  # fmt: skip
 COLUMNS = ("id", "title", "author", "born", "died", "translators", "volume", "downloads", "work")
 START = re.compile(r"\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK[^*]*\*\*\*", re.I)
 END = re.compile(r"\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG EBOOK", re.I)
 VOLUME = re.compile(r"\b(?:volumes?|vol\.?|books?|parts?)\s+([\d]+|[ivxlc]+)\b")
 
 works = 200                # how many
+delay = DELAY
 skipped: list[Path] = []   # texts that are not UTF-8, or lack the lines where the book begins and ends
 
 
 def choose(text: str) -> None:
-    global works
-    if text and (not text.isdecimal() or int(text) < 2):
-        raise UserError(f"dataset=gutenberg:{text}: give how many works to take, at least 2")
-    works = int(text or works)
+    """ "50,delay=1": how many works, and the seconds between two requests; either may be missing."""
+    global works, delay
+    for option in filter(None, text.split(",")):
+        name, equals, value = option.partition("=")
+        if not equals and re.fullmatch(r"[0-9]{1,6}", name) and int(name) >= 2:
+            works = int(name)
+        elif name == "delay" and re.fullmatch(r"[0-9]{1,3}(\.[0-9]+)?", value):
+            delay = float(value)
+        else:
+            raise UserError(f"dataset=gutenberg:{text}: give how many works to take, at least 2, and perhaps delay=, "
+                            "seconds between two requests, as in gutenberg:50,delay=1")  # fmt: skip
 
 
 def sources() -> list[Path]:
     """The manifest and the texts of the works chosen, fetched where they are missing."""
     return [manifest(), *(text_of(book) for book in fetch_texts(chosen()))]
+
+
+def downloads() -> list[Path]:
+    return sorted((FOLDER / "texts").glob("*.txt"))
 
 
 def documents(split: str) -> Iterator[str]:
@@ -79,8 +97,7 @@ def manifest() -> Path:
         writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(select(fetch_catalogue()))
-        with replacing(path) as file:
-            file.write(table.getvalue().encode("utf-8"))
+        write_text(path, table.getvalue())
     return path
 
 
@@ -90,16 +107,21 @@ def fetch_catalogue() -> list[dict]:
     while url:
         number += 1
         page = FOLDER / "catalogue" / f"{number:03}.json"
+        if urlsplit(url)[:2] != urlsplit(CATALOGUE)[:2]:
+            raise UserError(f"page {number - 1} of the catalogue names a page elsewhere ({url[:100]}): remove "
+                            f"{page.parent} and start again")  # fmt: skip
         if not page.exists():
-            print(f"gutenberg: page {number} of the catalogue", file=sys.stderr)
+            say(f"page {number} of the catalogue")
             download(url, page)
-            time.sleep(DELAY)
-        try:
-            answer = json.loads(page.read_text(encoding="utf-8"))
-            books, url = books + answer["results"], answer["next"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{page} is no page of the catalogue; remove it and start again") from None
+            time.sleep(delay)
+        answer = read_json(page, {"results": [BOOK], "next": Either(str, None)}, "remove it and start again")
+        books, url = books + answer["results"], answer["next"]
     return books
+
+
+def say(text: str) -> None:
+    if is_first_process():
+        print(f"gutenberg: {text}", file=sys.stderr, flush=True)
 
 
 def select(books: list[dict]) -> list[dict]:
@@ -171,16 +193,18 @@ def text_of(book: dict) -> Path:
 
 def fetch_texts(books: list[dict]) -> list[dict]:
     """The same books, when all of them are here. One that does not come does not keep the others from coming."""
-    wanted, failed = [book for book in books if missing(text_of(book))], []
+    wanted, failed = [book for book in books if not text_of(book).exists()], []
+    progress = Progress("gutenberg", len(wanted), "texts", quiet=not is_first_process())
     for number, book in enumerate(wanted, 1):
-        print(f"gutenberg: text {number} of {len(wanted)}, {book['work']}", file=sys.stderr)
         try:
             download(TEXT.format(id=book["id"]), text_of(book))
         except UserError as error:
             failed.append(str(error))
+        progress.show(number, book["work"])
         if len(failed) == number == 3:  # none at all comes
             break
-        time.sleep(DELAY)
+        time.sleep(delay)
+    progress.close()
     if failed:
         raise UserError(f"{len(failed)} texts did not come ({failed[0]}); start again, or take their rows out of "
                         f"{FOLDER / 'manifest.csv'}")  # fmt: skip

@@ -2,14 +2,16 @@
 
     dataset=hf:roneneldan/TinyStories                                      # its column `text`
     dataset=hf:Salesforce/wikitext,wikitext-2-raw-v1                       # a subset
-    dataset=hf:openai/gsm8k,main,column=question                           # another column
+    dataset=hf:openai/gsm8k,main,column=question                           # another column; * is all that hold text
     dataset=hf:wikimedia/wikipedia,20231101.en,limit=2e9+my_folder         # two, one after the other
     SFT_MODE=1 dataset=hf:tatsu-lab/alpaca                                 # rows of conversations.py's formats
 
-A path is a name on the Hub, a folder of .parquet, .jsonl or .csv files, or one that `save_to_disk` wrote. Rows are
-streamed: nothing is downloaded ahead, and each pass (validation, training of the tokenizer, tokens) reads them anew. A
-row is a document. Without a validation split, one row in a hundred is kept for that, chosen by a hash of its text, at
-most VAL_DOCUMENTS of them: a pass over 28 GB for more would take hours.
+A path is a name on the Hub, a folder of .parquet, .jsonl or .csv files, or one that `save_to_disk` wrote. TEXT_FIELD=
+is the column of all for which none is chosen. Rows are streamed: nothing is downloaded ahead or kept, each pass
+(validation, training of the tokenizer, tokens) fetches them again, and so does a start after an interruption, though
+the whole shards of tokens are kept. To fetch once, download the files by hand and name their folder. A row is a
+document. Without a validation split, one row in a hundred is kept for that, chosen by a hash of its text, at most
+VAL_DOCUMENTS of them: a pass over 28 GB for more would take hours.
 """
 
 import dataclasses
@@ -36,6 +38,13 @@ class Choice:
 
 
 chosen: list[Choice] = []
+default_column = "text"
+
+
+def choose_field(name: str) -> None:
+    """The column of all choices that do not say column=."""
+    global default_column
+    default_column = name
 
 
 def choose(text: str) -> None:
@@ -45,7 +54,7 @@ def choose(text: str) -> None:
 
 def parse(item: str) -> Choice:
     path, *options = item.split(",")
-    choice = Choice(path)
+    choice = Choice(path, column=default_column)
     names = [field.name for field in dataclasses.fields(Choice)]
     for option in options:
         name, equals, value = option.partition("=")
@@ -118,7 +127,7 @@ def texts(choice: Choice, rows: Iterable[dict]) -> Iterator[str]:
     """What the column holds, row by row, up to the limit; rows without text are passed over."""
     read = 0
     for row in safely(choice, rows):
-        text = row.get(choice.column, 0)
+        text = all_text(row) if choice.column == "*" else row.get(choice.column, 0)
         if not isinstance(text, str | None):
             names = ", ".join(name for name, value in row.items() if isinstance(value, str))
             raise UserError(f"dataset=hf:{choice.path} has no text in a column {choice.column!r}; choose with column= "
@@ -128,6 +137,25 @@ def texts(choice: Choice, rows: Iterable[dict]) -> Iterator[str]:
             yield text
         if choice.limit and read >= choice.limit:
             return
+
+
+def all_text(row: dict) -> str:
+    return "\n".join(value for value in row.values() if isinstance(value, str))
+
+
+def describe() -> str:
+    """What is going to be fetched."""
+    package()
+    remote = [choice for choice in chosen if not find_path(choice.path).is_dir()]
+    limits = [f"{choice.path}: {f'{choice.limit:,.0f} characters of it' if choice.limit else 'all of it'}"
+              for choice in remote]  # fmt: skip
+    return f"each pass fetches {'; '.join(limits) or 'nothing'} from the Hub, and keeps the tokens only"
+
+
+def size(split: str) -> float:
+    """The limit in characters, about bytes; 0 where there is none."""
+    limits = [choice.limit for choice in chosen]
+    return sum(limits) if all(limits) else 0
 
 
 def open_splits(choice: Choice) -> tuple[Iterable[dict], Iterable[dict] | None]:

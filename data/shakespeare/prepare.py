@@ -7,7 +7,7 @@ first 90 % train and the last 10 % validate, as in nanoGPT, so that losses compa
 from collections.abc import Iterator
 from pathlib import Path
 
-from corpus import download, missing
+from corpus import download
 
 FILE = Path(__file__).resolve().parent / "input.txt"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -16,7 +16,11 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def sources() -> list[Path]:
-    return [download(URL, FILE, SIZE, SHA256) if missing(FILE) else FILE]
+    return [FILE if FILE.exists() else download(URL, FILE, SIZE, SHA256)]
+
+
+def downloads() -> list[Path]:
+    return [FILE]
 
 
 def documents(split: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ validation file is left out. A story is a document.
 from collections.abc import Iterator
 from pathlib import Path
 
-from corpus import document_hash, download, missing, text_pieces
+from corpus import document_hash, download, text_pieces
 
 FOLDER = Path(__file__).resolve().parent
 BASE = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
@@ -24,10 +24,18 @@ def sources() -> list[Path]:
     return [file_of(split) for split in ("val", "train")]  # the small one first: it shows at once if it cannot be had
 
 
+def downloads() -> list[Path]:
+    return [FOLDER / name for name, _, _ in FILES.values()]
+
+
+def size(split: str) -> float:
+    return FILES[split][1]
+
+
 def file_of(split: str) -> Path:
     name, size, sha256 = FILES[split]
     path = FOLDER / name
-    return download(f"{BASE}/{name}", path, size, sha256) if missing(path) else path
+    return path if path.exists() else download(f"{BASE}/{name}", path, size, sha256)
 
 
 def documents(split: str) -> Iterator[str]:
