@@ -11,9 +11,11 @@ numbers mean.
 
 import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
 
+import errno
 import hashlib
 import json
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -44,7 +46,7 @@ from configurator import (
 )
 from corpus import files_pieces, text_files
 from data import prepare
-from files import write_json, writing
+from files import own_file, own_folder, write_json, write_text, writing
 from machine import Machine, MachineSettings, choose_machine, init_processes, leave_processes
 from model import LanguageModel
 from sft import open_examples
@@ -219,6 +221,10 @@ def main(argv: list[str] | None = None) -> None:
     about = {"checkpoint": str(path), "step": state["progress"]["step"], "dtype": str(machine.dtype),
              "data_path": s.data_path, "stride": s.stride, "eval_tokens": s.eval_tokens}
     folder = path.parent / "eval"
+    if machine.is_main:  # now, and not after the work
+        with writing(path.parent):
+            if not os.access(own_folder(folder), os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     if names:  # files and downloads before the process group: a collective would time out
         examples = [prompts(s, name) for name in names]
         cast_products(model, machine.dtype)
@@ -290,7 +296,9 @@ def report(name: str, windows, score: Score, state: dict, machine: Machine, fold
         machine.print(f"         {unknown:,} tokens stand for characters that the tokenizer does not have: their bytes "
                       "cost too little, so compare with models of this tokenizer only")  # fmt: skip
     if name == "validation":  # no text has this name: see open_windows
-        machine.print(f"         the best of the run so far was {state['progress']['best']:.6f}")
+        of_best = "optimizer" not in state  # a step's checkpoint is older than its validation
+        so_far = "so far" if of_best else "before this checkpoint was scored"
+        machine.print(f"         the best of the run {so_far} was {state['progress']['best']:.6f}")
     values = {"loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
     if machine.is_main:
         with writing(folder, ""):
@@ -308,18 +316,17 @@ def answer(s: Settings, name: str, examples: list[Example], model: LanguageModel
     """Let the model answer the questions of a task. What is done is on the disk, whenever we are interrupted."""
     results: list[dict] = []
     path = folder / f"{name}.jsonl"
-    with writing(folder, ""), open(path, "w", encoding="utf-8") if machine.is_main else nullcontext() as file:
+    with writing(folder, ""), own_file(path) if machine.is_main else nullcontext() as file:
         for done in run_task(model, tokenizer, examples, machine, s.batch_tokens, s.bos):
             results += done
             if machine.is_main:
-                file.writelines(map(to_line, done))
-                file.flush()
+                file.write("".join(map(to_line, done)).encode("utf-8", "replace"))
                 if sys.stderr.isatty():
                     print(f"\r{name}: {len(results):,} of {len(examples):,}", end="\r", file=sys.stderr, flush=True)
         summary = {"task": name, "n_shot": s.n_shot} | summarise(results)
         if machine.is_main:
             results.sort(key=lambda each: each["id"])
-            path.write_text("".join(map(to_line, results)), encoding="utf-8")
+            write_text(path, "".join(map(to_line, results)))
             write_json(folder / f"{name}.json", about | summary)
     machine.print(show_examples(results))
     return summary

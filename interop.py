@@ -2,6 +2,7 @@
 
     python interop.py merge out/quickstart-sft-lora              # adapters and base -> one model beside them
     python interop.py merge out/quickstart-sft-lora out/mine
+    python interop.py merge out/a-lora lora_base=out/a           # where the base is now, if it has moved
 """
 
 import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import checkpoint
 from configurator import UserError, run, write_path
+from files import own_folder
 from lora import LoraLinear, merged_state
 from model import ModelConfig
 
@@ -27,7 +29,8 @@ def merge(run_folder: str, target: str = "", lora_base: str = "") -> Path:
         raise UserError(f"{path} holds no adapters: it is a whole model already")
     saved = checkpoint.saved_settings(state, path, [ModelConfig])
     saved |= {"use_lora": False, "tie_embeddings": saved["tie_embeddings"] and not isinstance(model.head, LoraLinear)}
-    folder = write_path(target) if target else path.parent.with_name(path.parent.name + "-merged")
+    beside = path.parent.with_name(path.parent.name + "-merged")
+    folder = write_path(target) if target else own_folder(beside)
     if list(folder.glob("*.pt")):
         raise UserError(f"{folder} holds a model already; name another folder")
     plain = {"format": checkpoint.FORMAT, "settings": json.dumps(saved), "base": None, "init": "",
@@ -38,14 +41,21 @@ def merge(run_folder: str, target: str = "", lora_base: str = "") -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in ("-h", "--help"):
+    if any(arg in ("-h", "--help", "help") for arg in argv):
         print(__doc__)
         return
-    moved = "".join(arg.partition("=")[2] for arg in argv if arg.lower().startswith("lora_base="))
-    words = [arg for arg in argv if not arg.lower().startswith("lora_base=")]
-    if not words or words[0] != "merge" or not 2 <= len(words) <= 3 or words[-1].startswith("-"):
-        raise UserError("say: python interop.py merge RUN [FOLDER] [lora_base=CHECKPOINT]")
-    print(f"wrote {merge(*words[1:], lora_base=moved)}")
+    bases, words = [], []
+    for arg in argv:
+        key, equals, value = arg.partition("=")
+        if key.lstrip("-").lower() == "lora_base" and equals:
+            bases.append(value)
+        else:
+            words.append(arg)
+    strange = next((word for word in words if word.startswith("-") or "=" in word), "")
+    if strange or words[:1] != ["merge"] or not 2 <= len(words) <= 3:
+        what = f"{strange} is unknown; say" if strange else "say"
+        raise UserError(f"{what}: python interop.py merge RUN [FOLDER] [lora_base=CHECKPOINT]")
+    print(f"wrote {merge(*words[1:], lora_base=''.join(bases[-1:]))}")
 
 
 if __name__ == "__main__":

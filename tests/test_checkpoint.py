@@ -286,6 +286,20 @@ checkpoint.save(Path({str(path)!r}), {{}})
     assert checkpoint.load_newest(tmp_path)["progress"]["step"] == 1
 
 
+def test_the_newest_run_is_the_one_started_last_whatever_its_dates(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
+    for name, when in (("first", 3e9), ("second", 2e9), ("theirs", 4e9), ("old", 1e9)):
+        checkpoint.save(tmp_path / "out" / name / "best.pt", state())
+        os.utime(tmp_path / "out" / name / "best.pt", (when, when))
+    assert [run.name for run in checkpoint.runs()] == ["theirs", "first", "second", "old"]  # none is known
+    for name in ("first", "second"):
+        checkpoint.remember(tmp_path / "out" / name)
+    assert [run.name for run in checkpoint.runs()] == ["second", "first", "theirs", "old"]
+    checkpoint.remember(tmp_path / "elsewhere")
+    (tmp_path / "out" / ".newest").write_text("../theirs\n/etc\n.\nfirst\n")
+    assert [run.name for run in checkpoint.runs()] == ["first", "theirs", "second", "old"]
+
+
 def test_find_prefers_best_then_newest_and_the_newest_run(tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     checkpoint.save_step(old, 1, state(), 2)

@@ -1,6 +1,7 @@
 """Runs that survive: several processes, kills, full disks, bad numbers. docs/reliability.md lists these tests."""
 
 import csv
+import errno
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import checkpoint
+import files
 import train
 from configurator import ROOT, UserError
 from conftest import tiny_run
@@ -168,6 +170,75 @@ def test_a_signal_saves_and_ends_the_run_and_it_goes_on(text, tmp_path, number, 
     saved = checkpoint.load_newest(run)["progress"]["step"]
     assert saved > 0
     code, out = finish(launch(tiny_run(text, run, **more | dict(max_steps=saved + 2)), processes))
+    assert code == 0 and f"resume   from step {saved}" in out, out
+
+
+SCRIPTS = ["train", "sample", "eval", "data", "plot", "interop", "bpe", "bench", "compare"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_ctrl_c_while_a_script_is_imported_is_quiet(tmp_path, name):
+    """In place of the first heavy package stands one that presses Ctrl-C."""
+    for package in ("numpy", "torch", "regex"):
+        (tmp_path / f"{package}.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    result = subprocess.run([sys.executable, str(ROOT / f"{name}.py")], capture_output=True, text=True, timeout=60,
+                            env=os.environ | {"PYTHONPATH": str(tmp_path)})  # fmt: skip
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
+AT = """
+import signal, sys
+import checkpoint, train
+
+def at(module, name, do):
+    original = getattr(module, name)
+    def wrapped(*args, **more):
+        do()
+        return original(*args, **more)
+    setattr(module, name, wrapped)
+
+def end():
+    raise MemoryError
+
+if __name__ == "__main__":
+    {what}
+    train.run(train.main)
+"""
+
+
+@pytest.mark.parametrize("where", ["checkpoint.steps", "train.open_data", "train.LanguageModel", "train.evaluate",
+                                   "train.finish"])  # fmt: skip
+def test_ctrl_c_is_never_swallowed(text, tmp_path, where):
+    """While a run is loaded, its data prepared, its last checkpoint scored, its samples made."""
+    script = tmp_path / "presses.py"
+    module, name = where.split(".")
+    script.write_text(AT.format(what=f"at({module}, {name!r}, lambda: signal.raise_signal(signal.SIGINT))"))
+    code, out = finish(launch(tiny_run(text, tmp_path / "run", eval_interval=12), script=script))
+    assert code == 130 and "Traceback" not in out, out
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_memory_that_ends_while_data_is_prepared_is_a_sentence(text, tmp_path):
+    script = tmp_path / "ends.py"
+    script.write_text(AT.format(what='at(train, "open_data", end)'))
+    code, out = finish(launch(tiny_run(text, tmp_path / "run"), script=script))
+    assert code == 2 and "out of memory" in out and "Traceback" not in out, out
+    assert not (tmp_path / "run").exists(), "a run that did not begin leaves nothing"
+
+
+def test_ranks_whose_torchrun_was_killed_save_and_end(text, tmp_path):
+    run = tmp_path / "run"
+    more = dict(max_steps=100_000, eval_interval=100_000, log_interval=5)
+    process = launch(tiny_run(text, run, **more), 2)
+    wait_for(run / "log.csv", process)
+    process.kill()
+    begin = time.monotonic()
+    while (run / ".lock").exists():
+        assert time.monotonic() - begin < 60
+        time.sleep(0.1)
+    finish(process)
+    saved = checkpoint.load_newest(run)["progress"]["step"]
+    code, out = finish(launch(tiny_run(text, run, **more | dict(max_steps=saved + 2)), 2))
     assert code == 0 and f"resume   from step {saved}" in out, out
 
 
@@ -347,6 +418,68 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_goes_on(text, tmp_path
     assert (run / "step_00000006.pt").read_bytes() == before and not list(run.glob(".*.tmp"))
     code, out = finish(launch(tiny_run(text, run, max_steps=18)))
     assert code == 0 and "resume   from step 6" in out, out
+
+
+def test_room_for_the_best_model_but_not_for_a_checkpoint_does_not_lock_the_run_out(text, tmp_path):
+    code, out = finish(launch(tiny_run(text, tmp_path / "measured", max_steps=6)))
+    assert code == 0, out
+    step, best = ((tmp_path / "measured" / name).stat().st_size for name in ("step_00000006.pt", "best.pt"))
+    run, arguments = tmp_path / "run", tiny_run(text, tmp_path / "run", max_steps=12)
+    limited = ["bash", "-c", f'ulimit -f {(step + best) // 2048}; exec "$@"', "-", *TRAIN, *arguments]
+    result = subprocess.run(limited, capture_output=True, text=True)
+    assert result.returncode == 2 and "(File too large)" in result.stderr and "Traceback" not in result.stderr
+    assert [path.name for path in run.iterdir()] == ["log.csv"]
+    code, out = finish(launch(arguments))
+    assert code == 0 and (run / "best.pt").is_file(), out
+
+
+def test_a_folder_that_vanishes_while_it_trains_is_said_and_begun_again(go, tmp_path, monkeypatch, capsys):
+    at_step(monkeypatch, 5, lambda: shutil.rmtree(tmp_path / "run"))
+    assert go() == 0
+    assert "log.csv was removed" in capsys.readouterr().out
+    assert checkpoint.load_newest(tmp_path / "run")["progress"]["step"] == 12
+
+
+def test_a_folder_that_becomes_a_file_is_a_sentence(go, tmp_path, monkeypatch):
+    def replace():
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "run").write_text("a file")
+
+    at_step(monkeypatch, 5, replace)
+    with pytest.raises(UserError, match="cannot write"):
+        go()
+
+
+def at_step(monkeypatch, number, do):
+    original = train.Run.step
+
+    def step(self, *args):
+        if self.progress.step == number:
+            do()
+        return original(self, *args)
+
+    monkeypatch.setattr(train.Run, "step", step)
+
+
+def test_a_file_system_without_locks_is_said_and_the_run_goes_on(go, monkeypatch, capsys):
+    def none(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "lockf", none)
+    assert go() == 0
+    assert "has no locks (No locks available)" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_with_weights_that_are_no_numbers_says_so(go, tmp_path, monkeypatch):
+    def diverge(self, *args):
+        self.model.norm.weight.data.fill_(float("nan"))
+        return torch.zeros(())
+
+    monkeypatch.setattr(train.Run, "step", diverge)
+    with pytest.raises(UserError, match="norm.weight is not finite"):
+        go()
+    with pytest.raises(UserError, match="norm.weight is not finite"):
+        checkpoint.load_model(checkpoint.find(tmp_path / "run"))
 
 
 def test_two_runs_in_one_folder_are_refused(text, tmp_path):
