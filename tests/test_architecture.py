@@ -12,7 +12,7 @@ FLOORS = [
     ["files", "workers"],
     ["bpe_train", "attention", "ffn", "loss", "lora", "reversible", "optim", "machine", "download"],
     ["bpe", "mla", "enigma", "corpus"],
-    ["spm", "batches", "model", "mixture"],
+    ["spm", "ranks", "batches", "model", "mixture"],
     ["tokenizer", "log"],
     ["generate", "checkpoint", "shards"],
     ["data"],

@@ -65,14 +65,20 @@ def test_links_lead_somewhere(path):
         assert target.startswith("http") or (path.parent / target).exists(), target
 
 
-def test_the_reliability_table_names_tests_that_exist():
-    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
-    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
-    names = re.findall(r"`(?:test_\w+\.py: )?(test_\w+)(…?)", text)
-    assert len(names) > 15
-    for name, open_ended in names:
-        if not (ROOT / "tests" / f"{name}.py").exists():
-            assert f"def {name}" in sources if open_ended else f"def {name}(" in sources, name
+def test_every_test_that_the_documentation_names_exists():
+    """Written as `test_x`, `test_x…` or `test_file.py: test_x`; without a file, reliability.md's own."""
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
+    found = 0
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        files = re.findall(r"\b(test_\w+)\.py", text)
+        assert set(files) <= sources.keys(), path.name
+        default = sources["test_reliability"] if path.name == "reliability.md" else "".join(sources.values())
+        for file, name, open_ended in re.findall(r"(?:\b(test_\w+)\.py: )?\b(test_\w+)\b(?!\.py|: test)(…?)", text):
+            source, end = sources[file] if file else default, "" if open_ended else r"\("
+            assert re.search(rf"^def {name}{end}", source, re.MULTILINE), f"{path.name}: {name}"
+            found += 1
+    assert found > 15
 
 
 def test_the_readme_lists_every_config_and_every_file():
