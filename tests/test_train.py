@@ -419,6 +419,54 @@ def test_overwrite_is_not_for_the_attempts_after_a_crash(go, tmp_path, monkeypat
     assert checkpoint.load_newest(tmp_path / "run")["progress"]["step"] == 6
 
 
+@pytest.fixture(scope="module")
+def plain_weights(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    train.main(tiny_run(text, folder, max_steps=4, eval_interval=4))
+    return checkpoint.load(folder / "step_00000004.pt")["model"]
+
+
+@pytest.mark.parametrize("changes", [
+    dict(beta1=0.5), dict(beta2=0.5), dict(eps=1e-2), dict(weight_decay=0.5), dict(grad_clip=1e-9), dict(lr=1e-3),
+    dict(muon_lr=1e-3), dict(muon_momentum=0.5), dict(min_lr=2e-3), dict(warmup_steps=0), dict(schedule="constant"),
+    dict(optimizer="adamw"), dict(init_std=0.1), dict(embed_scale=2.0), dict(logit_softcap=5.0), dict(dropout=0.3),
+    dict(label_smoothing=0.3), dict(seed=1), dict(data_order="sequential"), dict(data_window="document"),
+    dict(batch_size=3), dict(grad_accum=2), dict(tie_embeddings=False), dict(norm="layernorm"), dict(qk_norm=False),
+    dict(norm_eps=0.1), dict(rope_theta=10.0), dict(window=2), dict(ffn="gelu"),
+], ids=str)  # fmt: skip
+def test_a_setting_changes_what_is_learned(go, tmp_path, plain_weights, changes):
+    go(max_steps=4, eval_interval=4, **changes)
+    assert not same(checkpoint.load(tmp_path / "run" / "step_00000004.pt")["model"], plain_weights)
+
+
+@pytest.mark.parametrize("schedule, changes", [("wsd", dict(decay_share=0.9)), ("cosine_restarts", dict(t_mult=1))])
+def test_a_setting_of_a_schedule_changes_its_curve(go, tmp_path, schedule, changes):
+    for name, more in (("plain", {}), ("changed", changes)):
+        go(out_dir=tmp_path / name, schedule=schedule, t0=3, **more)
+    assert column(tmp_path / "plain", "lr") != column(tmp_path / "changed", "lr")
+
+
+def test_gradients_are_clipped_to_grad_clip_and_the_log_has_their_norm_before(go, tmp_path, monkeypatch):
+    original, after = train.clip_grad_norm, []
+
+    def clip(params, *args, **kwargs):
+        params = list(params)
+        norm = original(params, *args, **kwargs)
+        after.append(torch.stack([p.grad.norm() for p in params if p.grad is not None]).norm().item())
+        return norm
+
+    monkeypatch.setattr(train, "clip_grad_norm", clip)
+    go(max_steps=4, grad_clip=0.01)
+    assert after == pytest.approx([0.01] * 4, rel=1e-3)
+    assert min(column(tmp_path / "run", "grad_norm")) > 0.01
+
+
+def test_keep_checkpoints_says_how_many_stay(go, tmp_path):
+    go(eval_interval=2, keep_checkpoints=3)
+    kept = [path.name for path in checkpoint.steps(tmp_path / "run")]
+    assert kept == ["step_00000008.pt", "step_00000010.pt", "step_00000012.pt"]
+
+
 def test_mixture_is_for_pretraining(go):
     with pytest.raises(UserError, match="mixture=a:1 b:1 is for pretraining"):
         go(data_path=None, task="sft", mixture="a:1 b:1", init_from="auto")
