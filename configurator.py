@@ -32,6 +32,7 @@ if os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.dirname(os.path.absp
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # which main() gets back: see run
         signal.signal(signal.SIGINT, leave_quietly)
 
+import ast
 import dataclasses
 import difflib
 import functools
@@ -55,15 +56,30 @@ KNOWN_ELSEWHERE = {
     "num_key_value_heads": "n_kv_head", "intermediate_size": "d_ff", "hidden_dim": "d_ff", "block_size": "seq_len",
     "context_length": "seq_len", "max_position_embeddings": "seq_len", "max_seq_len": "seq_len", "maxlen": "seq_len",
     "max_iters": "max_steps", "steps": "max_steps", "num_iterations": "max_steps", "iters": "max_steps",
-    "learning_rate": "lr", "lr_max": "lr", "max_lr": "lr", "lr_min": "min_lr", "eval_rate": "eval_interval",
-    "warm_up": "warmup_steps", "warmup_iters": "warmup_steps", "warmup": "warmup_steps", "temp": "temperature",
-    "max_new": "max_new_tokens", "num_samples": "n_samples", "gradient_accumulation_steps": "grad_accum",
-    "accum_steps": "grad_accum", "ckpt_path": "init_from", "base_ckpt": "init_from", "resume": "init_from",
-    "checkpoint": "init_from", "spm_model": "tokenizer", "tokenizer_file_name": "tokenizer", "data_dir": "dataset",
-    "compile_model": "compile", "tie_weights": "tie_embeddings", "tied": "tie_embeddings", "out": "out_dir",
-    "label_smooth": "label_smoothing", "ema_decay": "ema", "mlp": "ffn", "attention_dropout": "dropout",
-    "micro_batch_size": "batch_size", "input_text": "prompt", "start": "prompt",
+    "total_tokens": "max_tokens", "learning_rate": "lr", "lr_max": "lr", "max_lr": "lr", "lr_min": "min_lr",
+    "eval_rate": "eval_interval", "save_rate": "eval_interval", "max_grad_norm": "grad_clip", "warm_up": "warmup_steps",
+    "warmup_iters": "warmup_steps", "warmup": "warmup_steps", "cosine_restarts": "schedule=cosine_restarts",
+    "temp": "temperature", "max_new": "max_new_tokens", "num_tokens_to_generate": "max_new_tokens",
+    "min_new": "min_new_tokens", "num_samples": "n_samples", "gradient_accumulation_steps": "grad_accum",
+    "accum_steps": "grad_accum", "gradient_checkpointing": "checkpoint_activations", "ckpt_path": "init_from",
+    "base_ckpt": "init_from", "resume": "init_from", "checkpoint": "init_from", "spm_model": "tokenizer",
+    "spm": "tokenizer", "tokenizer_file_name": "tokenizer", "data_dir": "data_path", "compile_model": "compile",
+    "tie_weights": "tie_embeddings", "tied": "tie_embeddings", "out": "out_dir", "label_smooth": "label_smoothing",
+    "ema_decay": "ema", "mlp": "ffn", "attention_dropout": "dropout", "micro_batch_size": "batch_size",
+    "lora_r": "lora_rank", "ancient_share": "mixture", "input_text": "prompt", "start": "prompt",
 }  # fmt: skip
+
+# Exported by Windows, GNU screen, builds of Nix, of Android, and for GNU's df: these variables are not meant for us.
+EXPORTED_BY_SYSTEMS = {"prompt", "window", "system", "out", "block_size"}
+
+# Settings that say one thing in different ways: the one of the later source counts, the others are as if not given.
+RIVALS = [
+    ("data_path", "dataset", "mixture"),
+    ("max_steps", "max_tokens"),
+    ("grad_accum", "total_batch_size"),
+    ("muon_lr", "muon_ratio"),
+    ("stop_loss", "stop_ppl"),
+]
 
 
 class UserError(Exception):
@@ -76,7 +92,7 @@ def run(main) -> None:
     Anything else is a bug of ours and keeps its traceback.
     """
     script = Path(sys.argv[0]).name
-    rank = os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK") or "0"
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # what a terminal cannot show or send is no reason to stop
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -181,13 +197,15 @@ class Settings:
 
     def __init__(self, parts: list[type]):
         self.parts, self.source, self.configs, self.part_of = parts, {}, [], {}
+        self.order: dict[str, int] = {}  # of the sources: 0 if not from the user, else the later one has the higher
+        self.now = 0
         for part in parts:
             for field in dataclasses.fields(part):
                 if field.name in self.source:
                     raise ValueError(f"two dataclasses declare the setting {field.name}")
                 default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-                setattr(self, field.name, default)
-                self.source[field.name], self.part_of[field.name] = "default", part
+                self.part_of[field.name] = part
+                self.set(field.name, default, "default")
 
     def type(self, name: str):
         """int, float, bool, str, list[str] or a Literal"""
@@ -195,7 +213,7 @@ class Settings:
 
     def set(self, name: str, value, source: str) -> None:
         setattr(self, name, value)
-        self.source[name] = source
+        self.source[name], self.order[name] = source, self.now
 
     def given(self, name: str) -> bool:
         """True if the user chose the value, be it the default one."""
@@ -236,18 +254,61 @@ def configure(parts: list[type], argv: list[str] | None = None, environ=None, do
     if any(arg in ("-h", "--help", "help") for arg in argv):
         print(help_text(settings, doc))
         sys.exit(0)
+    defaults = settings.to_dict()
     files, assignments = split_arguments(settings, argv)
     for file in files:
+        settings.now += 1
         read_config_file(settings, file)
+    settings.now += 1
     for name in settings.source:
-        if text := environ.get(name.upper(), ""):  # an empty variable counts as not set
+        text = environ.get(name.upper(), "")  # an empty variable counts as not set
+        if text and name not in EXPORTED_BY_SYSTEMS:
             settings.set(name, parse(settings, name, text, f"environment variable {name.upper()}"), "environment")
+    settings.now += 1
     for name, text in assignments:
         value = parse(settings, name, text, "command line")
         if typing.get_origin(settings.type(name)) is list and settings.source[name] == "command line":
             value = getattr(settings, name) + value
         settings.set(name, value, "command line")
+    settings.now = 0
+    settle_rivals(settings, defaults)
+    if (environ.get("RANK") or "0") == "0":
+        for name, meant in nearly_settings(settings, environ).items():
+            setting, equals, value = meant.partition("=")
+            hint = f"did you mean {setting.upper()}{equals}{value}?"
+            print(f"note: {name} in the environment is no setting; {hint}", file=sys.stderr)
     return settings
+
+
+def settle_rivals(settings: Settings, defaults: dict) -> None:
+    """Of rivals, keep what the latest source says; UserError if that says two things. 0 and '' say nothing."""
+    for group in RIVALS:
+        given = [n for n in group if n in settings.source and settings.given(n) and getattr(settings, n)]
+        latest = max((settings.order[n] for n in given), default=0)
+        chosen = [n for n in given if settings.order[n] == latest]
+        if len(chosen) > 1:
+            pairs = " and ".join(f"{n}={shown(getattr(settings, n))}" for n in chosen)
+            raise UserError(f"{pairs} ({settings.source[chosen[0]]}) exclude each other: leave one out")
+        losers = [n for n in given if n not in chosen]
+        if "data_path" in losers and settings.order["val_path"] < latest:  # which belonged to it
+            losers.append("val_path")
+        for name in losers:
+            settings.set(name, defaults[name], "default")
+
+
+def nearly_settings(settings: Settings, environ) -> dict[str, str]:
+    """{"MAX_STEP": "max_steps", "BASE_CKPT": "init_from"}: variables that were surely meant for us, and so no single
+    words, which systems export."""
+    found = {}
+    without_underscores = {name.replace("_", ""): name for name in settings.source if "_" in name}
+    for variable in sorted(environ):
+        name = variable.lower()
+        if name in settings.source or name in EXPORTED_BY_SYSTEMS or not environ[variable]:
+            continue
+        meant = nearest(settings, name, 0.92) if "_" in name else without_underscores.get(name)
+        if meant:
+            found[variable] = meant
+    return found
 
 
 def split_arguments(settings: Settings, argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -284,13 +345,18 @@ def read_config_file(settings: Settings, file: str) -> None:
         raise UserError(f"config file {file} not found; there are {', '.join(names)}")
     namespace = {"__file__": str(path), "__name__": path.stem}
     try:
-        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), namespace)
-    except Exception as error:  # whatever is wrong inside it is the file's mistake
+        tree = ast.parse(path.read_bytes(), str(path))  # bytes: Python knows what a byte order mark is
+        exec(compile(tree, str(path), "exec"), namespace)
+    except (Exception, SystemExit) as error:  # whatever is wrong inside it is the file's mistake
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         line = error.lineno if isinstance(error, SyntaxError) else (lines or ["?"])[-1]
-        raise UserError(f"{file}, line {line}: {type(error).__name__}: {error}") from None
+        reason = shown(str(error), most=100)
+        raise UserError(f"{file}, line {line}: {type(error).__name__}: {reason}") from None
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    imported = {alias.asname or alias.name for node in imports for alias in node.names}
     for key, value in namespace.items():
-        if key.startswith("_") or isinstance(value, types.ModuleType):
+        helper = callable(value) or isinstance(value, types.ModuleType)
+        if key.startswith("_") or helper or (key in imported and key.lower() not in settings.source):
             continue
         name = known(settings, key.lower(), file)
         settings.set(name, check(settings.part_of[name], name, value, file), file)
@@ -308,10 +374,19 @@ def known(settings: Settings, key: str, where: str) -> str:
     """The key itself, or a UserError that names the nearest known one."""
     if key in settings.source:
         return key
-    elsewhere = KNOWN_ELSEWHERE.get(key)
-    near = [elsewhere] if elsewhere in settings.source else difflib.get_close_matches(key, settings.source, 1, 0.5)
-    hint = f"did you mean {near[0]}?" if near else "--help lists the settings."
-    raise UserError(f"unknown setting {key} ({where}): {hint}")
+    near = nearest(settings, key, 0.8)
+    hint = f"did you mean {near}?" if near else "--help lists the settings."
+    if where.endswith(".py"):
+        hint += " A name that begins with _ is the file's own."
+    raise UserError(f"unknown setting {shown(key)} ({where}): {hint}")
+
+
+def nearest(settings: Settings, key: str, least: float) -> str:
+    """The setting that `key` was meant to be: known from elsewhere, or similar by `least`; '' if we are not sure."""
+    if key in KNOWN_ELSEWHERE:
+        meant = KNOWN_ELSEWHERE[key]
+        return meant if meant.partition("=")[0] in settings.source else ""
+    return next(iter(difflib.get_close_matches(key, settings.source, 1, least)), "")
 
 
 def parse(settings: Settings, name: str, text: str, where: str):
@@ -370,10 +445,10 @@ def check_fields(settings) -> None:
         setattr(settings, field.name, check(type(settings), field.name, getattr(settings, field.name)))
 
 
-def shown(value) -> str:
+def shown(value, most: int = 40) -> str:
     """A value in a sentence, shortened if need be."""
     text = value if isinstance(value, str) and value.isprintable() and value else repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def help_text(settings: Settings, doc: str) -> str:

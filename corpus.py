@@ -632,7 +632,9 @@ def record_text(record, text_field: str, where: str) -> str:
         text = "\n".join(value for value in record.values() if isinstance(value, str))
     elif text_field not in record:
         names = ", ".join(record)[:200]
-        raise UserError(f"{where} has no field {text_field!r}; it has {names}; choose with text_field=")
+        examples = {"messages", "instruction", "conversations", "prompt"} & set(record)
+        remedy = "they are examples to answer: SFT_MODE=1" if examples else "choose with text_field="
+        raise UserError(f"{where} has no field {text_field!r}; it has {names}; {remedy}")
     elif not isinstance(record[text_field], str):
         raise UserError(f"{where}: field {text_field!r} holds a {type(record[text_field]).__name__}, not text")
     else:

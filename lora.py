@@ -138,8 +138,9 @@ def inject(model: nn.Module, settings: LoraSettings) -> list[str]:
     chosen = choose([name for name, _ in places], settings.targets())
     read = {"head", "router"} & {part for name in chosen for part in name.split(".")}  # by their weight alone
     if settings.lora_dropout and read:
+        others = "all" if read == {"head"} else "attn"
         raise UserError(f"lora_dropout={settings.lora_dropout} cannot act on the {min(read)}, whose weight is read as "
-                        "it is: set lora_dropout=0, or other lora_targets")  # fmt: skip
+                        f"it is: set lora_targets={others} or lora_dropout=0")  # fmt: skip
     if settings.lora_dropout and getattr(model, "chain", None) is not None:
         raise UserError(f"lora_dropout={settings.lora_dropout}: a reversible model computes every branch again, the "
                         "same each time; set lora_dropout=0")  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from configurator import UserError, check_fields
+from configurator import UserError, check_fields, shown
 from workers import watch_parent
 
 
@@ -73,8 +73,7 @@ class Machine:
 
 def choose_machine(s: MachineSettings) -> Machine:
     """Resolve device and precision; read rank and world size from torchrun's environment (no process group yet)."""
-    rank, world_size, local_rank = (int(os.environ.get(k, d)) for k, d in
-                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+    rank, world_size, local_rank = place_of_process()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         watch_parent(os.getppid(), leave_orphaned)
     name = s.device
@@ -86,7 +85,7 @@ def choose_machine(s: MachineSettings) -> Machine:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"device={shown(name)} cannot be used: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
@@ -101,6 +100,24 @@ def leave_orphaned() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(300)
     os._exit(1)
+
+
+def place_of_process(environ=os.environ) -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun sets them; (0, 1, 0) without it."""
+    numbers = []
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        text = environ.get(name) or default
+        if not re.fullmatch(r"[0-9]{1,6}", text):
+            raise UserError(f"{name}={shown(text)} in the environment is not a number as torchrun sets it: "
+                            "unset it")  # fmt: skip
+        numbers.append(int(text))
+    rank, world_size, local_rank = numbers
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
+    if rank >= world_size or (world_size > 1 and missing):
+        why = f"without {missing[0]}" if missing else "with no such rank"
+        raise UserError(f"RANK={rank} and WORLD_SIZE={world_size} are in the environment {why}: unset them, or start "
+                        "with torchrun --nproc_per_node=2 train.py")  # fmt: skip
+    return rank, world_size, local_rank
 
 
 def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:

@@ -16,6 +16,7 @@ from data import forced
 from lora import LoraSettings, fingerprint
 from machine import Machine
 from model import ModelConfig
+from optim import OptimSettings
 from tokenizer import Tokenizer, load_tokenizer
 
 # Settings of the model that do not touch the shape of a checkpoint.
@@ -51,32 +52,56 @@ class Start:
 
 def choose_task(s: Settings) -> None:
     """What the user left open: USE_LORA=1 without data teaches the newest run to answer."""
-    if s.sft_mode:
-        if s.given("task") and s.task != "sft":
-            raise UserError(f"sft_mode=True and task={s.task} contradict each other: leave one out")
-        s.set("task", "sft", s.source["sft_mode"])
-    # The data of a pretraining config is not what its model is to be fine-tuned on.
-    of_config = s.given("task") and s.source["task"] not in OUTSIDE
+    if s.sft_mode and s.task != "sft" and s.order["task"] == s.order["sft_mode"]:
+        raise UserError(f"sft_mode=True and task={s.task} contradict each other: leave one out")
+    if s.given("sft_mode") and s.order["sft_mode"] > s.order["task"]:
+        s.set("task", "sft" if s.sft_mode else "pretrain", s.source["sft_mode"])
+    s.set("sft_mode", s.task == "sft" and s.sft_mode, s.source["sft_mode"])
+    # The data, rates and steps of a pretraining config are not those to fine-tune its model with.
+    of_config = any(s.given(n) and s.source[n] not in OUTSIDE for n in ("task", "sft_mode", "use_lora"))
     data = ("data_path", "dataset", "mixture")
     data_given = any(s.source[name] in OUTSIDE or (of_config and s.given(name)) for name in data)
     if s.use_lora and not s.given("task") and not data_given:
         s.set("task", "sft", "use_lora without data")
-    if s.task == "sft" and not data_given:
-        for name, value in zip(data, ("", "stdlib_chat", ""), strict=True):
-            s.set(name, value, "task=sft")
-    if s.task == "sft" and s.mixture:
-        raise UserError(f"mixture={s.mixture} is for pretraining; examples come from data_path= or dataset=")
-    if s.task == "sft" and s.val_path and not s.data_path:
-        raise UserError(f"val_path={s.val_path} without data_path: say what to train on, too")
     unused = [name for name in LoraSettings.__dataclass_fields__ if s.given(name) and name != "use_lora"]
     if unused and not s.use_lora:
         raise UserError(f"{unused[0]} is for adapters: set use_lora=1, or leave it out")
+    if s.task == "sft":
+        choose_examples(s, data_given)
     if s.task == "sft" or s.use_lora:
         if s.init_from == "scratch":
             raise UserError("init_from=scratch: fine-tuning needs trained weights; leave it out, or name a checkpoint")
-        for name, value in FINE_TUNING.items():
-            if not s.given(name):
-                s.set(name, value, "fine-tuning")
+        choose_smaller_steps(s, of_config)
+
+
+def choose_examples(s: Settings, data_given: bool) -> None:
+    """What to answer: data/stdlib_chat, if nobody says. The tokenizer is the base's."""
+    if not data_given:
+        for name, value in (("data_path", ""), ("dataset", "stdlib_chat"), ("mixture", "")):
+            s.set(name, value, "task=sft")
+    if s.mixture:
+        raise UserError(f"mixture={s.mixture} is for pretraining; examples come from data_path= or dataset=")
+    if s.val_path and not s.data_path:
+        raise UserError(f"val_path={s.val_path} without data_path: say what to train on, too")
+    for name in ("tokenizer", "vocab_size"):
+        if s.source[name] in OUTSIDE:
+            raise UserError(f"{name}={getattr(s, name)}: fine-tuning has the tokenizer of its base; leave it out")
+        if s.given(name):
+            s.set(name, getattr(s, name), "default")
+
+
+def choose_smaller_steps(s: Settings, of_config: bool) -> None:
+    """FINE_TUNING where nothing is said; of a pretraining config the rates, as much smaller as of the default ones."""
+    smaller = FINE_TUNING["lr"] / OptimSettings.lr
+    for name in ("lr", "min_lr", "muon_lr"):
+        if s.given(name) and not of_config and s.source[name] not in OUTSIDE and getattr(s, name) > 0:
+            s.set(name, getattr(s, name) * smaller, "fine-tuning")
+    for name, value in FINE_TUNING.items():
+        by_config = s.given(name) and s.source[name] not in OUTSIDE
+        if not s.given(name) or (by_config and not of_config and s.source[name] != "fine-tuning"):
+            s.set(name, value, "fine-tuning")
+    if s.source["max_steps"] == "fine-tuning" and s.source["max_tokens"] not in OUTSIDE and not of_config:
+        s.set("max_tokens", 0, "fine-tuning")
 
 
 def run_folder(s: Settings) -> Path:
@@ -148,8 +173,6 @@ def plan_steps(s: Settings, machine: Machine) -> Plan:
     per_rank = sequences // world
     if per_rank % micro_batch:
         raise UserError(f"{per_rank} sequences per process do not divide by batch_size={s.batch_size}")
-    if s.source["max_steps"] in (*OUTSIDE, "fine-tuning") and s.source["max_tokens"] not in OUTSIDE:
-        s.set("max_tokens", 0, "max_steps")  # what is nearer counts
     max_steps = -(-s.max_tokens // (sequences * s.seq_len)) if s.max_tokens else s.max_steps
     if max_steps < 1:
         raise UserError(f"max_steps={max_steps} must be at least 1")

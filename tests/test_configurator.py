@@ -218,7 +218,8 @@ def test_names_known_elsewhere_point_to_settings_that_exist():
     import train
 
     names = set(configure(train.SETTINGS, [], {}).source) | set(configure(sample.SETTINGS, [], {}).source)
-    assert set(KNOWN_ELSEWHERE.values()) <= names, set(KNOWN_ELSEWHERE.values()) - names
+    meant = {value.partition("=")[0] for value in KNOWN_ELSEWHERE.values()}
+    assert meant <= names, meant - names
 
 
 def test_every_config_file_is_accepted():
@@ -288,3 +289,117 @@ def test_a_long_value_is_shortened_in_a_sentence():
         with pytest.raises(UserError) as caught:
             settings(setting)
         assert len(str(caught.value)) < 220 and str(caught.value).isprintable()
+
+
+# What Windows, macOS, shells, terminals, schedulers, launchers, CI systems and GPU libraries export.
+EXPORTED = """
+    ALLUSERSPROFILE APPDATA COMMONPROGRAMFILES COMPUTERNAME COMSPEC HOMEDRIVE HOMEPATH LOCALAPPDATA LOGONSERVER
+    NUMBER_OF_PROCESSORS OS PATHEXT PROCESSOR_ARCHITECTURE PROCESSOR_LEVEL PROGRAMDATA PROMPT PSMODULEPATH PUBLIC
+    SESSIONNAME SYSTEMDRIVE SYSTEMROOT TEMP TMP USERDOMAIN USERNAME USERPROFILE WINDIR HOME USER LOGNAME SHELL SHLVL PWD
+    OLDPWD PATH LANG LC_ALL LANGUAGE TERM TERM_PROGRAM COLORTERM COLUMNS LINES DISPLAY EDITOR VISUAL PAGER LESS MAIL
+    HOSTNAME HOST HOSTTYPE MACHTYPE OSTYPE LS_COLORS TMPDIR SSH_CONNECTION SSH_AUTH_SOCK SSH_TTY WINDOW WINDOWID STY
+    TERMCAP TMUX TMUX_PANE XDG_SESSION_ID XDG_RUNTIME_DIR XDG_CACHE_HOME XDG_DATA_DIRS DBUS_SESSION_BUS_ADDRESS
+    SECURITYSESSIONID ITERM_PROFILE COMMAND_MODE APPLE_PUBSUB_SOCKET_RENDER CONDA_PREFIX CONDA_DEFAULT_ENV CONDA_SHLVL
+    CONDA_PROMPT_MODIFIER VIRTUAL_ENV VIRTUAL_ENV_PROMPT PYTHONPATH PYTHONHOME PS1 IFS BLOCK_SIZE BLOCKSIZE SYSTEM OUT
+    CI GITHUB_ACTIONS GITHUB_WORKSPACE RUNNER_OS RUNNER_TEMP GITLAB_CI CI_JOB_ID BUILD_ID BUILD_NUMBER JOB_NAME
+    NODE_NAME EXECUTOR_NUMBER WORKSPACE TRAVIS APPVEYOR SYSTEM_TEAMPROJECT RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
+    GROUP_RANK
+    ROLE_RANK ROLE_NAME ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT
+    OMP_NUM_THREADS MKL_NUM_THREADS KMP_AFFINITY SLURM_JOB_ID SLURM_NTASKS SLURM_PROCID SLURM_LOCALID SLURM_NODELIST
+    SLURM_CPUS_PER_TASK SLURM_MEM_PER_NODE JOB_ID QUEUE NSLOTS NHOSTS NQUEUES PE PE_HOSTFILE REQNAME REQUEST RESTARTED
+    SGE_TASK_ID SGE_ROOT ARC ENVIRONMENT JOB_SCRIPT TASK_ID PBS_JOBID PBS_NODEFILE PBS_O_WORKDIR NCPUS LSB_JOBID
+    LSB_HOSTS LSB_QUEUE LSB_MCPU_HOSTS LS_JOBPID OMPI_COMM_WORLD_RANK PMI_RANK CUDA_VISIBLE_DEVICES CUDA_HOME
+    CUDA_DEVICE_ORDER CUDA_LAUNCH_BLOCKING NVIDIA_VISIBLE_DEVICES NCCL_DEBUG NCCL_SOCKET_IFNAME HF_HOME HF_TOKEN
+    TRANSFORMERS_CACHE WANDB_PROJECT WANDB_MODE WANDB_API_KEY TORCH_HOME TORCH_LOGS PYTORCH_CUDA_ALLOC_CONF CXX CC
+    KUBERNETES_SERVICE_HOST KUBERNETES_PORT HOSTALIASES MANPATH INFOPATH DEBIAN_FRONTEND LD_LIBRARY_PATH GPG_AGENT_INFO
+""".split()
+
+
+def test_what_systems_export_is_neither_a_setting_nor_mentioned(capsys):
+    import eval
+    import plot
+    import sample
+    import train
+
+    lists = (train.SETTINGS, sample.SETTINGS, eval.SETTINGS, [plot.PlotSettings])
+    for table in lists:
+        s = configure(table, [], dict.fromkeys(EXPORTED, "7") | {"RANK": "0"})
+        assert set(s.source.values()) == {"default"}
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("variable, meant", [
+    ("MAX_STEP", "MAX_STEPS"), ("BASE_CKPT", "INIT_FROM"), ("SPM_MODEL", "TOKENIZER"), ("CKPT_PATH", "INIT_FROM"),
+    ("COSINE_RESTARTS", "SCHEDULE=cosine_restarts"), ("LEARNING_RATE", "LR"), ("DATAPATH", "DATA_PATH"),
+    ("TOTAL_TOKENS", "MAX_TOKENS"), ("WARMUP_STEP", "WARMUP_STEPS"),
+])  # fmt: skip
+def test_a_variable_that_was_meant_for_us_is_said_in_one_line(variable, meant, capsys):
+    import train
+
+    configure(train.SETTINGS, [], {variable: "1"})
+    said = capsys.readouterr().err
+    assert variable in said and f"did you mean {meant}?" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("key, meant", [
+    ("total_tokens", "max_tokens"), ("max_grad_norm", "grad_clip"), ("cosine_restarts", "schedule=cosine_restarts"),
+    ("gradient_checkpointing", "checkpoint_activations"), ("lora_r", "lora_rank"), ("ckpt_path", "init_from"),
+    ("spm", "tokenizer"), ("optimiser", "optimizer"), ("request_delay", ""), ("min_new", ""), ("foo", ""),
+    ("num_tokens_to_generate", ""), ("data_parallel", ""), ("total_size", ""), ("gpu", ""),
+])  # fmt: skip
+def test_a_hint_is_right_or_not_given(key, meant):
+    import train
+
+    with pytest.raises(UserError) as caught:
+        configure(train.SETTINGS, [f"{key}=1"], {})
+    assert (f"did you mean {meant}?" if meant else "--help lists") in str(caught.value)
+
+
+@pytest.mark.parametrize("config, environ, argv, kept", [
+    ("data_path = 'a'\nval_path = 'v'", {}, ["dataset=stdlib"], {"dataset": "stdlib", "data_path": "", "val_path": ""}),
+    ("dataset = 'b'", {"MIXTURE": "a:1 b:1"}, [], {"mixture": "a:1 b:1", "dataset": "stdlib"}),
+    ("mixture = 'a:1 b:1'", {"DATASET": "b"}, [], {"mixture": "", "dataset": "b"}),
+    ("max_tokens = 100", {}, ["max_steps=7"], {"max_tokens": 0, "max_steps": 7}),
+    ("", {"MAX_TOKENS": "100"}, ["max_steps=7"], {"max_tokens": 0, "max_steps": 7}),
+    ("max_steps = 7", {"MAX_TOKENS": "100"}, [], {"max_tokens": 100}),
+    ("total_batch_size = 512", {}, ["grad_accum=16"], {"total_batch_size": 0, "grad_accum": 16}),
+    ("muon_lr = 0.1", {}, ["muon_ratio=2"], {"muon_lr": 0.0, "muon_ratio": 2.0}),
+    ("stop_ppl = 25", {"STOP_LOSS": "2"}, [], {"stop_ppl": 0.0, "stop_loss": 2.0}),
+    ("max_tokens = 100", {"MAX_TOKENS": "0"}, [], {"max_tokens": 0}),
+])  # fmt: skip
+def test_of_two_settings_that_say_one_thing_the_later_source_counts(tmp_path, config, environ, argv, kept):
+    import train
+
+    (tmp_path / "c.py").write_text(config)
+    s = configure(train.SETTINGS, [str(tmp_path / "c.py"), *argv], environ)
+    assert {name: getattr(s, name) for name in kept} == kept
+
+
+@pytest.mark.parametrize("pair", ["max_steps=7 max_tokens=100", "data_path=a dataset=b",
+                                  "grad_accum=2 total_batch_size=9", "dataset=b mixture=a:1"])  # fmt: skip
+def test_two_settings_that_say_one_thing_from_one_source_are_refused(tmp_path, pair):
+    import train
+
+    names = dict(part.split("=") for part in pair.split())
+    (tmp_path / "c.py").write_text("\n".join(f"{k} = {v if v.isdecimal() else repr(v)}" for k, v in names.items()))
+    upper = {name.upper(): value for name, value in names.items()}
+    for argv, environ in ((pair.split(), {}), ([], upper), ([str(tmp_path / "c.py")], {})):
+        with pytest.raises(UserError, match="exclude each other"):
+            configure(train.SETTINGS, argv, environ)
+
+
+def test_what_a_config_file_imports_and_defines_is_no_setting(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text("from math import sqrt, pi\nimport os.path as p\nfrom fractions import Fraction\n\n\n"
+                    "def half(x):\n    return x / 2\n\n\nlr = half(pi) / sqrt(4)\n", encoding="utf-8-sig")  # fmt: skip
+    assert settings(str(file)).lr == pytest.approx(0.7853981)
+
+
+@pytest.mark.parametrize("text", [b"import sys\nsys.exit(3)\n", b"raise SystemExit\n", b"x = '\xff'\n",
+                                  b"a\0b = 1\n", b"lr = 1\nwidth = 3\n", b"(" * 5000,
+                                  b"raise ValueError('a\\n' * 500)\n"])  # fmt: skip
+def test_whatever_a_config_file_does_is_one_sentence(tmp_path, text):
+    (tmp_path / "c.py").write_bytes(text)
+    with pytest.raises(UserError, match="c.py") as caught:
+        settings(str(tmp_path / "c.py"))
+    assert "\n" not in str(caught.value)

@@ -207,6 +207,37 @@ def home(monkeypatch, tmp_path):
     return tmp_path
 
 
+def test_a_pretraining_config_lends_its_rates_but_not_its_length(tmp_path):
+    (tmp_path / "c.py").write_text("lr = 6e-4\nmin_lr = 6e-5\noptimizer = 'adamw'\nmax_tokens = 10**10\n"
+                                   "tokenizer = 'char'")  # fmt: skip
+    s = configure(train.SETTINGS, [str(tmp_path / "c.py"), "sft_mode=1"], {})
+    plan.choose_task(s)
+    assert (s.lr, s.min_lr) == (pytest.approx(1e-4), pytest.approx(1e-5))
+    assert (s.max_steps, s.max_tokens) == (400, 0) and "tokenizer" not in s.report()
+    (tmp_path / "c.py").write_text("task = 'sft'\nlr = 6e-4\nmax_steps = 7")
+    s = configure(train.SETTINGS, [str(tmp_path / "c.py"), "min_lr=1e-5"], {})
+    plan.choose_task(s)
+    assert (s.lr, s.min_lr, s.max_steps) == (6e-4, 1e-5, 7), "a config that is for fine-tuning is taken at its word"
+
+
+@pytest.mark.parametrize("setting", ["tokenizer=char", "vocab_size=300"])
+def test_fine_tuning_has_the_tokenizer_of_its_base(setting):
+    s = configure(train.SETTINGS, ["task=sft", setting], {})
+    with pytest.raises(UserError, match="has the tokenizer of its base"):
+        plan.choose_task(s)
+
+
+@pytest.mark.parametrize("config, argv, task", [
+    ("task = 'sft'", ["sft_mode=0"], "pretrain"), ("sft_mode = True", ["task=pretrain"], "pretrain"),
+    ("task = 'pretrain'", ["sft_mode=1"], "sft"), ("", ["sft_mode=1", "task=sft"], "sft"),
+])  # fmt: skip
+def test_of_task_and_sft_mode_the_later_source_counts(tmp_path, config, argv, task):
+    (tmp_path / "c.py").write_text(config)
+    s = configure(train.SETTINGS, [str(tmp_path / "c.py"), *argv], {})
+    plan.choose_task(s)
+    assert s.task == s.part(train.SftSettings).task == task
+
+
 def test_a_folder_that_is_named_is_where_the_user_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("myrun", "out/quickstart", "tests"):
