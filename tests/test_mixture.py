@@ -177,7 +177,7 @@ def test_part_without_text_is_one_sentence_and_no_endless_loop(corpora):
      ({"mixture": "long:0 short:1"}, "'long:0' must be"), ({"mixture": "long:-1 short:1"}, "'long:-1' must be"),
      ({"mixture": "long:nan short:1"}, "'long:nan' must be"), ({"mixture": "long:1 long:2"}, "'long:2' must be"),
      ({"mixture": "long:1"}, "needs two corpora"), ({"mixture_size": -1}, "mixture_size=-1 .*must be"),
-     ({"mixture": "lang:1 short:1"}, "dataset=lang: there are"), ({"dataset": "stdlib"}, "leaves no place for dataset"),
+     ({"mixture": "lang:1 short:1"}, "dataset=lang: there are"), ({"dataset": "stdlib"}, "exclude each other"),
      ({"val_path": "x.txt"}, "leaves no place"), ({"overwrite": "mixed"}, "there is no stage mixed, only download")],
 )  # fmt: skip
 def test_mistakes_are_one_sentence(corpora, changes, sentence):
