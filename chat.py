@@ -25,6 +25,8 @@ from generate import SamplingSettings, choose
 from tokenizer import StreamDecoder, Tokenizer
 
 TEMPLATES = ("chatml", "alpaca", "inst")
+OWN_TEXT = {"chatml": "system\nuser\nassistant\n", "alpaca": "### Instruction:\n\n### Input:\n\n### Response:\n",
+            "inst": "[INST] [/INST]"}  # fmt: skip
 
 Message = dict  # {"role": str, "content": str}, perhaps "input": str, or "learn": False of an answer
 
@@ -65,10 +67,14 @@ class Template:
         if name == "alpaca":  # the longer one takes the blank line along
             self.stop_texts = ("\n\n### Instruction:", "### Instruction:")
         if name == "inst":
-            self.begin, self.close = (tokenizer.specials.get(mark, mark) for mark in ("[INST]", "[/INST]"))
+            self.begin, self.close = (tokenizer.specials.get(mark) for mark in ("[INST]", "[/INST]"))
             self.bos = [] if tokenizer.role("bos") is None else [tokenizer.role("bos")]
             marks |= {*self.bos, self.begin, self.close}
-            self.stop_texts = ("[INST]",) if isinstance(self.begin, str) else ()
+            self.stop_texts = ("[INST]",) if self.begin is None or self.close is None else ()
+        if tokenizer.unk_rate(OWN_TEXT[name]):
+            lacks = tokenizer.lost(OWN_TEXT[name]).first
+            raise UserError(f"template={name} writes {OWN_TEXT[name]!r}, and this tokenizer lacks {lacks!r}: train "
+                            "with a tokenizer that has it")  # fmt: skip
         marks |= {tokenizer.role(role) for role in ("eot", "eos", "pad")}
         self.stop_ids = tuple(sorted(mark for mark in marks if isinstance(mark, int)))
 
@@ -78,24 +84,52 @@ class Template:
                             "choose template=alpaca, or a tokenizer trained here")  # fmt: skip
         return self.tokenizer.specials[token]
 
-    def _encode(self, *parts: str | int) -> list[int]:
-        """Texts, each encoded by itself, and ids of special tokens -> ids."""
-        return [i for part in parts for i in (self.tokenizer.encode(part) if isinstance(part, str) else [part])]
+    def _encode(self, *parts: str | int, starts: bool = False) -> list[int]:
+        """Texts, each encoded by itself, and ids of special tokens -> ids. `starts`: the first one starts a text."""
+        ids: list[int] = []
+        for n, part in enumerate(parts):
+            ids += [part] if isinstance(part, int) else self.tokenizer.encode(part, starts=starts and n == 0)
+        return ids
 
-    def opening(self, user: Message, system: str = "") -> list[int]:
+    def answer(self, text: str) -> list[int]:
+        """The ids of an answer, without its end token."""
+        return self._encode(text, starts=self.name == "inst")
+
+    def goes_on_with(self, prompt: list[int]) -> list[int]:
+        """Of the ids before an answer those that its text goes on with: none where it starts a text."""
+        return [] if self.name == "inst" else prompt
+
+    def opening(self, user: Message, system: str = "", first: bool = True) -> list[int]:
         """What the user says, up to where the assistant begins to speak; `system` goes with the first turn only."""
         text, extra = user["content"], user.get("input", "")
         if self.name == "alpaca":
             before = [system, "\n\n"] if system else []
             about = ["### Input:\n", extra, "\n\n"] if extra else []
-            return self._encode(*before, "### Instruction:\n", text, "\n\n", *about, "### Response:\n")
+            parts = [*before, "### Instruction:\n", text, "\n\n", *about, "### Response:\n"]
+            return self._encode(*parts, starts=first)
         text += f"\n\n{extra}" if extra else ""
-        if self.name == "inst":  # as Llama 2 does (arXiv 2307.09288): the system text is part of the first turn
-            before = ["<<SYS>>\n", system, "\n<</SYS>>\n\n"] if system else []
-            return self._encode(*self.bos, self.begin, " ", *before, text, " ", self.close, " ")
+        if self.name == "inst":
+            return (self.bos if first else []) + self._inst(text, system)
         end = self.ending[0]
         before = [self.start, "system\n", system, end, "\n"] if system else []
         return self._encode(*before, self.start, "user\n", text, end, "\n", self.start, "assistant\n")
+
+    def _inst(self, text: str, system: str) -> list[int]:
+        """A turn as Mistral writes it; without its tokens as Llama 2 (arXiv 2307.09288) and Mistral's first model do.
+
+        Here every text starts, so many SentencePiece models put a space before it, as in Mistral's own encoder.
+        """
+        if self.begin is None or self.close is None:
+            system = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
+            space = "" if self.tokenizer.adds_space else " "  # then the answer brings it
+            return self.tokenizer.encode(f"[INST] {system}{text} [/INST]{space}")
+        marks = [self.tokenizer.specials.get(mark) for mark in ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")]
+        before = []
+        if system and None not in marks:
+            before = [marks[0], *self.tokenizer.encode(system), marks[1]]
+        elif system:
+            text = f"{system}\n\n{text}"
+        return [*before, self.begin, *self.tokenizer.encode(text), self.close]
 
     def render(self, messages: list[Message], learn: str = "response") -> tuple[list[int], list[bool]]:
         """(ids, learned): learned[i] is True if token i is a target that counts, be it predicted or the very first.
@@ -108,9 +142,9 @@ class Template:
         learned: list[bool] = []
         for n, (user, answer) in enumerate(turns):
             prompts = learn == "all"
-            parts = [(self.opening(user, system if n == 0 else ""), prompts)]
+            parts = [(self.opening(user, system if n == 0 else "", first=n == 0), prompts)]
             if answer is not None:
-                text = self._encode(answer["content"], self.ending[0])
+                text = [*self.answer(answer["content"]), self.ending[0]]
                 parts += [(text, answer.get("learn", True)), (self.ending[1:], prompts)]
             for part, counts in parts:
                 ids += part
@@ -134,7 +168,7 @@ class Template:
         The end token of an answer is never in the cache, because choosing it ends the answer, as a limit or an
         interrupt does: so this continues every answer, however it ended.
         """
-        return self.ending + self.opening(user)
+        return self.ending + self.opening(user, first=False)
 
 
 def split_turns(messages: list[Message]) -> tuple[str, list[tuple[Message, Message | None]]]:
@@ -211,9 +245,10 @@ class Chat:
                 said += piece
                 yield piece
         finally:
-            whole = self.tokenizer.decode(answer) == said  # not if it ended at a stop string or inside a character
+            # Not if it ended at a stop string or inside a character.
+            whole = self.tokenizer.decode(answer, after=self.template.goes_on_with(ids)) == said
             self.forgotten += len(self.turns) - len(turns)
-            self.turns = [*turns, Turn(text, said, answer if whole else self.tokenizer.encode(said))]
+            self.turns = [*turns, Turn(text, said, answer if whole else self.template.answer(said))]
 
     def fit(self, text: str) -> tuple[list[Turn], list[int]]:
         """The newest turns that leave room for `text` and an answer, and all their ids up to that answer."""
@@ -237,7 +272,7 @@ class Chat:
 
     def pieces(self, ids: list[int], answer: list[int]) -> Iterator[str]:
         """The text of the answer, whose ids are appended to `answer`."""
-        decoder = StreamDecoder(self.tokenizer)
+        decoder = StreamDecoder(self.tokenizer, after=self.template.goes_on_with(ids))
         for n in range(min(self.sampling.max_new_tokens, self.model.cfg.seq_len - len(ids))):
             banned = self.template.stop_ids if n < self.sampling.min_new_tokens else ()
             token = self.next_id(ids + answer, answer, banned)

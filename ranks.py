@@ -73,10 +73,10 @@ TEKKEN = {
     "vocab": list,
     "special_tokens?": Either([{"rank": int, "token_str": str}], None),
 }
-# What tekken.json of 2024 does not list.
+# What the tekken.json of Mistral's third template does not list.
 _TEKKEN = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
            "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]",
-           "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"]  # fmt: skip
+           "[SUFFIX]"]  # fmt: skip
 
 
 def read_tekken(path: Path, document: dict) -> BPETokenizer:

@@ -1,10 +1,13 @@
 """Templates: masks by construction, prefixes; talking: the cache, whole turns, interrupts."""
 
+import io
 import random
 import string
+from pathlib import Path
 
 import jinja2
 import pytest
+import sentencepiece
 import torch
 
 import chat
@@ -13,7 +16,8 @@ from chat import Chat, Template, before_stop, split_turns
 from configurator import UserError
 from generate import SamplingSettings
 from model import LanguageModel, ModelConfig
-from tokenizer import Tokenizer, train_tokenizer
+from spm import SentencePieceTokenizer
+from tokenizer import StreamDecoder, Tokenizer, load_tokenizer, train_tokenizer
 
 CHINESE = "床前明月光，疑是地上霜。"
 EMOJI = "😀👩‍👩‍👧 é"
@@ -76,10 +80,8 @@ def test_alpaca_is_what_we_write_by_hand(tokenizer):
 
 def test_inst_is_what_we_write_by_hand(tokenizer):
     expected = by_hand(tokenizer,
-        ("<s>", 0), ("[INST]", 0), (" ", 0), ("<<SYS>>\n", 0), ("Be brief.", 0), ("\n<</SYS>>\n\n", 0), ("Hi", 0),
-        (" ", 0), ("[/INST]", 0), (" ", 0), ("Hello", 1), ("</s>", 1),
-        ("<s>", 0), ("[INST]", 0), (" ", 0), ("So?", 0), (" ", 0), ("[/INST]", 0), (" ", 0), ("", 1),
-        ("</s>", 1))  # fmt: skip
+        ("<s>", 0), ("[INST]", 0), ("Be brief.\n\nHi", 0), ("[/INST]", 0), ("Hello", 1), ("</s>", 1),
+        ("[INST]", 0), ("So?", 0), ("[/INST]", 0), ("", 1), ("</s>", 1))  # fmt: skip
     assert Template("inst", tokenizer).render(talk("Hi", "Hello", "So?", "", system="Be brief.")) == expected
 
 
@@ -97,6 +99,55 @@ def test_markers_that_the_tokenizer_lacks_are_plain_text_in_inst():
     ids, _ = Template("inst", tokenizer).render(talk("Hi", "Hello"))
     assert tokenizer.decode(ids) == "[INST] Hi [/INST] Hello</s>"
     assert Template("inst", tokenizer).stop_texts == ("[INST]",)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240216.model.v2",
+    "mistral_instruct_tokenizer_240323.model.v3", "mistral_instruct_tokenizer_241114.model.v7", "tekken_240718.json",
+    "tekken_240911.json"])  # fmt: skip
+def test_inst_has_the_ids_of_mistral_common(file):
+    mistral = pytest.importorskip("mistral_common.tokens.tokenizers.mistral", reason="pip install mistral-common")
+    from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
+    path = Path(mistral.__file__).parents[2] / "data" / file
+    ours, theirs = Template("inst", load_tokenizer(path)), mistral.MistralTokenizer.from_file(str(path))
+    kinds = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage}
+    said = [talk("Hi there"), talk("Hi", "Hello", " So?  x\ny"), talk("世界 😀", "naïve\n", "[/INST] x", "</s>", "")]
+    said += [] if file.endswith("v1") else [talk("Hi there", system="Be brief.")]  # there we do as Llama 2
+    for messages in said:
+        request = ChatCompletionRequest(messages=[kinds[each["role"]](content=each["content"]) for each in messages])
+        assert ours.prompt(messages) == theirs.encode_chat_completion(request).tokens
+
+
+@pytest.mark.parametrize("name", chat.TEMPLATES)
+def test_parts_that_do_not_begin_a_text_get_no_space_from_sentencepiece(name):
+    plain = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=file, vocab_size=500, model_type="bpe", minloglevel=2,
+        control_symbols=["<|im_start|>", "<|im_end|>"], hard_vocab_limit=False, **plain)  # fmt: skip
+    tokenizer = Tokenizer(SentencePieceTokenizer(file.getvalue()))
+    assert tokenizer.adds_space
+    template, messages = Template(name, tokenizer), talk("Hi there", "Hello  you", "So?", system="Be brief.")
+    ids = template.render(messages)[0]
+    assert tokenizer.decode(ids) == {
+        "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi there<|im_end|>\n"
+                  "<|im_start|>assistant\nHello  you<|im_end|>\n<|im_start|>user\nSo?<|im_end|>\n"
+                  "<|im_start|>assistant\n",
+        "alpaca": "Be brief.\n\n### Instruction:\nHi there\n\n### Response:\nHello  you</s>### Instruction:\nSo?\n\n"
+                  "### Response:\n",
+        "inst": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi there [/INST] Hello  you</s>[INST] So? [/INST]",
+    }[name]  # fmt: skip
+    answer = template.answer(" Hello  you")
+    decoder = StreamDecoder(tokenizer, after=template.goes_on_with(template.prompt(messages[:2])))
+    assert "".join(map(decoder.push, answer)) == " Hello  you"
+
+
+def test_a_template_that_the_tokenizer_cannot_write_is_refused():
+    tokenizer = train_tokenizer("char", [CHINESE], 0)
+    for name in ("chatml", "alpaca"):
+        with pytest.raises(UserError, match=f"template={name} writes .* lacks"):
+            Template(name, tokenizer)
 
 
 @pytest.mark.parametrize("name", chat.TEMPLATES)
