@@ -59,6 +59,17 @@ def test_the_part_that_the_readme_imports_runs(tmp_path, monkeypatch):
     assert (tmp_path / "my_tokenizer" / "tokenizer.json").is_file()
 
 
+def test_both_readmes_have_the_same_commands_rows_links_and_sections():
+    found = []
+    for path in DOCUMENTS[:2]:
+        text = path.read_text(encoding="utf-8")
+        rows = re.findall(r"^\| ([`\[][^|]*)", text, re.MULTILINE)
+        links = set(re.findall(r"\]\((\w[^)]*)\)", text)) - {"README.md", "README.zh.md"}
+        sections = len(re.findall(r"^## ", text, re.MULTILINE))
+        found.append(([command.text for command in commands.commands(path)], rows, links, sections))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8")):
