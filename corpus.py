@@ -31,17 +31,19 @@ import json
 import lzma
 import os
 import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
-from configurator import ROOT, UserError, find_path
+from configurator import ROOT, UserError, find_path, run
 from download import download as download  # what most prepare.py need
-from files import file_state, optional, require_file, unique_fields
+from files import file_state, optional, require_file, unique_fields, visible
 
 SEPARATOR = "<|endoftext|>"
 PACKED = (".gz", ".bz2", ".xz", ".zst")
@@ -80,6 +82,7 @@ class RawCorpus:
     unit: str = "MB"
     scale: float = 1e6
     module: ModuleType | None = None          # its prepare.py
+    find: Callable[[Callable[[str], bool]], str] | None = None  # where the first text is for which a test is true
 
     def sources(self) -> list:
         """[path, bytes, times of the last change in ns] of every file."""
@@ -167,11 +170,30 @@ def load_dataset(name: str, text_field: str = "text") -> tuple[ModuleType, list[
     return module, [Path(module.__file__), *(module.sources() if hasattr(module, "sources") else [])]
 
 
+def show_dataset(script: str) -> None:
+    """`python data/<name>/prepare.py [choice]`: how the first documents of each split begin."""
+
+    def main() -> None:
+        name = ":".join([Path(script).resolve().parent.name, *sys.argv[1:2]])
+        if {"-h", "--help"} & set(sys.argv):
+            print(f"{sys.modules['__main__'].__doc__}\n    python {script} [choice]    # shows how its documents begin")
+            return
+        raw = open_dataset(name)
+        for split in ("val", "train"):
+            first = list(islice(raw.pieces(split), 3))
+            print(f"{raw.name}, {split}: {'the first documents begin' if first else 'no documents'}")
+            for text, _ in first:
+                print(f"  {len(text):9,} characters: {visible(repr(text[:80]))}")
+
+    run(main)
+
+
 def open_files(path: str, s, val: list[Path]) -> RawCorpus:
     """The text file or folder at `path`, split here unless it has validation files of its own."""
     known = {file.resolve() for file in val}
     files = [file for file in text_files(path) if file.resolve() not in known]  # val may lie in the folder
     raw = RawCorpus(path_name(path), files, pieces=None, left_out=left_out(path), size=lambda split: total_size(files))
+    raw.find = lambda test: find_text([*files, *val], s.text_field, test)
 
     def every() -> Iterator[Piece]:
         raw.position = Position()
@@ -193,6 +215,24 @@ def open_files(path: str, s, val: list[Path]) -> RawCorpus:
 
     raw.pieces = pieces
     return raw
+
+
+def find_text(files: list[Path], text_field: str, test: Callable[[str], bool]) -> str:
+    """ "file, line n" of the first line or record for which `test` is true, "" if there is none."""
+    for path in files:
+        kind = text_kind(path)
+        if kind != "text":
+            for where, record in file_records(path, kind, text_field):
+                if not is_null(record, text_field) and test(record_text(record, text_field, where)):
+                    return where
+            continue
+        line = 1
+        for block, _ in text_blocks(path):
+            if test(block):
+                found = next((i for i, part in enumerate(block.split("\n")) if test(part)), 0)
+                return f"{path}, line {line + found}"
+            line += block.count("\n")
+    return ""
 
 
 def path_name(path: str | Path) -> str:
@@ -412,7 +452,7 @@ def refuse_binary(path: Path, data: bytes) -> None:
 
 
 def text_kind(path: Path) -> str:
-    """How a file is read: "text", "lines" (a JSON record on each), "values" (a JSON list, or records over several
+    """How a file is read: "text", "lines" (a JSON record on each), "list" (of JSON records), "values" (JSON over many
     lines), "csv", "parquet". The content decides; only where it may be either does the suffix."""
     with opened(path) as file:
         head = file.read(HEAD)
@@ -428,7 +468,7 @@ def text_kind(path: Path) -> str:
         return "lines"
     begin = head.decode("utf-8-sig", "replace").lstrip()
     if re.match(r"\[\s*\{\s*(\"|$)", begin):
-        return "values"
+        return "list"
     line, newline, _ = begin.partition("\n")
     try:
         is_record = isinstance(json.loads(line), dict) and len(line) > 2
@@ -448,7 +488,7 @@ def text_blocks(path: Path, position: Position | None = None) -> Iterator[tuple[
         while block != b"":
             block = file.read(PIECE)
             if done == 0:
-                refuse_binary(path, block[:HEAD])
+                refuse_binary(path, block)
             elif b"\0" in block:
                 raise UserError(f"{path} is no text: it holds a zero byte at offset {done + block.index(0):,}")
             try:
@@ -506,7 +546,7 @@ def file_records(path: Path, kind: str, text_field: str, position: Position | No
     """("file, line n", record) of a file that holds records of this kind (`text_kind`)."""
     if kind == "parquet":
         return parquet_records(path, text_field, position)
-    readers = {"lines": json_records, "values": json_values, "csv": csv_records}
+    readers = {"lines": json_records, "list": json_values, "values": json_values, "csv": csv_records}
     return readers[kind](path, position)
 
 

@@ -81,6 +81,7 @@ class DataSettings:
     mixture_unit: Literal["words", "tokens"] = "words"  # what the weights are shares of
     mixture_size: Amount = 0    # words or tokens to train on; 0 = until every corpus was used up once
     workers: Annotated[int, Range(least=0, most=1024)] = 0  # processes that tokenize; 0 = one per CPU
+    replace_missing: bool = False  # characters that the tokenizer has no bytes for: U+FFFD instead of a refusal
     bin_dtype: Literal["auto", "uint16", "uint32"] = "auto"  # ids of .bin files without a header
     overwrite: str = ""         # make again from here: download, download:<corpus>, mix, tokenizer, tokens, train; all
     cache_dir: str = ""         # folder that keeps the tokens; empty: data/cache beside the scripts
@@ -119,6 +120,7 @@ def prepare(s, quiet: bool = False) -> Path:
         sources = raw.sources()
         decides = text_decides(raw, content_hashes(sources, cache, quiet), s)
         made = [tokenizer.fingerprint, tokenizer.role("eot")] if tokenizer else tokenizer_decides(s)
+        made += ["replaced"] if s.replace_missing else []
         folder = cache / f"{raw.name}-{cache_key(*decides, *made, s.shard_tokens)}"
         if is_current(folder, again, quiet):
             say(f"data: {folder} is current: downloads, tokenizer and tokens are there", quiet)
@@ -327,7 +329,8 @@ def build(folder: Path, raw: RawCorpus, sources: list, decides: list, tokenizer,
             progress = Progress(f"reading {split}", 0, "MB", 1e6, quiet, note)
             splits[split] = count_shards(shards[split], tokenizer, s.bin_dtype, progress)
         else:
-            splits[split] = write_split(folder, split, raw, tokenizer, s.shard_tokens, s.workers, quiet, note)
+            splits[split] = write_split(folder, split, raw, tokenizer, s.shard_tokens, s.workers, quiet, note,
+                                        s.replace_missing)  # fmt: skip
     if raw.sources() != sources:
         (folder / "state.json").unlink(missing_ok=True)
         raise UserError(f"the files of {raw.name} changed while we read them; start again")
@@ -424,11 +427,14 @@ def mixture_lines(meta: dict) -> list[str]:
 
 
 def marker_lines(meta: dict) -> list[str]:
-    """A word about end-of-text markers that are learned as text."""
-    count = sum(part.get("markers", 0) for part in meta["splits"].values())
-    if not count:
-        return []
-    return [f"{count:,} times {SEPARATOR} is not alone on its line: there it separates nothing and is learned as text"]
+    """What was learned otherwise than it may look: end-of-text markers within a line, characters that were replaced."""
+    markers, replaced = (sum(part.get(name, 0) for part in meta["splits"].values()) for name in ("markers", "replaced"))
+    lines = []
+    if replaced:
+        lines.append(f"{replaced:,} characters that the tokenizer lacks are U+FFFD now")
+    if markers:
+        lines.append(f"{markers:,} times {SEPARATOR} within a line separates nothing and is learned as text")
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------

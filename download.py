@@ -90,9 +90,10 @@ class SafeRedirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def open_url(request: urllib.request.Request):
-    if not is_safe(request.full_url):
-        raise UserError(f"{request.full_url[:200]} is not an https address: we do not fetch it")
+def open_url(url: str, headers: dict[str, str]):
+    if not is_safe(url):
+        raise UserError(f"{url[:200]} is not an https address: we do not fetch it")
+    request = urllib.request.Request(url, headers=headers)
     return urllib.request.build_opener(SafeRedirects).open(request, timeout=TIMEOUT)
 
 
@@ -151,7 +152,7 @@ def receive(url: str, file: BinaryIO, size: int, tag: str, sha256: str, progress
     if have and (tag or sha256):  # without either, the rest might be that of another version
         headers |= {"Range": f"bytes={have}-"} | ({"If-Range": tag} if tag else {})
     try:
-        response = open_url(urllib.request.Request(url, headers=headers))
+        response = open_url(url, headers)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # our part is longer than the file
             file.truncate(0)

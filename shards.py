@@ -29,7 +29,8 @@ TASK = 1 << 20  # characters that are encoded together
 FEW = 8         # tasks; fewer are not worth a start of workers
 
 SHARDS = {"shards": [(str, int)], "sums": [(int, int)], "unknown": int}
-DONE = SHARDS | {"documents": int, "bytes": int, "tokens": int, "content": str, "markers": int, "mixture?": dict}
+DONE = SHARDS | {"documents": int, "bytes": int, "tokens": int, "content": str, "markers": int,
+                 "replaced": int, "mixture?": dict}  # fmt: skip
 BEGUN = SHARDS | {"task": int, "mark": str, "skip": int}
 STATE = {"check": int, "train?": Either(DONE, BEGUN), "val?": Either(DONE, BEGUN)}
 
@@ -42,8 +43,10 @@ class Task(NamedTuple):
 
 
 def write_split(folder: Path, split: str, raw: RawCorpus, tokenizer, shard_tokens: int, workers: int,
-                quiet: bool = False, note: Callable[[str], None] | None = None) -> dict:  # fmt: skip
-    """Encode one split into shards of `folder`; returns its part of meta.json. `workers`: 0 = one per CPU."""
+                quiet: bool = False, note: Callable[[str], None] | None = None, replace: bool = False,
+                ) -> dict:  # fmt: skip
+    """Encode one split into shards of `folder`; returns its part of meta.json. `workers`: 0 = one per CPU. `replace`
+    characters that the tokenizer lacks, and count them; else they are a UserError with file and line."""
     state = read_state(folder, quiet)
     part = state.get(split, {})
     if "content" in part:  # the whole split was done
@@ -53,11 +56,14 @@ def write_split(folder: Path, split: str, raw: RawCorpus, tokenizer, shard_token
     writer.tokens = sum(tokens for _, tokens in writer.shards)
     first, skip, unknown = part.get("task", 0), part.get("skip", 0), part.get("unknown", 0)
     unk, content = tokenizer.role("unk"), hashlib.blake2b(digest_size=16)
-    stats = {"documents": 0, "bytes": 0, "markers": 0}
+    stats = {"documents": 0, "bytes": 0, "markers": 0, "replaced": 0}
     progress = Progress(f"{split} tokens", raw.size(split), raw.unit, raw.scale, quiet, note)
 
     def read() -> Iterator[Piece]:
         for text, ends in raw.pieces(split):
+            if replace:
+                text, count = tokenizer.repaired(text)
+                stats["replaced"] += count
             data = text.encode("utf-8")
             content.update(data + b"\xff" * ends)  # a byte that UTF-8 never uses marks the end of a document
             stats["bytes"] += len(data)
@@ -81,18 +87,23 @@ def write_split(folder: Path, split: str, raw: RawCorpus, tokenizer, shard_token
         refuse_change(folder, bool(part) and number < first)
 
     work_on = partial(encode, tokenizer, np.array([tokenizer.role("eot")], np.uint32))
-    with closing(in_order(work_on, tasks(), workers, few=FEW)) as encoded:
-        for task, ids in encoded:
-            whole, begin = len(writer.shards), writer.tokens - skip  # where in the split the ids begin
-            writer.write(ids[skip:])
-            skip = 0
-            if len(writer.shards) > whole:
-                inside = writer.tokens - writer.filled - begin
-                state[split] = {"task": task.number, "mark": task.mark, "skip": inside, "unknown": unknown,
-                                "shards": writer.shards, "sums": writer.sums}  # fmt: skip
-                write_state(folder, state)
-            unknown += int((ids == unk).sum()) if unk is not None else 0
-            progress.show(task.done, f"{writer.tokens:,} tokens")
+    try:
+        with closing(in_order(work_on, tasks(), workers, few=FEW)) as encoded:
+            for task, ids in encoded:
+                if isinstance(ids, str):
+                    raise refused(raw, tokenizer, ids)
+                whole, begin = len(writer.shards), writer.tokens - skip  # where in the split the ids begin
+                writer.write(ids[skip:])
+                skip = 0
+                if len(writer.shards) > whole:
+                    inside = writer.tokens - writer.filled - begin
+                    state[split] = {"task": task.number, "mark": task.mark, "skip": inside, "unknown": unknown,
+                                    "shards": writer.shards, "sums": writer.sums}  # fmt: skip
+                    write_state(folder, state)
+                unknown += int((ids == unk).sum()) if unk is not None else 0
+                progress.show(task.done, f"{writer.tokens:,} tokens")
+    except bpe.Unwritable as error:
+        raise refused(raw, tokenizer, str(error)) from None
     progress.close()
     shards = writer.close()
     part = stats | {"unknown": unknown, "tokens": writer.tokens, "shards": shards, "sums": writer.sums,
@@ -103,6 +114,12 @@ def write_split(folder: Path, split: str, raw: RawCorpus, tokenizer, shard_token
         part["mixture"] = raw.mixed[split]
     write_state(folder, state | {split: part})
     return part
+
+
+def refused(raw: RawCorpus, tokenizer, why: str) -> UserError:
+    """What to say of a text with characters that the tokenizer lacks."""
+    where = raw.find(lambda text: tokenizer.repaired(text)[1] > 0) if raw.find else ""
+    return UserError(f"{where or raw.name}: {why}; REPLACE_MISSING=1 learns U+FFFD in their place, and counts them")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,10 +197,14 @@ def rest_of_document(pieces: Iterator[Piece]) -> Iterator[str]:
             return
 
 
-def encode(tokenizer, eot: np.ndarray, task: Task) -> np.ndarray:
-    """The ids, with end-of-text behind each document that ends here; in two bytes where they fit, for the way back."""
+def encode(tokenizer, eot: np.ndarray, task: Task) -> np.ndarray | str:
+    """The ids, with end-of-text behind each document that ends here; in two bytes where they fit, for the way back. A
+    sentence for text that the tokenizer cannot write."""
     work = task.work
     if isinstance(work, list):
-        texts = ((tokenizer.encode_to_numpy(text) if text else eot[:0], eot[:ends]) for text, ends in work)
+        try:
+            texts = [(tokenizer.encode_to_numpy(text) if text else eot[:0], eot[:ends]) for text, ends in work]
+        except bpe.Unwritable as error:  # it would not come whole through the pipe of a worker
+            return str(error)
         work = np.concatenate([part for parts in texts for part in parts])
     return work.astype(np.uint16 if not len(work) or work.max() < 1 << 16 else np.uint32)

@@ -1,7 +1,10 @@
 """GPT-2 small, 124,439,808 parameters (Radford et al. 2019), trained with AdamW and half a million tokens a step.
 
-Half a million tokens are too many for a laptop: TOTAL_BATCH_SIZE=8192 BATCH_SIZE=2 shows it running.
+Half a million tokens are too many for a laptop: TOTAL_BATCH_SIZE=8192 BATCH_SIZE=2 shows it running, and DATASET=stdlib
+needs no network.
 """
+
+dataset = "fineweb_edu"  # sample-10BT: 28 GB to fetch for each of three passes, about one epoch; needs `datasets`
 
 vocab_size = 50257
 seq_len = 1024

@@ -1,5 +1,7 @@
 """lumen: a 128 M Llama-style model with grouped-query attention, 128,404,224 parameters."""
 
+dataset = "fineweb_edu"  # sample-10BT: 28 GB to fetch for each of three passes, about one epoch; needs `datasets`
+
 vocab_size = 32000
 seq_len = 2048
 d_model = 768

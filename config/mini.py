@@ -1,5 +1,7 @@
 """A small model with parallel residuals: attention and feed-forward read the same and are added together."""
 
+dataset = "tinystories"  # 2.2 GB to download, once; DATASET=stdlib needs no network
+
 vocab_size = 8192
 seq_len = 512
 d_model = 384

@@ -4,6 +4,8 @@
 A cache holds 256 + 32 numbers per token and layer, where 12 heads of 64 would hold 1,536.
 """
 
+dataset = "fineweb_edu:limit=1.2e10"  # 12 billion characters, about 2.6 billion tokens: one epoch; 7.5 GB to fetch
+
 vocab_size = 32000
 seq_len = 1024
 d_model = 768

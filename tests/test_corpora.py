@@ -64,6 +64,29 @@ def test_what_stands_behind_the_colon_reaches_the_corpus(tmp_path, monkeypatch):
         corpus.open_dataset("mine:3.12")
 
 
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py")))
+def test_every_corpus_is_a_command(name, tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "data" / name / "prepare.py"), "--help"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert "Traceback" not in done.stderr and "prepare.py" in done.stdout + done.stderr
+
+
+def test_command_of_a_corpus_shows_how_its_documents_begin(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "data" / "stdlib" / "prepare.py")], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the first documents begin") == 2 and done.stdout.count("characters: ") == 6
+
+
+@pytest.mark.parametrize("config", ["gpt2", "lumen", "mla_moe", "mini", "tinystories", "ancients"])
+def test_preset_names_a_corpus_that_is_there(config):
+    s = configure([ModelConfig, data.DataSettings], [], environ={})
+    namespace = {}
+    exec((ROOT / "config" / f"{config}.py").read_text(encoding="utf-8"), namespace)
+    names = [part.rpartition(":")[0] for part in namespace.get("mixture", "").split()] or [namespace["dataset"]]
+    assert s.dataset == "stdlib" and all(corpus.is_dataset(name) for name in names)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # TinyStories
 
@@ -332,7 +355,9 @@ def test_gutenberg_takes_as_many_works_as_it_is_told(gutenberg):
     gutenberg.module.choose("3")
     names = [path.name for path in gutenberg.module.sources()]
     assert names == ["manifest.csv", "41.txt", "42.txt", "3.txt", "4.txt"]
-    for wrong in ("1", "0", "-3", "many", "1.5"):
+    gutenberg.module.choose("4,delay=1.5")
+    assert (gutenberg.module.works, gutenberg.module.delay) == (4, 1.5)
+    for wrong in ("1", "0", "-3", "many", "1.5", "delay=x", "delay=-1", "50,pause=1", "²"):
         with pytest.raises(UserError, match="how many works"):
             gutenberg.module.choose(wrong)
 
@@ -367,6 +392,16 @@ def test_gutenberg_lists_texts_that_it_cannot_use(gutenberg):
     train, val = both(gutenberg.module)
     assert sorted(path.name for path in gutenberg.module.skipped) == ["8.txt", "9.txt"]
     assert len(seen(train) | seen(val)) == 38
+
+
+@pytest.mark.parametrize("elsewhere", ["file:///etc/hostname", "http://example.com/books/?page=2", "https://x/y"])
+def test_catalogue_leads_to_no_other_place(gutenberg, elsewhere):
+    (gutenberg.folder / "catalogue").mkdir()
+    page = {"results": [], "next": elsewhere}
+    (gutenberg.folder / "catalogue" / "001.json").write_text(json.dumps(page))
+    with pytest.raises(UserError, match="page 1 of the catalogue names a page elsewhere"):
+        gutenberg.module.sources()
+    assert gutenberg.server.asked == []
 
 
 def test_page_that_is_no_catalogue_is_one_sentence(gutenberg):
@@ -460,6 +495,14 @@ def test_rows_without_text_are_passed_over_and_a_wrong_column_is_one_sentence(da
         list(hf(f"{tmp_path}/a,column=body").documents("train"))
     with pytest.raises(UserError, match="has no split dev; it has train, validation"):
         list(hf(f"{tmp_path}/a,val=dev").documents("val"))
+
+
+def test_text_field_is_the_column_of_a_hub_dataset_too(datasets, tmp_path):
+    write_jsonl(tmp_path / "a" / "train.jsonl", ["one", "two"], "story")
+    write_jsonl(tmp_path / "a" / "validation.jsonl", ["v"], "story")
+    for field in ("story", "*"):
+        raw = corpus.open_dataset(f"hf:{tmp_path}/a", field)
+        assert [text for text, _ in raw.pieces("train")] == ["one", "two"]
 
 
 def test_code_that_a_dataset_brings_along_is_refused_and_not_run(datasets, tmp_path):
@@ -595,7 +638,8 @@ def test_stage_is_made_anew_with_all_behind_it_and_nothing_before_it(ancients, m
     for stage, downloads, said, made in (
         ("", 0, "is current", False), ("train", 0, "is current", False), ("tokens", 0, "tokenizer-", True),
         ("tokenizer", 0, "training a", True), ("mix,tokens", 0, "training a", True),
-        ("download", 28, "training a", True), ("all", 28, "training a", True),
+        ("download", 28, "training a", True), ("download:gutenberg", 26, "training a", True),
+        ("all", 28, "training a", True),
     ):  # fmt: skip
         capsys.readouterr()
         ancients.asked.clear()

@@ -3,8 +3,10 @@
 import gzip
 import hashlib
 import http.server
+import importlib
 import importlib.util
 import json
+import os
 import random
 import re
 import sys
@@ -155,6 +157,108 @@ def test_broken_jsonl_line_names_file_and_line(tmp_path, line, sentence):
         documents(files_pieces([file], "text"))
 
 
+RECORDS = [{"text": "one\nline", "n": 1}, {"text": None}, {"text": "two", "n": 2}]
+LINES = "".join(json.dumps(record) + "\n" for record in RECORDS)
+CSV = 'id,text\r\n1,"one\nline"\r\n2,\r\n3,two\r\n'
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.ndjson", LINES), ("a.json", LINES), ("a.json", json.dumps(RECORDS)), ("a.json", json.dumps(RECORDS, indent=2)),
+    ("a.json", "\ufeff" + "\n".join(json.dumps(record, indent=1) for record in RECORDS)), ("a.txt", LINES),
+    ("noname", LINES), ("a.csv", CSV), ("a.csv", CSV.replace(",", ";")), ("a.tsv", CSV.replace(",", "\t")),
+])  # fmt: skip
+@pytest.mark.parametrize("packed", ["", "gz", "bz2", "lzma"])
+def test_records_are_read_as_the_content_says(tmp_path, monkeypatch, name, content, packed):
+    monkeypatch.setattr(corpus, "PIECE", 20)
+    data = content.encode()
+    if packed:
+        data = importlib.import_module({"gz": "gzip"}.get(packed, packed)).compress(data)
+    file = write(tmp_path / (name + {"": "", "gz": ".gz", "bz2": ".bz2", "lzma": ".xz"}[packed]), data)
+    assert documents(files_pieces([file], "text")) == ["one\nline", "two"], "null and empty are no documents"
+
+
+@pytest.mark.parametrize("name, content", [("a.py", "{1: 2}\nx = 3\n"), ("a.txt", "{ a } b\n"), ("c.txt", "{}\n"),
+                                           ("b.txt", "[1] a note\n"), ("d.md", "a, b\n1, 2\n")])  # fmt: skip
+def test_text_that_looks_a_little_like_records_stays_text(tmp_path, name, content):
+    assert documents(files_pieces([write(tmp_path / name, content)], "text")) == [content]
+
+
+@pytest.mark.parametrize("content, sentence", [
+    (b"PK\x03\x04rest", "zip archive"), (b"%PDF-1.7 ...", "PDF"), (b"ab\0cd" * 99, "zero byte at offset 2"),
+    ("hello " .encode("utf-32"), "UTF-32, not UTF-8"), ("hello".encode("utf-16"), "UTF-16, not UTF-8"),
+    ("hello world".encode("utf-16-le"), "UTF-16LE"), ("hello world".encode("utf-16-be"), "UTF-16BE"),
+    ("hello world".encode("utf-32-le"), "UTF-32LE"), ("hello world".encode("utf-32-be"), "UTF-32BE"),
+    (b"\xfd7zXZ\0damaged", "damaged or cut short"), (b"BZh9damaged", "cannot read"), (b"\x1f\x8bdamaged", "damaged"),
+    (b"PAR1damaged", "damaged or no .parquet file"), (b"a" * 70_000 + b"\0", "zero byte at offset 70,000"),
+])  # fmt: skip
+def test_what_is_no_text_is_one_sentence(tmp_path, content, sentence):
+    pytest.importorskip("pyarrow")
+    with pytest.raises(UserError, match=sentence):
+        documents(files_pieces([write(tmp_path / "a.txt", content)], "text"))
+
+
+@pytest.mark.parametrize("name, content, sentence", [
+    ("a.json", '[{"text": "a"}, {"text": "b"', "record 2 is not JSON"),
+    ("a.json", '[{"text": "a"}]{', "behind record 1"), ("a.json", '[{"text": "a"} x', "not JSON"),
+    ("a.json", '{"data": [\n1]}', "record 1 has no field 'text'; it has data"),
+    ("a.csv", "id,title\n1,b\n", "line 2 has no field 'text'; it has id, title"),
+    ("a.csv", "id,text\n1,b,c\n", "line 2 has 3 fields"), ("a.csv", 'id,text\n1,"b\n', "is no row of a .csv file"),
+])  # fmt: skip
+def test_damaged_records_name_file_and_place(tmp_path, name, content, sentence):
+    with pytest.raises(UserError, match=rf"a\.\w+.*{sentence}"):
+        documents(files_pieces([write(tmp_path / name, content)], "text"))
+
+
+def test_zstandard_is_read_where_its_package_is_there_and_else_named(tmp_path):
+    try:
+        import zstandard
+
+        file = write(tmp_path / "a.jsonl.zst", zstandard.compress(LINES.encode()))
+        assert documents(files_pieces([file], "text")) == ["one\nline", "two"]
+    except ImportError:
+        with pytest.raises(UserError, match="pip install zstandard"):
+            documents(files_pieces([write(tmp_path / "a.zst", b"\x28\xb5\x2f\xfd")], "text"))
+
+
+def test_what_a_folder_has_beside_text_is_left_out_and_counted(tmp_path):
+    for name, content in (("a.txt", "a"), ("b.md", "b"), ("c.md", "c"), ("d.pdf", "%PDF"),
+                          ("e.json", '{\n"x": 1\n}'), ("f.json", '[{"text": "f"}]'), ("Makefile", "x")):  # fmt: skip
+        write(tmp_path / name, content)
+    assert [path.name for path in text_files(tmp_path)] == ["a.txt", "f.json"]
+    assert corpus.left_out(tmp_path) == {".md": 2, ".pdf": 1, ".json": 1, "Makefile": 1}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links and pipes")
+def test_links_are_followed_once_and_loops_end(tmp_path):
+    write(tmp_path / "elsewhere" / "a.txt", "a")
+    write(tmp_path / "elsewhere" / "deep" / "b.txt", "b")
+    write(tmp_path / "here" / "c.txt", "c")
+    (tmp_path / "here" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "here" / "again").symlink_to(tmp_path / "elsewhere" / "deep")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "here")
+    (tmp_path / "here" / "a.txt").symlink_to(tmp_path / "elsewhere" / "a.txt")
+    (tmp_path / "here" / "broken.txt").symlink_to(tmp_path / "nothing")
+    found = documents(files_pieces(text_files(tmp_path / "here"), "text"))
+    assert sorted(found) == ["a", "b", "c"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links and pipes")
+def test_pipes_and_devices_are_refused_without_a_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, sentence in ((tmp_path / "pipe", "is a pipe, and a text is read more than once"),
+                           ("/dev/zero", "no regular file")):  # fmt: skip
+        with pytest.raises(UserError, match=sentence):
+            open_corpus(settings(data_path=path)).sources()
+    write(tmp_path / "texts" / "a.txt", "a")
+    os.mkfifo(tmp_path / "texts" / "b.txt")
+    assert [path.name for path in text_files(tmp_path / "texts")] == ["a.txt"]
+
+
+def test_equal_documents_cannot_be_split_and_the_sentence_says_so(tmp_path):
+    with pytest.raises(UserError, match="all 500 documents are equal, and none is left to validate on"):
+        splits(data_path=write(tmp_path / "a.jsonl", '{"text": "the same"}\n' * 500))
+
+
 def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
     file = write(tmp_path / "a.jsonl", r'{"text": "ok \ud83d\ude00, half \ud83d"}')
     assert documents(files_pieces([file], "text")) == ["ok 😀, half \ufffd"]
@@ -263,6 +367,22 @@ def test_unknown_dataset_names_the_known_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="shakespeare, stdlib"):
         open_corpus(settings(dataset="shakespear"))
+
+
+@pytest.mark.parametrize("name", ["../out/evil", "/tmp/evil", "evil", "linked", "shakespeare/../stdlib", "", "."])
+def test_corpora_are_words_and_ours_and_nothing_else_runs(tmp_path, monkeypatch, name):
+    """Neither the folder where one is, nor a path, nor a link chooses the code that runs."""
+    script = "open({!r}, 'w')\ndef documents(split): return iter(())\n".format(str(tmp_path / "ran"))
+    for folder in ("ours/out/evil", "here/data/evil", "ours/data/stdlib", "elsewhere"):
+        write(tmp_path / folder / "prepare.py", script)
+    (tmp_path / "ours" / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr(corpus, "ROOT", tmp_path / "ours")
+    (tmp_path / "here").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / "here")
+    name = str(tmp_path / "elsewhere") if name.startswith("/") else name
+    with pytest.raises(UserError, match="there are"):
+        open_corpus(settings(dataset=name))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_stdlib_is_found_from_any_directory_and_split_by_file(tmp_path, monkeypatch):

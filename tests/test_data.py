@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -243,6 +244,82 @@ def test_what_a_killed_run_left_is_not_believed(tmp_path, corpus_file, monkeypat
     assert content() == files
 
 
+def test_touched_or_moved_text_keeps_its_tokens_and_changed_text_does_not(tmp_path, corpus_file, monkeypatch):
+    """The content decides; size and times only spare reading it."""
+    folder, stat = made(tmp_path, data_path=corpus_file), corpus_file.stat()
+    monkeypatch.setattr(data, "build", None)
+    corpus_file.touch()
+    assert made(tmp_path, data_path=corpus_file) == folder
+    moved = write(tmp_path / "elsewhere" / "my.txt", corpus_file.read_text())
+    assert made(tmp_path, data_path=moved) == folder
+    monkeypatch.undo()
+    write(corpus_file, corpus_file.read_text().replace("cat", "cow"))
+    os.utime(corpus_file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the size and the time of before
+    assert made(tmp_path, data_path=corpus_file) != folder
+
+
+def test_damaged_notes_of_the_cache_cost_a_reading_and_nothing_else(tmp_path, corpus_file, monkeypatch):
+    folder = made(tmp_path, data_path=corpus_file)
+    monkeypatch.setattr(data, "build", None)
+    name = json.dumps(str(corpus_file.resolve()))
+    for content in ("", "[]", '{"a": 1}', f"{{{name}: []}}", f'{{{name}: ["x"]}}'):
+        (tmp_path / "cache" / "hashes.json").write_text(content)
+        assert made(tmp_path, data_path=corpus_file) == folder, content
+
+
+@pytest.mark.parametrize("stage", ["tokens", "tokenizer", "all"])
+def test_overwrite_is_decided_by_the_launch_and_by_no_clock(tmp_path, corpus_file, monkeypatch, stage):
+    folder = made(tmp_path, data_path=corpus_file)
+    for path in [*folder.iterdir(), *tmp_path.glob("cache/*/tokenizer.json")]:
+        os.utime(path, (2e9 + 1e9, 2e9 + 1e9))  # of the year 2065
+    for launch in ("one", "two"):
+        monkeypatch.setattr(data, "OWN_ID", launch)
+        old = (folder / "meta.json").stat().st_ino
+        for rank in range(3):  # the second and third come when the first is done
+            made(tmp_path, data_path=corpus_file, overwrite=stage)
+            new = (folder / "meta.json").stat().st_ino
+            assert (new != old) == (rank == 0), (launch, rank)
+            old = new
+    monkeypatch.undo()
+    (tmp_path / "cache" / ".overwritten.json").write_text("[")
+    assert made(tmp_path, data_path=corpus_file, overwrite=stage) == folder
+
+
+def test_processes_of_one_torchrun_are_one_launch(monkeypatch):
+    alone = data.launch_id()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; print(data.launch_id())"
+    one, two = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2))
+    assert one == two != "" and alone not in one
+
+
+def test_marker_within_a_line_is_said_once_with_its_count(tmp_path, capsys):
+    texts = [prose(3, seed) + "an <|endoftext|> in a line\n" for seed in range(50)]
+    prepare(settings(tmp_path, data_path=write(tmp_path / "a.txt", "<|endoftext|>\n".join(texts))))
+    said = [line for line in capsys.readouterr().out.splitlines() if "<|endoftext|>" in line]
+    assert len(said) == 1 and said[0].startswith("data: 50 times <|endoftext|> within a line")
+
+
+def test_character_that_the_tokenizer_lacks_is_named_or_replaced(tmp_path):
+    theirs = train_tokenizer("bpe", [prose(100, seed=5)], 280)
+    theirs.save(tmp_path / "theirs")
+    file = tmp_path / "theirs" / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    gone = content["model"]["vocab"].pop("\u0107")  # the byte 7 as GPT-2 writes it
+    content["model"]["vocab"]["unused"] = gone
+    file.write_text(json.dumps(content), encoding="utf-8")
+    lines = [prose(1, seed) for seed in range(400)]
+    lines[299] = "a bell \x07 rings\n"
+    records = "".join(json.dumps({"text": line}) + "\n" for line in lines)
+    for name, text in (("a.txt", "".join(lines)), ("a.jsonl", records)):
+        asked = {"data_path": write(tmp_path / name, text), "tokenizer": tmp_path / "theirs"}
+        for workers in (1, 2):
+            with pytest.raises(UserError, match=rf"{name}, line 300: .*U\+0007.*REPLACE_MISSING=1"):
+                made(tmp_path, **asked, workers=workers)
+        meta = read_meta(made(tmp_path, **asked, replace_missing=1))
+        assert sum(part["replaced"] for part in meta["splits"].values()) == 1
+
+
 SCRIPT = """
 import sys, time
 sys.path.insert(0, {root!r})
@@ -384,6 +461,32 @@ def test_only_names_inside_the_folder_say_what_is_for_validation(tmp_path, shard
     splits = read_meta(made(tmp_path, data_path=folder))["splits"]
     assert [[name.rpartition("/")[2] for name, _ in splits[split]["shards"]] for split in ("train", "val")] == [
         ["x_train_1.bin", "x_train_2.bin"], ["3.bin", "x_val_0.bin"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("vocabulary", [300, 70_000])
+def test_headerless_ids_of_four_bytes_are_not_taken_for_two(tmp_path, shards, vocabulary):
+    ids = np.array(shards.parts["x_train_1"], "<u4")
+    if vocabulary > 65_536:
+        config = json.loads((shards.folder / "tokenizer.json").read_text(encoding="utf-8"))
+        vocab = config["model"]["vocab"]
+        vocab.update({f"x{i}": i for i in range(len(vocab) + len(config["added_tokens"]), vocabulary)})
+        (shards.folder / "tokenizer.json").write_text(json.dumps(config), encoding="utf-8")
+        ids[::7] = 69_999
+    ids.tofile(shards.folder / "x_train_1.bin")
+    with pytest.raises(UserError, match=r"x_train_1\.bin looks like ids of four bytes.* bin_dtype=uint32"):
+        made(tmp_path, data_path=shards.folder)
+    for path in shards.folder.glob("*.bin"):
+        if path.name != "x_train_1.bin":
+            np.fromfile(path, "<u2").astype("<u4").tofile(path)
+    folder = made(tmp_path, data_path=shards.folder, bin_dtype="uint32")
+    assert TokenStream(folder, "train").read(0, len(ids)).tolist() == ids.tolist()
+
+
+def test_copy_of_a_folder_that_names_shards_elsewhere_is_refused(tmp_path, shards):
+    folder = made(tmp_path, data_path=shards.folder)
+    shutil.copytree(folder, tmp_path / "copy")
+    with pytest.raises(UserError, match="outside of its folder; name that file with DATA_PATH="):
+        TokenStream(tmp_path / "copy", "train")
 
 
 def test_folder_with_text_and_shards_is_not_guessed_at(tmp_path, shards):

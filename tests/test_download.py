@@ -256,3 +256,37 @@ def test_killed_download_leaves_no_lock_and_is_taken_up(tmp_path, server):
     assert 200_000 < have <= 262_144 and not (tmp_path / "a.bin").exists()
     assert download(server.url, tmp_path / "a.bin", len(BODY), SHA256).read_bytes() == BODY
     assert server.asked[1:] == [("ok", f"bytes={have}-")]
+
+
+@pytest.mark.parametrize("url", ["file:///etc/hostname", "http://example.com/a", "ftp://example.com/a", "data:,x", "x"])
+def test_only_https_is_fetched(tmp_path, slept, url):
+    with pytest.raises(UserError, match="is not an https address"):
+        download(url, tmp_path / "a.bin")
+    assert left_over(tmp_path) == [] and slept == []
+
+
+@pytest.mark.parametrize("target", ["http://example.com/a", "file:///etc/hostname", "ftp://example.com/a"])
+def test_redirect_away_from_https_is_not_followed(tmp_path, server, slept, target):
+    server.script, server.headers = ["302"], {"Location": target}
+    with pytest.raises(UserError, match="which is not https|cannot download"):
+        download(server.url, tmp_path / "a.bin")
+    assert left_over(tmp_path) == [] and len(server.asked) == 1
+
+
+def test_first_failed_try_says_so_at_once(tmp_path, slept, capsys):
+    with pytest.raises(UserError):
+        download("http://127.0.0.1:9/a.txt", tmp_path / "a.txt")
+    assert "the server refuses the connection; trying again in 1 s and 4 more times" in capsys.readouterr().err
+
+
+def test_file_put_aside_comes_back_where_no_new_one_comes(tmp_path, server, slept):
+    file = tmp_path / "a.bin"
+    file.write_bytes(b"old")
+    module.set_aside(file)
+    server.script = ["404"]
+    with pytest.raises(UserError):
+        download(server.url, file)
+    assert file.read_bytes() == b"old" and left_over(tmp_path) == ["a.bin"]
+    module.set_aside(file)
+    server.script = ["ok"]
+    assert download(server.url, file).read_bytes() == BODY and left_over(tmp_path) == ["a.bin"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,13 +11,14 @@ import time
 import numpy as np
 import pytest
 
+import batches
 import shards
-from batches import read_meta
+from batches import CHECKED, TokenStream, fingerprint, read_meta, write_meta
 from configurator import ROOT, UserError, configure
 from corpus import RawCorpus
 from data import DataSettings, prepare
 from model import ModelConfig
-from shards import Progress, write_split
+from shards import write_split
 from tokenizer import train_tokenizer
 
 WORDS = "the cat sat on a mat and then it ran away from the big red dog because of a long loud noise".split()
@@ -52,7 +54,7 @@ def corpus(documents=DOCUMENTS) -> RawCorpus:
 
 def write(folder, raw=None, workers=1, tokenizer=TOKENIZER, shard_tokens=1500):
     folder.mkdir(exist_ok=True)
-    return write_split(folder, "train", raw or corpus(), tokenizer, shard_tokens, workers, Progress(0, quiet=True))
+    return write_split(folder, "train", raw or corpus(), tokenizer, shard_tokens, workers, quiet=True)
 
 
 def shard_bytes(folder) -> dict:
@@ -131,6 +133,150 @@ def test_damaged_shard_of_an_interrupted_run_is_made_anew(tmp_path):
         write(folder)
         (folder / name).write_bytes((folder / name).read_bytes()[:-7])
         assert write(folder) == expected and shard_bytes(folder) == shard_bytes(tmp_path / "whole")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damage
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """A prepared folder of two training shards and its settings, and the same while it is made: with state.json."""
+    place = tmp_path_factory.mktemp("tokens")
+    file = place / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": prose(4, seed)}) + "\n" for seed in range(60)))
+    argv = [f"data_path={file}", f"cache_dir={place / 'cache'}", "vocab_size=300", "seq_len=16", "workers=1",
+            "shard_tokens=2500"]  # fmt: skip
+    folder = prepare(configure([ModelConfig, DataSettings], argv, environ={}), quiet=True)
+    return folder, argv
+
+
+def copy_of(folder, tmp_path):
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy)
+    return copy
+
+
+def damages(data: bytes, seed: int) -> dict[str, bytes]:
+    """Ways in which a file can be damaged."""
+    rng = np.random.default_rng(seed)
+    flipped = bytearray(data)
+    flipped[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    hole = bytearray(data)
+    hole[len(data) // 3 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 3)
+    return {"a bit": bytes(flipped), "cut": data[: rng.integers(len(data))], "empty": b"", "zeros": bytes(len(data)),
+            "a hole": bytes(hole), "longer": data + b"7", "noise": rng.bytes(len(data)), "list": b"[]", "null": b"null",
+            "deep": b"[" * 99_999, "no JSON": b"{"}  # fmt: skip
+
+
+def use(folder) -> int:
+    """Open both splits of a token folder and read all ids."""
+    streams = [TokenStream(folder, split) for split in ("train", "val")]
+    return sum(int(stream.read(0, len(stream)).astype(np.int64).sum()) for stream in streams)
+
+
+@pytest.mark.parametrize("name", ["meta.json", "train_00000.npy", "val_00000.npy"])
+@pytest.mark.parametrize("checked", [True, False], ids=["read before", "copied"])
+def test_no_damage_of_tokens_is_a_traceback_or_goes_unnoticed(tokens, tmp_path, name, checked):
+    folder = copy_of(tokens[0], tmp_path)
+    right, data = use(folder), (folder / name).read_bytes()
+    for seed in range(12):
+        for kind, damaged in damages(data, seed).items():
+            if not checked:
+                (folder / CHECKED).unlink(missing_ok=True)
+            (folder / name).write_bytes(damaged)
+            try:
+                same = use(folder) == right and json.loads((folder / "meta.json").read_bytes()) == read_meta(folder)
+            except UserError as error:
+                assert name in str(error), (kind, seed)
+                continue
+            assert same, f"{kind} {seed} went unnoticed"
+
+
+def test_damage_is_found_whatever_the_times_say_and_the_sentence_has_the_remedy(tokens, tmp_path):
+    folder = copy_of(tokens[0], tmp_path)
+    use(folder)
+    file = folder / "train_00000.npy"
+    stat, data = file.stat(), bytearray(file.read_bytes())
+    data[-7] ^= 1
+    file.write_bytes(bytes(data))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(UserError, match=r"train_00000\.npy is damaged: .* OVERWRITE=tokens makes it again"):
+        TokenStream(folder, "train")
+
+
+def test_shard_is_read_once_as_long_as_it_is_not_touched(tokens, tmp_path, monkeypatch):
+    folder = copy_of(tokens[0], tmp_path)
+    measured, measure = [], batches.measure
+    monkeypatch.setattr(batches, "measure", lambda path, *more: measured.append(path.name) or measure(path, *more))
+    use(folder)
+    use(folder)
+    assert sorted(measured) == sorted(path.name for path in folder.glob("*.npy"))
+    measured.clear()
+    (folder / "val_00000.npy").touch()
+    use(folder)
+    assert measured == ["val_00000.npy"]
+
+
+def test_folder_from_before_checksums_opens_and_gets_them(tokens, tmp_path):
+    folder = copy_of(tokens[0], tmp_path)
+    meta = read_meta(folder)
+    sums = {split: part.pop("sums") for split, part in meta["splits"].items()}
+    del meta["check"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / CHECKED).unlink()
+    assert use(folder) == use(tokens[0])
+    assert {split: part["sums"] for split, part in read_meta(folder)["splits"].items()} == sums
+    assert fingerprint(read_meta(folder)) == fingerprint(read_meta(tokens[0]))
+
+
+def test_id_beyond_the_vocabulary_names_the_shard(tokens, tmp_path):
+    folder = copy_of(tokens[0], tmp_path)
+    meta = read_meta(folder)
+    ids = np.load(folder / "train_00000.npy")
+    ids[7] = 60_000
+    np.save(folder / "train_00000.npy", ids)
+    for part in meta["splits"].values():
+        del part["sums"]
+    write_meta(folder, meta)
+    with pytest.raises(UserError, match=r"train_00000\.npy holds id 60000, but the vocabulary of .* has 300"):
+        TokenStream(folder, "train")
+
+
+@pytest.mark.parametrize("name", ["../other.npy", "/etc/hostname", "", ".", "a/b.npy", "a\0b"])
+def test_meta_of_a_stranger_chooses_no_path(tokens, tmp_path, name):
+    folder = copy_of(tokens[0], tmp_path)
+    meta = read_meta(folder)
+    meta["splits"]["train"]["shards"][0][0] = name
+    write_meta(folder, meta)
+    with pytest.raises(UserError, match="outside of its folder"):
+        TokenStream(folder, "train")
+
+
+def test_damaged_meta_of_our_cache_is_made_again(tokens, capsys):
+    folder, argv = tokens
+    right = (folder / "meta.json").read_bytes()
+    for kind in ("a bit", "empty", "list", "deep", "null"):
+        (folder / "meta.json").write_bytes(damages(right, 1)[kind])
+        assert prepare(configure([ModelConfig, DataSettings], argv, environ={})) == folder
+        assert "the tokens are made again" in capsys.readouterr().out, kind
+        assert (folder / "meta.json").read_bytes() == right
+
+
+def test_damaged_state_of_an_interrupted_run_is_made_again(tmp_path, capsys):
+    def broken(split):
+        yield from ((text, True) for text in DOCUMENTS[:100])
+        raise KeyboardInterrupt
+
+    expected = write(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "cut", RawCorpus("made", [], broken))
+    for name in ("state.json", "train_00000.npy"):
+        data = (tmp_path / "cut" / name).read_bytes()
+        for kind, damaged in damages(data, 3).items():
+            folder = copy_of(tmp_path / "cut", tmp_path / name / kind)
+            (folder / name).write_bytes(damaged)
+            assert write(folder) == expected and shard_bytes(folder) == shard_bytes(tmp_path / "whole"), kind
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,10 +11,14 @@ Needs the package `datasets`, as all of data/hf does, whose other choices hold h
 one page in a hundred is kept for that, chosen by a hash of its text, as data/hf does it.
 """
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from corpus import import_dataset
+if __name__ == "__main__":  # a command finds its own folder only
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from corpus import import_dataset, show_dataset  # noqa: E402
 
 PATH, SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 
@@ -49,3 +53,7 @@ def documents(split: str) -> Iterator[str]:
 
 
 choose("")
+
+
+if __name__ == "__main__":
+    show_dataset(__file__)

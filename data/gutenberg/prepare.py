@@ -21,9 +21,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from configurator import UserError
-from corpus import document_hash, download, plan_split
-from files import Either, Progress, is_first_process, read_json, write_text
+if __name__ == "__main__":  # a command finds its own folder only
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from configurator import UserError  # noqa: E402
+from corpus import document_hash, download, plan_split, show_dataset  # noqa: E402
+from files import Either, Progress, is_first_process, read_json, write_text  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parent
 CATALOGUE = "https://gutendex.com/books/?languages=en&author_year_end=500&sort=popular"  # 32 books a page
@@ -256,3 +259,7 @@ def rank(word: str, space: str) -> int:
     """How well a text can be cut behind a word."""
     sentence = re.search(r"[.!?][\"'”’)\]]*\s*$", word) is not None
     return 3 if "\n\n" in space else 2 if sentence else 1 if "\n" in space else 0
+
+
+if __name__ == "__main__":
+    show_dataset(__file__)

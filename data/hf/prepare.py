@@ -16,12 +16,16 @@ VAL_DOCUMENTS of them: a pass over 28 GB for more would take hours.
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import UserError, find_path
-from corpus import document_hash, list_files, plan_split, split_pieces
+if __name__ == "__main__":  # a command finds its own folder only
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from configurator import UserError, find_path  # noqa: E402
+from corpus import document_hash, list_files, plan_split, show_dataset, split_pieces  # noqa: E402
 
 VAL_SHARE, VAL_DOCUMENTS = 0.01, 2000
 VAL_NAMES = ("validation", "valid", "val", "dev")  # "test" is for the end of a project
@@ -194,3 +198,7 @@ def package():
 
 def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+if __name__ == "__main__":
+    show_dataset(__file__)

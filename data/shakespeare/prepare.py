@@ -4,10 +4,14 @@ Downloaded once and checked by its hash; a file that already lies at data/shakes
 first 90 % train and the last 10 % validate, as in nanoGPT, so that losses compare.
 """
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from corpus import download
+if __name__ == "__main__":  # a command finds its own folder only
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from corpus import download, show_dataset  # noqa: E402
 
 FILE = Path(__file__).resolve().parent / "input.txt"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -27,3 +31,7 @@ def documents(split: str) -> Iterator[str]:
     text = sources()[0].read_text(encoding="utf-8")
     cut = int(0.9 * len(text))
     yield text[:cut] if split == "train" else text[cut:]
+
+
+if __name__ == "__main__":
+    show_dataset(__file__)

@@ -5,12 +5,16 @@ packages are left out. One file in twenty is for validation, chosen by a hash of
 never part, and the others stay where they are when one changes. Files that are not UTF-8 are skipped and counted.
 """
 
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from configurator import UserError
-from corpus import document_hash
+if __name__ == "__main__":  # a command finds its own folder only
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from configurator import UserError  # noqa: E402
+from corpus import document_hash, show_dataset  # noqa: E402
 
 FOLDER = Path(sysconfig.get_paths()["stdlib"])
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -39,3 +43,7 @@ def documents(split: str) -> Iterator[str]:
             continue
         if (document_hash(text) < VAL_SHARE * 2**64) == (split == "val"):
             yield text
+
+
+if __name__ == "__main__":
+    show_dataset(__file__)

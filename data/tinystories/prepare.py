@@ -5,10 +5,14 @@ are used as they are. Train and validation are the authors'; a training story th
 validation file is left out. A story is a document.
 """
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from corpus import document_hash, download, text_pieces
+if __name__ == "__main__":  # a command finds its own folder only
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from corpus import document_hash, download, show_dataset, text_pieces  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parent
 BASE = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
@@ -54,3 +58,7 @@ def stories(path: Path) -> Iterator[str]:
             if story := "".join(parts).strip():
                 yield story
             parts = []
+
+
+if __name__ == "__main__":
+    show_dataset(__file__)
