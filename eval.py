@@ -46,7 +46,7 @@ from configurator import (
 )
 from corpus import files_pieces, text_files
 from data import prepare
-from files import own_file, own_folder, write_json, write_text, writing
+from files import Progress, own_file, own_folder, write_json, write_text, writing
 from machine import Machine, MachineSettings, choose_machine, init_processes, leave_processes
 from model import LanguageModel
 from sft import open_examples
@@ -110,10 +110,14 @@ def evaluate(model: LanguageModel, windows: Validation, machine: Machine, batch_
     was_training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
+    progress = Progress("validation", len(windows), "windows", quiet=not machine.is_main)
+    progress.last = progress.start  # a log is told of what takes ten seconds, not one
     for first in range(machine.rank * batch_size, len(windows), machine.world_size * batch_size):
         batch = [t.to(machine.device) for t in windows.get(first, batch_size)]
         with machine.autocast():
             total += model(*batch).double().sum().cpu()
+        progress.show(first)
+    progress.close()
     model.train(was_training)
     nats = machine.all_reduce(total.to(machine.device)).item()
     return Score(nats / windows.tokens, nats / math.log(2) / windows.bytes)

@@ -26,7 +26,7 @@ from configurator import UserError, cache_folder, check_fields
 from conversations import Conversation, example_files, read_examples
 from corpus import dataset_name, document_hash, load_dataset
 from data import say, working
-from files import replacing, visible
+from files import read_json, replacing, visible, write_json
 from tokenizer import Tokenizer
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # ids, targets (B, T) int64, weights float32, positions int64
@@ -115,6 +115,21 @@ def read_files(s, quiet: bool) -> tuple[list[Conversation], list[Conversation]]:
     return train, val
 
 
+def file_hashes(folder: Path) -> dict[str, str]:
+    """{file name: SHA-256} of the examples in a folder, {} where a file is missing."""
+    paths = [folder / "train.jsonl", folder / "val.jsonl"]
+    if not all(path.is_file() for path in paths):
+        return {}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def noted_hashes(folder: Path) -> dict[str, str]:
+    try:
+        return read_json(folder / "hashes.json", {str: str})
+    except UserError:  # not there, or damaged: the examples are made again
+        return {}
+
+
 def prepare_examples(s, quiet: bool) -> Path:
     """The folder with train.jsonl and val.jsonl of data/<dataset>/, made now unless it is there and current."""
     module, files = load_dataset(s.dataset)
@@ -125,10 +140,13 @@ def prepare_examples(s, quiet: bool) -> Path:
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     folder = cache_folder(s.cache_dir) / f"{dataset_name(s.dataset)}-{key}"
     with working(folder, quiet):
-        for split in ("train", "val"):
-            if not (folder / f"{split}.jsonl").is_file():
+        known, found = noted_hashes(folder), file_hashes(folder)
+        if not found or known != found:
+            say(f"data: {folder} is damaged: its examples are made again", quiet or not known)
+            for split in ("train", "val"):
                 with replacing(folder / f"{split}.jsonl") as file:
                     file.writelines(json.dumps(each, default=str).encode() + b"\n" for each in module.examples(split))
+            write_json(folder / "hashes.json", file_hashes(folder))
     return folder
 
 

@@ -78,6 +78,9 @@ SETTINGS = [TrainSettings, DataSettings, ModelConfig, OptimSettings, MachineSett
             LoraSettings, LogSettings]
 
 
+MANY_EPOCHS = 40  # more passes over the same text are worth a word
+
+
 @dataclass
 class Progress:
     """How far the run is. Saved with every checkpoint; data, schedule and dropout follow from `step` alone."""
@@ -228,6 +231,9 @@ class Run:
             f"{self.validation.tokens:,} tokens\n"
             f"steps    {plan.max_steps:,} of {per_step:,} tokens{f' in {parts} forward passes' if parts > 1 else ''}: "
             f"{plan.max_steps * plan.sequences / self.batches.per_epoch:.2f} epochs")  # fmt: skip
+        if self.s.task == "pretrain" and plan.max_steps * plan.sequences > MANY_EPOCHS * self.batches.per_epoch:
+            self.machine.print("         so little text is learned by heart: DATASET=tinystories, "
+                               "DATASET=fineweb_edu:limit=1e9 or DATA_PATH= bring more")  # fmt: skip
         lr, muon_lr = self.rates()
         if muon_lr is not None:
             self.machine.print(f"rates    lr {lr:g} (AdamW), muon_lr {muon_lr:g} for hidden matrices (Muon)")

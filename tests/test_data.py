@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -340,6 +341,26 @@ def start(tmp_path, file, seconds: float) -> subprocess.Popen:
     argv = [f"data_path={file}", f"cache_dir={tmp_path / 'cache'}", "seq_len=16", "tokenizer=char"]
     code = SCRIPT.format(root=str(ROOT), argv=argv, seconds=seconds)
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def test_one_that_waits_shows_how_far_the_one_at_work_is_unless_it_is_to_be_quiet(tmp_path, monkeypatch, capsys):
+    now = [0.0]
+
+    @contextmanager
+    def locked(path, busy):
+        for note in ("", "train tokens: 1 of 9 MB", "train tokens: 2 of 9 MB", "train tokens: 8 of 9 MB"):
+            now[0] += 6
+            busy(note)
+        yield lambda text: None
+
+    monkeypatch.setattr(data, "locked", locked)
+    monkeypatch.setattr(data.time, "monotonic", lambda: now[0])
+    for quiet in (False, True):
+        with data.working(tmp_path, quiet):
+            pass
+        out, error = capsys.readouterr()
+        assert out.count("waiting for the process") == (0 if quiet else 1)
+        assert error == ("" if quiet else "train tokens: 2 of 9 MB\n"), "a log has a line every ten seconds"
 
 
 @pytest.mark.skipif(fcntl is None, reason="no locks on Windows")

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from sft import (
     ExampleValidation,
     SftSettings,
     pack,
+    prepare_examples,
     read_examples,
     show_example,
     split_examples,
@@ -335,3 +337,21 @@ def test_a_shown_example_marks_what_is_learned(tokenizer):
     shown = show_example(*template.render(talk("Hi", CHINESE, "So?", EMOJI)), tokenizer)
     assert shown == (f"### Instruction:\nHi\n\n### Response:\n⟦{CHINESE}</s>⟧"
                      f"### Instruction:\nSo?\n\n### Response:\n⟦{EMOJI}</s>⟧")  # fmt: skip
+
+
+def test_damaged_examples_of_the_cache_are_made_again(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "data" / "chat" / "prepare.py"
+    script.parent.mkdir(parents=True)
+    script.write_text("def documents(split): return ()\n"
+                      "def examples(split): return [{'instruction': split, 'output': str(i)} for i in range(9)]\n")
+    monkeypatch.setattr("corpus.ROOT", tmp_path)
+    s = SimpleNamespace(dataset="chat", cache_dir=str(tmp_path / "cache"), data_path="", val_path="")
+    right = {path.name: path.read_bytes() for path in prepare_examples(s, quiet=True).iterdir()}
+    assert sorted(right) == ["hashes.json", "train.jsonl", "val.jsonl"]
+    for name, content in right.items():
+        for damaged in (b"", content[:-9], content.replace(b"1", b"2"), b"[]"):
+            folder = prepare_examples(s, quiet=True)
+            (folder / name).write_bytes(damaged)
+            prepare_examples(s, quiet=False)
+            assert {path.name: path.read_bytes() for path in folder.iterdir()} == right, (name, damaged)
+    assert "its examples are made again" in capsys.readouterr().out
