@@ -157,8 +157,8 @@ class MoE(nn.Module):
             raise UserError(f"d_model={d_model} and the width of an expert, {d_ff}, must be multiples of 8: the "
                             "product by groups wants rows of whole 16 bytes")  # fmt: skip
         if top_k == 1 and renormalise:
-            raise UserError("top_k=1 with renormalise=True gives every token the weight 1, which teaches the router "
-                            "nothing: set renormalise=False")  # fmt: skip
+            raise UserError("top_k=1 with router_renormalise=True gives every token the weight 1, which teaches the "
+                            "router nothing: set router_renormalise=False")  # fmt: skip
         self.n_expert, self.top_k, self.n_group, self.topk_group = n_expert, top_k, n_group, topk_group
         self.sigmoid, self.renormalise, self.scale = router == "sigmoid", renormalise, scale
         self.router = Linear(d_model, n_expert, bias=False)

@@ -107,6 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     with checkpoint.lock(out_dir) if machine.is_main else nullcontext():
         start = starting_point(s, out_dir, machine)  # the checkpoint, if there is one, decides the shape of the model
         plan = plan_steps(s, machine)
+        check_settings(s)
         # Before the process group: a collective would time out while one process prepares the data.
         tokenizer, batches, validation = open_data(s, start, quiet=not machine.is_main)
         if start.anew:  # not before: the data may be a mistake
@@ -135,6 +136,17 @@ def main(argv: list[str] | None = None) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Before the first step
+
+
+def check_settings(s: Settings) -> None:
+    """Refuse what does not fit together before the data is prepared, which may take hours."""
+    for part in SETTINGS:
+        s.part(part)
+    try:
+        with torch.device("meta"):  # shapes without memory
+            LanguageModel(s.part(ModelConfig))
+    except RuntimeError as error:
+        raise UserError(f"there is no memory for a model of these sizes ({error}): lower d_model or d_ff") from None
 
 
 def open_data(s: Settings, start: Start, quiet: bool):
