@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import json
 import os
 import random
 import shutil
@@ -9,16 +10,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
 
 import checkpoint
+import eval as evaluate
 import files
+import interop
+import plot
+import sample
 import train
 from configurator import ROOT, UserError
 from conftest import tiny_run
 from eval import Score
+from fuzz_damage import fuzz
 from optim import LossScale
 from test_train import column, interrupt_at, same
 
@@ -542,3 +549,109 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(go, tmp_path, capsy
     out = capsys.readouterr().out
     assert "step_00000012.pt is damaged" in out and "resume   from step 6" in out
     assert checkpoint.load(newest)["progress"]["step"] == 12
+
+
+def test_random_damage_to_any_file_of_a_run_is_harmless_or_said():
+    """`python tests/fuzz_damage.py 500` is the long form."""
+    counted = sum(fuzz(21, seed=1).values(), Counter())
+    assert counted.total() == 21 and not counted["silent"] and not counted["traceback"]
+
+
+# ---- a stranger's run folder
+
+
+WATCHED: list = []  # folders of which nothing may be opened; an audit hook stays for ever, so it looks here
+sys.addaudithook(lambda event, args: note_opened(event, args))
+OPENED: list[str] = []
+
+
+def note_opened(event, args):
+    if WATCHED and event in ("open", "os.listdir", "os.scandir") and isinstance(args[0], str | os.PathLike):
+        if any(os.path.realpath(args[0]).startswith(str(folder)) for folder in WATCHED):
+            OPENED.append(f"{event} {args[0]}")
+
+
+LINKS = ["samples.txt", ".step_00000006.pt.tmp", ".best.pt.tmp", ".best.pt.1.tmp", "log.csv.part", "curves.png",
+         "wandb.id", "tokenizer.json", "tokenizer_config.json", "before_1", "base.pt", "step_00000014.pt"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def honest(text, tmp_path_factory):
+    """A folder with a run and adapters on it."""
+    folder = tmp_path_factory.mktemp("honest")
+    train.main(tiny_run(text, folder / "run", max_steps=4, eval_interval=2))
+    train.main(tiny_run(text, folder / "adapted", max_steps=2, init_from=folder / "run", use_lora=1))
+    return folder
+
+
+@pytest.fixture(params=["paths", "code", "links", "lock"])
+def strange(honest, tmp_path, monkeypatch, request):
+    """A run's folder as somebody hostile would pack it: settings that name code and places, links at names of ours."""
+    secrets, targets, run = tmp_path / "secrets", tmp_path / "targets", tmp_path / "run"
+    for name in ("run", "adapted"):
+        shutil.copytree(honest / name, tmp_path / name)
+    for folder in (secrets / "evil", secrets / "cache", targets / "folder", tmp_path / "here" / "data" / "stdlib"):
+        folder.mkdir(parents=True)
+    code = f"open({str(secrets / 'executed')!r}, 'w')\n"
+    for folder in (secrets / "evil", tmp_path / "here" / "data" / "stdlib"):
+        (folder / "prepare.py").write_text(code)
+    for name in ("text.txt", "tokenizer.json", "base.pt"):
+        (secrets / name).write_text("a secret of the user\n" * 9)
+    named = {"dataset": os.path.relpath(secrets / "evil", ROOT / "data"), "data_path": str(secrets / "text.txt"),
+             "val_path": "", "tokenizer": str(secrets / "tokenizer.json"),
+             "cache_dir": str(secrets / "cache"), "out_dir": str(secrets / "out"), "mixture": "",
+             "lora_base": str(secrets / "base.pt"), "init_from": str(secrets / "base.pt")}  # fmt: skip
+    if request.param == "code":
+        named["data_path"] = ""
+    for path in [*tmp_path.glob("*/step_*.pt"), *tmp_path.glob("*/best.pt")]:
+        state = checkpoint.load(path)
+        state["settings"] = json.dumps(json.loads(state["settings"]) | named)
+        state["init"] = str(secrets / "base.pt")
+        if state["base"]:
+            state["base"]["path"] = str(secrets / "base.pt")
+        checkpoint.save(path, state)
+    for folder in (run, run.with_name("adapted")):
+        if request.param in ("paths", "code"):
+            continue
+        for name in [*LINKS, *([".lock"] if request.param == "lock" else [])]:
+            (targets / name).write_text("a file of the user")
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to(targets / name)
+        for name in ("eval", "tensorboard", "wandb"):
+            (folder / name).symlink_to(targets / "folder")
+    monkeypatch.chdir(tmp_path / "here")
+    return run
+
+
+@pytest.mark.parametrize("use", [
+    "sample", "chat", "evaluate", "evaluate a text", "draw", "start from", "start from by adapters", "continue",
+    "sample adapters", "continue adapters", "merge",
+])  # fmt: skip
+def test_a_strangers_run_executes_nothing_and_writes_and_reads_nothing_elsewhere(strange, text, tmp_path, use):
+    """Each of these works or ends in a sentence."""
+    adapted, targets = strange.with_name("adapted"), tmp_path / "targets"
+    before = {path: path.read_bytes() for path in targets.rglob("*") if path.is_file()}
+    uses = {
+        "sample": lambda: sample.main([f"init_from={strange}", "prompt=the", "max_new_tokens=2"]),
+        "chat": lambda: sample.main([f"init_from={strange}", "chat=1", "prompt=the", "max_new_tokens=2"]),
+        "evaluate": lambda: evaluate.main([f"init_from={strange}", f"cache_dir={tmp_path / 'mine'}"]),
+        "evaluate a text": lambda: evaluate.main([f"init_from={strange}", f"data_path={text}"]),
+        "draw": lambda: plot.main([str(strange)]),
+        "start from": lambda: train.main(tiny_run(text, tmp_path / "mine", init_from=strange, max_steps=2)),
+        "start from by adapters": lambda: train.main(
+            tiny_run(text, tmp_path / "mine", init_from=strange, use_lora=1, max_steps=2)),
+        "continue": lambda: train.main(tiny_run(text, strange, max_steps=6, eval_interval=2, tensorboard=1)),
+        "sample adapters": lambda: sample.main([f"init_from={adapted}", "prompt=the", "max_new_tokens=2"]),
+        "continue adapters": lambda: train.main(tiny_run(text, adapted, max_steps=4, use_lora=1)),
+        "merge": lambda: interop.main(["merge", str(adapted)]),
+    }  # fmt: skip
+    OPENED.clear()
+    WATCHED.append(tmp_path / "secrets")
+    try:
+        uses[use]()
+    except UserError as error:
+        print(error)
+    finally:
+        WATCHED.clear()
+    assert not OPENED and not (tmp_path / "secrets" / "executed").exists()
+    assert {path: path.read_bytes() for path in targets.rglob("*") if path.is_file()} == before
