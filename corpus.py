@@ -469,14 +469,21 @@ def text_kind(path: Path) -> str:
     begin = head.decode("utf-8-sig", "replace").lstrip()
     if re.match(r"\[\s*\{\s*(\"|$)", begin):
         return "list"
-    line, newline, _ = begin.partition("\n")
-    try:
-        is_record = isinstance(json.loads(line), dict) and len(line) > 2
-    except (ValueError, RecursionError):
-        is_record = not newline and len(head) == HEAD and re.match(r'\{\s*"[^"\n]*"\s*:', line) is not None
-    if is_record:
+    lines = [line for line in begin.split("\n") if line.strip()]
+    complete = lines if len(head) < HEAD else lines[:-1]
+    if suffix == ".json":  # whoever says so gets a sentence for a bad line
+        complete = complete[:1]
+    if all(map(is_record, complete)) and (complete or re.match(r'\{\s*"[^"\n]*"\s*:', begin)):
         return "lines"
     return "values" if suffix == ".json" else "text"
+
+
+def is_record(line: str) -> bool:
+    """A JSON object that is not empty."""
+    try:
+        return isinstance(json.loads(line), dict) and len(line.strip()) > 2
+    except (ValueError, RecursionError):
+        return False
 
 
 def text_blocks(path: Path, position: Position | None = None) -> Iterator[tuple[str, bool]]:

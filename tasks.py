@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from configurator import UserError, cache_folder, find_path
-from corpus import json_records, natural_key, reading
+from corpus import json_records, natural_key, parquet_records, reading
 from download import download
 from generate import prefill
 from machine import Machine
@@ -142,9 +142,7 @@ def records(files: list[Path]) -> Iterator[tuple[str, dict]]:
     """("file, line n", record); labels from the .lst file beside it, where there is one (PIQA)."""
     for path in files:
         if path.suffix == ".parquet":
-            with reading(path):
-                rows = parquet_reader(str(path)).read_table(path).to_pylist()
-            yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows, 1))
+            yield from parquet_records(path, "*")
             continue
         labels, rows = path.with_name(f"{path.stem}-labels.lst"), json_records(path)
         if not labels.is_file():

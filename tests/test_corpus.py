@@ -178,7 +178,9 @@ def test_records_are_read_as_the_content_says(tmp_path, monkeypatch, name, conte
 
 
 @pytest.mark.parametrize("name, content", [("a.py", "{1: 2}\nx = 3\n"), ("a.txt", "{ a } b\n"), ("c.txt", "{}\n"),
-                                           ("b.txt", "[1] a note\n"), ("d.md", "a, b\n1, 2\n")])  # fmt: skip
+                                           ("b.txt", "[1] a note\n"),
+                                           ("log.txt", '{"time": 1}\nand a line of prose\n'),
+                                           ("d.md", "a, b\n1, 2\n")])  # fmt: skip
 def test_text_that_looks_a_little_like_records_stays_text(tmp_path, name, content):
     assert documents(files_pieces([write(tmp_path / name, content)], "text")) == [content]
 
