@@ -5,8 +5,8 @@
     ids, targets, weights = batches.get(first, count)    # (count, 256) each; samples first ... first + count - 1
 
 Training data is an endless row of samples, and sample i is a function of (seed, i) and of nothing else. A step takes
-the next samples and each rank and micro-batch a slice of them, so the number of ranks does not change the data, and a
-run continues with nothing but its step number.
+the next samples and each rank and micro-batch a slice of them, so neither the number of ranks nor the size of a step
+changes the data, and a run continues with nothing but the number of samples that it has seen.
 """
 
 import hashlib
@@ -234,6 +234,7 @@ class TokenStream:
         if split not in self.meta["splits"]:
             raise UserError(f"{folder / 'meta.json'} has no part {split}")
         self.name, self.eot = f"{split} of {self.meta['name']}", self.meta["eot"]
+        self.content = self.meta["splits"][split].get("content", "")  # hash of the text
         self.shards = []
         for name, tokens in self.meta["splits"][split]["shards"]:
             path = shard_path(folder, self.meta, name)
@@ -282,21 +283,27 @@ class TokenStream:
 # Training rows
 
 
+RULE = 2  # by which a new run cuts its windows
+
+
 class Batches:
     """An endless row of samples out of a stream.
 
-    `window="stream"`: an epoch cuts the stream into windows of T = `seq_len` predictions, from an offset in [0, T) that
-    is new in each epoch, and shows each window once. `window="document"`: rows begin where a document does and hold
-    whole documents, at most T + 1 tokens, the rest being padding of weight 0; a document longer than that goes over
-    several rows, and `long_documents` counts them.
-    `order="shuffled"`: a keyed permutation per epoch; "sequential": in the order of the text, offset 0.
+    `window="stream"`: an epoch cuts the stream into windows of T = `seq_len` predictions, from an offset that is new in
+    each epoch, and shows each window once. Some offset gives every token but the first its prediction.
+    `window="document"`: rows begin where a document does and hold whole documents, at most T + 1 tokens, the rest being
+    padding of weight 0; a document longer than that goes over several rows, and `long_documents` counts them.
+    `order="shuffled"`: a keyed permutation per epoch; "sequential": in the order of the text, offset 0, the last window
+    overlapping the one before it where the text ends.
+    `rule` is how windows are cut, and is saved with a run: rule 1, of older runs, never reached the last T - 1 tokens.
     """
 
     def __init__(self, stream: TokenStream, seq_len: int, seed: int = 0, order: str = "shuffled",
-                 window: str = "stream"):  # fmt: skip
+                 window: str = "stream", rule: int = RULE):  # fmt: skip
         if len(stream) < seq_len + 1:
             raise UserError(f"{stream.name} has {len(stream):,} tokens, fewer than seq_len + 1 = {seq_len + 1:,}")
         self.stream, self.seq_len, self.seed, self.shuffled = stream, seq_len, seed, order == "shuffled"
+        self.rule = rule
         self.starts = self.lengths = None  # of the rows, where documents decide
         self.offsets, self.long_documents = 1, 0
         if window == "document":
@@ -306,9 +313,32 @@ class Batches:
             self.long_documents = int((np.diff(ends, prepend=0) > seq_len + 1).sum())
         elif self.shuffled:  # leave room for the offset; what one epoch leaves out, another one shows
             self.per_epoch = max(1, (len(stream) - seq_len) // seq_len)
-            self.offsets = min(seq_len, len(stream) - self.per_epoch * seq_len)
+            self.offsets = len(stream) - self.per_epoch * seq_len
+            if rule == 1:
+                self.offsets = min(seq_len, self.offsets)
         else:
             self.per_epoch = (len(stream) - 1) // seq_len
+            if rule > 1:
+                self.per_epoch = -(-(len(stream) - 1) // seq_len)
+
+    @property
+    def content(self) -> str:
+        """A hash of all that there is to learn."""
+        return self.stream.content
+
+    def sketch(self) -> list[int]:
+        """Hashes of some pieces of the text, by which a changed text is known as the same one."""
+        ids = self.stream.read(0, 1 << 20)
+        starts = np.linspace(0, max(0, len(ids) - PIECE), 64).astype(np.int64)
+        return np.unique(piece_hashes(ids)[starts]).tolist()
+
+    def share_of(self, sketch: list[int]) -> float:
+        """The share of another text's sketch that is in the first 64 million tokens of this one."""
+        wanted, found = np.array(sketch, np.uint64), set()
+        for start in range(0, min(len(self.stream), 1 << 26), 1 << 20):
+            hashes = piece_hashes(self.stream.read(start, (1 << 20) + PIECE - 1))
+            found.update(hashes[np.isin(hashes, wanted)].tolist())
+        return len(found) / max(1, len(sketch))
 
     def describe(self) -> str:
         """For the screen."""
@@ -325,8 +355,21 @@ class Batches:
                 offsets[now] = int(keys[-1]) % self.offsets
                 rows[now] = permute(rows[now], self.per_epoch, keys[:-1])
         if self.starts is None:
-            return to_batch(self.stream.rows(rows * self.seq_len + offsets, self.seq_len + 1))
+            starts = np.minimum(rows * self.seq_len + offsets, len(self.stream) - self.seq_len - 1)
+            return to_batch(self.stream.rows(starts, self.seq_len + 1))
         return to_batch(self.stream.rows(self.starts[rows], self.seq_len + 1), self.lengths[rows], self.stream.eot)
+
+
+PIECE = 16  # tokens
+
+
+def piece_hashes(ids: np.ndarray) -> np.ndarray:
+    """A 64-bit hash of the PIECE ids from each position on, for as long as there are so many."""
+    count = max(1, len(ids) - PIECE + 1)
+    total = np.zeros(count, np.uint64)
+    for k in range(min(PIECE, len(ids))):
+        total = scramble(total + ids[k : k + count].astype(np.uint64) + np.uint64(k + 1))
+    return total
 
 
 def to_batch(rows: np.ndarray, lengths: np.ndarray | None = None, pad: int = 0) -> Batch:
@@ -410,7 +453,8 @@ class Validation:
     """
 
     def __init__(self, stream: TokenStream, seq_len: int, tokenizer, max_tokens: int = 0):
-        self.stream, self.seq_len = stream, seq_len
+        self.stream, self.seq_len, self.content = stream, seq_len, stream.content
+        self.scored = f"{stream.content} {max_tokens} {seq_len}"  # equal where the same is scored
         self.starts = np.arange(0, len(stream) - 1, seq_len)
         limit = max(1, max_tokens // seq_len) if max_tokens else len(self.starts)
         if limit < len(self.starts):

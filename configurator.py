@@ -199,6 +199,7 @@ class Settings:
         self.parts, self.source, self.configs, self.part_of = parts, {}, [], {}
         self.order: dict[str, int] = {}  # of the sources: 0 if not from the user, else the later one has the higher
         self.now = 0
+        self.from_config = {}  # what the config files said, whatever came after them
         for part in parts:
             for field in dataclasses.fields(part):
                 if field.name in self.source:
@@ -360,6 +361,7 @@ def read_config_file(settings: Settings, file: str) -> None:
             continue
         name = known(settings, key.lower(), file)
         settings.set(name, check(settings.part_of[name], name, value, file), file)
+        settings.from_config[name] = getattr(settings, name)
     settings.configs.append(path.stem)
 
 

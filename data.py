@@ -92,11 +92,12 @@ class DataSettings:
         check_fields(self)
 
 
-def prepare(s, quiet: bool = False) -> Path:
+def prepare(s, quiet: bool = False, known=None) -> Path:
     """The folder of tokens that the settings ask for; made now, unless it is there and current.
 
     `s` holds DataSettings, `vocab_size`, `seq_len` and `source`. Several processes may call this at once: one of them
-    works and the others wait.
+    works and the others wait. `known` is the tokenizer of a run that goes on: text that has changed since its start is
+    encoded with it, and not with a new one.
     """
     # A checkpoint may be older than some of the settings.
     s = SimpleNamespace(**vars(s) | asdict(pick(DataSettings, vars(s))))
@@ -119,9 +120,9 @@ def prepare(s, quiet: bool = False) -> Path:
         raw, tokenizer, shards = find_source(s)
         sources = raw.sources()
         decides = text_decides(raw, content_hashes(sources, cache, quiet), s)
-        made = [tokenizer.fingerprint, tokenizer.role("eot")] if tokenizer else tokenizer_decides(s)
-        made += ["replaced"] if s.replace_missing else []
-        folder = cache / f"{raw.name}-{cache_key(*decides, *made, s.shard_tokens)}"
+        folder = token_folder(cache, raw.name, decides, tokenizer, s)
+        if known and not tokenizer and not made_by(folder, known):
+            tokenizer, folder = known, token_folder(cache, raw.name, decides, known, s)
         if is_current(folder, again, quiet):
             say(f"data: {folder} is current: downloads, tokenizer and tokens are there", quiet)
         else:
@@ -136,6 +137,18 @@ def prepare(s, quiet: bool = False) -> Path:
             raise UserError(f"the {split} part of {meta['name']} has {part['tokens']:,} tokens, fewer than the "
                             f"seq_len + 1 = {s.seq_len + 1:,} of one row; give more text or a smaller seq_len")
     return folder
+
+
+def token_folder(cache: Path, name: str, decides: list, tokenizer, s) -> Path:
+    """Where the tokens of a text are kept; `tokenizer` is None if one is to be trained on it."""
+    made = [tokenizer.fingerprint, tokenizer.role("eot")] if tokenizer else tokenizer_decides(s)
+    made += ["replaced"] if s.replace_missing else []
+    return cache / f"{name}-{cache_key(*decides, *made, s.shard_tokens)}"
+
+
+def made_by(folder: Path, tokenizer) -> bool:
+    """Whether the folder holds tokens of this tokenizer."""
+    return (folder / "meta.json").is_file() and read_meta(folder)["tokenizer"] == tokenizer.fingerprint
 
 
 def find_source(s) -> tuple[RawCorpus, object, dict[str, list[Path]]]:

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -30,7 +29,8 @@ import numpy as np
 import torch
 
 import checkpoint
-from batches import TokenStream, Validation, read_meta
+from batches import TokenStream, Validation
+from chat import ChatSettings, Template
 from configurator import (
     Amount,
     Batch,
@@ -45,11 +45,12 @@ from configurator import (
     run,
 )
 from corpus import files_pieces, text_files
-from data import prepare
+from data import DataSettings, prepare
 from files import Progress, own_file, own_folder, write_json, write_text, writing
 from machine import Machine, MachineSettings, choose_machine, init_processes, leave_processes
-from model import LanguageModel
-from sft import open_examples
+from model import LanguageModel, ModelConfig
+from resume import data_words, find_tokens, read_made_of, tokenizer_words
+from sft import SftSettings, examples_of, held_out_rows
 from shards import rest_of_document
 from tasks import (
     TASKS,
@@ -237,14 +238,16 @@ def main(argv: list[str] | None = None) -> None:
                 for name, each in zip(names, examples, strict=True)]  # fmt: skip
         machine.print(table(rows))
     else:
-        name, windows = open_windows(s, saved, tokenizer, model.cfg.seq_len, machine)
+        name, windows = open_windows(s, state, tokenizer, model.cfg.seq_len, path.parent, machine)
         init_processes(machine)
         report(name, windows, evaluate(model, windows, machine, s.batch_size), state, machine, folder, about)
     leave_processes(machine)
 
 
-def open_windows(s: Settings, saved: dict, tokenizer, seq_len: int, machine: Machine):
+def open_windows(s: Settings, state: dict, tokenizer, seq_len: int, run: Path, machine: Machine):
     """(name, what `evaluate` scores): any text, prepared tokens, or what the run validated on."""
+    saved = checkpoint.saved_settings(state, run, [DataSettings, ModelConfig, ChatSettings, SftSettings])
+    before = read_made_of(state)
     begin = (begin_ids(tokenizer, s.bos) or [tokenizer.needs("eot")])[0]
     text = TextWindows(begin, seq_len, s.stride)
     if s.data_path and not (find_path(s.data_path) / "meta.json").is_file():
@@ -257,9 +260,13 @@ def open_windows(s: Settings, saved: dict, tokenizer, seq_len: int, machine: Mac
     if not s.data_path and saved.get("task") == "sft":
         if s.stride:
             raise UserError("stride is for running text, and this run learned examples: leave it out")
-        of_run = SimpleNamespace(**saved | {"eval_tokens": s.eval_tokens})
-        return "validation", open_examples(of_run, tokenizer, quiet=True)[1]
-    folder = find_path(s.data_path) if s.data_path else tokens_of(s, saved, tokenizer, quiet=not machine.is_main)
+        of_run = SimpleNamespace(**saved | {"eval_tokens": s.eval_tokens, "seed": 0})
+        examples = examples_of(s.cache_dir, saved, before, run)
+        return "validation", held_out_rows(examples, of_run, Template(of_run.template, tokenizer))
+    if s.data_path:
+        folder = find_path(s.data_path)
+    else:
+        folder = tokens_of(s.cache_dir, saved, before, tokenizer, seq_len, run, quiet=not machine.is_main)
     stream = TokenStream(folder, "val", tokenizer)
     if s.stride:
         return f"{folder.name} by {s.stride}", text.add_stream(stream, tokenizer, s.eval_tokens)
@@ -273,24 +280,22 @@ def text_name(data_path: str) -> str:
     return f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
 
 
-def tokens_of(s: Settings, saved: dict, tokenizer, quiet: bool) -> Path:
-    """The tokens that the run validated on while they are in the cache, else prepared again with its tokenizer."""
-    cache_dir = s.cache_dir if s.given("cache_dir") else saved["cache_dir"]
-    if cache_dir == saved["cache_dir"] == "data/cache":  # once the name of the default
-        cache_dir = ""
-    names = ("dataset", "data_path", "val_path", "val_share", "text_field", "mixture", "mixture_unit", "mixture_size")
-    decides = {name: saved[name] for name in names if name in saved}  # the run may be older than some of them
-    for path in sorted(cache_folder(cache_dir).glob("*/meta.json"), key=lambda path: -path.stat().st_mtime):
-        try:
-            meta = read_meta(path.parent)
-            if meta["tokenizer"] == tokenizer.fingerprint and decides.items() <= meta["settings"].items():
-                return path.parent
-        except (UserError, ValueError, KeyError):
-            continue  # somebody else's, or torn: not ours to mind
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        changed = {"tokenizer": folder, "cache_dir": cache_dir, "source": dict.fromkeys(saved, "checkpoint")}
-        return prepare(SimpleNamespace(**saved | changed), quiet)
+def tokens_of(cache_dir: str, saved: dict, before: dict, tokenizer, seq_len: int, run: Path, quiet: bool) -> Path:
+    """The tokens that a run validated on, by what they hold: `before` is its made_of, {} of an older run.
+
+    Nothing is looked for where its settings say, as they may be somebody else's.
+    """
+    found = find_tokens(cache_dir, tokenizer, {"val": before["val"]} if before else {})
+    if len({TokenStream(folder, "val").content for folder in found}) == 1:
+        return found[0]
+    if not data_words(saved):  # the corpus that is learned where nothing is said
+        default = Settings([DataSettings, ModelConfig])
+        default.seq_len, default.cache_dir = seq_len, cache_dir
+        folder = prepare(default, quiet, tokenizer)
+        if not before or TokenStream(folder, "val").content == before["val"]:
+            return folder
+    raise UserError(f"the text that {run} validated on is not in {cache_folder(cache_dir)}: name that folder with "
+                    f"CACHE_DIR=, or make it: python data.py {data_words(saved)} {tokenizer_words(saved)}".rstrip())
 
 
 def report(name: str, windows, score: Score, state: dict, machine: Machine, folder: Path, about: dict) -> None:

@@ -15,6 +15,7 @@ from files import write_text
 from generate import SamplingSettings, generate
 from machine import Machine
 from model import LanguageModel
+from optim import lr_at
 from plan import Plan
 
 TEMPERATURES = (0.8, 0.0, 1.0)
@@ -30,7 +31,7 @@ def finish(s: Settings, plan: Plan, machine: Machine, out_dir: Path, model: Lang
     print(f"sample   python sample.py --init_from {folder} {'--chat' if s.task == 'sft' else '--prompt ...'}\n"
           f"evaluate python eval.py --init_from {folder}\n"
           f"plot     python plot.py {folder}\n"
-          f"continue {longer(s, plan, machine)}", flush=True)  # fmt: skip
+          f"continue {longer(s, plan, machine)}{lifted(s, plan)}", flush=True)  # fmt: skip
 
 
 def write_samples(s: Settings, path: Path, model: LanguageModel, tokenizer, held_out) -> tuple[str, str]:
@@ -93,6 +94,17 @@ def longer(s: Settings, plan: Plan, machine: Machine) -> str:
     start = ["torchrun", f"--nproc_per_node={machine.world_size}"] if machine.world_size > 1 else ["python"]
     words = [word for word in sys.argv if not word.lstrip("-").lower().startswith(f"{name}=")]
     return shlex.join([*set_outside, *start, *words, f"{name.upper()}={value}", *["OVERWRITE="] * bool(s.overwrite)])
+
+
+def lifted(s: Settings, plan: Plan) -> str:
+    """What twice the steps do to the learning rate, '' if it does not rise again."""
+    steps = plan.samples / plan.sequences
+    now, then = (s.lr * lr_at(step, s, length) for step, length in ((steps - 1, steps), (steps, 2 * steps)))
+    if then <= now:
+        return ""
+    muon = f" MUON_LR={s.muon_lr * now / s.lr:.2g}" if s.muon_lr else ""
+    return (f"\n         (which lifts the learning rate from {now:.2g} to {then:.2g}; SCHEDULE=constant LR={now:.2g}"
+            f"{muon} keeps it)")  # fmt: skip
 
 
 def short(path: Path) -> str:

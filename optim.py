@@ -58,8 +58,10 @@ class OptimSettings:
 # ---- schedules -------------------------------------------------------------------------------------------------------
 
 
-def lr_at(step: int, s: OptimSettings, max_steps: int) -> float:
-    """The factor in [0, 1] that multiplies every peak learning rate in optimizer step `step` (0-based).
+def lr_at(step: float, s: OptimSettings, max_steps: float) -> float:
+    """The factor in [0, 1] that multiplies every peak learning rate in optimizer step `step` (0-based) of a run.
+
+    A run whose steps were of several sizes counts both in steps of the present size: samples seen, and samples planned.
 
     It rises as (step + 1) / (warmup_steps + 1), so the first step is not zero and the peak comes once; then falls from
     1 to min_lr / lr, which the last step, max_steps - 1, has exactly (`constant` stays at 1, and so does a run of one

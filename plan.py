@@ -5,26 +5,22 @@ alone, with the name and the fingerprint of the base that they belong to.
 """
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import checkpoint
-from chat import ChatSettings
-from configurator import ROOT, Settings, UserError, pick, write_path
+from batches import RULE
+from configurator import ROOT, Settings, UserError, write_path
 from corpus import dataset_name
-from data import forced
+from data import TRAINED, forced
 from lora import LoraSettings, fingerprint
 from machine import Machine
 from model import ModelConfig
 from optim import OptimSettings
+from resume import HERE, MUST, OUTSIDE, adopt, follow, names_of, read_made_of, read_part
 from tokenizer import Tokenizer, load_tokenizer
 
-# Settings of the model that do not touch the shape of a checkpoint.
-MAY_CHANGE = {"dropout", "label_smoothing", "init_std", "checkpoint_activations", "vocab_size"}
-# What a run cannot change on the way, beside the model.
-FIXED = [*LoraSettings.__dataclass_fields__, *ChatSettings.__dataclass_fields__]
 # Fine-tuning starts from weights that are good already; where nothing is said, its steps are fewer and smaller.
-OUTSIDE = ("environment", "command line")  # of a config file
 FINE_TUNING = {"lr": 5e-3, "muon_ratio": 2.5, "max_steps": 400, "warmup_steps": 20, "eval_interval": 100}
 
 
@@ -33,6 +29,7 @@ class Plan:
     """The length of the run and the shape of a step."""
 
     max_steps: int
+    samples: int  # rows of all these steps, those before a resume with steps of another size among them
     sequences: int  # per step, all processes together
     per_rank: int  # per step and process
     micro_batch: int  # per forward pass
@@ -48,6 +45,12 @@ class Start:
     tokenizer: Tokenizer | None = None  # that the weights were trained with
     init: str = ""  # the checkpoint that the run began from
     anew: bool = False  # whether a run that is there has to make room once the data is there
+    saved: dict = field(default_factory=dict)  # of a run that goes on: its settings,
+    config: dict = field(default_factory=dict)  # what its config files said,
+    made_of: dict = field(default_factory=dict)  # what its data is; {} of an older run
+    rule: int = RULE  # by which its training rows are cut
+    step: int = 0  # updates that it has done,
+    samples: int = 0  # and the rows that it has seen
 
 
 def choose_task(s: Settings) -> None:
@@ -151,8 +154,11 @@ def base_of(s: Settings) -> Path:
     raise UserError("there is no trained model to fine-tune yet: `python train.py` makes one")
 
 
-def plan_steps(s: Settings, machine: Machine) -> Plan:
-    """Divide the step among processes and forward passes. What does not divide is refused, and the nearest named."""
+def plan_steps(s: Settings, machine: Machine, step: int = 0, samples: int = 0) -> Plan:
+    """Divide the step among processes and forward passes. What does not divide is refused, and the nearest named.
+
+    `step` updates are done, and `samples` rows are seen: max_steps counts all updates, max_tokens all tokens.
+    """
     for name in ("batch_size", "grad_accum", "log_interval", "eval_interval", "keep_checkpoints"):
         if getattr(s, name) < 1:
             raise UserError(f"{name}={getattr(s, name)} must be at least 1")
@@ -173,10 +179,13 @@ def plan_steps(s: Settings, machine: Machine) -> Plan:
     per_rank = sequences // world
     if per_rank % micro_batch:
         raise UserError(f"{per_rank} sequences per process do not divide by batch_size={s.batch_size}")
-    max_steps = -(-s.max_tokens // (sequences * s.seq_len)) if s.max_tokens else s.max_steps
+    max_steps = s.max_steps
+    if s.max_tokens:
+        rows = -(-s.max_tokens // s.seq_len) - samples
+        max_steps = step + max(0, -(-rows // sequences))
     if max_steps < 1:
         raise UserError(f"max_steps={max_steps} must be at least 1")
-    return Plan(max_steps, sequences, per_rank, micro_batch)
+    return Plan(max_steps, samples + (max_steps - step) * sequences, sequences, per_rank, micro_batch)
 
 
 def starting_point(s: Settings, out_dir: Path, machine: Machine) -> Start:
@@ -202,17 +211,20 @@ def starting_point(s: Settings, out_dir: Path, machine: Machine) -> Start:
         raise UserError(f"{path} holds adapters: `python interop.py merge {path.parent}` makes a model of them, which "
                         "can be a base")  # fmt: skip
     machine.print(f"init     from {path}")
-    saved, names = checkpoint.saved_settings(state, path, s.parts), {field.name for field in fields(ModelConfig)}
+    saved, names = checkpoint.saved_settings(state, path, s.parts), names_of(ModelConfig) & MUST
     tokenizer = checkpoint.tokenizer_of(state, saved, path)
     start = Start(checkpoint.weights(state), init=str(path.resolve()), tokenizer=tokenizer)
     checkpoint.check_weights(path, saved, start.weights)
     if tokenizer.vocab_size != saved["vocab_size"]:
         raise UserError(f"{path} has {saved['vocab_size']} embeddings, but its tokenizer {tokenizer.vocab_size} ids: "
                         "it cannot be trained further")  # fmt: skip
-    if not s.use_lora:  # adapters belong to the base as it is; other weights may learn a longer context
-        longer = ["rope_scaling", "rope_factor", "rope_original"] + ["seq_len"] * (saved["position"] != "learned")
-        names -= {name for name in longer if s.given(name)}
-    adopt(s, saved, names)
+    free = {"rope_scaling", "rope_factor", "rope_original"}  # weights may learn a longer context,
+    if saved["position"] != "learned":
+        free.add("seq_len")
+    if s.use_lora:  # but adapters belong to the base as it is: their rows may only be shorter
+        free = {"seq_len"} & free if s.seq_len <= saved["seq_len"] else set()
+    adopt(s, saved, names - {name for name in free if s.given(name)})
+    follow(s, saved, {}, {"template", "system", "dtype"}, machine.print)  # what a model knows goes from run to run
     if anew:
         set_aside(out_dir, machine)
     keep_tokenizer(s, tokenizer, out_dir, resumed=False)
@@ -247,21 +259,25 @@ def continued(s: Settings, out_dir: Path, machine: Machine) -> Start:
     if state["base"]:
         weights, adapters = checkpoint.load_base(state["base"], out_dir, s.lora_base), weights
     checkpoint.check_weights(out_dir, saved, weights, adapters)
-    adopt(s, saved, {field.name for field in fields(ModelConfig)} | set(FIXED))
+    config, made_of = read_part(state, "config", dict), read_made_of(state)
+    adopt(s, saved, MUST)
+    follow(s, saved, config, s.source.keys() - MUST - HERE, machine.print)
+    if not s.given("vocab_size"):
+        s.vocab_size = saved["vocab_size"]
+    if not s.given("tokenizer") and saved["tokenizer"] in TRAINED:
+        s.set("tokenizer", saved["tokenizer"], "checkpoint")
     keep_tokenizer(s, tokenizer, out_dir, resumed=True)
-    return Start(weights, state, state["base"], tokenizer, state["init"])
+    step = state["progress"]["step"]
+    return Start(weights=weights, resume=state, base=state["base"], init=state["init"], tokenizer=tokenizer,
+                 saved=saved, config=config, made_of=made_of, rule=made_of.get("rule", 1), step=step,
+                 samples=state["progress"].get("samples", step * step_size(saved)))  # fmt: skip
 
 
-def adopt(s: Settings, saved: dict, names: set[str]) -> None:
-    """Take over what the checkpoint says of `names`; refuse what contradicts it."""
-    for name in sorted(names - MAY_CHANGE - {"use_lora", "lora_base"}):
-        asked = {name: getattr(s, name)}
-        if s.given(name) and asked[name] != saved[name]:
-            of_model = name in ModelConfig.__dataclass_fields__  # 0 may stand there for what the checkpoint has
-            if not of_model or pick(ModelConfig, saved | asked) != pick(ModelConfig, saved):
-                raise UserError(f"the checkpoint has {name}={saved[name]} and you ask for {name}={asked[name]}; "
-                                "leave it out, or begin a new run in another out_dir")  # fmt: skip
-        s.set(name, saved[name], "checkpoint")
+def step_size(saved: dict) -> int:
+    """The rows of a step, all processes together, of a run with these settings."""
+    if saved["total_batch_size"]:
+        return saved["total_batch_size"] // saved["seq_len"]
+    return saved["batch_size"] * saved["grad_accum"]
 
 
 def keep_tokenizer(s: Settings, tokenizer: Tokenizer, out_dir: Path, resumed: bool) -> None:

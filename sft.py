@@ -8,12 +8,14 @@
 import bisect
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from textwrap import shorten
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -24,9 +26,10 @@ from batches import permute, round_keys
 from chat import Template
 from configurator import UserError, cache_folder, check_fields
 from conversations import Conversation, example_files, read_examples
-from corpus import dataset_name, document_hash, load_dataset
+from corpus import dataset_name, document_hash, json_records, load_dataset
 from data import say, working
 from files import read_json, replacing, visible, write_json
+from resume import data_words, digest, names_data
 from tokenizer import Tokenizer
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # ids, targets (B, T) int64, weights float32, positions int64
@@ -67,34 +70,115 @@ def split_examples(examples: list[Conversation], val_share: float, fits: Callabl
             [example for example, key in zip(examples, hashes, strict=True) if key in chosen])  # fmt: skip
 
 
-def open_examples(s, tokenizer: Tokenizer, quiet: bool = False) -> tuple["Examples", "ExampleValidation"]:
+def open_examples(s, tokenizer: Tokenizer, quiet: bool = False, saved: dict | None = None,
+                  before: dict | None = None) -> tuple["Examples", "ExampleValidation"]:  # fmt: skip
     """Training and validation rows of `data_path`, or of data/<dataset>/; shows one example as the model will see it.
 
-    `val_path`, else a share of the examples, is for validation; of these, as many as have eval_tokens ids.
+    A run that goes on and names no data has the examples of before: `saved` and `before` are its settings and made_of.
     """
     template = Template(s.template, tokenizer)
+    train, val = (before and examples_of_before(s, saved, before)) or read_split(s, template, quiet)
+    keep_examples(s, train, val, quiet)
+    learned = with_system(train, s)
+    shown = show_example(*template.render(learned[0], s.learn), tokenizer)
+    say(visible(f"example  {shown}\n         (learned: between ⟦ and ⟧)"), quiet)
+    rows = Examples(learned, template, s.seq_len, s.learn, s.seed, s.packing, content_of(train))
+    return rows, held_out_rows(val, s, template)
 
-    def with_system(example: Conversation) -> Conversation:
-        own = example[0]["role"] == "system" or not s.system
-        return example if own else [{"role": "system", "content": s.system}, *example]
+
+def held_out_rows(val: list[Conversation], s, template: Template) -> "ExampleValidation":
+    """What is scored of the validation examples: as many as have eval_tokens ids."""
+    content, val = content_of(val), with_system(val, s)
+    if s.eval_tokens:
+        ends = np.cumsum([length_of(each, template, s.seq_len) for each in val])
+        val = val[: max(1, int(np.searchsorted(ends, s.eval_tokens)))]
+    rows = Examples(val, template, s.seq_len, s.learn, s.seed, s.packing, content)
+    scored = digest(content, s.template, s.system, s.learn, s.packing, s.seq_len, s.eval_tokens)
+    return ExampleValidation(rows, scored)
+
+
+def length_of(example: Conversation, template: Template, seq_len: int) -> int:
+    """The ids of an example, 0 if it does not fit into a row."""
+    ids, learned = template.render(example)
+    return len(ids) if fit(ids, learned, seq_len) is not None else 0
+
+
+def with_system(part: list[Conversation], s) -> list[Conversation]:
+    """The conversations, with the run's system text where they have none."""
+    if not s.system:
+        return part
+    text = [{"role": "system", "content": s.system}]
+    return [each if each[0]["role"] == "system" else text + each for each in part]
+
+
+def read_split(s, template: Template, quiet: bool) -> tuple[list[Conversation], list[Conversation]]:
+    """(training, validation) examples of the data that the settings name; `val_path`, else a share of the examples, is
+    for validation."""
 
     def fits(example: Conversation) -> bool:
-        return fit(*template.render(with_system(example)), s.seq_len) is not None
+        return length_of(with_system([example], s)[0], template, s.seq_len) > 0
 
     train, val = read_files(s, quiet)
     if not val and train and not s.val_path:
         train, val = split_examples(train, s.val_share, fits)
-    train, val = (list(map(with_system, part)) for part in (train, val))
     for name, part in (("data_path", train), ("val_path", val)):
         if not part:
             raise UserError(f"there is no example left to {'train' if part is train else 'validate'} on: see {name}")
-    if s.eval_tokens:
-        ends = np.cumsum([len(template.render(each)[0]) * fits(each) for each in val])
-        val = val[: max(1, int(np.searchsorted(ends, s.eval_tokens)))]
-    shown = show_example(*template.render(train[0], s.learn), tokenizer)
-    say(visible(f"example  {shown}\n         (learned: between ⟦ and ⟧)"), quiet)
-    rows, held_out = (Examples(part, template, s.seq_len, s.learn, s.seed, s.packing) for part in (train, val))
-    return rows, ExampleValidation(held_out)
+    return train, val
+
+
+def examples_of_before(s, saved: dict, before: dict) -> tuple[list[Conversation], list[Conversation]] | None:
+    """(training, validation) examples of a run that goes on; None if they are to be read from what this start names."""
+    if names_data(s):
+        return None
+    found = find_examples(s.cache_dir, before)
+    if not found and data_words(saved) != "DATASET=stdlib_chat":
+        raise UserError(f"the examples of this run are not in {cache_folder(s.cache_dir)}: name them again, "
+                        f"{data_words(saved)}")  # fmt: skip
+    return found
+
+
+def examples_of(cache_dir: str, saved: dict, before: dict, run: Path) -> list[Conversation]:
+    """The validation examples of a run for others than itself: `saved` is its settings, `before` its made_of."""
+    found = find_examples(cache_dir, before) if before else None
+    if found:
+        return found[1]
+    if data_words(saved) == "DATASET=stdlib_chat":
+        folder = prepare_examples(SimpleNamespace(dataset="stdlib_chat", cache_dir=cache_dir), quiet=True)
+        return list(read_examples(folder / "val.jsonl"))
+    raise UserError(f"the examples that {run} validated on are not in {cache_folder(cache_dir)}: name that folder with "
+                    f"CACHE_DIR=, or start the run again, {data_words(saved)}, which puts them there")  # fmt: skip
+
+
+def keep_examples(s, train: list[Conversation], val: list[Conversation], quiet: bool) -> None:
+    """A copy in the cache, by which a run finds its examples again: their files may change, or be elsewhere."""
+    folder = examples_folder(s.cache_dir, content_of(train), content_of(val))
+    if not (folder / "val.jsonl").is_file():
+        with working(folder, quiet):
+            for split, part in (("train", train), ("val", val)):
+                with replacing(folder / f"{split}.jsonl") as file:
+                    file.writelines(json.dumps(each).encode() + b"\n" for each in part)
+
+
+def find_examples(cache_dir: str, made_of: dict) -> tuple[list[Conversation], list[Conversation]] | None:
+    """The (training, validation) examples in our cache of which a run is made, None if they are not there."""
+    wanted = [made_of["train"], made_of["val"]]
+    if not all(re.fullmatch("[0-9a-f]{16}", each) for each in wanted):
+        return None
+    folder = examples_folder(cache_dir, *wanted)
+    try:
+        found = [[record for _, record in json_records(folder / f"{split}.jsonl")] for split in ("train", "val")]
+    except UserError:  # not there, or damaged
+        return None
+    return tuple(found) if [content_of(part) for part in found] == wanted else None
+
+
+def examples_folder(cache_dir: str, train: str, val: str) -> Path:
+    return cache_folder(cache_dir) / f"examples-{train}-{val}"
+
+
+def content_of(conversations: list[Conversation]) -> str:
+    return digest(*conversations)
 
 
 def read_files(s, quiet: bool) -> tuple[list[Conversation], list[Conversation]]:
@@ -171,9 +255,11 @@ class Examples:
     cut, dropped  examples too long         fill      the share of the rows that is no padding
     """
 
+    rule = 1  # by which rows are made
+
     def __init__(self, conversations: list[Conversation], template: Template, seq_len: int, learn: str = "response",
-                 seed: int = 0, packing: bool = True):  # fmt: skip
-        self.seq_len, self.seed = seq_len, seed
+                 seed: int = 0, packing: bool = True, content: str = ""):  # fmt: skip
+        self.seq_len, self.seed, self.content = seq_len, seed, content
         pads = [template.tokenizer.role(name) for name in ("pad", "eot")]
         self.pad = next((i for i in pads if i is not None), 0)
         self.cut = self.dropped = 0
@@ -204,6 +290,17 @@ class Examples:
         sizes = np.array([len(token) for token in template.tokenizer.token_bytes()])
         counted = zip(self.ids, self.weights, strict=True)
         self.bytes = sum(int(sizes[ids[1:][weights[1:]]].sum()) for ids, weights in counted)
+
+    def hashes(self) -> set[int]:
+        return {document_hash(json.dumps(each, sort_keys=True)) for each in self.conversations}
+
+    def sketch(self) -> list[int]:
+        """Hashes of some examples, by which changed examples are known as the same ones."""
+        return sorted(self.hashes())[:64]
+
+    def share_of(self, sketch: list[int]) -> float:
+        """The share of another set's sketch that is among these examples."""
+        return len(self.hashes() & set(sketch)) / max(1, len(sketch))
 
     def describe(self) -> str:
         """For the screen."""
@@ -279,7 +376,8 @@ class ExampleValidation:
     answer is a prediction that stands for no bytes.
     """
 
-    def __init__(self, examples: Examples):
+    def __init__(self, examples: Examples, scored: str = ""):
+        self.content, self.scored = examples.content, scored
         self.examples, self.tokens, self.bytes = examples, examples.learned, examples.bytes
         self.conversations = examples.conversations
         if not self.bytes:

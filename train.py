@@ -29,7 +29,7 @@ import lora
 from batches import Batches, Prefetcher, TokenStream, Validation
 from chat import ChatSettings
 from configurator import Amount, Batch, Count, NotNegative, Settings, Size, UserError, check_fields, configure, run
-from data import DataSettings, prepare
+from data import DataSettings
 from eval import evaluate
 from ffn import update_balance
 from files import clock
@@ -39,6 +39,7 @@ from lora import LoraSettings
 from machine import (
     Machine,
     MachineSettings,
+    choose_dtype,
     choose_machine,
     has_compiler,
     init_processes,
@@ -48,6 +49,7 @@ from machine import (
 from model import LanguageModel, ModelConfig
 from optim import EMA, LossScale, OptimSettings, build_optimizer, clip_grad_norm, lr_at
 from plan import Plan, Start, adopt_tokenizer, choose_task, plan_steps, run_folder, set_aside, starting_point
+from resume import changes, made_of, named_before, tokens_to_learn
 from sft import Examples, ExampleValidation, SftSettings, open_examples
 
 
@@ -62,7 +64,8 @@ class TrainSettings:
     grad_accum: Batch = 1       # forward passes per step, all processes together
     total_batch_size: Size = 0  # tokens per step, all processes together; if not 0, it is cut as batch_size allows
     log_interval: Count = 10    # steps between lines of the log
-    eval_interval: Count = 120  # steps between checkpoints, each followed by a validation
+    eval_interval: Count = 120  # steps between validations; a new best is preceded by a checkpoint
+    save_interval: Size = 0     # steps between checkpoints; 0 = eval_interval
     eval_tokens: Amount = 50_000  # validation tokens scored each time; 0 = all
     keep_checkpoints: Count = 2  # step checkpoints that stay in the folder
     stop_loss: NotNegative = 0.0  # end the run when the validation loss is this low
@@ -83,9 +86,11 @@ MANY_EPOCHS = 40  # more passes over the same text are worth a word
 
 @dataclass
 class Progress:
-    """How far the run is. Saved with every checkpoint; data, schedule and dropout follow from `step` alone."""
+    """How far the run is. Saved with every checkpoint. Dropout, log and names of files follow from `step`, data and
+    schedule from `samples`: so a run may go on with steps of another size, and sees each window once all the same."""
 
     step: int = 0  # optimizer steps done
+    samples: int = 0  # rows of training data seen: the index of the next one
     tokens: int = 0  # tokens seen
     seconds: float = 0.0  # spent training, without validation and saving
     nats: float = 0.0  # summed over the `learned` tokens since the last line of the log
@@ -106,17 +111,20 @@ def main(argv: list[str] | None = None) -> int:
         machine.print(f"settings\n{s.report()}")
     with checkpoint.lock(out_dir) if machine.is_main else nullcontext():
         start = starting_point(s, out_dir, machine)  # the checkpoint, if there is one, decides the shape of the model
-        plan = plan_steps(s, machine)
+        if s.source["dtype"] == "checkpoint":
+            machine.dtype, machine.reason = choose_dtype(s.dtype, machine.device)
+        plan = plan_steps(s, machine, start.step, start.samples)
         check_settings(s)
         # Before the process group: a collective would time out while one process prepares the data.
         tokenizer, batches, validation = open_data(s, start, quiet=not machine.is_main)
+        other_text = changes(start.made_of, made_of(batches, validation), batches, out_dir, machine.print)
         if start.anew:  # not before: the data may be a mistake
             set_aside(out_dir, machine)
         if machine.is_main:
             checkpoint.remember(out_dir)
         init_processes(machine)
         try:
-            training = Run(s, plan, machine, out_dir, tokenizer, batches, validation, start)
+            training = Run(s, plan, machine, out_dir, tokenizer, batches, validation, start, other_text)
             if training.is_complete():
                 more = f"is complete; MAX_STEPS={2 * plan.max_steps} would go on with it"
                 machine.print(f"the run {'has reached its goal' if training.progress.ended else more}")
@@ -153,11 +161,11 @@ def open_data(s: Settings, start: Start, quiet: bool):
     """(tokenizer, training samples, validation windows) of the task; a corpus is prepared first where it must be."""
     if s.task == "sft":
         s.set("vocab_size", start.tokenizer.vocab_size, "tokenizer")
-        return start.tokenizer, *open_examples(s, start.tokenizer, quiet)
-    folder = prepare(s, quiet)
+        return start.tokenizer, *open_examples(s, start.tokenizer, quiet, start.saved, start.made_of)
+    folder = tokens_to_learn(s, start.saved, start.made_of, start.tokenizer, quiet)
     tokenizer = adopt_tokenizer(s, folder, start)
     stream, held_out = (TokenStream(folder, split, tokenizer) for split in ("train", "val"))
-    batches = Batches(stream, s.seq_len, s.seed, s.data_order, s.data_window)
+    batches = Batches(stream, s.seq_len, s.seed, s.data_order, s.data_window, start.rule)
     return tokenizer, batches, Validation(held_out, s.seq_len, tokenizer, s.eval_tokens)
 
 
@@ -191,7 +199,8 @@ class Run:
     """Model, optimizer and data of one run, and the loop that brings them together."""
 
     def __init__(self, s: Settings, plan: Plan, machine: Machine, out_dir: Path, tokenizer,
-                 batches: Batches | Examples, validation: Validation | ExampleValidation, start: Start):  # fmt: skip
+                 batches: Batches | Examples, validation: Validation | ExampleValidation, start: Start,
+                 other_text: bool = False):  # fmt: skip
         self.s, self.plan, self.machine, self.out_dir = s, plan, machine, out_dir
         self.batches, self.validation = batches, validation
         torch.manual_seed(s.seed)
@@ -206,15 +215,20 @@ class Run:
         self.scale = LossScale(machine.device) if machine.dtype == torch.float16 else None
         self.progress = Progress()
         if start.resume:
-            self.restore(start.resume)
+            self.restore(start.resume, start.samples)
+        self.saved_step, self.other_text = self.progress.step, other_text
+        if other_text:  # its losses cannot be compared with those before
+            self.progress.best, self.progress.worse, self.progress.ended, self.saved_step = math.inf, 0, False, -1
         self.log = Log(s.part(LogSettings), out_dir, plan.max_steps, self.progress.step, machine,
                        self.model.flops_per_token())  # fmt: skip
         # What a checkpoint says of the run, beside its tensors.
-        self.about = {"format": checkpoint.FORMAT, "settings": json.dumps(s.to_dict()),
+        self.about = {"format": checkpoint.FORMAT, "settings": json.dumps(s.to_dict() | named_before(s, start.saved)),
+                      "config": json.dumps(start.config | s.from_config),
+                      "made_of": json.dumps(made_of(batches, validation)),
                       "tokenizer": json.dumps(tokenizer.to_dict()), "base": start.base, "init": start.init}  # fmt: skip
         self.describe()
 
-    def restore(self, start: dict) -> None:
+    def restore(self, start: dict, samples: int) -> None:
         if self.s.use_lora:
             lora.load_adapter(self.model, start["model"])
         self.optimizer.load_state_dict(start["optimizer"])
@@ -224,7 +238,7 @@ class Run:
             self.ema.load_state_dict(start["ema"])
         if self.scale and start["scale"]:
             self.scale.load_state_dict(start["scale"])
-        self.progress = Progress(**start["progress"])
+        self.progress = Progress(**start["progress"] | {"samples": samples})
         if self.progress.step > self.plan.max_steps:
             raise UserError(f"the run in {self.out_dir} has {self.progress.step} steps already, more than "
                             f"{self.plan.max_steps}; set another out_dir, or a larger max_steps")  # fmt: skip
@@ -242,8 +256,8 @@ class Run:
             f"data     {self.batches.describe()}; a vocabulary of {cfg.vocab_size:,}; validation on "
             f"{self.validation.tokens:,} tokens\n"
             f"steps    {plan.max_steps:,} of {per_step:,} tokens{f' in {parts} forward passes' if parts > 1 else ''}: "
-            f"{plan.max_steps * plan.sequences / self.batches.per_epoch:.2f} epochs")  # fmt: skip
-        if self.s.task == "pretrain" and plan.max_steps * plan.sequences > MANY_EPOCHS * self.batches.per_epoch:
+            f"{plan.samples / self.batches.per_epoch:.2f} epochs")  # fmt: skip
+        if self.s.task == "pretrain" and plan.samples > MANY_EPOCHS * self.batches.per_epoch:
             self.machine.print("         so little text is learned by heart: DATASET=tinystories, "
                                "DATASET=fineweb_edu:limit=1e9 or DATA_PATH= bring more")  # fmt: skip
         lr, muon_lr = self.rates()
@@ -252,12 +266,12 @@ class Run:
         if self.s.tokenizer == "char" and self.s.dataset == "stdlib" and not self.s.data_path:
             self.machine.print("         Python source has few characters: DATA_PATH=<text of yours> brings its own")
 
-    def due(self) -> bool:
-        """Whether a checkpoint and a validation follow this step."""
-        return self.progress.step % self.s.eval_interval == 0 or self.progress.step == self.plan.max_steps
+    def due(self, interval: int) -> bool:
+        """Whether what comes every `interval` steps, and at the end, follows this step."""
+        return self.progress.step % interval == 0 or self.progress.step == self.plan.max_steps
 
     def is_complete(self) -> bool:
-        validated = self.machine.any(self.log.validated)  # the first process has read the file
+        validated = self.machine.any(self.log.validated) and not self.other_text  # the first process has read the file
         return self.progress.ended or (self.progress.step == self.plan.max_steps and validated)
 
     def train(self) -> int:
@@ -270,21 +284,25 @@ class Run:
         self.learned = torch.tensor(progress.learned, device=machine.device)
         self.bad = torch.zeros((), device=machine.device)
 
+        begun, seen = progress.step, progress.samples
+
         def fetch(step: int):  # this process's share of the step's samples
-            return self.batches.get(step * plan.sequences + machine.rank * plan.per_rank, plan.per_rank)
+            first = seen + (step - begun) * plan.sequences
+            return self.batches.get(first + machine.rank * plan.per_rank, plan.per_rank)
 
         self.log.begin(s.to_dict())
         with (catch_signals(machine) as signals, closing(self.log),
               Prefetcher(fetch, progress.step, machine.device) as prefetcher):  # fmt: skip
-            if progress.step and self.due():  # the checkpoint is older than the validation that followed it
+            if progress.step and self.due(s.eval_interval):  # the checkpoint is older than its validation
                 with self.log.pause():
                     self.validate()
             while progress.step < plan.max_steps and not stopped and not progress.ended:
                 begin = time.perf_counter()
                 torch.manual_seed(hash((s.seed, progress.step, machine.rank)))  # dropout is a function of the step
-                factor = lr_at(progress.step, s, plan.max_steps)
+                factor = lr_at(progress.samples / plan.sequences, s, plan.samples / plan.sequences)
                 norm = self.step(wrapped, prefetcher.next(), factor)
                 progress.step += 1
+                progress.samples += plan.sequences
                 progress.tokens += plan.sequences * s.seq_len
                 progress.seconds += time.perf_counter() - begin
 
@@ -293,11 +311,11 @@ class Run:
                     stopped = machine.any(bool(signals))
                 if at_log:
                     self.report(factor, norm.item())
-                if self.due() or stopped:
-                    with self.log.pause():
+                with self.log.pause():
+                    if self.due(s.save_interval or s.eval_interval) or stopped:
                         self.save(must=stopped or progress.step == plan.max_steps)
-                        if not stopped:
-                            self.validate()
+                    if self.due(s.eval_interval) and not stopped:
+                        self.validate()
             stopped = stopped or machine.any(bool(signals))  # also while the last checkpoint was scored
         if stopped:
             machine.print(f"stopped and saved at step {progress.step}; the same command goes on from there")
@@ -370,11 +388,16 @@ class Run:
         """What this run has learned: all weights, or the adapters alone."""
         return lora.adapter_state(self.model) if self.s.use_lora else self.model.state_dict()
 
+    def averaged(self):
+        """Inside, the model has the weights that we would ship."""
+        return self.ema.applied() if self.ema else nullcontext()
+
     def save(self, must: bool) -> None:
         """The checkpoint from which the run goes on as if nothing had happened. Comes before validation.
 
         If it cannot be written, a run goes on and says so, unless it `must`: this was its last chance.
         """
+        self.saved_step = self.progress.step
         self.progress.nats = self.machine.all_reduce(self.nats.clone()).item()
         self.progress.learned = self.learned.item()
         if not self.machine.is_main:
@@ -393,19 +416,22 @@ class Run:
     def validate(self) -> None:
         """Score the weights that we would ship, and keep them in best.pt if there were none better."""
         s, progress = self.s, self.progress
-        with self.ema.applied() if self.ema else nullcontext():
+        with self.averaged():
             score = evaluate(self.model, self.validation, self.machine, s.batch_size)
-            better = score.loss < progress.best
-            progress.best, progress.worse = min(progress.best, score.loss), 0 if better else progress.worse + 1
-            reached = score.loss <= s.stop_loss or score.perplexity <= s.stop_ppl
-            progress.ended = reached or 0 < s.patience <= progress.worse
-            # A best model alone cannot be continued, and would keep the same command out of its folder.
-            if better and self.machine.is_main and checkpoint.steps(self.out_dir):
-                state = {**self.about, "model": self.weights(), "progress": asdict(progress)}
-                try:
+        better = score.loss < progress.best
+        if better and self.saved_step != progress.step:  # a run does not go on from best.pt
+            self.save(must=False)
+        progress.best, progress.worse = min(progress.best, score.loss), 0 if better else progress.worse + 1
+        reached = score.loss <= s.stop_loss or score.perplexity <= s.stop_ppl
+        progress.ended = reached or 0 < s.patience <= progress.worse
+        # A best model alone cannot be continued, and would keep the same command out of its folder.
+        if better and self.machine.is_main and checkpoint.steps(self.out_dir):
+            try:
+                with self.averaged():
+                    state = {**self.about, "model": self.weights(), "progress": asdict(progress)}
                     checkpoint.save(self.out_dir / "best.pt", state)
-                except UserError as error:
-                    self.log.say(str(error))
+            except UserError as error:
+                self.log.say(str(error))
         self.log.validation(progress, score, better)
         if self.model.chain is not None:
             ids = self.validation.get(0, 1)[0].to(self.machine.device)

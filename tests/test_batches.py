@@ -160,10 +160,30 @@ def test_each_window_comes_once_per_epoch_over_any_ranks_and_resume_points(tmp_p
             assert ids.dtype == targets.dtype == torch.int64
             assert torch.equal(targets, ids + 1) and torch.equal(ids, ids[:, :1] + torch.arange(T))
             firsts += ids[:, 0].tolist()
+    last = tokens - T - 1  # where a window ends with the stream
     for epoch in range(3):
         mine = sorted(firsts[epoch * n : (epoch + 1) * n])
-        assert mine == list(range(mine[0], mine[0] + n * T, T)), "a window is missing, doubled, or overlaps"
-        assert 0 <= mine[0] < T and mine[-1] + T < tokens
+        expected = [min(mine[0] + k * T, last) for k in range(n)]
+        assert mine == expected, "a window is missing, doubled, or overlaps"
+        assert order == "shuffled" or mine[0] == 0 and mine[-1] == last
+
+
+@pytest.mark.parametrize("order, window", [("shuffled", "stream"), ("sequential", "stream"), ("shuffled", "document")])
+@pytest.mark.parametrize("tokens", [9, 10, 15, 16, 17, 23, 24, 25, 100])
+def test_every_target_has_its_window_in_some_epoch(tmp_path, tokens, order, window):
+    stream = make_stream(tmp_path, range(100, 100 + tokens), 50)
+    batches = Batches(stream, 8, seed=3, order=order, window=window)
+    targets = batches.get(0, 400 * batches.per_epoch)[1]
+    assert set(range(101, 100 + tokens)) <= set(targets.unique().tolist())
+
+
+def test_a_run_of_an_older_rule_goes_on_with_its_own_windows(tmp_path):
+    stream = make_stream(tmp_path, range(1000))
+    old = Batches(stream, 64, seed=1, rule=1)
+    starts = old.get(0, 400 * old.per_epoch)[0][:, 0]
+    assert old.per_epoch == 14 and sorted({int(s) for s in starts if s < 64}) == list(range(64))
+    assert starts.max() + 64 < 1000 - 1 - 30, "rule 1 leaves out the end"
+    assert Batches(stream, 64, order="sequential", rule=1).per_epoch == 15
 
 
 def test_epochs_differ_in_offset_and_order(tmp_path):
@@ -171,7 +191,7 @@ def test_epochs_differ_in_offset_and_order(tmp_path):
     n = batches.per_epoch
     epochs = [batches.get(epoch * n, n)[0][:, 0].numpy() for epoch in range(40)]
     offsets = {int(first.min()) for first in epochs}
-    assert len(offsets) > 10 and offsets <= set(range(16))
+    assert len(offsets) > 10 and offsets <= set(range(5000 - n * 16))
     assert not np.array_equal(np.argsort(epochs[0]), np.argsort(epochs[1]))
 
 
@@ -186,6 +206,8 @@ def test_number_of_ranks_and_micro_batches_does_not_change_the_data(tmp_path):
 def test_sequential_order_reads_the_text_from_its_first_token(tmp_path):
     ids, targets, _ = Batches(make_stream(tmp_path, range(41)), 8, seed=1, order="sequential").get(0, 6)
     assert ids[:, 0].tolist() == [0, 8, 16, 24, 32, 0] and targets[4, -1] == 40
+    ids, targets, _ = Batches(make_stream(tmp_path, range(44)), 8, seed=1, order="sequential").get(0, 7)
+    assert ids[:, 0].tolist() == [0, 8, 16, 24, 32, 35, 0] and targets[5, -1] == 43
 
 
 def test_stream_shorter_than_a_row_is_refused(tmp_path):

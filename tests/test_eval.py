@@ -4,19 +4,22 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import checkpoint
+import data
 import eval as module
 from batches import TokenStream
-from configurator import ROOT, UserError
+from configurator import ROOT, UserError, configure
 from conftest import tiny_run
 from eval import Score, TextWindows, cut, evaluate
 from machine import MachineSettings, choose_machine
@@ -135,18 +138,60 @@ def test_more_context_does_not_change_a_short_text_nor_what_is_counted(base):
 # ---- the command
 
 
-def test_default_is_the_loss_that_the_run_reported(base, capsys):
-    out = command(capsys, f"init_from={base}")
+def test_default_is_the_loss_that_the_run_reported(base, text, capsys):
+    out = command(capsys, f"init_from={base}", f"cache_dir={text.parent / 'cache'}")
     best = checkpoint.load(base / "best.pt")["progress"]["best"]
     assert summary(base, "validation")["loss"] == pytest.approx(best, abs=1e-6)
     shown = re.findall(r"validation: loss ([\d.]+) nats|the best of the run so far was ([\d.]+)$", out, re.MULTILINE)
     assert [float(a or b) for a, b in shown] == pytest.approx([best, best], abs=2e-6)
 
 
-def test_without_the_cache_the_tokens_are_prepared_again_with_the_tokenizer_of_the_run(base, tmp_path, capsys):
+def test_without_its_tokens_in_the_cache_a_sentence_names_the_command_that_makes_them(base, text, tmp_path, capsys):
+    with pytest.raises(UserError, match="CACHE_DIR=, or make it: python data.py DATA_PATH=.*words.txt VOCAB_SIZE=300"):
+        command(capsys, f"init_from={base}", f"cache_dir={tmp_path}")
+    folder = data.prepare(configure([ModelConfig, data.DataSettings],
+                                    [f"data_path={text}", "vocab_size=300", f"cache_dir={tmp_path}"], {}))  # fmt: skip
+    shutil.move(folder, tmp_path / "moved")  # what it holds counts, not its name
     command(capsys, f"init_from={base}", f"cache_dir={tmp_path}")
     best = checkpoint.load(base / "best.pt")["progress"]["best"]
     assert summary(base, "validation")["loss"] == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.parametrize("task", ["pretrain", "sft"])
+def test_of_two_projects_with_files_of_one_name_each_run_is_scored_on_its_own(base, text, tmp_path, monkeypatch, task):
+    import train
+
+    losses = {}
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        if task == "sft":
+            rows = [{"instruction": f"{name} {i}", "output": f"{name} runs {i * i}"} for i in range(30)]
+            Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            more = dict(sft_mode=1, init_from=base, data_path="train.jsonl", max_steps=2)
+        else:
+            Path("train.txt").write_text(text.read_text().replace("fox", name))
+            folder = tokens_of_text(text, checkpoint.load_model(base / "best.pt")[1])
+            more = dict(data_path="train.txt", tokenizer=folder, max_steps=2)
+        more |= dict.fromkeys(("vocab_size", "d_model", "n_layer", "n_head", "n_kv_head"))
+        train.main(tiny_run(text, tmp_path / "out" / name, **more | dict(seq_len=None, cache_dir=tmp_path / "cache")))
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        module.main(["device=cpu", f"init_from={tmp_path / 'out' / name}", f"cache_dir={tmp_path / 'cache'}"])
+        losses[name] = summary(tmp_path / "out" / name, "validation")["loss"]
+        best = checkpoint.load(tmp_path / "out" / name / "best.pt")["progress"]["best"]
+        assert losses[name] == pytest.approx(best, abs=2e-6)
+    assert losses["one"] != losses["two"]
+
+
+def test_a_run_of_before_fingerprints_is_scored_if_its_tokens_are_the_only_ones(base, text, tmp_path, capsys):
+    state = torch.load(base / "best.pt", weights_only=True)
+    del state["made_of"]
+    (tmp_path / "run").mkdir()
+    torch.save(state, tmp_path / "run" / "best.pt")
+    shutil.copytree(tokens_of_text(text, checkpoint.load_model(base / "best.pt")[1]), tmp_path / "cache" / "tokens")
+    command(capsys, f"init_from={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}")
+    assert summary(tmp_path / "run", "validation")["loss"] == pytest.approx(state["progress"]["best"], abs=1e-6)
 
 
 @pytest.mark.parametrize("more", [dict(sft_mode=True), dict(use_lora=True)])
@@ -159,11 +204,11 @@ def test_a_fine_tuned_run_reports_its_loss_too(base, text, tmp_path, capsys, mor
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
         more = more | {"data_path": str(file), "val_share": 0.2}
     else:
-        more = more | {"data_path": str(text), "task": "pretrain", "cache_dir": str(text.parent / "cache")}
-    arguments = more | dict(init_from=base, out_dir=tmp_path / "tuned", max_steps=4, eval_interval=2, batch_size=4,
-                            eval_tokens=300, device="cpu", dtype="float32")  # fmt: skip
+        more = more | {"data_path": str(text), "task": "pretrain"}
+    arguments = more | dict(cache_dir=text.parent / "cache", init_from=base, out_dir=tmp_path / "tuned", max_steps=4,
+                            eval_interval=2, batch_size=4, eval_tokens=300, device="cpu", dtype="float32")  # fmt: skip
     train.main([f"{name}={value}" for name, value in arguments.items()])
-    command(capsys, f"init_from={tmp_path / 'tuned'}")
+    command(capsys, f"init_from={tmp_path / 'tuned'}", f"cache_dir={text.parent / 'cache'}")
     best = checkpoint.load(tmp_path / "tuned" / "best.pt")["progress"]["best"]
     assert summary(tmp_path / "tuned", "validation")["loss"] == pytest.approx(best, abs=2e-6)
 
@@ -175,7 +220,7 @@ def test_any_text_and_prepared_tokens_can_be_scored(base, text, tmp_path, capsys
     assert "7 bytes" in out and summary(base, "a")["bytes"] == 7
     folder = tokens_of_text(text, checkpoint.load_model(base / "best.pt")[1])
     assert "validation" not in command(capsys, f"init_from={base}", f"data_path={folder}", "eval_tokens=0")
-    assert "by 3:" in command(capsys, f"init_from={base}", "stride=3")
+    assert "by 3:" in command(capsys, f"init_from={base}", "stride=3", f"cache_dir={text.parent / 'cache'}")
 
 
 def test_unknown_characters_are_reported(text, tmp_path, capsys):
@@ -242,14 +287,15 @@ def launch(*arguments, processes=0, **popen):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, **popen)  # fmt: skip
 
 
-def test_two_processes_give_the_results_of_one(base, questions, capsys):
+def test_two_processes_give_the_results_of_one(base, text, questions, capsys):
     found = []
     for processes in (0, 2):
         for more in (["tasks=piqa", f"task_dir={questions}", "n_shot=2", "batch_tokens=60"], []):
+            more = [*more, f"cache_dir={text.parent / 'cache'}"]
             process = launch(f"init_from={base}", *more, processes=processes)
             out, _ = process.communicate(timeout=120)
             assert process.returncode == 0, out
-            found.append(out.splitlines()[-1] if more else out.splitlines()[-2])
+            found.append(out.splitlines()[-1] if "tasks=piqa" in more else out.splitlines()[-2])
     numbers = [[float(number) for number in re.findall(r"\d+\.\d+|\d+", line.replace(",", ""))] for line in found]
     assert numbers[0] == numbers[2] and numbers[1] == pytest.approx(numbers[3], rel=1e-5)
 
