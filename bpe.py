@@ -22,19 +22,16 @@ ever joined across its borders, and inside them happened just what happens when 
 import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
 
 import argparse
-import cProfile
 import hashlib
 import heapq
 import json
 import os
-import pstats
 import re
 import sys
-import time
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
 
@@ -52,7 +49,6 @@ from bpe_train import (
     count_pieces,
     find_names,
     learn_merges,
-    read_blocks,
     safe_chunks,
     spell_classes,
     utf8,
@@ -148,12 +144,15 @@ def join_pairs(piece: bytes, rank: Callable[[tuple[bytes, bytes]], int | None], 
 class Unwritable(UserError):
     """A text has a character that the vocabulary has no bytes for; `at` is its place, `char` the character."""
 
-    def __init__(self, text: str, missing: Collection[int]):
-        self.at = next(at for at, char in enumerate(text) if missing & set(utf8(char)))
-        self.char = text[self.at]
-        lost = sorted(missing & set(utf8(text)))
-        super().__init__(f"this vocabulary lacks the bytes {lost} of the text, first in U+{ord(self.char):04X} at "
-                         f"character {self.at + 1:,}, and would lose characters")  # fmt: skip
+    at, char = 0, ""
+
+
+def unwritable(text: str, missing: Collection[int]) -> Unwritable:
+    at = next(at for at, char in enumerate(text) if missing & set(utf8(char)))
+    error = Unwritable(f"this vocabulary lacks the bytes {sorted(missing & set(utf8(text)))} of the text, first in "
+                       f"U+{ord(text[at]):04X} at character {at + 1:,}, and would lose characters")  # fmt: skip
+    error.at, error.char = at, text[at]
+    return error
 
 
 def lookup(table: dict[int, bytes], ids: Iterable[int]) -> bytes:
@@ -329,8 +328,8 @@ class BPETokenizer:
     def _segments(self, text: str, allow_special: bool) -> list[int | str]:
         """Find the added tokens: "a<|pad|>b" -> ["a", 258, "b"]. UserError for text that cannot be encoded."""
         data = utf8(text)
-        if self._missing and not self._missing.isdisjoint(data):
-            raise Unwritable(text, self._missing)
+        if self._missing and self._lacks(data):
+            raise unwritable(text, self._missing)
         finder = self._finders[allow_special]
         parts = finder.split(text) if finder else [text]
         parts[1::2] = [self.added_ids[name] for name in parts[1::2]]
@@ -338,12 +337,15 @@ class BPETokenizer:
             parts[::2] = [unicodedata.normalize("NFC", part) for part in parts[::2]]
         return parts
 
+    def _lacks(self, data: bytes) -> bool:
+        return len(data.translate(None, bytes(self._missing))) < len(data)
+
     def repaired(self, text: str) -> tuple[str, int]:
         """`text` with U+FFFD (or ?) for every character whose bytes this vocabulary lacks, and their number."""
-        if self._missing.isdisjoint(utf8(text)):
+        if not self._missing or not self._lacks(utf8(text)):
             return text, 0
-        sign = "\ufffd" if self._missing.isdisjoint(utf8("\ufffd")) else "?"
-        chars = [char if self._missing.isdisjoint(utf8(char)) else sign for char in text]
+        sign = "?" if self._lacks(utf8("\ufffd")) else "\ufffd"
+        chars = [sign if self._lacks(utf8(char)) else char for char in text]
         return "".join(chars), sum(old != new for old, new in zip(text, chars, strict=True))
 
     def encode_reference(self, text: str, allow_special: bool = False) -> list[int]:
@@ -603,33 +605,21 @@ def read_config(path: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer on text files.")
-    parser.add_argument("files", nargs="+", type=Path, help="UTF-8 text")
-    parser.add_argument("--vocab_size", type=int, default=4096, help="bytes, merges and specials together")
+    """`data.py` makes every kind of tokenizer; this is its command for one kind, with other names."""
+    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer on text that data.py reads.")
+    parser.add_argument("files", nargs="+", help="files, folders, corpora of data/")
+    parser.add_argument("--vocab_size", default="4096", help="bytes, merges and specials together")
     parser.add_argument("--pattern", default="gpt2", help=f"how text is cut into pieces: {', '.join(PATTERNS)}")
-    parser.add_argument("--max_bytes", type=int, default=0, help="stop reading after so many bytes (0: read all)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that count (0: one per CPU)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer.json")
+    parser.add_argument("--max_bytes", default="0", help="stop reading after so many bytes (0: read all)")
+    parser.add_argument("--workers", default="0", help="processes that count (0: one per CPU)")
+    parser.add_argument("--out", required=True, help="folder for tokenizer.json")
     parser.add_argument("--profile", action="store_true", help="train in one process and show where the time goes")
     args = parser.parse_args()
-    clock, phases = time.perf_counter(), {}
+    import data  # it imports this file
 
-    def progress(phase: str, done: int, total: int) -> None:  # remembers when each phase was last heard of
-        phases[phase] = (time.perf_counter() - clock, done)
-
-    texts = (chunk for path in args.files for chunk in safe_chunks(read_blocks(path)))
-    with cProfile.Profile() if args.profile else nullcontext() as profile:
-        tokenizer = BPETokenizer.train(texts, args.vocab_size, args.pattern, max_bytes=args.max_bytes,
-                                       workers=1 if args.profile else args.workers, progress=progress)  # fmt: skip
-    try:
-        tokenizer.save(args.out)
-    except OSError as error:
-        raise UserError(f"cannot write in {args.out}: {error.strerror or error}") from None
-    (counted, n_bytes), (merged, n_merges) = phases.get("count", (0, 0)), phases["merge"]
-    print(f"count  {counted:6.2f} s, {n_bytes / 1e6:.1f} MB\nmerge  {merged - counted:6.2f} s, {n_merges:,} merges")
-    print(f"{args.out / 'tokenizer.json'}: {tokenizer.vocab_size:,} tokens")
-    if args.profile:
-        pstats.Stats(profile).sort_stats("tottime").print_stats(12)
+    data.main([*args.files, "tokenizer=bpe", f"tokenizer_dir={args.out}", f"vocab_size={args.vocab_size}",
+               f"tokenizer_pattern={args.pattern}", f"tokenizer_bytes={args.max_bytes}", f"workers={args.workers}",
+               f"profile={args.profile}"])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python data.py stdlib                    # a corpus of data/: prepare it and show what came out
     python data.py my.txt VOCAB_SIZE=8192    # text of yours, a folder of it, or shards of token ids
     python data.py mixture="stdlib:0.7 my.txt:0.3"    # several, by their shares of the words: mixture.py
+    python data.py my.txt more/ TOKENIZER=unigram TOKENIZER_DIR=out/tokenizer    # only a tokenizer; also --profile
 
     folder = prepare(settings)
     tokenizer = load_tokenizer(folder)
@@ -17,17 +18,19 @@ train has a folder of its own, so it outlives an interruption, and a change of s
 
 import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
 
+import cProfile
 import hashlib
 import json
 import os
+import pstats
 import re
 import sys
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -48,8 +51,21 @@ from configurator import (
     find_path,
     pick,
     run,
+    write_path,
 )
-from corpus import SEPARATOR, RawCorpus, import_dataset, is_dataset, list_files, open_corpus, path_name, reading
+from corpus import (
+    SEPARATOR,
+    RawCorpus,
+    files_pieces,
+    import_dataset,
+    is_dataset,
+    list_files,
+    open_corpus,
+    open_dataset,
+    path_name,
+    reading,
+    text_files,
+)
 from download import set_aside
 from files import Either, Progress, locked, read_json, show_line, write_json, writing
 from mixture import open_mixture, parse
@@ -92,6 +108,12 @@ class DataSettings:
         check_fields(self)
 
 
+@dataclass
+class OnlyTokenizer:
+    tokenizer_dir: str = ""     # train a tokenizer on all of the text, write it to this folder, and prepare nothing
+    profile: bool = False       # with tokenizer_dir: train in one process and show where the time goes
+
+
 def prepare(s, quiet: bool = False, known=None) -> Path:
     """The folder of tokens that the settings ask for; made now, unless it is there and current.
 
@@ -130,7 +152,7 @@ def prepare(s, quiet: bool = False, known=None) -> Path:
                 if not is_current(folder, again, quiet=True):
                     build(folder, raw, sources, decides, tokenizer, shards, again, s, quiet, note)
     meta = read_meta(folder, PREPARED)
-    if meta["trained"] == "bpe":
+    if meta["trained"] not in ("", "char"):
         check_vocabulary(meta["vocab_size"], s)
     for split, part in meta["splits"].items():
         if part["tokens"] < s.seq_len + 1:
@@ -335,7 +357,7 @@ def build(folder: Path, raw: RawCorpus, sources: list, decides: list, tokenizer,
     if tokenizer.role("eot") is None:
         raise UserError(f"tokenizer={s.tokenizer} has no end-of-text token to put between documents")
     if is_mixture(s) and s.mixture_unit == "tokens":
-        raw = open_mixture(s, lambda text: len(tokenizer.encode_to_numpy(text)) + 1)
+        raw = open_mixture(s, lambda text: len(tokenizer.encode_to_numpy(tokenizer.repaired(text)[0])) + 1)
     splits = {}
     for split in ("val", "train"):
         if shards:
@@ -420,8 +442,8 @@ def wanted_vocabulary(s) -> int:
 
 def check_vocabulary(size: int, s) -> None:
     """A vocabulary that somebody asked for does not silently become a smaller one."""
-    if s.tokenizer == "bpe" and size < s.vocab_size and s.source["vocab_size"] != "default":
-        raise UserError(f"vocab_size={s.vocab_size}, but this text has pairs for {size} entries only; "
+    if s.tokenizer != "char" and size < s.vocab_size and s.source["vocab_size"] != "default":
+        raise UserError(f"vocab_size={s.vocab_size}, but this text gives {size} entries only; "
                         f"set vocab_size={size} or less, or give more text")  # fmt: skip
 
 
@@ -566,17 +588,71 @@ def summary(folder: Path) -> str:
     return "\n".join([*lines, "", "it begins: " + json.dumps(begin[:200], ensure_ascii=False)])
 
 
-def main() -> int:
-    argv = sys.argv[1:]
-    if argv and not argv[0].startswith("-") and "=" not in argv[0]:
-        argv[:1] = [f"dataset={argv[0]}", "data_path="] if is_dataset(argv[0]) else [f"data_path={argv[0]}"]
-    s = configure([ModelConfig, DataSettings], argv, doc=__doc__)
+def only_tokenizer(inputs: list[str], s) -> str:
+    """Train a tokenizer on all the text of files, folders and corpora, and write it where the user wants it."""
+    if s.tokenizer not in TRAINED:
+        raise UserError(f"tokenizer_dir= is for a tokenizer that is trained: tokenizer={', '.join(TRAINED)}")
+    texts = (text for each in inputs for text in all_text(each, s))
+    counted = Progress("tokenizer reads", 0, "MB", 1e6)
+    merged = Progress("tokenizer merges")
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if phase == "count":
+            counted.show(done)
+        else:
+            merged.total = total
+            merged.show(done)
+
+    workers = 1 if s.profile else s.workers
+    with cProfile.Profile() if s.profile else nullcontext() as profile:
+        tokenizer = train_tokenizer(s.tokenizer, texts, wanted_vocabulary(s), s.tokenizer_pattern,
+                                    max_bytes=s.tokenizer_bytes, workers=workers, progress=progress)  # fmt: skip
+    counted.close()
+    merged.close()
+    check_vocabulary(tokenizer.vocab_size, s)
+    folder = write_path(s.tokenizer_dir)
+    with writing(folder, "; tokenizer_dir=<folder> names another"):
+        tokenizer.save(folder)
+    if profile:
+        pstats.Stats(profile).sort_stats("tottime").print_stats(12)
+    return f"{folder / 'tokenizer.json'}: {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint}"
+
+
+def all_text(name: str, s) -> Iterator[str]:
+    """The text of a corpus of ours, or of a file or folder, without keeping any for validation."""
+    if is_dataset(name):
+        pieces = open_dataset(name, s.text_field).pieces("train")
+    else:
+        pieces = files_pieces(text_files(name), s.text_field)
+    return (text for text, _ in pieces)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    inputs = list(takewhile(is_input, argv))
+    argv = argv[len(inputs) :]
+    if len(inputs) == 1 and is_dataset(inputs[0]):
+        argv = [f"dataset={inputs[0]}", "data_path=", *argv]
+    elif len(inputs) == 1:
+        argv = [f"data_path={inputs[0]}", *argv]
+    s = configure([ModelConfig, DataSettings, OnlyTokenizer], argv, doc=__doc__)
     try:
-        print(summary(prepare(s)))
+        if s.tokenizer_dir:
+            print(only_tokenizer(inputs or [s.data_path or s.dataset], s))
+        elif len(inputs) > 1:
+            raise UserError(f"{', '.join(inputs)}: several inputs are for tokenizer_dir=; mixture= trains on several")
+        else:
+            print(summary(prepare(s)))
     except KeyboardInterrupt:
         print("\ndata.py: interrupted; the same command goes on behind the last whole shard", file=sys.stderr)
         return 130
     return 0
+
+
+def is_input(arg: str) -> bool:
+    """Text or a corpus, and neither a setting nor a config file."""
+    config = Path(arg).parent.name == "config" and arg.endswith(".py")
+    return not (arg.startswith("-") or "=" in arg or config)
 
 
 if __name__ == "__main__":

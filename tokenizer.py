@@ -36,9 +36,6 @@ ROLES = {
     "eos": ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<｜end▁of▁sentence｜>"),
     "pad": ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<｜▁pad▁｜>"),
     "unk": ("<unk>", "<|unk|>", "[UNK]"),
-    "user": ("<|user|>", "<|user_start|>", "<｜User｜>"),  # ChatML spells its roles out: None
-    "assistant": ("<|assistant|>", "<|assistant_start|>", "<｜Assistant｜>"),
-    "system": ("<|system|>", "<|system_start|>"),
     "end_of_turn": ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"),
 }
 

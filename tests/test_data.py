@@ -1,5 +1,6 @@
 """From settings to a folder of tokens: what is in it is the text, it is made once, and never a stale one is used."""
 
+import gzip
 import json
 import os
 import shutil
@@ -148,7 +149,7 @@ def test_character_vocabulary_holds_all_characters_unless_fewer_are_asked_for(tm
 def test_text_with_too_few_pairs(tmp_path):
     """Whoever asked for a vocabulary gets it or a sentence; the default becomes what the text has."""
     file = write(tmp_path / "a.txt", "abab " * 200)
-    with pytest.raises(UserError, match=r"vocab_size=5000, but this text has pairs for 2\d\d entries only"):
+    with pytest.raises(UserError, match=r"vocab_size=5000, but this text gives 2\d\d entries only"):
         made(tmp_path, data_path=file, vocab_size=5000)
     argv = [f"data_path={file}", f"cache_dir={tmp_path / 'cache'}", "seq_len=4"]
     s = configure([ModelConfig, DataSettings], argv, {})
@@ -596,3 +597,45 @@ def test_another_end_of_text_makes_other_tokens(tmp_path):
     config = json.loads((tmp_path / "tok" / "tokenizer_config.json").read_text())
     (tmp_path / "tok" / "tokenizer_config.json").write_text(json.dumps(config | {"roles": {"eot": "<|im_end|>"}}))
     assert made()["eot"] != first["eot"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Only a tokenizer
+
+
+@pytest.mark.parametrize("kind", data.TRAINED)
+def test_one_command_makes_every_kind_of_tokenizer_from_every_kind_of_text(kind, tmp_path, capsys):
+    write(tmp_path / "a.txt", "\ufeff" + "the cat\r\nsat on\r\na mat " * 30)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a \\u4e16 dog", "id": "QQQ"}\n' * 30))
+    write(tmp_path / "more" / "c.txt", prose(100))
+    inputs, size = [str(tmp_path / name) for name in ("a.txt", "b.jsonl.gz", "more")], {"char": 100}.get(kind, 330)
+    rest = [f"tokenizer={kind}", f"tokenizer_dir={tmp_path / 'out'}", f"vocab_size={size}", "workers=1"]
+    assert data.main([*inputs, *rest]) == 0
+    tokenizer = load_tokenizer(tmp_path / "out")
+    assert tokenizer.fingerprint in capsys.readouterr().out
+    text = "the cat\nsat on a mat"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    if kind == "char":
+        assert "世" in tokenizer.codec.chars and not {"\r", "\ufeff", "Q"} & set(tokenizer.codec.chars)
+    assert made(tmp_path, data_path=tmp_path / "more", tokenizer=tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["a.txt", "b.txt"], "several inputs"),
+    (["a.txt", "tokenizer=gpt2", "tokenizer_dir=out"], "tokenizer_dir= is for"),
+    (["a.txt", "vocab_size=5000", "tokenizer_dir=out"], "vocab_size=5000"),
+    (["a.txt", "tokenizer=unigram", "vocab_size=5000", "tokenizer_dir=out"], "vocab_size=5000"),
+    (["nowhere.txt", "tokenizer_dir=out"], "nowhere.txt"),
+])  # fmt: skip
+def test_what_makes_no_tokenizer_is_a_sentence_and_writes_nothing(argv, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.txt", prose(50))
+    with pytest.raises(UserError, match=words):
+        data.main([*argv, "workers=1"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_profile_shows_where_training_takes_its_time(tmp_path, capsys):
+    write(tmp_path / "a.txt", prose(50))
+    data.main([str(tmp_path / "a.txt"), f"tokenizer_dir={tmp_path / 'out'}", "vocab_size=270", "--profile"])
+    assert "learn_merges" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -16,8 +17,10 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import bpe
 import bpe_train
+import checkpoint
 from bpe import PATTERNS, SPECIALS, BPETokenizer
 from configurator import UserError
+from ranks import KNOWN, TIKTOKEN
 from tokenizer import (
     ROLES,
     CharTokenizer,
@@ -141,7 +144,7 @@ def test_our_tokenizers_have_the_roles_that_training_and_chat_need(trained):
     specials = trained.specials
     assert trained.role("eot") == trained.role("eos") == trained.needs("eot") == specials["<|endoftext|>"]
     assert trained.role("pad") == specials["<|pad|>"] and trained.role("end_of_turn") == specials["<|im_end|>"]
-    assert trained.role("bos") is None and trained.role("user") is None
+    assert trained.role("bos") is None
     assert trained.role("unk") == specials.get("<unk>")
 
 
@@ -152,7 +155,7 @@ def test_our_tokenizers_have_the_roles_that_training_and_chat_need(trained):
     (["<|endoftext|>", "<|im_end|>"], {"eos_token": {"content": "<|im_end|>", "lstrip": False}, "pad_token": None},
      {"eot": "<|endoftext|>", "eos": "<|im_end|>", "pad": None}),
     (["</s>", "<end>"], {"roles": {"eot": "<end>"}}, {"eot": "<end>", "eos": "</s>"}),
-    (["<|user|>", "<|assistant|>"], {}, {"user": "<|user|>", "assistant": "<|assistant|>", "eot": None}),
+    (["<|user|>", "<|eot_id|>"], {}, {"end_of_turn": "<|eot_id|>", "eot": None}),
     (["[PAD]", "[UNK]"], {"pad_token": "a"}, {"pad": "a", "unk": "[UNK]"}),
 ])  # fmt: skip
 def test_roles_are_found_by_config_and_by_known_names(specials, config, expected):
@@ -343,12 +346,178 @@ def test_surrogates_and_wrong_ids_are_refused_by_characters_too(char):
             mistake()
 
 
+def ranks_file(path, ranks: dict[bytes, int]):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for token, i in ranks.items()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model() -> bytes:
+    return train_tokenizer("spbpe", ["abab cd\n" * 50], 290, workers=1).codec.model
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.model.v3", "spiece.model", "whatever"])
+def test_a_model_of_sentencepiece_is_known_by_its_content(name, sentencepiece_model, tmp_path):
+    (tmp_path / name).write_bytes(sentencepiece_model)
+    assert load_tokenizer(tmp_path / name).codec.model == sentencepiece_model
+    if "model" in name:
+        assert load_tokenizer(tmp_path).codec.model == sentencepiece_model
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "x.tiktoken", "ranks.txt"])
+def test_ranks_are_known_by_their_content(name, gpt2, tmp_path):
+    path = ranks_file(tmp_path / name, BPETokenizer.train(TEXTS, 700, "gpt4", specials=[], workers=1).vocab)
+    ids = load_tokenizer(path).encode(TEXTS[0])
+    if name != "ranks.txt":
+        assert load_tokenizer(tmp_path).encode(TEXTS[0]) == ids
+    gpt2.save(tmp_path)  # has special tokens, which ranks do not have
+    assert load_tokenizer(tmp_path).fingerprint == Tokenizer(gpt2).fingerprint
+
+
+def test_llama_3_has_its_special_tokens_with_ranks_alone_too(tmp_path, monkeypatch):
+    ranks = BPETokenizer.train(TEXTS, 700, "gpt4", specials=[], workers=1).vocab
+    monkeypatch.setitem(KNOWN, (700, 699), KNOWN[128000, 127999])
+    tokenizer = load_tokenizer(ranks_file(tmp_path / "tokenizer.model", ranks))
+    assert tokenizer.role("bos") == 128000 and tokenizer.role("eot") == 128001
+    assert tokenizer.role("end_of_turn") == 128009 and tokenizer.vocab_size == 128256
+
+
+@pytest.mark.parametrize("name", TIKTOKEN)
+def test_a_file_of_ranks_has_the_special_tokens_of_the_encoding_of_that_name(name, monkeypatch):
+    monkeypatch.setattr(openai, "load_tiktoken_bpe", lambda *args, **options: {b"a": 0})
+    monkeypatch.setattr(openai, "data_gym_to_mergeable_bpe_ranks", lambda *args, **options: {b"a": 0})
+    assert (TIKTOKEN[name], getattr(openai, name)()["special_tokens"]) in KNOWN.values()
+
+
+def test_tekken_files_are_read(tmp_path):
+    ranks = BPETokenizer.train(TEXTS, 700, "gpt4", specials=[], workers=1).vocab
+    vocab = [{"rank": i, "token_bytes": base64.b64encode(token).decode()} for token, i in ranks.items()]
+    config = {"pattern": PATTERNS["gpt4"], "default_vocab_size": 750, "default_num_special_tokens": 100}
+    (tmp_path / "tekken.json").write_text(json.dumps({"config": config, "vocab": vocab}))
+    tokenizer = load_tokenizer(tmp_path)
+    theirs = tiktoken.Encoding("t", pat_str=PATTERNS["gpt4"], special_tokens={},
+                               mergeable_ranks={token: i for token, i in ranks.items() if i < 650})  # fmt: skip
+    for text in TEXTS:
+        assert tokenizer.encode(text) == [i + 100 for i in theirs.encode(text)]
+    assert tokenizer.vocab_size == 750 and tokenizer.role("bos") == 1 and tokenizer.specials["[INST]"] == 3
+
+
+def test_a_run_and_its_checkpoint_are_tokenizers(tmp_path, gpt2):
+    state = {"format": checkpoint.FORMAT, "tokenizer": json.dumps(gpt2.to_dict()), "settings": "{}", "model": {},
+             "progress": {"step": 1, "best": 1.0}}  # fmt: skip
+    checkpoint.save(tmp_path / "best.pt", state)
+    for path in (tmp_path, tmp_path / "best.pt"):
+        assert load_tokenizer(path).fingerprint == Tokenizer(gpt2).fingerprint
+
+
+def test_a_split_that_keeps_what_matches_is_the_same_as_isolating(gpt2):
+    document = train_tokenizer("bpe", TEXTS, 600, "gpt4", workers=1).to_dict()
+    expected = tokenizer_from_dict(document).encode(TEXTS[0])
+    document["tokenizer"]["pre_tokenizer"]["pretokenizers"][0] |= {"behavior": "Removed", "invert": True}
+    assert tokenizer_from_dict(document).encode(TEXTS[0]) == expected
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize("change", [
+    {"model.vocab.a": -1}, {"model.vocab.a": "7"}, {"model.vocab.a": 10**9}, {"model.vocab.a": 1.5},
+    {"model.vocab.a": None}, {"model.vocab.a": True}, {"model.vocab.b": 64}, {"model.vocab": []}, {"model.vocab": None},
+    {"model.merges": None}, {"model.merges": {}}, {"model.merges": "ab"}, {"model.merges": [1]}, {"model.merges": [[]]},
+    {"model.merges": [["a", 1]]}, {"model.merges": ["a"]}, {"model.merges": [None]}, {"model": []}, {"model": None},
+    {"model.ignore_merges": "x"}, {"model.type": 7}, {"added_tokens": {}}, {"added_tokens": [5]},
+    {"added_tokens": [{}]},
+    {"added_tokens": [{"id": -1, "content": "<x>", "special": True}]},
+    {"added_tokens": [{"id": 10**9, "content": "<x>", "special": True}]},
+    {"added_tokens": [{"id": 500, "content": 7, "special": True}]},
+    {"added_tokens": [{"id": 500, "content": "", "special": True}]},
+    {"added_tokens": [{"id": 500, "content": "x", "special": "yes"}]},
+    {"added_tokens": [{"id": 5, "content": "<x>", "special": True}]},
+    {"added_tokens": [{"id": 500, "content": "\ud800", "special": True}]},
+    {"pre_tokenizer": 5}, {"pre_tokenizer": {}}, {"pre_tokenizer": {"type": "Sequence"}},
+    {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [1]}}, {"pre_tokenizer": {"type": "Split"}},
+    {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}},
+    {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(" * 10_000}, "behavior": "Isolated", "invert": False}},
+    {"pre_tokenizer": {"type": "ByteLevel"}}, {"decoder": []}, {"decoder": {"type": 1}}, {"normalizer": "NFC"},
+    {"post_processor": 1},
+], ids=str)  # fmt: skip
+def test_a_foreign_file_with_anything_wrong_is_one_sentence(change, tmp_path):
+    document = train_tokenizer("bpe", ["ab ab"], 262, workers=1).to_dict()["tokenizer"]
+    for name, value in change.items():
+        *way, last = name.split(".")
+        part = document
+        for key in way:
+            part = part[key]
+        part[last] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="tokenizer.json"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="run.pt"):  # and inside a checkpoint
+        tokenizer_from_dict(json.dumps({"tokenizer": document, "config": {}}), "run.pt")
+
+
+@pytest.mark.parametrize("d", [
+    "", "{", DEEP, [], {}, {"tokenizer": []}, {"tokenizer": {}, "config": []}, {"tokenizer": {}, "config": {}},
+    {"tokenizer": {"type": "char"}, "config": {}},
+    {"tokenizer": {"type": "char", "chars": 5, "specials": []}, "config": {}},
+    {"tokenizer": {"type": "char", "chars": "aa", "specials": ["<unk>"]}, "config": {}},
+    {"tokenizer": {"type": "char", "chars": "a", "specials": ["<unk>", "<unk>"]}, "config": {}},
+    {"tokenizer": {"type": "char", "chars": "a\ud800", "specials": ["<unk>"]}, "config": {}},
+    {"tokenizer": {"type": "char", "chars": "a", "specials": [1]}, "config": {}},
+    {"tokenizer": {"type": "sentencepiece", "model": 7}, "config": {}},
+    {"tokenizer": {"type": "sentencepiece", "model": "%%%"}, "config": {}},
+    {"tokenizer": {"type": "sentencepiece", "model": "AAAA"}, "config": {}},
+    {"tokenizer": {"type": 5}, "config": {}},
+    {"tokenizer": {"type": "char", "chars": "a", "specials": ["<unk>"]}, "config": {"roles": {"eot": 5}}},
+    {"tokenizer": {"type": "char", "chars": "a", "specials": ["<unk>"]}, "config": {"eos_token": 5}},
+], ids=lambda d: str(d)[:60])  # fmt: skip
+def test_what_a_checkpoint_holds_instead_of_a_tokenizer_is_one_sentence(d):
+    with pytest.raises(UserError, match="run.pt"):
+        tokenizer_from_dict(d, "run.pt")
+
+
+@pytest.mark.parametrize("i", ["x", "-1", str(10**9), "7.5"])
+def test_ids_that_a_config_adds_are_bounded(i, sentencepiece_model, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {i: {"content": "<x>"}}}))
+    with pytest.raises(UserError, match="added_tokens_decoder"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    {"vocab": 5}, {"vocab": [5]}, {"vocab": [{"rank": 0}]}, {"vocab": [{"rank": "0", "token_bytes": "YQ=="}]},
+    {"vocab": [{"rank": 0, "token_bytes": "%"}]}, {"vocab": [{"rank": 0, "token_bytes": ""}]}, {"vocab": []},
+    {"vocab": [{"rank": -500, "token_bytes": "YQ=="}]}, {"vocab": [{"rank": 10**9, "token_bytes": "YQ=="}]},
+    {"config": 5}, {"config": {"pattern": "("}}, {"special_tokens": [5]},
+    {"special_tokens": [{"rank": 10**9, "token_str": "<x>"}]},
+    {"config": {"pattern": "(", "default_vocab_size": 300, "default_num_special_tokens": 20}},
+    {"config": {"pattern": "a", "default_vocab_size": 10**9, "default_num_special_tokens": 20}},
+    {"config": {"pattern": "a", "default_vocab_size": 300, "default_num_special_tokens": 10**9}},
+], ids=str)  # fmt: skip
+def test_a_tekken_file_with_anything_wrong_is_one_sentence(change, tmp_path):
+    vocab = [{"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode()} for i in range(256)]
+    config = {"pattern": PATTERNS["gpt4"], "default_vocab_size": 300, "default_num_special_tokens": 20}
+    (tmp_path / "tekken.json").write_text(json.dumps({"config": config, "vocab": vocab} | change))
+    with pytest.raises(UserError, match="tekken.json"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("name, content", [
+    ("x.tiktoken", "YQ== -1\n"), ("x.tiktoken", "YQ== 1000000000\n"), ("x.tiktoken", "YQ== 0\nYg== 0\n"),
+    ("x.tiktoken", "YQ== 0 1\n"), ("tokenizer.json", DEEP), ("tokenizer.json", "[]"), ("vocab.json", '{"a": "b"}'),
+    ("best.pt", "PK"), ("x.model", "rubbish"), ("tekken.json", '{"config": {}, "vocab": {}}'),
     ("x.tiktoken", ""), ("tokenizer.json", '{"model": "x"}'), ("tokenizer.json", '{"type": "char"}'),
     ("vocab.json", "[1]"), ("tokenizer.json", '{"type": "sentencepiece"}'),
 ])  # fmt: skip
 def test_files_that_are_no_tokenizer_are_a_sentence(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     (tmp_path / "merges.txt").write_text("a b c\n")
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(UserError, match=re.escape(name)):
         load_tokenizer(tmp_path / name)
+
+
+def test_a_pipe_is_no_tokenizer(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match="a pipe"):
+        load_tokenizer(tmp_path / "tokenizer.json")
