@@ -198,6 +198,7 @@ class Turn:
     user: str
     answer: str
     ids: list[int]  # of the answer as the model wrote it, which may be cut into other tokens than `encode` would
+    limit: str = ""  # what ended the answer before the model did: "context" or "max_new_tokens"
 
 
 class Chat:
@@ -239,16 +240,20 @@ class Chat:
         changed then.
         """
         turns, ids = self.fit(text)
-        said, answer = "", []
+        room = self.model.cfg.seq_len - len(ids)
+        most = min(self.sampling.max_new_tokens, room)
+        said, answer, limit = "", [], ""
         try:
-            for piece in before_stop(self.pieces(ids, answer), self.template.stop_texts):
+            for piece in before_stop(self.pieces(ids, answer, most), self.template.stop_texts):
                 said += piece
                 yield piece
         finally:
             # Not if it ended at a stop string or inside a character.
             whole = self.tokenizer.decode(answer, after=self.template.goes_on_with(ids)) == said
+            if whole and len(answer) == most:
+                limit = "context" if most == room else "max_new_tokens"
             self.forgotten += len(self.turns) - len(turns)
-            self.turns = [*turns, Turn(text, said, answer if whole else self.template.answer(said))]
+            self.turns = [*turns, Turn(text, said, answer if whole else self.template.answer(said), limit)]
 
     def fit(self, text: str) -> tuple[list[Turn], list[int]]:
         """The newest turns that leave room for `text` and an answer, and all their ids up to that answer."""
@@ -270,10 +275,10 @@ class Chat:
             ids += turn.ids + self.template.continuation(user)
         return ids
 
-    def pieces(self, ids: list[int], answer: list[int]) -> Iterator[str]:
-        """The text of the answer, whose ids are appended to `answer`."""
+    def pieces(self, ids: list[int], answer: list[int], most: int) -> Iterator[str]:
+        """The text of the answer, whose ids, at most `most`, are appended to `answer`."""
         decoder = StreamDecoder(self.tokenizer, after=self.template.goes_on_with(ids))
-        for n in range(min(self.sampling.max_new_tokens, self.model.cfg.seq_len - len(ids))):
+        for n in range(most):
             banned = self.template.stop_ids if n < self.sampling.min_new_tokens else ()
             token = self.next_id(ids + answer, answer, banned)
             if token in self.template.stop_ids:

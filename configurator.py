@@ -35,6 +35,7 @@ if os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.dirname(os.path.absp
 import ast
 import dataclasses
 import difflib
+import errno
 import functools
 import inspect
 import json
@@ -89,13 +90,19 @@ class UserError(Exception):
 def run(main) -> None:
     """Run a script's `main()`: a UserError becomes one sentence and exit code 2, Ctrl-C exit code 130.
 
-    Anything else is a bug of ours and keeps its traceback.
+    So does an output that cannot be written. Anything else is a bug of ours and keeps its traceback.
     """
     script = Path(sys.argv[0]).name
     rank = os.environ.get("RANK") or "0"
-    for stream in (sys.stdin, sys.stdout, sys.stderr):  # what a terminal cannot show or send is no reason to stop
+    where = f"{script} [rank {rank}]" if rank != "0" else script
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started us, as in `python sample.py <&-`
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to stop
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as arguments are decoded; who reads it refuses such text
     if signal.getsignal(signal.SIGINT) == leave_quietly:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -104,7 +111,7 @@ def run(main) -> None:
         signal.signal(signal.SIGINT, leave_quietly)  # while Python clears up
         sys.exit(code)
     except UserError as error:
-        print(f"\n{script}{f' [rank {rank}]' if rank != '0' else ''}: {error}", file=sys.stderr)
+        print(visible(f"\n{where}: {error}", sys.stderr), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted", file=sys.stderr)
@@ -116,6 +123,29 @@ def run(main) -> None:
     except BrokenPipeError:  # the reader of our pipe went away (`| head`): not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG):
+            raise
+        # Files of ours say it themselves: this is what we print.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"\n{where}: cannot write the output: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+
+
+def visible(text: str, stream: typing.TextIO | None = None) -> str:
+    """Text from a model, a file or a stranger's settings for the screen: on a terminal control characters show as
+    escapes (they could clear it, or type for the user); a pipe gets the text as it is. `stream`: stdout, if not given.
+
+    >>> visible("a\\x1b[2Jb\\n")  ->  'a\\\\x1b[2Jb\\n'
+    """
+    if not (stream or sys.stdout).isatty():
+        return text
+    return "".join(c if is_harmless(c) else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def is_harmless(character: str) -> bool:
+    """Nothing that a terminal obeys, nor what turns the direction of writing; the joiners of emoji are fine."""
+    return character in "\n\t\u200c\u200d" or character.isprintable() or character.isspace() and character >= "\xa0"
 
 
 def write_path(path: str | Path) -> Path:
@@ -252,7 +282,7 @@ def configure(parts: list[type], argv: list[str] | None = None, environ=None, do
     argv = sys.argv[1:] if argv is None else argv
     environ = os.environ if environ is None else environ
     settings = Settings(parts)
-    if any(arg in ("-h", "--help", "help") for arg in argv):
+    if argv == ["help"] or any(arg in ("-h", "--help") for arg in argv):
         print(help_text(settings, doc))
         sys.exit(0)
     defaults = settings.to_dict()

@@ -67,7 +67,7 @@ from corpus import (
     text_files,
 )
 from download import set_aside
-from files import Either, Progress, locked, read_json, show_line, write_json, writing
+from files import Either, Progress, locked, read_json, show_line, visible, write_json, writing
 from mixture import open_mixture, parse
 from model import ModelConfig
 from ranks import TIKTOKEN
@@ -569,7 +569,7 @@ def working(folder: Path, quiet: bool):
 
 def say(text: str, quiet: bool) -> None:
     if text and not quiet:
-        print(text, flush=True)
+        print(visible(text), flush=True)
 
 
 def summary(folder: Path) -> str:
@@ -642,7 +642,7 @@ def main(argv: list[str] | None = None) -> int:
         elif len(inputs) > 1:
             raise UserError(f"{', '.join(inputs)}: several inputs are for tokenizer_dir=; mixture= trains on several")
         else:
-            print(summary(prepare(s)))
+            print(visible(summary(prepare(s))))
     except KeyboardInterrupt:
         print("\ndata.py: interrupted; the same command goes on behind the last whole shard", file=sys.stderr)
         return 130

@@ -28,6 +28,7 @@ from types import ModuleType
 from typing import BinaryIO
 
 from configurator import UserError
+from configurator import visible as visible  # what the screen gets of others' text
 
 try:
     import fcntl
@@ -303,18 +304,6 @@ def optional(module: str, package: str, why: str = "this") -> ModuleType:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the user sees meanwhile
-
-
-def visible(text: str) -> str:
-    """Text from a model, a file or a stranger's settings for the screen: on a terminal control characters show as
-    escapes (they could clear it, or type for the user); a pipe gets the text as it is.
-
-    >>> visible("a\\x1b[2Jb\\n")  ->  'a\\\\x1b[2Jb\\n'
-    """
-    if not sys.stdout.isatty():
-        return text
-    return "".join(c if c in "\n\t" or c.isprintable() or c.isspace() and ord(c) > 0xA0 else
-                   c.encode("unicode_escape").decode("ascii") for c in text)  # fmt: skip
 
 
 def is_first_process() -> bool:

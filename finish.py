@@ -11,7 +11,7 @@ import numpy as np
 import lora
 from chat import Template
 from configurator import Settings
-from files import write_text
+from files import visible, write_text
 from generate import SamplingSettings, generate
 from machine import Machine
 from model import LanguageModel
@@ -26,7 +26,7 @@ NEW_TOKENS = 100  # of each sample, whatever the machine: the same run writes th
 def finish(s: Settings, plan: Plan, machine: Machine, out_dir: Path, model: LanguageModel, tokenizer, held_out) -> None:
     """Write samples.txt, and print one sample and the commands that come next."""
     first, more = write_samples(s, out_dir / "samples.txt", model, tokenizer, held_out)
-    print(f"\nA sample{more}:\n\n{first}\n")
+    print(f"\nA sample{more}:\n\n{visible(first)}\n")
     folder = shlex.quote(short(out_dir))
     print(f"sample   python sample.py --init_from {folder} {'--chat' if s.task == 'sft' else '--prompt ...'}\n"
           f"evaluate python eval.py --init_from {folder}\n"

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import UserError, check_fields, shown
+from files import visible
 from workers import watch_parent
 
 
@@ -62,7 +63,7 @@ class Machine:
     def print(self, *args, **kwargs) -> None:
         """Print on the first process only."""
         if self.is_main:
-            print(*args, **kwargs, flush=True)
+            print(*map(visible, args), **kwargs, flush=True)
 
     def describe(self) -> str:
         kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type

@@ -13,6 +13,7 @@ from batches import RULE
 from configurator import ROOT, Settings, UserError, write_path
 from corpus import dataset_name
 from data import TRAINED, forced
+from files import visible
 from lora import LoraSettings, fingerprint
 from machine import Machine
 from model import ModelConfig
@@ -147,7 +148,7 @@ def base_of(s: Settings) -> Path:
         try:
             saved = checkpoint.settings(path)
         except UserError as error:
-            print(f"{error}: we look further")
+            print(visible(f"{error}: we look further"))
             continue
         if saved.get("task", "pretrain") == "pretrain" and not saved.get("use_lora"):
             return path

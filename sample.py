@@ -12,12 +12,13 @@ import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import checkpoint
-from chat import Chat, ChatSettings
+from chat import Chat, ChatSettings, before_stop
 from configurator import Count, UserError, check_fields, configure, find_path, run
+from files import visible
 from generate import SamplingSettings, generate, stream
 from machine import MachineSettings, choose_machine
 from tokenizer import StreamDecoder
@@ -47,12 +48,14 @@ def main(argv: list[str] | None = None) -> None:
     s = configure(SETTINGS, argv, doc=__doc__)
     machine = choose_machine(s.part(MachineSettings))
     sampling = s.part(SamplingSettings)
+    if "" in s.stop:
+        raise UserError("stop= is empty and would end every sample at once: leave it out")
     path = checkpoint.find(s.init_from)
     model, tokenizer, state = checkpoint.load_model(path, machine.device, s.lora_base)
     large = model.count_parameters()["total"] > 24e6  # a smaller one stays in a CPU's caches: float32 is as fast there
     if s.given("dtype") or machine.device.type == "cuda" or large:
         model.to(machine.dtype)
-    print(f"[{path}, step {state['progress']['step']}]", file=sys.stderr)
+    print(visible(f"[{path}, step {state['progress']['step']}]", sys.stderr), file=sys.stderr)
     if s.chat:
         for name in ("n_samples", "stop", "allow_special"):
             if s.given(name):
@@ -60,26 +63,49 @@ def main(argv: list[str] | None = None) -> None:
         talk(s, model, tokenizer, checkpoint.saved_settings(state, path, [ChatSettings]))
         return
     texts = [text for text in read_prompts(s) for _ in range(s.n_samples)]
-    prompts, first, healed = [], [], []
-    for i, text in enumerate(texts):
-        ids, begins = heal(tokenizer, encode_prompt(tokenizer, text, s.allow_special))
-        prompts.append(ids)
-        first.append(begins)
-        kept = tokenizer.decode(ids) if begins else text  # the sample brings the white space itself
-        healed.append(len(text) - len(kept))
-        texts[i] = kept
+    whole = [encode_prompt(tokenizer, text, s.allow_special) for text in texts]
+    prompts, first = zip(*(heal(tokenizer, ids) for ids in whole), strict=True)
+    # The sample brings the white space at the end of its prompt itself; it is shown as the user has typed it.
+    typed = [len(tokenizer.decode(ids[len(kept) :], after=kept)) for ids, kept in zip(whole, prompts, strict=True)]
     too_long = sum(len(ids) > model.cfg.seq_len for ids in prompts)
     if too_long:
         print(f"[{too_long} prompts are longer than the context of {model.cfg.seq_len} tokens: we keep their end]",
               file=sys.stderr)  # fmt: skip
     stops = stop_ids(tokenizer)
     if len(prompts) == 1:
-        decoder = StreamDecoder(tokenizer, after=prompts[0])
-        print_stream(texts[0], stream(model, prompts, sampling, stops, first), decoder, s.stop, healed[0])
+        print(visible(texts[0]), end="", flush=True)
+        ids = (new for (new,) in stream(model, prompts, sampling, stops, first) if new is not None)
+        for piece in written(tokenizer, prompts[0], ids, typed[0], s.stop):
+            print(visible(piece), end="", flush=True)
+        print(flush=True)
         return
     rows = generate(model, prompts, sampling, stops, first)
-    for i, (text, prompt, ids, own) in enumerate(zip(texts, prompts, rows, healed, strict=True)):
-        print(f"--- {i + 1} of {len(prompts)}\n{text}{cut(tokenizer.decode(ids, after=prompt), s.stop, own)}")
+    for i, (text, prompt, ids, known) in enumerate(zip(texts, prompts, rows, typed, strict=True)):
+        sample = text + "".join(written(tokenizer, prompt, ids, known, s.stop))
+        print(f"--- {i + 1} of {len(prompts)}\n{visible(sample)}")
+
+
+def written(tokenizer, prompt: list[int], ids: Iterable[int], typed: int, stops: list[str]) -> Iterator[str]:
+    """The text of `ids` behind a prompt, in pieces, up to a stop string and without its first `typed` characters."""
+
+    def pieces() -> Iterator[str]:
+        decoder, left = StreamDecoder(tokenizer, after=prompt), typed
+        for i in ids:
+            piece = decoder.push(i)
+            yield piece[left:]
+            left = max(0, left - len(piece))
+        yield decoder.flush()
+
+    return before_stop(pieces(), stops)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations
+
+
+HINTS = ("[/reset begins anew, /system TEXT says how to answer, // begins a message with /, /quit ends; "
+         "Ctrl-C stops an answer]")  # fmt: skip
+TERMINAL_LINE = 4095  # bytes of a line that a terminal without a line editor keeps; the rest is lost
 
 
 def talk(s, model, tokenizer, saved: dict) -> None:
@@ -88,11 +114,10 @@ def talk(s, model, tokenizer, saved: dict) -> None:
         print("[this model was trained to go on with text, not to answer: `USE_LORA=1 python train.py` teaches it]",
               file=sys.stderr)  # fmt: skip
     template, system = (getattr(s, name) if s.given(name) else saved[name] for name in ("template", "system"))
-    chat = Chat(model, tokenizer, template, system, s.part(SamplingSettings))
+    chat = Chat(model, tokenizer, template, checked_text(system, "system"), s.part(SamplingSettings))
     live = sys.stdin.isatty()
     if live:
-        print("[/reset begins anew, /system TEXT says how to answer, /quit ends; Ctrl-C stops an answer]",
-              file=sys.stderr)  # fmt: skip
+        print(HINTS, file=sys.stderr)
     for text in read_prompts(s) if s.prompt or s.prompts_file else lines(live):
         command, _, rest = text.partition(" ")
         if command == "/quit":
@@ -101,56 +126,88 @@ def talk(s, model, tokenizer, saved: dict) -> None:
             chat.reset()
         elif command == "/system":
             chat.set_system(rest.strip())
-        elif command.startswith("/"):
-            print(f"[{command} is none of /reset, /system and /quit]", file=sys.stderr)
+        elif command.startswith("/") and not command.startswith("//"):
+            print(visible(f"[{command} is none of /reset, /system and /quit; //... is a message that begins with /]",
+                          sys.stderr), file=sys.stderr)  # fmt: skip
         else:
-            answer(chat, text)
+            answer(chat, text[1:] if command.startswith("//") else text)
 
 
 def lines(live: bool) -> Iterator[str]:
-    """What the user types, or a pipe brings, without empty lines. Ctrl-C at the prompt ends the program, as Ctrl-D."""
+    """What the user types, or a pipe brings, without empty lines. Ctrl-D ends it."""
+    editor = live and sys.stdout.isatty() and has_line_editor()
     while True:
         try:
-            text = input("> " if live else "").strip()
-        except (EOFError, KeyboardInterrupt):
+            text = input("> " if live else "")
+        except EOFError:
             print(file=sys.stderr)
             return
-        if text:
+        if live and not editor and len(text.encode("utf-8", "surrogateescape")) >= TERMINAL_LINE:
+            print(f"[the terminal cut this line after {TERMINAL_LINE:,} bytes: send long messages through a pipe]",
+                  file=sys.stderr)  # fmt: skip
+        if text := text.strip():
             yield text
+
+
+def has_line_editor() -> bool:
+    """Import Python's line editor, with which `input` takes lines of any length."""
+    try:
+        import readline  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def answer(chat: Chat, text: str) -> None:
     """Print one answer while it is made. A message that does not fit gets a sentence, and the talk goes on."""
-    before = chat.forgotten
+    before, limit = chat.forgotten, ""
     try:
+        text = checked_text(text, "this message")
         with contextlib.closing(chat.say(text)) as pieces:
             for piece in pieces:
-                print(piece, end="", flush=True)
+                print(visible(piece), end="", flush=True)
         print(flush=True)
+        limit = chat.turns[-1].limit
     except KeyboardInterrupt:
         print(" [stopped]", flush=True)
     except UserError as error:
-        print(f"[{error}]", file=sys.stderr)
+        print(visible(f"[{error}]", sys.stderr), file=sys.stderr)
     if chat.forgotten > before:
         print(f"[the context is full: the oldest {chat.forgotten - before} turns are forgotten]", file=sys.stderr)
+    if limit == "context":
+        print("[the context is full, so the answer ends here; /reset begins anew]", file=sys.stderr)
+    elif limit:
+        print(f"[max_new_tokens={chat.sampling.max_new_tokens} ends the answer here]", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
 
 
 def read_prompts(s) -> list[str]:
     """--prompt, --prompts_file, or what a pipe brings; without any, one empty prompt: the model begins a document."""
-    prompts = list(s.prompt)
+    prompts = [checked_text(text, "prompt") for text in s.prompt]
     if s.prompts_file:
-        path = find_path(s.prompts_file)
+        what = f"prompts_file={s.prompts_file}"
         try:
-            prompts += [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line]
+            text = find_path(s.prompts_file).read_bytes().decode("utf-8", "surrogateescape")
         except OSError as error:
-            raise UserError(f"prompts_file={s.prompts_file}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise UserError(f"prompts_file={s.prompts_file} is not UTF-8 text; save it as UTF-8") from None
+            raise UserError(f"{what}: {error.strerror}") from None
+        prompts += [line for line in checked_text(text, what).split("\n") if line]
         if not prompts:
-            raise UserError(f"prompts_file={s.prompts_file} has no lines")
+            raise UserError(f"{what} has no lines")
     if not prompts and not sys.stdin.isatty() and (piped := sys.stdin.read()):
-        prompts = [piped.removesuffix("\n")]
+        prompts = [checked_text(piped, "the piped prompt").removesuffix("\n")]
     return prompts or [""]
+
+
+def checked_text(text: str, what: str) -> str:
+    """Text from outside, without byte-order mark and with LF for CRLF; UserError if its bytes were no UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # Python hides such bytes in lone surrogates
+        raise UserError(f"{what} is not UTF-8 text: convert it first, for example: iconv -f LATIN1 -t UTF-8") from None
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def encode_prompt(tokenizer, text: str, allow_special: bool = False) -> list[int]:
@@ -177,31 +234,6 @@ def heal(tokenizer, ids: list[int]) -> tuple[list[int], list[int]]:
 def stop_ids(tokenizer) -> tuple[int, ...]:
     """End of text, and padding, which is never text."""
     return tuple({tokenizer.role(name) for name in ("eot", "eos", "pad")} - {None})
-
-
-def cut(text: str, stops: list[str], healed: int = 0) -> str:
-    """The text up to the first of the stop strings: ('a b c', ['b']) -> 'a '. The first `healed` characters are the
-    prompt's own and end nothing."""
-    return text[: min((i for i in (text.find(stop, healed) for stop in stops) if i >= 0), default=len(text))]
-
-
-def print_stream(text: str, tokens, decoder: StreamDecoder, stops: list[str], healed: int) -> None:
-    """Print one sample while it is made. What could be the beginning of a stop string waits until that is decided."""
-    print(text, end="", flush=True)
-    shown, made = 0, ""
-    hold = max((len(stop) - 1 for stop in stops), default=0)
-    for (token,) in tokens:
-        made += decoder.push(token) if token is not None else ""
-        end = cut(made, stops, healed)
-        visible = len(end) if end != made else max(shown, len(made) - hold)
-        print(end[shown:visible], end="", flush=True)
-        shown = visible
-        if end != made:
-            break
-    else:
-        made += decoder.flush()
-        print(cut(made, stops, healed)[shown:], end="")
-    print(flush=True)
 
 
 if __name__ == "__main__":
