@@ -27,6 +27,7 @@ import re
 import sys
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -67,7 +68,7 @@ from corpus import (
     text_files,
 )
 from download import set_aside
-from files import Either, Progress, locked, read_json, show_line, visible, write_json, writing
+from files import Either, Progress, locked, read_json, require_file, show_line, visible, write_json, writing
 from mixture import open_mixture, parse
 from model import ModelConfig
 from ranks import TIKTOKEN
@@ -78,7 +79,8 @@ TRAINED = ("bpe", "char", *spm.KINDS)  # tokenizers that are trained on the corp
 STAGES = ("download", "mix", "tokenizer", "tokens", "train")  # of a run, in this order
 PART = {"documents": int, "bytes": int, "unknown": int, "tokens": int, "content": str, "shards": [(str, int)],
         "sums?": [(int, int)], "mixture?": {str: {"share": float, "got": float, "passes": int}}}  # fmt: skip
-PREPARED = META | {"vocab_size": int, "trained": str, "skipped": int, "splits": {"train": PART, "val": PART}}
+PREPARED = META | {"vocab_size": int, "tokenizer_sum?": int, "trained": str, "skipped": int,
+                   "splits": {"train": PART, "val": PART}}  # fmt: skip
 OFTEN = 4  # passes over a part of a mixture; more are worth a word
 
 
@@ -330,11 +332,25 @@ def is_current(folder: Path, again: Again, quiet: bool) -> bool:
     if not (folder / "meta.json").is_file() or again.is_due(folder, "tokens"):
         return False
     try:
-        read_meta(folder, PREPARED)
+        refuse_damage(folder, read_meta(folder, PREPARED).get("tokenizer_sum"))
     except UserError as error:
-        say(f"data: {str(error).rpartition(';')[0]}; the tokens are made again", quiet)
+        say(f"data: {str(error).partition(';')[0]}; the tokens are made again", quiet)
         return False
     return True
+
+
+def refuse_damage(folder: Path, expected: int | None) -> None:
+    """UserError if the files of the tokenizer that we saved there are not whole. Its roles may be edited."""
+    if (folder / "tokenizer_config.json").exists():
+        read_json(folder / "tokenizer_config.json")
+    if expected not in (None, tokenizer_sum(folder)):
+        raise UserError(f"{folder / 'tokenizer.json'} is damaged")
+
+
+def tokenizer_sum(folder: Path) -> int:
+    path = require_file(folder / "tokenizer.json")
+    with reading(path):
+        return zlib.crc32(path.read_bytes())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,7 +387,8 @@ def build(folder: Path, raw: RawCorpus, sources: list, decides: list, tokenizer,
         raise UserError(f"the files of {raw.name} changed while we read them; start again")
     tokenizer.save(folder)
     meta = {"format": FORMAT, "name": raw.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.role("eot"),
-            "tokenizer": tokenizer.fingerprint, "trained": s.tokenizer if trained else "", "splits": splits,
+            "tokenizer": tokenizer.fingerprint, "tokenizer_sum": tokenizer_sum(folder),
+            "trained": s.tokenizer if trained else "", "splits": splits,
             "skipped": len(raw.skipped), "settings": asdict(pick(DataSettings, vars(s)))}  # fmt: skip
     if shards:  # they are not in the folder
         meta |= {"home": folder.stat().st_ino, "bin_ids": "uint32" if s.bin_dtype == "uint32" else "uint16"}
@@ -394,6 +411,7 @@ def make_tokenizer(raw: RawCorpus, decides: list, again: Again, s, quiet: bool):
         tokenizer = None
         if (folder / "tokenizer.json").is_file() and not again.is_due(folder, "tokenizer"):
             try:
+                refuse_damage(folder, read_json(folder / "made.json", {"sum": int})["sum"])
                 tokenizer = load_tokenizer(folder)
                 say(f"data: {folder} is current", quiet)
             except UserError as error:
@@ -408,6 +426,7 @@ def make_tokenizer(raw: RawCorpus, decides: list, again: Again, s, quiet: bool):
                                         max_bytes=s.tokenizer_bytes, workers=s.workers,
                                         progress=training_progress(raw, s.tokenizer_bytes, quiet, note))  # fmt: skip
             tokenizer.save(folder)
+            write_json(folder / "made.json", {"sum": tokenizer_sum(folder)})
             again.note(folder)
     check_vocabulary(tokenizer.vocab_size, s)
     return tokenizer

@@ -109,6 +109,11 @@ def test_what_was_asked_and_got_is_in_meta_and_shown(corpora, capsys):
     assert "train: long 40.0% wanted, 4" in capsys.readouterr().out and folder.name.startswith("mix-long-short-")
 
 
+def test_small_part_that_comes_again_and_again_is_said(corpora, capsys):
+    prepare(settings(mixture="long:0.9 short:0.1", mixture_size=200_000))
+    assert "data: long is small for its share: it comes 9 times" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("change", [{"mixture": "long:0.5 short:0.5"}, {"mixture": "short:0.6 long:0.4"},
                                     {"mixture_size": 9000}, {"mixture_unit": "tokens"}])  # fmt: skip
 def test_changed_setting_uses_nothing_stale(corpora, change):

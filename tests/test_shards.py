@@ -263,6 +263,21 @@ def test_damaged_meta_of_our_cache_is_made_again(tokens, capsys):
         assert (folder / "meta.json").read_bytes() == right
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["tokens", "tokenizer alone"])
+def test_damaged_tokenizer_of_our_cache_is_made_again(tokens, tmp_path, capsys, kept):
+    folder, argv = tokens
+    right, (trained,) = use(folder), folder.parent.glob("*-tokenizer-*")
+    file = (folder if kept else trained) / "tokenizer.json"
+    data = file.read_bytes()
+    for damaged in (b"", data[:-9], data.replace(b"t", b"u", 1), data.replace(b"the", b"tha"), b"[]"):
+        file.write_bytes(damaged)
+        if not kept:
+            (folder / "meta.json").unlink()
+        prepare(configure([ModelConfig, DataSettings], argv, environ={}))
+        assert file.read_bytes() == data and use(folder) == right, damaged[:40]
+        assert "again" in capsys.readouterr().out
+
+
 def test_damaged_state_of_an_interrupted_run_is_made_again(tmp_path, capsys):
     def broken(split):
         yield from ((text, True) for text in DOCUMENTS[:100])
