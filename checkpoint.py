@@ -115,7 +115,8 @@ def steps(folder: Path) -> list[Path]:
 # Reading: a checkpoint may be damaged, or come from somebody else
 
 # What a checkpoint holds beside the optimizer's state; "?" where older files, or best.pt, have nothing.
-SHAPE = {"settings": str, "tokenizer": str, "model": {str: torch.Tensor}, "progress": {"step": int, "best": float},
+SHAPE = {"settings": str, "tokenizer": str, "model": {str: torch.Tensor}, "config?": str, "made_of?": str,
+         "progress": {"step": int, "best": float, "samples?": int},
          "base?": Either(None, {"path": str, "fingerprint": str}), "init?": str, "optimizer?": {str: torch.Tensor},
          "ema?": Either(None, {"updates": int, "weights": {str: torch.Tensor}}),
          "scale?": Either(None, {"value": torch.Tensor, "good": torch.Tensor})}  # fmt: skip

@@ -33,7 +33,7 @@ from data import DataSettings
 from eval import evaluate
 from ffn import update_balance
 from files import clock
-from finish import finish
+from finish import finish, lifted
 from log import Log, LogSettings
 from lora import LoraSettings
 from machine import (
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             training = Run(s, plan, machine, out_dir, tokenizer, batches, validation, start, other_text)
             if training.is_complete():
-                more = f"is complete; MAX_STEPS={2 * plan.max_steps} would go on with it"
+                more = f"is complete; MAX_STEPS={2 * plan.max_steps} would go on with it{lifted(s, plan)}"
                 machine.print(f"the run {'has reached its goal' if training.progress.ended else more}")
                 leave_processes(machine)
                 return 0

@@ -17,7 +17,7 @@ FLOORS = [
     ["generate", "checkpoint", "shards"],
     ["data"],
     ["chat"],
-    ["conversations"],
+    ["conversations", "resume"],
     ["sft", "plan", "tasks"],
     ["eval", "finish", "plot"],
     ["train", "sample", "interop", "bench"],

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -266,6 +267,32 @@ def test_a_run_of_an_older_rule_keeps_it(go, tmp_path):
     assert json.loads(checkpoint.load_newest(tmp_path / "run")["made_of"])["rule"] == 1
     go(out_dir=tmp_path / "new", max_steps=3)
     assert json.loads(checkpoint.load_newest(tmp_path / "new")["made_of"])["rule"] == 2
+
+
+# ---- what a run says of itself
+
+
+def test_the_parameters_active_for_a_token_and_both_rates_are_said_and_logged(go, tmp_path, capsys):
+    go(max_steps=2, n_expert=4, d_expert=16)
+    out = capsys.readouterr().out
+    found = re.search(r"model +([\d,]+) parameters, ([\d,]+) of them active", out)
+    total, active = (int(number.replace(",", "")) for number in found.groups())
+    assert total - active == 2 * 2 * (2 * 16 * 32)  # two layers, two idle experts of two matrices
+    assert "lr 0.003 (AdamW), muon_lr 0.02 for hidden matrices (Muon)" in out
+    assert column(tmp_path / "run", "muon_lr")[-1] == pytest.approx(0.002)
+    go(out_dir=tmp_path / "adamw", max_steps=2, optimizer="adamw")
+    assert not column(tmp_path / "adamw", "muon_lr")
+
+
+def test_that_twice_the_steps_lift_the_learning_rate_is_said_with_a_way_that_keeps_it(go, tmp_path, capsys):
+    go()
+    out = capsys.readouterr().out
+    advice = re.search(r"lifts the learning rate from 0.0003 to 0.00\d+; (SCHEDULE.*) keeps it", out)
+    new = dict(word.lower().split("=") for word in advice[1].split())
+    go(**new, max_steps=24)
+    assert column(tmp_path / "run", "lr")[12:] == pytest.approx([3e-4] * 12)
+    assert column(tmp_path / "run", "muon_lr")[12:] == pytest.approx([2e-3] * 12)
+    assert "lifts" not in capsys.readouterr().out
 
 
 # ---- saving and validating
