@@ -91,9 +91,10 @@ def set_aside(folder: Path) -> Path | None:
         return None
     names = (folder / f"before_{n}" for n in itertools.count(1))
     kept = next(name for name in names if not os.path.lexists(name))
-    kept.mkdir()
-    for path in found:
-        path.rename(kept / path.name)
+    with writing(folder, "; set another out_dir"):
+        kept.mkdir()
+        for path in found:
+            path.rename(kept / path.name)
     return kept
 
 
@@ -101,8 +102,9 @@ def save_step(folder: Path, step: int, state: dict, keep: int) -> Path:
     """Save as `step_<step>.pt`, then remove all but the newest `keep` of these."""
     path = folder / f"step_{step:08d}.pt"
     save(path, state)
-    for old in steps(folder)[:-keep]:
-        old.unlink()
+    with writing(folder):
+        for old in steps(folder)[:-keep]:
+            old.unlink(missing_ok=True)
     return path
 
 
@@ -325,7 +327,10 @@ def remember(folder: Path) -> None:
     root = ROOT / "out"
     if folder.resolve().parent == root.resolve():
         names = [folder.name, *(name for name in remembered(root) if name != folder.name)]
-        write_text(root / ".newest", "\n".join(names[:1000]))
+        try:
+            write_text(root / ".newest", "\n".join(names[:1000]))
+        except OSError as error:
+            print(f"cannot write {root / '.newest'} ({error.strerror}): dates will say which run is the newest")
 
 
 def remembered(root: Path) -> list[str]:

@@ -13,7 +13,7 @@ from batches import RULE
 from configurator import ROOT, Settings, UserError, write_path
 from corpus import dataset_name
 from data import TRAINED, forced
-from files import visible
+from files import visible, writing
 from lora import LoraSettings, fingerprint
 from machine import Machine
 from model import ModelConfig
@@ -285,7 +285,8 @@ def keep_tokenizer(s: Settings, tokenizer: Tokenizer, out_dir: Path, resumed: bo
     """These weights know one tokenizer; a copy of it stays with the run, and prepares its corpus."""
     if not s.given("tokenizer"):
         if not resumed:
-            tokenizer.save(out_dir)
+            with writing(out_dir, "; set another out_dir"):
+                tokenizer.save(out_dir)
         if (out_dir / "tokenizer.json").is_file():
             s.set("tokenizer", str(out_dir), "checkpoint")
 

@@ -33,10 +33,12 @@ from configurator import UserError  # noqa: E402
 from conftest import tiny_run  # noqa: E402
 from test_train import same  # noqa: E402
 
-KINDS = {
-    "newest step": "run/step_00000004.pt", "best": "run/best.pt", "log": "run/log.csv",
-    "adapters": "lora/step_00000004.pt", "base": "lora/base.pt", "tokenizer": "lora/tokenizer.json",
-    "its config": "lora/tokenizer_config.json",
+KINDS = {  # the run that is used, and the file that is damaged
+    "newest step": ("run", "run/step_00000004.pt"), "best": ("run", "run/best.pt"), "log": ("run", "run/log.csv"),
+    "adapters": ("lora", "lora/step_00000004.pt"), "base": ("lora", "lora/base.pt"),
+    "tokenizer": ("lora", "lora/tokenizer.json"), "its config": ("lora", "lora/tokenizer_config.json"),
+    "tokens": ("run", "run-cache/*/train_00000.npy"), "val tokens": ("run", "run-cache/*/val_00000.npy"),
+    "meta": ("run", "run-cache/*/meta.json"), "its tokenizer": ("run", "run-cache/*/tokenizer.json"),
 }  # fmt: skip
 RESULTS = ("recovered", "said", "harmless", "silent", "traceback")
 
@@ -46,7 +48,7 @@ def settings(folder: Path, name: str, steps: int) -> list[str]:
     if name == "lora" and not (folder / name).exists():
         more["init_from"] = folder / "run"
     return tiny_run(folder / "text" / "words.txt", folder / name, max_steps=steps, eval_interval=2, eval_tokens=64,
-                    schedule="constant", cache_dir=folder / "cache", **more)  # fmt: skip
+                    schedule="constant", cache_dir=folder / f"{name}-cache", **more)  # fmt: skip
 
 
 def make_runs(folder: Path) -> None:
@@ -86,7 +88,7 @@ def damage(path: Path, chance: random.Random) -> str:
 
 def use(folder: Path, kind: str):
     """(what came out of using the runs there, what was said)"""
-    name, said = Path(KINDS[kind]).parts[0], io.StringIO()
+    name, said = KINDS[kind][0], io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         if kind == "log":
             plot.read_curves(folder / "run" / "log.csv")
@@ -99,7 +101,8 @@ def use(folder: Path, kind: str):
 def trial(whole: Path, folder: Path, kind: str, expected, chance: random.Random) -> tuple[str, str]:
     """(one of RESULTS, how the file was damaged)"""
     shutil.copytree(whole, folder)
-    how = damage(folder / KINDS[kind], chance)
+    path = chance.choice(sorted(folder.glob(KINDS[kind][1])))
+    how = damage(path, chance)
     try:
         got, said = use(folder, kind)
     except UserError:
@@ -138,6 +141,6 @@ def fuzz(trials: int, seed: int = 0) -> dict[str, Counter]:
 
 if __name__ == "__main__":
     counted = fuzz(*map(int, sys.argv[1:3]))
-    print(f"{'':12}", *(f"{name:>10}" for name in RESULTS))
+    print(f"{'':13}", *(f"{name:>10}" for name in RESULTS))
     for kind, counter in [*counted.items(), ("all", sum(counted.values(), Counter()))]:
-        print(f"{kind:12}", *(f"{counter[name]:10}" for name in RESULTS))
+        print(f"{kind:13}", *(f"{counter[name]:10}" for name in RESULTS))
