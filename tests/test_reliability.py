@@ -625,22 +625,23 @@ def strange(honest, tmp_path, monkeypatch, request):
 
 @pytest.mark.parametrize("use", [
     "sample", "chat", "evaluate", "evaluate a text", "draw", "start from", "start from by adapters", "continue",
-    "sample adapters", "continue adapters", "merge",
+    "continue as it was", "sample adapters", "continue adapters", "merge",
 ])  # fmt: skip
 def test_a_strangers_run_executes_nothing_and_writes_and_reads_nothing_elsewhere(strange, text, tmp_path, use):
     """Each of these works or ends in a sentence."""
-    adapted, targets = strange.with_name("adapted"), tmp_path / "targets"
+    adapted, targets, mine = strange.with_name("adapted"), tmp_path / "targets", tmp_path / "mine"
     before = {path: path.read_bytes() for path in targets.rglob("*") if path.is_file()}
     uses = {
         "sample": lambda: sample.main([f"init_from={strange}", "prompt=the", "max_new_tokens=2"]),
         "chat": lambda: sample.main([f"init_from={strange}", "chat=1", "prompt=the", "max_new_tokens=2"]),
-        "evaluate": lambda: evaluate.main([f"init_from={strange}", f"cache_dir={tmp_path / 'mine'}"]),
+        "evaluate": lambda: evaluate.main([f"init_from={strange}", f"cache_dir={mine}"]),
         "evaluate a text": lambda: evaluate.main([f"init_from={strange}", f"data_path={text}"]),
         "draw": lambda: plot.main([str(strange)]),
-        "start from": lambda: train.main(tiny_run(text, tmp_path / "mine", init_from=strange, max_steps=2)),
+        "start from": lambda: train.main(tiny_run(text, mine, init_from=strange, max_steps=2)),
         "start from by adapters": lambda: train.main(
-            tiny_run(text, tmp_path / "mine", init_from=strange, use_lora=1, max_steps=2)),
+            tiny_run(text, mine, init_from=strange, use_lora=1, max_steps=2)),
         "continue": lambda: train.main(tiny_run(text, strange, max_steps=6, eval_interval=2, tensorboard=1)),
+        "continue as it was": lambda: train.main([f"out_dir={strange}", "max_steps=6", f"cache_dir={mine}"]),
         "sample adapters": lambda: sample.main([f"init_from={adapted}", "prompt=the", "max_new_tokens=2"]),
         "continue adapters": lambda: train.main(tiny_run(text, adapted, max_steps=4, use_lora=1)),
         "merge": lambda: interop.main(["merge", str(adapted)]),
