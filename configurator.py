@@ -58,7 +58,7 @@ KNOWN_ELSEWHERE = {
     "context_length": "seq_len", "max_position_embeddings": "seq_len", "max_seq_len": "seq_len", "maxlen": "seq_len",
     "max_iters": "max_steps", "steps": "max_steps", "num_iterations": "max_steps", "iters": "max_steps",
     "total_tokens": "max_tokens", "learning_rate": "lr", "lr_max": "lr", "max_lr": "lr", "lr_min": "min_lr",
-    "eval_rate": "eval_interval", "save_rate": "eval_interval", "max_grad_norm": "grad_clip", "warm_up": "warmup_steps",
+    "eval_rate": "eval_interval", "save_rate": "save_interval", "max_grad_norm": "grad_clip", "warm_up": "warmup_steps",
     "warmup_iters": "warmup_steps", "warmup": "warmup_steps", "cosine_restarts": "schedule=cosine_restarts",
     "temp": "temperature", "max_new": "max_new_tokens", "num_tokens_to_generate": "max_new_tokens",
     "min_new": "min_new_tokens", "num_samples": "n_samples", "gradient_accumulation_steps": "grad_accum",
