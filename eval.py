@@ -62,6 +62,7 @@ from tasks import (
     run_task,
     show_examples,
     summarise,
+    task_files,
     with_shots,
 )
 
@@ -116,11 +117,13 @@ def evaluate(model: LanguageModel, windows: Validation, machine: Machine, batch_
     for first in range(machine.rank * batch_size, len(windows), machine.world_size * batch_size):
         batch = [t.to(machine.device) for t in windows.get(first, batch_size)]
         with machine.autocast():
-            total += model(*batch).double().sum().cpu()
+            total += model(*batch).cpu().double().sum()  # an Apple GPU has no float64
         progress.show(first)
     progress.close()
     model.train(was_training)
-    nats = machine.all_reduce(total.to(machine.device)).item()
+    if machine.world_size > 1:
+        total = machine.all_reduce(total.to(machine.device)).cpu()
+    nats = total.item()
     return Score(nats / windows.tokens, nats / math.log(2) / windows.bytes)
 
 
@@ -231,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
             if not os.access(own_folder(folder), os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     if names:  # files and downloads before the process group: a collective would time out
-        examples = [prompts(s, name) for name in names]
+        examples = [prompts(s, name, machine) for name in names]
         cast_products(model, machine.dtype)
         init_processes(machine)
         rows = [answer(s, name, each, model, tokenizer, machine, folder, about)
@@ -314,9 +317,11 @@ def report(name: str, windows, score: Score, state: dict, machine: Machine, fold
             write_json(folder / f"{name}.json", about | values | {"tokens": windows.tokens, "bytes": windows.bytes})
 
 
-def prompts(s: Settings, name: str) -> list[Example]:
-    """The questions of a task, each with its context."""
+def prompts(s: Settings, name: str, machine: Machine) -> list[Example]:
+    """The questions of a task, each with its context; says which files they are from."""
     examples = load(name, "", s.task_dir, s.cache_dir)[: s.limit or None]
+    files = ", ".join(path.name for path in task_files(name, "", s.task_dir, s.cache_dir))
+    machine.print(f"{name}: {len(examples):,} questions of {files}")
     return with_shots(TASKS[name], examples, load(name, "train", s.task_dir, s.cache_dir) if s.n_shot else [], s.n_shot)
 
 

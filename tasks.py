@@ -22,6 +22,7 @@ import torch
 from configurator import UserError, cache_folder, find_path
 from corpus import json_records, natural_key, parquet_records, reading
 from download import download
+from files import Either, mismatch
 from generate import prefill
 from machine import Machine
 from model import LanguageModel
@@ -49,18 +50,35 @@ class Task:
     urls: dict[str, list[str]] = field(default_factory=dict)  # split -> files
 
 
+LABEL = Either(int, str)  # of the right choice: 1 or "1"
+ARC_HUB = {"question": str, "choices": {"text": [str], "label": [str]}, "answerKey": str}
+ARC_AI2 = {"question": {"stem": str, "choices": [{"text": str, "label": str}]}, "answerKey": str}
+HELLASWAG = {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": [str], "label": LABEL}
+PIQA_RECORD = {"goal": str, "sol1": str, "sol2": str, "label": LABEL}
+
+
+def require(record, shape) -> None:
+    if wrong := mismatch(record, shape):
+        raise ValueError(wrong)
+
+
 def parse_arc(record: dict) -> Example:
     """AI2's files have {"question": {"stem", "choices": [{"text", "label"}]}}, those of the Hub two lists."""
+    nested = isinstance(record, dict) and isinstance(record.get("question"), dict)
+    require(record, ARC_AI2 if nested else ARC_HUB)
     question, choices = record["question"], record.get("choices")
-    if isinstance(question, dict):
+    if nested:
         choices = {key: [each[key] for each in question["choices"]] for key in ("text", "label")}
         question = question["stem"]
-    gold = list(choices["label"]).index(record["answerKey"])  # A to E, or 1 to 4
-    return Example(f"Question: {question}\nAnswer:", list(choices["text"]), gold, record)
+    if len(set(choices["label"])) != len(choices["text"]) or record["answerKey"] not in choices["label"]:
+        raise ValueError(f"the answer {record['answerKey']} of the choices {', '.join(choices['label'])}")
+    gold = choices["label"].index(record["answerKey"])  # A to E, or 1 to 4
+    return Example(f"Question: {question}\nAnswer:", choices["text"], gold, record)
 
 
 def parse_hellaswag(record: dict) -> Example:
     """capitalize() makes the rest of ctx_b lower case; so the published scores were made."""
+    require(record, HELLASWAG)
     query = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
     return Example(clean(query), [clean(ending) for ending in record["endings"]], int(record["label"]), record)
 
@@ -72,6 +90,7 @@ def clean(text: str) -> str:
 
 
 def parse_piqa(record: dict) -> Example:
+    require(record, PIQA_RECORD)
     choices = [record["sol1"], record["sol2"]]
     return Example(f"Question: {record['goal']}\nAnswer:", choices, int(record["label"]), record)
 
@@ -107,6 +126,23 @@ def choose(names: str) -> list[str]:
 
 def load(name: str, split: str = "", task_dir: str = "", cache_dir: str = "") -> list[Example]:
     """The examples of a task in the order of its files, from `task_dir`, else downloaded once."""
+    task, files = TASKS[name], task_files(name, split, task_dir, cache_dir)
+    examples: list[Example] = []
+    first: dict[str, Path] = {}  # question -> its file
+    for path in files:
+        for where, record in records(path):
+            example = parsed(task, name, where, record)
+            asked = repr((example.query, example.choices))
+            if first.setdefault(asked, path) != path:
+                raise UserError(f"{where} is in {first[asked].name}, too: are these two versions of {name}? Leave one")
+            examples.append(example)
+    if not examples:
+        raise UserError(f"{name}: {files[0]} holds no questions")
+    return examples
+
+
+def task_files(name: str, split: str = "", task_dir: str = "", cache_dir: str = "") -> list[Path]:
+    """The files of a split of a task, in `task_dir`, else downloaded once."""
     task = TASKS[name]
     split = split or task.split
     if not task_dir:
@@ -117,43 +153,64 @@ def load(name: str, split: str = "", task_dir: str = "", cache_dir: str = "") ->
             download(url, folder / url.rsplit("/", 1)[-1])
     else:
         folder = find_path(task_dir)
-    files = find_files(task, name, split, folder)
-    examples = [parsed(task, name, where, record) for where, record in records(files)]
-    if not examples:
-        raise UserError(f"{name}: {files[0]} holds no questions")
-    return examples
+    return find_files(task, name, split, folder)
 
 
 def find_files(task: Task, name: str, split: str, folder: Path) -> list[Path]:
-    """The .jsonl or .parquet files of one split, however they are published: those that lie beside the first."""
+    """The .jsonl or .parquet files of one split, however they are published: one, or numbered parts of one."""
     found = []
     for path in sorted(folder.rglob("*"), key=natural_key):
         letters = re.sub("[^a-z]", "", path.relative_to(folder.parent).as_posix().lower())
-        if path.suffix in (".jsonl", ".parquet") and any(word in letters for word in task.words):
+        is_table = path.suffix in (".jsonl", ".parquet") and not path.name.startswith(".")
+        if is_table and any(word in letters for word in task.words):
             if SPLITS[split] & set(re.split("[^a-z]+", path.name.lower())):
                 found.append(path)
     if not found:
         raise UserError(f"{name}: no .jsonl or .parquet file with {' or '.join(task.words)} in its path and "
                         f"{' or '.join(sorted(SPLITS[split]))} in its name below {folder.absolute()}")  # fmt: skip
-    return [path for path in found if (path.parent, path.suffix) == (found[0].parent, found[0].suffix)]
+    if not are_parts(found):
+        names = ", ".join(str(path.relative_to(folder)) for path in found[:4])
+        raise UserError(f"{name}: {names} look like versions of one file: leave one in {folder.absolute()}, or number "
+                        "its parts from 0 or 1 on")  # fmt: skip
+    return found
 
 
-def records(files: list[Path]) -> Iterator[tuple[str, dict]]:
+def are_parts(files: list[Path]) -> bool:
+    """Whether the files are one, or its parts: names that differ in one number, which counts from 0 or 1 on.
+
+    >>> are_parts([Path("val-0-of-2.jsonl"), Path("val-1-of-2.jsonl")])  ->  True
+    >>> are_parts([Path("val.jsonl"), Path("val_old.jsonl")]), are_parts([Path("val_v1.jsonl"), Path("val_v2.jsonl")])
+        ->  False, False
+    """
+    names = [re.split(r"(\d+)", str(path)) for path in files]
+    if len(files) == 1:
+        return True
+    if len({tuple(name[::2]) for name in names}) > 1:  # the words between the numbers
+        return False
+    columns = [[int(name[i]) for name in names] for i in range(1, len(names[0]), 2)]
+    differing = [i for i, column in enumerate(columns) if len(set(column)) > 1]
+    if len(differing) != 1 or re.search(r"(^|[^a-z])v(er|ersion)?[._-]?$", names[0][2 * differing[0]].lower()):
+        return False
+    numbers = sorted(columns[differing[0]])
+    return numbers[0] in (0, 1) and numbers == list(range(numbers[0], numbers[0] + len(files)))
+
+
+def records(path: Path) -> Iterator[tuple[str, dict]]:
     """("file, line n", record); labels from the .lst file beside it, where there is one (PIQA)."""
-    for path in files:
-        if path.suffix == ".parquet":
-            yield from parquet_records(path, "*")
-            continue
-        labels, rows = path.with_name(f"{path.stem}-labels.lst"), json_records(path)
-        if not labels.is_file():
-            yield from rows
-            continue
-        with reading(labels):
-            numbers = labels.read_text(encoding="utf-8").split()
-        rows = list(rows)
-        if len(rows) != len(numbers):
-            raise UserError(f"{labels} has {len(numbers)} labels for the {len(rows)} lines of {path.name}")
-        yield from ((where, row | {"label": label}) for (where, row), label in zip(rows, numbers, strict=True))
+    if path.suffix == ".parquet":
+        yield from parquet_records(path, "*")
+        return
+    labels, rows = path.with_name(f"{path.stem}-labels.lst"), json_records(path)
+    if not labels.is_file():
+        yield from rows
+        return
+    with reading(labels):
+        numbers = labels.read_text(encoding="utf-8", errors="replace").split()
+    rows = list(rows)
+    if len(rows) != len(numbers):
+        raise UserError(f"{labels} has {len(numbers)} labels for the {len(rows)} lines of {path.name}")
+    for (where, row), label in zip(rows, numbers, strict=True):
+        yield where, row | {"label": label} if isinstance(row, dict) else row
 
 
 def parquet_reader(path: str):
@@ -166,11 +223,11 @@ def parquet_reader(path: str):
 def parsed(task: Task, name: str, where: str, record: dict) -> Example:
     try:
         example = task.parse(record)
-        if not 0 <= example.gold < len(example.choices):
+        if len(example.choices) < 2 or not 0 <= example.gold < len(example.choices):
             raise ValueError(f"the answer {example.gold} of {len(example.choices)} choices")
         return example
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{where} is no example of {name} ({type(error).__name__}: {error})") from None
+    except ValueError as error:
+        raise UserError(f"{where} is no example of {name}: {error}") from None
 
 
 def with_shots(task: Task, examples: list[Example], pool: list[Example], n_shot: int) -> list[Example]:
@@ -263,7 +320,7 @@ def log_likelihoods(model: LanguageModel, rows: list[Row], machine: Machine) -> 
         scores = logits.float().log_softmax(dim=-1).gather(1, ids[:, :1])[:, 0] * learned[:, 0]  # the first tokens
         if length > 1:
             scores = scores - model(ids[:, :-1], ids[:, 1:].contiguous(), learned[:, 1:], cache=cache).sum(dim=1)
-    return scores.double().tolist()
+    return scores.tolist()
 
 
 def cast_products(model: LanguageModel, dtype: torch.dtype) -> None:

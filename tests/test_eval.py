@@ -18,6 +18,7 @@ import torch
 import checkpoint
 import data
 import eval as module
+import tasks
 from batches import TokenStream
 from configurator import ROOT, UserError, configure
 from conftest import tiny_run
@@ -322,3 +323,37 @@ def test_what_is_done_before_ctrl_c_stays(base, questions):
 
 def test_perplexity_is_the_exponential_of_the_loss():
     assert Score(math.log(7), 1.0).perplexity == pytest.approx(7)
+
+
+class AppleTensor(torch.Tensor):
+    """A tensor on a device without float64; only what was copied to the CPU may become float64."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        if function in (torch.Tensor.cpu, torch.Tensor.tolist) or isinstance(result, torch.Tensor) is False:
+            return result.as_subclass(torch.Tensor) if isinstance(result, torch.Tensor) else result
+        if isinstance(result, cls) and result.dtype == torch.float64:
+            raise TypeError("this device has no float64")
+        return result
+
+
+def test_nothing_is_summed_in_float64_on_the_device(base):
+    """An Apple GPU has no float64: the weights, and all that is computed from them, refuse it here."""
+    model, tokenizer, _ = checkpoint.load_model(checkpoint.find(base))
+    with pytest.raises(TypeError, match="no float64"):
+        torch.zeros(2).as_subclass(AppleTensor).double()
+    for part in model.modules():
+        for name, p in list(part.named_parameters(recurse=False)):
+            part._parameters[name] = p.detach().as_subclass(AppleTensor)
+    windows = TextWindows(tokenizer.needs("eot"), model.cfg.seq_len)
+    windows.add_text([("the quick brown fox", True)], tokenizer)
+    machine = choose_machine(MachineSettings(device="cpu", dtype="float32"))
+    assert math.isfinite(evaluate(model, windows, machine).loss)
+    rows = [tasks.Row([1, 2], [3], False), tasks.Row([1, 2], [3, 4], False)]
+    assert all(map(math.isfinite, tasks.log_likelihoods(model, rows, machine)))
+
+
+def test_a_benchmark_says_which_files_it_read(base, questions, capsys):
+    assert "piqa: 40 questions of valid.jsonl" in command(capsys, f"init_from={base}", "tasks=piqa",
+                                                          f"task_dir={questions}")  # fmt: skip

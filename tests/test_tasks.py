@@ -307,7 +307,7 @@ def test_mistakes_end_in_a_sentence(data, tmp_path):
     with pytest.raises(UserError, match="valid.jsonl holds no questions"):
         load("piqa", task_dir=str(tmp_path))
     write(tmp_path / "piqa" / "valid.jsonl", [{"goal": "a", "sol1": "b", "label": 0}])
-    with pytest.raises(UserError, match=r"valid.jsonl, line 1 is no example of piqa .*sol2"):
+    with pytest.raises(UserError, match=r"valid.jsonl, line 1 is no example of piqa: .*sol2"):
         load("piqa", task_dir=str(tmp_path))
     (tmp_path / "piqa" / "valid-labels.lst").write_text("0\n1\n")
     with pytest.raises(UserError, match="has 2 labels for the 1 lines of valid.jsonl"):
@@ -320,3 +320,52 @@ def test_examples_on_the_screen_mark_the_right_choice_and_the_answer():
     shown = tasks.show_examples([tasks.result(i, example, rows, s) for i, s in enumerate(([-1.0, -2.0], [-9.0, -1.0]))])
     assert [line.split()[0] for line in shown.splitlines()] == [
         "right:", "Answer:", ">*", "-0.667", "wrong:", "Answer:", "*", ">"]  # fmt: skip
+
+
+HUB = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+SWAG = {"activity_label": "l", "ctx_a": "a", "ctx_b": "b", "endings": ["c", "d"], "label": "1"}
+
+
+@pytest.mark.parametrize("name, changes, complaint", [
+    ("arc_easy", {"question": None}, "question is a NoneType"),
+    ("arc_easy", {"choices": {"text": ["a", None], "label": ["A", "B"]}}, r"choices.text\[1\] is a NoneType"),
+    ("arc_easy", {"choices": {"text": ["a", 3], "label": ["A", "B"]}}, r"choices.text\[1\] is a int"),
+    ("arc_easy", {"choices": {"text": ["a"], "label": ["A", "B"]}}, "the answer A of"),
+    ("arc_easy", {"choices": {"text": ["a"], "label": ["A"]}}, "0 of 1 choices"),
+    ("arc_easy", {"answerKey": "C"}, "the answer C of the choices A, B"),
+    ("arc_easy", {"question": {"stem": "q", "choices": [{"text": 1, "label": "A"}]}}, "text is a int"),
+    ("hellaswag", {"endings": "abcd"}, "endings is a str"),
+    ("hellaswag", {"endings": ["c", None]}, r"endings\[1\] is a NoneType"),
+    ("hellaswag", {"label": 1.9}, "label is a float"), ("hellaswag", {"label": True}, "label is a bool"),
+    ("hellaswag", {"label": ""}, "invalid literal"), ("hellaswag", {"label": 2}, "the answer 2 of 2 choices"),
+    ("hellaswag", {"ctx_a": None}, "ctx_a is a NoneType"),
+])  # fmt: skip
+def test_a_question_of_another_shape_is_refused_with_file_and_line(tmp_path, name, changes, complaint):
+    record = (SWAG if name == "hellaswag" else HUB)
+    path = tmp_path / name / ("validation.jsonl" if name == "hellaswag" else "test.jsonl")
+    write(path, [record, record | changes])
+    with pytest.raises(UserError, match=rf"{path.name}, line 2 is no example of {name}: .*{complaint}"):
+        load(name, task_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("names", [
+    ["hellaswag_val.jsonl", "hellaswag_val_old.jsonl"], ["hellaswag_val.jsonl", "hellaswag_val2.jsonl"],
+    ["hellaswag_val.jsonl", "hellaswag_val (1).jsonl"], ["hellaswag_val_v1.jsonl", "hellaswag_val_v2.jsonl"],
+    ["hellaswag_val_2023.jsonl", "hellaswag_val_2024.jsonl"], ["hellaswag/val.jsonl", "old/hellaswag_val.jsonl"],
+    ["hellaswag_dev.jsonl", "hellaswag_val.jsonl"],
+])  # fmt: skip
+def test_files_that_look_like_versions_of_one_are_refused(tmp_path, names):
+    for i, name in enumerate(names):
+        write(tmp_path / name, [SWAG | {"ctx_a": str(i)}])
+    with pytest.raises(UserError, match="hellaswag: .* look like versions of one file"):
+        load("hellaswag", task_dir=str(tmp_path))
+
+
+def test_numbered_parts_are_read_in_order_unless_they_repeat_a_question(tmp_path):
+    for i in range(12):
+        write(tmp_path / f"hellaswag_val-{i:02}-of-12.jsonl", [SWAG | {"ctx_a": str(i)}])
+    write(tmp_path / "._hellaswag_val-00-of-12.jsonl", [])  # of a Mac
+    assert [each.record["ctx_a"] for each in load("hellaswag", task_dir=str(tmp_path))] == [str(i) for i in range(12)]
+    write(tmp_path / "hellaswag_val-11-of-12.jsonl", [SWAG | {"ctx_a": "3"}])
+    with pytest.raises(UserError, match="-11-of-12.jsonl, line 1 is in hellaswag_val-03-of-12.jsonl, too"):
+        load("hellaswag", task_dir=str(tmp_path))
