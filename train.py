@@ -28,7 +28,19 @@ import checkpoint
 import lora
 from batches import Batches, Prefetcher, TokenStream, Validation
 from chat import ChatSettings
-from configurator import Amount, Batch, Count, NotNegative, Settings, Size, UserError, check_fields, configure, run
+from configurator import (
+    Amount,
+    Batch,
+    Count,
+    NotNegative,
+    Settings,
+    Size,
+    UserError,
+    check_fields,
+    configure,
+    pick,
+    run,
+)
 from data import DataSettings
 from eval import evaluate
 from ffn import update_balance
@@ -231,14 +243,17 @@ class Run:
     def restore(self, start: dict, samples: int) -> None:
         if self.s.use_lora:
             lora.load_adapter(self.model, start["model"])
+        if "optimizer" not in start:
+            raise UserError(f"the newest checkpoint in {self.out_dir} has no state of the optimizer: a run with another "
+                            "out_dir can start from it by init_from=")  # fmt: skip
         self.optimizer.load_state_dict(start["optimizer"])
         if self.ema:
-            if not start["ema"]:
+            if not start.get("ema"):
                 raise UserError(f"the run in {self.out_dir} kept no average of the weights; go on with ema=0")
             self.ema.load_state_dict(start["ema"])
-        if self.scale and start["scale"]:
+        if self.scale and start.get("scale"):
             self.scale.load_state_dict(start["scale"])
-        self.progress = Progress(**start["progress"] | {"samples": samples})
+        self.progress = pick(Progress, start["progress"] | {"samples": samples})
         if self.progress.step > self.plan.max_steps:
             raise UserError(f"the run in {self.out_dir} has {self.progress.step} steps already, more than "
                             f"{self.plan.max_steps}; set another out_dir, or a larger max_steps")  # fmt: skip

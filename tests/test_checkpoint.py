@@ -153,6 +153,23 @@ def test_a_checkpoint_that_is_not_as_ours_is_one_sentence_for_every_user_of_it(t
         assert str(error.value).count("\n") == 0 and len(str(error.value)) < 400
 
 
+@pytest.mark.parametrize("changes", [
+    dict(_optimizer=None), dict(_optimizer={}), dict(_optimizer={"x": torch.zeros(1)}), dict(_ema=None),
+    dict(_scale=None), dict(_progress={"step": 2, "best": 1.0}), dict(_progress={"step": -5, "best": 1.0}),
+    dict(_progress={"step": 10**30, "best": 1.0}), dict(_progress={"step": 2, "best": 1.0, "evil": 3}),
+    dict(_progress={"step": 2, "best": 1.0, "tokens": float("nan"), "worse": 10**30}), dict(_base=None),
+    dict(_init=None), dict(_tokenizer='{"tokenizer": {"type": "char"}, "config": {}}'), dict(out_dir=7),
+    dict(lr="x"), dict(batch_size=0), dict(seed=10**30), dict(dataset=[]), dict(template="x"), dict(_made_of=7),
+    dict(_config=7), dict(_config="["), dict(_made_of="[]"),
+], ids=lambda changes: f"{changes}"[:50])  # fmt: skip
+def test_a_run_goes_on_from_strange_parts_or_ends_in_a_sentence(trained, text, tmp_path, changes):
+    path = tampered(trained, tmp_path / "theirs", **changes)
+    try:
+        assert train.main(tiny_run(text, path.parent, max_steps=4, eval_interval=2)) == 0
+    except UserError as error:
+        assert str(error).count("\n") == 0 and len(str(error)) < 400
+
+
 def test_a_weight_that_is_missing_too_much_misshapen_or_not_finite_is_named(trained, tmp_path):
     good = checkpoint.load_newest(trained)["model"]
     infinite = good["norm.weight"] * float("inf")
