@@ -244,7 +244,7 @@ class Run:
         if self.s.use_lora:
             lora.load_adapter(self.model, start["model"])
         if "optimizer" not in start:
-            raise UserError(f"the newest checkpoint in {self.out_dir} has no state of the optimizer: a run with another "
+            raise UserError(f"the newest checkpoint in {self.out_dir} has no state of the optimizer: a run in another "
                             "out_dir can start from it by init_from=")  # fmt: skip
         self.optimizer.load_state_dict(start["optimizer"])
         if self.ema:
