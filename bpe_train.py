@@ -10,7 +10,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache, partial
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import regex
@@ -60,16 +59,6 @@ CHUNK = 1 << 20  # characters
 # Behind a letter or digit, and before anything but a letter, combining mark, digit or apostrophe, all patterns in
 # CUTTABLE end a piece, whatever follows; and Unicode composes nothing across. (?r) searches from the end.
 SAFE_CUT = regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{M}\p{N}'])")
-
-
-def read_blocks(path: Path) -> Iterator[str]:
-    """The text of a file, CHUNK characters at a time, its line ends untouched."""
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            while block := file.read(CHUNK):
-                yield block
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
 
 
 def safe_chunks(texts: Iterable[str], limit: int = CHUNK, names: Collection[str] = ()) -> Iterator[str]:
