@@ -113,11 +113,12 @@ def place_of_process(environ=os.environ) -> tuple[int, int, int]:
                             "unset it")  # fmt: skip
         numbers.append(int(text))
     rank, world_size, local_rank = numbers
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
     if rank >= world_size or (world_size > 1 and missing):
-        why = f"without {missing[0]}" if missing else "with no such rank"
-        raise UserError(f"RANK={rank} and WORLD_SIZE={world_size} are in the environment {why}: unset them, or start "
-                        "with torchrun --nproc_per_node=2 train.py")  # fmt: skip
+        given = " ".join(f"{name}={environ[name]}" for name in ("RANK", "WORLD_SIZE") if environ.get(name))
+        why = f"without {missing[0]}" if missing else "which is no such rank"
+        raise UserError(f"{given} in the environment, {why}: unset them, or start with torchrun "
+                        "--nproc_per_node=2 train.py")  # fmt: skip
     return rank, world_size, local_rank
 
 

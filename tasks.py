@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import UserError, cache_folder, find_path
+from configurator import UserError, cache_folder, find_path, shown
 from corpus import json_records, natural_key, parquet_records, reading
 from download import download
 from files import Either, mismatch
@@ -116,7 +116,7 @@ def choose(names: str) -> list[str]:
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     for name in chosen:
         if name not in TASKS:
-            raise UserError(f"tasks={names}: there is no task {name}; there are {', '.join(TASKS)}")
+            raise UserError(f"tasks={shown(names)}: there is no task {shown(name)}; there are {', '.join(TASKS)}")
     return list(dict.fromkeys(chosen))
 
 
