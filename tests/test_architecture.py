@@ -24,7 +24,8 @@ FLOORS = [
     ["compare"],
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
-UP = {("tokenizer", "checkpoint")}  # inside a function: the folder of a run is a tokenizer, too
+# Inside a function: the folder of a run is a tokenizer, too; `python bpe.py` reads text as data.py does.
+UP = {("tokenizer", "checkpoint"), ("bpe", "data")}
 
 
 def imports(path, everywhere=True):
