@@ -264,7 +264,8 @@ def forced(s) -> tuple[str, ...]:
     names = [] if s.source.get("overwrite") == "checkpoint" else s.overwrite.replace(",", " ").split()
     names = ["download" if name.startswith("download:") else name for name in names]
     if unknown := set(names) - {*STAGES, "all"}:
-        raise UserError(f"overwrite={shown(s.overwrite)}: there is no stage {min(unknown)}, only {', '.join(STAGES)} and all")
+        raise UserError(f"overwrite={shown(s.overwrite)}: there is no stage {min(unknown)}, only {', '.join(STAGES)} "
+                        "and all")  # fmt: skip
     return STAGES[0 if "all" in names else min(map(STAGES.index, names)) :] if names else ()
 
 
