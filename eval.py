@@ -305,7 +305,8 @@ def report(name: str, windows, score: Score, state: dict, machine: Machine, fold
     machine.print(f"{name}: loss {score.loss:.6f} nats per token, perplexity {score.perplexity:.3f}, "
                   f"{score.bits_per_byte:.6f} bits per byte; {windows.tokens:,} tokens, {windows.bytes:,} bytes")
     if unknown := getattr(windows, "unknown", 0):
-        machine.print(f"         {unknown:,} tokens stand for characters that the tokenizer does not have: their bytes "
+        machine.print(f"         {unknown:,} tokens stand for characters that the tokenizer does not have "
+                      f"({unknown / windows.tokens:.2%}): their bytes "
                       "cost too little, so compare with models of this tokenizer only")  # fmt: skip
     if name == "validation":  # no text has this name: see open_windows
         of_best = "optimizer" not in state  # a step's checkpoint is older than its validation

@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     if too_long:
         print(f"[{too_long} prompts are longer than the context of {model.cfg.seq_len} tokens: we keep their end]",
               file=sys.stderr)  # fmt: skip
+    for text in dict.fromkeys(texts):
+        say_what_is_lost(tokenizer, text, "this prompt")
     stops = stop_ids(tokenizer)
     if len(prompts) == 1:
         print(visible(texts[0]), end="", flush=True)
@@ -115,6 +117,7 @@ def talk(s, model, tokenizer, saved: dict) -> None:
               file=sys.stderr)  # fmt: skip
     template, system = (getattr(s, name) if s.given(name) else saved[name] for name in ("template", "system"))
     chat = Chat(model, tokenizer, template, checked_text(system, "system"), s.part(SamplingSettings))
+    say_what_is_lost(tokenizer, chat.system, "the system text")
     live = sys.stdin.isatty()
     if live:
         print(HINTS, file=sys.stderr)
@@ -126,6 +129,7 @@ def talk(s, model, tokenizer, saved: dict) -> None:
             chat.reset()
         elif command == "/system":
             chat.set_system(rest.strip())
+            say_what_is_lost(tokenizer, chat.system, "the system text")
         elif command.startswith("/") and not command.startswith("//"):
             print(visible(f"[{command} is none of /reset, /system and /quit; //... is a message that begins with /]",
                           sys.stderr), file=sys.stderr)  # fmt: skip
@@ -163,6 +167,7 @@ def answer(chat: Chat, text: str) -> None:
     before, limit = chat.forgotten, ""
     try:
         text = checked_text(text, "this message")
+        say_what_is_lost(chat.tokenizer, text, "this message")
         with contextlib.closing(chat.say(text)) as pieces:
             for piece in pieces:
                 print(visible(piece), end="", flush=True)
@@ -208,6 +213,13 @@ def checked_text(text: str, what: str) -> str:
     except UnicodeEncodeError:  # Python hides such bytes in lone surrogates
         raise UserError(f"{what} is not UTF-8 text: convert it first, for example: iconv -f LATIN1 -t UTF-8") from None
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def say_what_is_lost(tokenizer, text: str, what: str) -> None:
+    """The model does not see what its tokenizer cannot spell."""
+    lost = tokenizer.lost(text) if text else None
+    if lost and lost.rate:
+        print(visible(f"[{what}: {lost}]", sys.stderr), file=sys.stderr)
 
 
 def encode_prompt(tokenizer, text: str, allow_special: bool = False) -> list[int]:

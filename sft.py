@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from textwrap import shorten
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ from corpus import dataset_name, document_hash, json_records, load_dataset
 from data import say, working
 from files import read_json, replacing, visible, write_json
 from resume import data_words, digest, names_data
-from tokenizer import Tokenizer
+from tokenizer import Lost, Tokenizer
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # ids, targets (B, T) int64, weights float32, positions int64
 
@@ -82,8 +82,23 @@ def open_examples(s, tokenizer: Tokenizer, quiet: bool = False, saved: dict | No
     learned = with_system(train, s)
     shown = show_example(*template.render(learned[0], s.learn), tokenizer)
     say(visible(f"example  {shown}\n         (learned: between ⟦ and ⟧)"), quiet)
+    lost = lost_text(learned, tokenizer)
+    if lost.rate:
+        say(visible(f"         in the examples, {lost}"), quiet)
     rows = Examples(learned, template, s.seq_len, s.learn, s.seed, s.packing, content_of(train))
     return rows, held_out_rows(val, s, template)
+
+
+def lost_text(part: list[Conversation], tokenizer: Tokenizer, most: int = 1 << 22) -> Lost:
+    """What the tokenizer loses of the first `most` characters of the conversations."""
+    texts = chain.from_iterable((each["content"], each.get("input", "")) for talk in part for each in talk)
+    text, size = [], 0
+    for each in texts:
+        text.append(each)
+        size += len(each)
+        if size >= most:
+            break
+    return tokenizer.lost("".join(text)[:most])
 
 
 def held_out_rows(val: list[Conversation], s, template: Template) -> "ExampleValidation":

@@ -193,3 +193,11 @@ def test_validation_examples_that_are_too_long_are_passed_over(tmp_path):
     s = configure(train.SETTINGS, ["SFT_MODE=1", f"data_path={tmp_path}", "seq_len=64"], {})
     rows, val = open_examples(s, make("bpe"), quiet=True)
     assert (len(rows.ids), rows.dropped, len(val.examples.ids), val.examples.dropped) == (1, 19, 1, 0)
+
+
+def test_what_the_tokenizer_loses_of_the_examples_is_said(tmp_path, capsys):
+    records = [{"instruction": f"a{i}", "output": "fox \u0416"} for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    s = configure(train.SETTINGS, ["SFT_MODE=1", f"data_path={tmp_path}", f"cache_dir={tmp_path / 'cache'}"], {})
+    open_examples(s, make("char"))
+    assert "in the examples, the tokenizer loses" in capsys.readouterr().out

@@ -317,3 +317,12 @@ def test_long_lines_reach_the_model_whole_and_ctrl_c_ends_the_talk_with_130(room
     cut = b"the terminal cut this line" in shown
     count = int(re.search(rb"this message has ([\d]+) tokens", shown)[1])
     assert code == 130 and b"Traceback" not in shown and (cut or count >= 1500)
+
+
+def test_what_the_tokenizer_loses_is_said_wherever_text_enters(capsys, monkeypatch, letters):
+    sample.main([f"init_from={letters}", "prompt=na\u00efve", "device=cpu", "max_new_tokens=1"])
+    assert "this prompt: the tokenizer loses 20.00% of the characters" in capsys.readouterr().err
+    shown = converse(capsys, monkeypatch, letters, "\u6f22 hi", "/system \u5b57", "the", max_new_tokens=1).err
+    assert "this message: the tokenizer loses 25.00%" in shown
+    assert "the system text: the tokenizer loses 100.00%" in shown
+    assert shown.count(": the tokenizer loses") == 2
