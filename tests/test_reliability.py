@@ -129,7 +129,7 @@ if __name__ == "__main__":
 
 
 def test_sizes_that_do_not_divide_by_the_processes_are_refused(text, tmp_path, monkeypatch):
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "3")):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "3"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "0")):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="3 processes; set batch_size=6"):
         train.main(tiny_run(text, tmp_path / "run"))
