@@ -18,6 +18,7 @@ import torch
 import checkpoint
 import data
 import eval as module
+import resume
 import tasks
 from batches import TokenStream
 from configurator import ROOT, UserError, configure
@@ -106,11 +107,12 @@ def test_score_of_a_text_is_that_of_its_windows_one_by_one(base, text):
         assert evaluate(model, windows, MACHINE, batch_size).loss == pytest.approx(nats / tokens, abs=1e-6)
 
 
-def tokens_of_text(text, tokenizer):
-    """The corpus is that of all tests, and each tokenizer leaves a folder of tokens."""
-    metas = [path for path in (text.parent / "cache").glob("*/meta.json")
-             if json.loads(path.read_text())["tokenizer"] == tokenizer.fingerprint]  # fmt: skip
-    return metas[0].parent
+def tokens_of_text(text, run):
+    """All tests share a cache, and each tokenizer and each split of the text leaves a folder of tokens."""
+    _, tokenizer, state = checkpoint.load_model(run / "best.pt")
+    made_of = json.loads(state["made_of"])
+    wanted = {split: made_of[split] for split in ("train", "val")}
+    return resume.find_tokens(str(text.parent / "cache"), tokenizer, wanted)[0]
 
 
 def test_perplexity_of_a_run_that_diverged_is_a_number():
@@ -119,7 +121,7 @@ def test_perplexity_of_a_run_that_diverged_is_a_number():
 
 def test_text_in_pieces_and_prepared_tokens_score_alike(base, text):
     model, tokenizer, state = checkpoint.load_model(base / "best.pt")
-    folder = tokens_of_text(text, tokenizer)
+    folder = tokens_of_text(text, base)
     stream = TokenStream(folder, "val", tokenizer)
     whole = tokenizer.decode(stream.read(0, len(stream) - 1).tolist())
     pieces = [(whole[:500], False), (whole[500:], True)]
@@ -172,7 +174,7 @@ def test_of_two_projects_with_files_of_one_name_each_run_is_scored_on_its_own(ba
             more = dict(sft_mode=1, init_from=base, data_path="train.jsonl", max_steps=2)
         else:
             Path("train.txt").write_text(text.read_text().replace("fox", name))
-            folder = tokens_of_text(text, checkpoint.load_model(base / "best.pt")[1])
+            folder = tokens_of_text(text, base)
             more = dict(data_path="train.txt", tokenizer=folder, max_steps=2)
         more |= dict.fromkeys(("vocab_size", "d_model", "n_layer", "n_head", "n_kv_head"))
         train.main(tiny_run(text, tmp_path / "out" / name, **more | dict(seq_len=None, cache_dir=tmp_path / "cache")))
@@ -190,7 +192,7 @@ def test_a_run_of_before_fingerprints_is_scored_if_its_tokens_are_the_only_ones(
     del state["made_of"]
     (tmp_path / "run").mkdir()
     torch.save(state, tmp_path / "run" / "best.pt")
-    shutil.copytree(tokens_of_text(text, checkpoint.load_model(base / "best.pt")[1]), tmp_path / "cache" / "tokens")
+    shutil.copytree(tokens_of_text(text, base), tmp_path / "cache" / "tokens")
     command(capsys, f"init_from={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}")
     assert summary(tmp_path / "run", "validation")["loss"] == pytest.approx(state["progress"]["best"], abs=1e-6)
 
@@ -219,7 +221,7 @@ def test_any_text_and_prepared_tokens_can_be_scored(base, text, tmp_path, capsys
     records.write_text(json.dumps({"body": "the fox"}) + "\n")
     out = command(capsys, f"init_from={base}", f"data_path={records}", "text_field=body")
     assert "7 bytes" in out and summary(base, "a")["bytes"] == 7
-    folder = tokens_of_text(text, checkpoint.load_model(base / "best.pt")[1])
+    folder = tokens_of_text(text, base)
     assert "validation" not in command(capsys, f"init_from={base}", f"data_path={folder}", "eval_tokens=0")
     assert "by 3:" in command(capsys, f"init_from={base}", "stride=3", f"cache_dir={text.parent / 'cache'}")
 
