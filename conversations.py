@@ -3,13 +3,14 @@
     for conversation in read_examples("my.jsonl"):
         conversation     # [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
-A .jsonl file holds one record a line, a .json file an array of them, a .parquet file one a row (.gz is fine too). A
-record is of one of these kinds; FIELDS has their other spellings:
+The content of a file decides how it is read, as corpus.py does it: JSON lines, a JSON array of records, the rows of a
+.csv or .parquet file, text; each may be compressed. A record is of one of these kinds; FIELDS has their other
+spellings:
 
     {"messages": [{"role": "user", "content": "Hi"}, ...]}                 OpenAI, TRL; ShareGPT's from and value, too
     {"instruction": ..., "input": ..., "output": ..., "history": [...]}    Alpaca; also prompt and completion
 
-A .txt file has these lines before the parts of each example. What stands before the first one is its system text, and a
+A text file has these lines before the parts of each example. What stands before the first one is its system text, and a
 line `<|endoftext|>` ends an example:
 
     ### Instruction:
@@ -20,7 +21,6 @@ No field is dropped in silence: those that change the meaning and that we cannot
 and the names of all others are counted in `notes`.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -28,13 +28,9 @@ from pathlib import Path
 
 from chat import Message, split_turns
 from configurator import UserError
-from corpus import SEPARATOR, json_records, list_files, parquet_records, record_text, text_blocks
-from files import unique_fields
+from corpus import SEPARATOR, SUFFIXES, file_records, list_files, record_text, text_blocks, text_kind
 
 Conversation = list[Message]
-
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".txt",
-            ".jsonl.gz", ".ndjson.gz", ".json.gz", ".txt.gz")  # fmt: skip
 
 # Part of a conversation: the names of its field. A record has at most one of them, unless they say the same.
 FIELDS = {
@@ -60,48 +56,19 @@ def read_examples(path: str | Path, notes: Counter | None = None) -> Iterator[Co
     """
     notes = Counter() if notes is None else notes
     for file in example_files(path):
-        name = file.name.lower().removesuffix(".gz")
-        if name.endswith((".jsonl", ".ndjson")):
-            records = json_records(file)
-        elif name.endswith(".json"):
-            records = json_values(file)
-        elif name.endswith(".parquet"):
-            records = parquet_records(file, "*")
-        else:
+        kind = text_kind(file)
+        if kind == "text":
             yield from text_examples(file, notes)
             continue
-        for where, record in records:
+        for where, record in file_records(file, kind, "*"):
             yield checked(record_messages(record, where, notes), where, notes)
 
 
 def example_files(path: str | Path) -> list[Path]:
     files = list_files(path, SUFFIXES)
     if not files:
-        raise UserError(f"{path} holds no examples: none of its files ends in {', '.join(SUFFIXES[:5])}")
+        raise UserError(f"{path} holds no examples: none of its files ends in .jsonl, .json, .csv, .parquet or .txt")
     return files
-
-
-def json_values(path: Path) -> Iterator[tuple[str, object]]:
-    """("file, line n", value) of the values of a .json file: those of an array, or one behind the other."""
-    text = "".join(block for block, _ in text_blocks(path))
-    decoder, between = json.JSONDecoder(object_pairs_hook=unique_fields), re.compile(r"[\s,]*")
-    at, line, counted = between.match(text).end(), 1, 0
-    array = text.startswith("[", at)
-    at += len("[") if array else 0
-    while (at := between.match(text, at).end()) < len(text):
-        line, counted = line + text.count("\n", counted, at), at
-        where = f"{path}, line {line}"
-        if array and text[at] == "]":
-            if text[at + 1 :].strip():
-                raise UserError(f"{where} is not JSON: there is more behind the array")
-            return
-        try:
-            value, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} begins a record that is not JSON: {error}") from None
-        yield where, value
-    if array:
-        raise UserError(f"{path} is cut short: its array has no end")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from configurator import ROOT, UserError, find_path, run
 from download import download as download  # what most prepare.py need
@@ -76,7 +77,7 @@ class RawCorpus:
     skipped: list = field(default_factory=list)
     mixed: dict = field(default_factory=dict) # split -> what a mixture came to be (mixture.py)
     val_files: int = 0                        # the last so many of the files are val_path's
-    left_out: Counter = field(default_factory=Counter)  # suffix -> files of a folder that are no text of ours
+    notes: list[str] = field(default_factory=list)  # what to say of the choice of files
     position: Position | None = None          # of the pass that goes on, where files tell it
     size: Callable[[str], float] = lambda split: 0  # how much a pass over a split is, 0 if nobody knows
     unit: str = "MB"
@@ -100,19 +101,24 @@ class RawCorpus:
 def open_corpus(s) -> RawCorpus:
     """`data_path` where given, else `dataset`; `val_path` replaces the validation documents of either."""
     val = text_files(s.val_path) if s.val_path else []
-    raw = open_files(s.data_path, s, val) if s.data_path else open_dataset(s.dataset, s.text_field)
-    if val:
-        train = raw.pieces
+    if s.data_path:
+        return open_files(s.data_path, s, val)
+    raw = open_dataset(s.dataset, s.text_field)
+    return with_validation(raw, val, s.text_field) if val else raw
 
-        def pieces(split: str) -> Iterator[Piece]:
-            if split == "train":
-                return train("train")
-            raw.position = Position()
-            return files_pieces(val, s.text_field, raw.position)
 
-        size = raw.size
-        raw.size = lambda split: size(split) if split == "train" else total_size(val)
-        raw.pieces, raw.files, raw.val_files = pieces, raw.files + val, len(val)
+def with_validation(raw: RawCorpus, val: list[Path], text_field: str) -> RawCorpus:
+    """The corpus with these files as its validation documents."""
+    train, size = raw.pieces, raw.size
+
+    def pieces(split: str) -> Iterator[Piece]:
+        if split == "train":
+            return train("train")
+        raw.position = Position()
+        return files_pieces(val, text_field, raw.position)
+
+    raw.size = lambda split: size(split) if split == "train" else total_size(val)
+    raw.pieces, raw.files, raw.val_files = pieces, raw.files + val, len(val)
     return raw
 
 
@@ -190,9 +196,11 @@ def show_dataset(script: str) -> None:
 
 def open_files(path: str, s, val: list[Path]) -> RawCorpus:
     """The text file or folder at `path`, split here unless it has validation files of its own."""
-    known = {file.resolve() for file in val}
-    files = [file for file in text_files(path) if file.resolve() not in known]  # val may lie in the folder
-    raw = RawCorpus(path_name(path), files, pieces=None, left_out=left_out(path), size=lambda split: total_size(files))
+    found = text_files(path)
+    parts = split_by_name(path, found, val)
+    files, val = parts.train, parts.val
+    raw = RawCorpus(path_name(path), files, pieces=None, notes=[left_out(path, found), *parts.notes()],
+                    size=lambda split: total_size(files))  # fmt: skip
     raw.find = lambda test: find_text([*files, *val], s.text_field, test)
 
     def every() -> Iterator[Piece]:
@@ -203,7 +211,7 @@ def open_files(path: str, s, val: list[Path]) -> RawCorpus:
         raise UserError(f"val_path={s.val_path} is all the text of data_path; nothing is left to train on")
     if val:
         raw.pieces = lambda split: every()
-        return raw
+        return with_validation(raw, val, s.text_field)
     if not 0 < s.val_share < 1:
         raise UserError(f"val_share={s.val_share} must lie between 0 and 1, or val_path name a file to validate on")
     plan: list[Split] = []  # made at the first use: it reads the corpus, and a current cache does not need it
@@ -365,13 +373,55 @@ def is_corpus(path: Path) -> bool:
     return ".json" not in path.suffixes or text_kind(path) != "values"
 
 
-def left_out(path: str | Path) -> Counter:
-    """{suffix: how many files of a folder are not read as text}"""
-    found = find_path(path)
+VALIDATION = {"val", "valid", "validation"}  # words in the name of a file
+TEST = {"test", "eval", "dev"}               # and these, beside a file that is named train
+
+
+class Parts(NamedTuple):
+    train: list[Path]
+    val: list[Path]
+    unused: list[Path]  # neither
+    by_name: bool       # whether the names of val say so
+
+    def notes(self) -> list[str]:
+        def names(files: list[Path]) -> str:
+            more = f" and {len(files) - 3:,} more" if len(files) > 3 else ""
+            return ", ".join(file.name for file in files[:3]) + more
+
+        lines = [f"validation on {names(self.val)}, by the name"] if self.by_name else []
+        return lines + ([f"not used, by the name: {names(self.unused)}"] if self.unused else [])
+
+
+def split_by_name(path: str | Path, files: list[Path], val: list[Path]) -> Parts:
+    """Training and validation files among the `files` of the folder `path`: "train.txt", "val/a.txt", "my_test.jsonl".
+    `val` are those of val_path, if it is set.
+
+    Where all files have such names, these mean nothing; and a single file is what its user named.
+    """
+    base, given = find_path(path).absolute(), {file.resolve() for file in val}
+    words = {}
+    for file in files:
+        inside = file.absolute().relative_to(base).as_posix().lower()
+        words[file] = set(re.split("[^a-z]+", inside))
+    has_train = any(each & {"train", "training"} for each in words.values())
+    named = [file for file in files if words[file] & VALIDATION]
+    tests = [file for file in files if has_train and words[file] & TEST and file not in named]
+    train = [file for file in files if file not in named + tests and file.resolve() not in given]
+    if not train:
+        return Parts([file for file in files if file.resolve() not in given], val, [], by_name=False)
+    if val:
+        return Parts(train, val, [file for file in named + tests if file.resolve() not in given], by_name=False)
+    return Parts(train, named or tests, tests if named else [], by_name=bool(named or tests))
+
+
+def left_out(path: str | Path, taken: list[Path]) -> str:
+    """What to say of a folder's files that are not among those taken, "" if there is none."""
+    found, known = find_path(path), set(taken)
     if not found.is_dir():
-        return Counter()
-    taken = set(text_files(path))
-    return Counter(file.suffix or file.name for file in walk(found) if file not in taken)
+        return ""
+    others = Counter(file.suffix or file.name for file in walk(found) if file not in known)
+    kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common(8))
+    return f"{path} has files that are left out, for they are no text that we read: {kinds}" if kinds else ""
 
 
 def files_pieces(files: list[Path], text_field: str, position: Position | None = None) -> Iterator[Piece]:
@@ -577,16 +627,14 @@ def json_records(path: Path, position: Position | None = None) -> Iterator[tuple
 
 
 def json_values(path: Path, position: Position | None = None) -> Iterator[tuple[str, object]]:
-    """("file, record n", record) of a JSON list of records, or of records one behind the other."""
+    """("file, line n", record) of a JSON list of records, or of records one behind the other."""
     decoder, blocks = json.JSONDecoder(object_pairs_hook=unique_fields), text_blocks(path, position)
-    text, number = "", 0
+    text, number, line = "", 0, 1
     more, is_list, closed = True, None, False
 
-    def skip(text: str) -> str:
-        return text.lstrip(" \t\r\n," if is_list and number else " \t\r\n")
-
     while more or text:
-        text = skip(text)
+        rest = text.lstrip(" \t\r\n," if is_list and number else " \t\r\n")
+        line, text = line + text.count("\n", 0, len(text) - len(rest)), rest
         if is_list is None and text:
             is_list = text[0] == "["
             text = text[1:] if is_list else text
@@ -602,15 +650,16 @@ def json_values(path: Path, position: Position | None = None) -> Iterator[tuple[
                 block, last = next(blocks)
                 text, size, more = text + block, size - len(block), not last
             if block is None and text.strip():
-                raise UserError(f"{path}, record {number + 1} is not JSON: {error}") from None
+                raise UserError(f"{path}, line {line} begins a record that is not JSON: {error}") from None
             if len(text) > LONGEST:
-                raise UserError(f"{path}, record {number + 1} is not JSON, or longer than {LONGEST >> 20} MB") from None
+                raise UserError(f"{path}, line {line}: no JSON, or a record of over {LONGEST >> 20} MB") from None
             continue
-        number, text = number + 1, text[end:]
-        yield f"{path}, record {number}", value
-    rest = text + "".join(block for block, _ in blocks)
-    if is_list and (not closed or rest.strip()):
-        raise UserError(f"{path}, behind record {number}: the list does not end there, or not at all")
+        yield f"{path}, line {line}", value
+        number, line, text = number + 1, line + text.count("\n", 0, end), text[end:]
+    if is_list and not closed:
+        raise UserError(f"{path} is cut short: its array has no end")
+    if is_list and (text + "".join(block for block, _ in blocks)).strip():
+        raise UserError(f"{path}, line {line} is not JSON: there is more behind the array")
 
 
 def csv_records(path: Path, position: Position | None = None) -> Iterator[tuple[str, dict]]:

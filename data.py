@@ -23,7 +23,6 @@ import hashlib
 import json
 import os
 import pstats
-import re
 import sys
 import time
 import uuid
@@ -57,6 +56,7 @@ from configurator import (
 )
 from corpus import (
     SEPARATOR,
+    Parts,
     RawCorpus,
     files_pieces,
     import_dataset,
@@ -66,6 +66,7 @@ from corpus import (
     open_dataset,
     path_name,
     reading,
+    split_by_name,
     text_files,
 )
 from download import set_aside
@@ -89,7 +90,7 @@ OFTEN = 4  # passes over a part of a mixture; more are worth a word
 class DataSettings:
     dataset: str = "stdlib"     # corpus: a folder of data/ that has a prepare.py, as in hf:a/b with its choice
     data_path: str = ""         # text of your own instead: .txt, .jsonl, .gz, .parquet, folder, token shards
-    val_path: str = ""          # validation data of your own; without it, a part of data_path is kept for that
+    val_path: str = ""          # validation data; without it, files of data_path named val, or a part of its text
     val_share: Share = 0.05     # share of data_path that is kept for validation
     text_field: str = "text"    # field of a .jsonl record or column of a .parquet file with the text; * = all strings
     tokenizer: str = "bpe"      # bpe, char, unigram, spbpe: trained on the text; or a file, folder, or tiktoken name
@@ -178,21 +179,23 @@ def made_by(folder: Path, tokenizer) -> bool:
 
 def find_source(s) -> tuple[RawCorpus, object, dict[str, list[Path]]]:
     """(corpus, its tokenizer or None if one is to be trained, its shards per split if it is made of token ids)"""
-    shards = find_shards(s) if s.data_path else {}
+    parts = find_shards(s) if s.data_path else None
     if is_mixture(s):
         if s.val_path or s.source["dataset"] not in ("default", "checkpoint"):
             raise UserError(f"mixture={s.mixture} leaves no place for dataset= or val_path=; take those or it away")
         return open_mixture(s), None if s.tokenizer in TRAINED else existing_tokenizer(s), {}
-    if not shards:
+    if not parts:
         return open_corpus(s), None if s.tokenizer in TRAINED else existing_tokenizer(s), {}
-    beside = shards["train"][0].parent / "tokenizer.json"
+    beside = parts.train[0].parent / "tokenizer.json"
     if s.tokenizer in TRAINED and not beside.is_file():
         raise UserError(f"{s.data_path} holds token ids, and only their own tokenizer reads them: tokenizer=<its file>")
     tokenizer = load_tokenizer(beside) if s.tokenizer in TRAINED else existing_tokenizer(s)
-    for folder in {path.parent for path in shards["train"] + shards["val"]}:
+    files = parts.train + parts.val
+    for folder in {path.parent for path in files}:
         if (folder / "meta.json").is_file():
             TokenStream(folder, "val", tokenizer)  # shards of ours: refuses another tokenizer
-    return RawCorpus(path_name(s.data_path), shards["train"] + shards["val"], pieces=None), tokenizer, shards
+    raw = RawCorpus(path_name(s.data_path), files, pieces=None, notes=parts.notes())
+    return raw, tokenizer, {"train": parts.train, "val": parts.val}
 
 
 def existing_tokenizer(s):
@@ -367,9 +370,7 @@ def build(folder: Path, raw: RawCorpus, sources: list, decides: list, tokenizer,
         (folder / "state.json").unlink(missing_ok=True)
     if hasattr(raw.module, "describe"):
         say(f"data: {raw.module.describe()}", quiet)
-    if raw.left_out:
-        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in raw.left_out.most_common(8))
-        say(f"data: {s.data_path} has files that are left out, for they are no text that we read: {kinds}", quiet)
+    say("\n".join(f"data: {note}" for note in filter(None, raw.notes)), quiet)
     trained = tokenizer is None
     tokenizer = tokenizer or make_tokenizer(raw, decides, again, s, quiet)
     if tokenizer.role("eot") is None:
@@ -497,26 +498,19 @@ def marker_lines(meta: dict) -> list[str]:
 # Token ids that somebody else made
 
 
-def find_shards(s) -> dict[str, list[Path]]:
-    """The files of token ids at `data_path`, split by what their names say; {} if it holds text."""
+def find_shards(s) -> Parts | None:
+    """The files of token ids at `data_path`, split by what their names say; None if it holds text."""
     root = find_path(s.data_path)
-    base, files = root if root.is_dir() else root.parent, shard_files(s.data_path)
+    files = shard_files(s.data_path)
     if not files:
-        return {}
+        return None
     if root.is_dir() and list_files(s.data_path, (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")):
         raise UserError(f"{s.data_path} holds both text and token ids; keep one of them there, or name a single file")
-    own = shard_files(s.val_path) if s.val_path else []
-    val, train = [], []
-    for path in files:
-        words = re.split(r"[^a-z]+", path.relative_to(base.absolute()).as_posix().lower())
-        (val if {"val", "valid", "validation"} & set(words) else train).append(path)
-    if s.val_path:
-        known = {path.resolve() for path in own}
-        val, train = own, [path for path in train if path.resolve() not in known]
-    if not (train and val):
-        raise UserError(f"{s.data_path} has {len(train)} shards to train on, and there are {len(val)} to validate on "
-                        "(those with val in their names, or val_path=<file or folder of shards>)")  # fmt: skip
-    return {"train": train, "val": val}
+    parts = split_by_name(s.data_path, files, shard_files(s.val_path) if s.val_path else [])
+    if not (parts.train and parts.val):
+        raise UserError(f"{s.data_path} has {len(parts.train)} shards to train on, and there are {len(parts.val)} to "
+                        "validate on (those with val in their names, or val_path=<file or folder of shards>)")
+    return parts
 
 
 def shard_files(path: str | Path) -> list[Path]:

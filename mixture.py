@@ -53,6 +53,7 @@ def open_mixture(s, count: Callable[[str], int] | None = None) -> RawCorpus:
     raw = RawCorpus(dataset_name("mix " + " ".join(part.name for part in parts.values())), files, pieces=None,
                     size=lambda split: s.mixture_size if split == "train" else 0, unit=s.mixture_unit,
                     scale=1)  # fmt: skip
+    raw.notes = [f"{name}: {note}" for name, part in parts.items() for note in filter(None, part.notes)]
     raw.pieces = lambda split: mix(raw, parts, shares, split, s, count or (lambda text: len(text.split())))
     return raw
 

@@ -26,7 +26,7 @@ from batches import permute, round_keys
 from chat import Template
 from configurator import UserError, cache_folder, check_fields
 from conversations import Conversation, example_files, read_examples
-from corpus import dataset_name, document_hash, json_records, load_dataset
+from corpus import dataset_name, document_hash, json_records, left_out, load_dataset, split_by_name
 from data import say, working
 from files import read_json, replacing, visible, write_json
 from resume import data_words, digest, names_data
@@ -199,18 +199,20 @@ def content_of(conversations: list[Conversation]) -> str:
 def read_files(s, quiet: bool) -> tuple[list[Conversation], list[Conversation]]:
     """(train, val) as the files have them; val is empty where they leave the choice to us. Says what was read."""
     if s.data_path:
-        val_files = example_files(s.val_path) if s.val_path else []
-        known = {file.resolve() for file in val_files}
-        train_files = [file for file in example_files(s.data_path) if file.resolve() not in known]
+        found = example_files(s.data_path)
+        parts = split_by_name(s.data_path, found, example_files(s.val_path) if s.val_path else [])
+        train_files, val_files = parts.train, parts.val
+        said = [*filter(None, [left_out(s.data_path, found)]), *parts.notes()]
     else:
+        said: list[str] = []
         folder = prepare_examples(s, quiet)
         train_files, val_files = [folder / "train.jsonl"], [folder / "val.jsonl"]
     notes: Counter = Counter()
     train, val = ([each for file in files for each in read_examples(file, notes)] for files in (train_files, val_files))
     names = ", ".join(file.name for file in train_files + val_files)
     say(visible(f"examples {len(train) + len(val):,} of {shorten(names, 300)}"), quiet)
-    for note, count in notes.items():
-        say(visible(f"         {note} ({count:,} times)"), quiet)
+    for note in [*said, *(f"{note} ({count:,} times)" for note, count in notes.items())]:
+        say(visible(f"         {note}"), quiet)
     return train, val
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from chat import TEMPLATES, Template
+from chat import TEMPLATES, ChatSettings, Template
 from configurator import UserError, configure
+from data import DataSettings
+from model import ModelConfig
 from sft import (
     Examples,
     ExampleValidation,
@@ -19,6 +21,7 @@ from sft import (
     pack,
     prepare_examples,
     read_examples,
+    read_files,
     show_example,
     split_examples,
 )
@@ -355,3 +358,16 @@ def test_damaged_examples_of_the_cache_are_made_again(tmp_path, monkeypatch, cap
             prepare_examples(s, quiet=False)
             assert {path.name: path.read_bytes() for path in folder.iterdir()} == right, (name, damaged)
     assert "its examples are made again" in capsys.readouterr().out
+
+
+def test_examples_named_for_validation_are_not_learned(tmp_path, tokenizer, capsys):
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"instruction": "a", "output": name}))
+    (tmp_path / "more.csv").write_text("instruction,output\na,more\n")
+    s = configure([SftSettings, DataSettings, ChatSettings, ModelConfig],
+                  [f"data_path={tmp_path}", f"cache_dir={tmp_path / 'cache'}"], environ={})  # fmt: skip
+    train, val = read_files(s, quiet=False)
+    assert [each[-1]["content"] for each in train] == ["more", "train"]
+    assert [each[-1]["content"] for each in val] == ["valid"]
+    said = capsys.readouterr().out
+    assert "validation on valid.jsonl" in said and "not used, by the name: test.jsonl" in said
