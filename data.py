@@ -80,7 +80,8 @@ from tokenizer import load_tokenizer, train_tokenizer
 TRAINED = ("bpe", "char", *spm.KINDS)  # tokenizers that are trained on the corpus
 STAGES = ("download", "mix", "tokenizer", "tokens", "train")  # of a run, in this order
 PART = {"documents": int, "bytes": int, "unknown": int, "tokens": int, "content": str, "shards": [(str, int)],
-        "sums?": [(int, int)], "mixture?": {str: {"share": float, "got": float, "passes": int}}}  # fmt: skip
+        "sums?": [(int, int)], "lost?": str,
+        "mixture?": {str: {"share": float, "got": float, "passes": int}}}  # fmt: skip
 PREPARED = META | {"vocab_size": int, "tokenizer_sum?": int, "trained": str, "skipped": int,
                    "splits": {"train": PART, "val": PART}}  # fmt: skip
 OFTEN = 4  # passes over a part of a mixture; more are worth a word
@@ -484,9 +485,13 @@ def mixture_lines(meta: dict) -> list[str]:
 
 
 def marker_lines(meta: dict) -> list[str]:
-    """What was learned otherwise than it may look: end-of-text markers within a line, characters that were replaced."""
+    """What was learned otherwise than it may look: end-of-text markers within a line, characters that were replaced or
+    that the tokenizer loses."""
     markers, replaced = (sum(part.get(name, 0) for part in meta["splits"].values()) for name in ("markers", "replaced"))
     lines = []
+    for split, part in meta["splits"].items():
+        if "lost" in part:
+            lines.append(f"in the beginning of {split}, {part['lost']}")
     if replaced:
         lines.append(f"{replaced:,} characters that the tokenizer lacks are U+FFFD now")
     if markers:

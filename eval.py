@@ -16,8 +16,7 @@ import hashlib
 import json
 import math
 import os
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -44,9 +43,9 @@ from configurator import (
     find_path,
     run,
 )
-from corpus import files_pieces, text_files
+from corpus import Position, files_pieces, text_files, total_size
 from data import DataSettings, prepare
-from files import Progress, own_file, own_folder, write_json, write_text, writing
+from files import Progress, own_file, own_folder, visible, write_json, write_text, writing
 from machine import Machine, MachineSettings, choose_machine, init_processes, leave_processes
 from model import LanguageModel, ModelConfig
 from resume import data_words, find_tokens, read_made_of, tokenizer_words
@@ -65,6 +64,7 @@ from tasks import (
     task_files,
     with_shots,
 )
+from tokenizer import Head, Lost
 
 
 @dataclass
@@ -135,34 +135,42 @@ class TextWindows:
     """Documents cut into windows for `evaluate`: each begins anew behind `begin`, and each of its tokens is predicted
     once, from up to seq_len tokens before it and, but near the beginning, from at least seq_len - stride.
 
-    Only tokens of the text count, no end-of-text tokens. `unknown` of them are characters that the tokenizer does not
-    have: the model need not guess these, so bits per byte come out too low.
+    Only tokens of the text count, no end-of-text tokens. `lost` says what the tokenizer loses of the first million
+    characters, and `unknown` counts the tokens of characters that it does not have: the model need not guess either, so
+    bits per byte come out too low.
     """
 
     def __init__(self, begin: int, seq_len: int, stride: int = 0):
         self.begin, self.seq_len, self.stride = begin, seq_len, stride or (seq_len + 1) // 2
         self.rows: list[tuple[np.ndarray, int]] = []  # (ids, predictions that an earlier window has made)
         self.tokens = self.bytes = self.unknown = 0
+        self.lost = Lost(0.0, "")
 
-    def add_text(self, pieces: Iterable[tuple[str, bool]], tokenizer) -> "TextWindows":
-        """Documents in pieces, as corpus.py has them."""
-        unk, pieces = tokenizer.role("unk"), iter(pieces)
-        for text, ends in pieces:
-            rest = () if ends else rest_of_document(pieces)
-            parts = tokenizer.encode_stream_to_numpy(self.count(chain([text], rest)))
+    def add_text(self, pieces: Iterable[tuple[str, bool]], tokenizer, show: Callable = lambda: None) -> "TextWindows":
+        """Documents in pieces, as corpus.py has them. `show` is called after each piece."""
+        unk, head = tokenizer.role("unk"), Head()
+
+        def counted() -> Iterator[tuple[str, bool]]:
+            for text, ends in pieces:
+                self.bytes += len(text.encode("utf-8"))
+                head.add(text)
+                show()
+                yield text, ends
+
+        documents = counted()
+        for text, ends in documents:
+            rest = () if ends else rest_of_document(documents)
+            parts = tokenizer.encode_stream_to_numpy(chain([text], rest))
             ids = np.concatenate([np.zeros(0, np.uint32), *parts])
             self.unknown += int((ids == unk).sum()) if unk is not None else 0
             self.add(ids)
+        self.lost = tokenizer.lost(head.text())
         return self.sorted()
-
-    def count(self, texts: Iterable[str]) -> Iterator[str]:
-        for text in texts:
-            self.bytes += len(text.encode("utf-8"))
-            yield text
 
     def add_stream(self, stream: TokenStream, tokenizer, max_tokens: int = 0) -> "TextWindows":
         """The documents of prepared tokens, or the first max_tokens of these."""
         ids = stream.read(0, max_tokens or len(stream))
+        self.unknown += int((ids == tokenizer.role("unk")).sum()) if tokenizer.role("unk") is not None else 0
         sizes = np.array([len(token) for token in tokenizer.token_bytes()])
         self.bytes += int(sizes[ids].sum())
         for document in np.split(ids, np.flatnonzero(ids == stream.eot) + 1):
@@ -256,7 +264,10 @@ def open_windows(s: Settings, state: dict, tokenizer, seq_len: int, run: Path, m
     if s.data_path and not (find_path(s.data_path) / "meta.json").is_file():
         if s.source["eval_tokens"] in ("environment", "command line"):
             raise UserError("eval_tokens is for validation text; of a file all is scored: leave it out")
-        text.add_text(files_pieces(text_files(s.data_path), s.text_field), tokenizer)
+        files, position = text_files(s.data_path), Position()
+        progress = Progress("reading text", total_size(files), "MB", 1e6, quiet=not machine.is_main)
+        text.add_text(files_pieces(files, s.text_field, position), tokenizer, lambda: progress.show(position.now()))
+        progress.close()
         if not text.tokens:
             raise UserError(f"data_path={s.data_path} holds no text")
         return text_name(s.data_path), text
@@ -304,10 +315,14 @@ def tokens_of(cache_dir: str, saved: dict, before: dict, tokenizer, seq_len: int
 def report(name: str, windows, score: Score, state: dict, machine: Machine, folder: Path, about: dict) -> None:
     machine.print(f"{name}: loss {score.loss:.6f} nats per token, perplexity {score.perplexity:.3f}, "
                   f"{score.bits_per_byte:.6f} bits per byte; {windows.tokens:,} tokens, {windows.bytes:,} bytes")
-    if unknown := getattr(windows, "unknown", 0):
-        machine.print(f"         {unknown:,} tokens stand for characters that the tokenizer does not have "
-                      f"({unknown / windows.tokens:.2%}): their bytes "
-                      "cost too little, so compare with models of this tokenizer only")  # fmt: skip
+    if isinstance(windows, TextWindows):
+        why = [str(windows.lost)] if windows.lost.rate else []
+        if windows.unknown:
+            share = windows.unknown / windows.tokens
+            why.append(f"{windows.unknown:,} tokens stand for characters that it does not have ({share:.2%})")
+        if why:
+            machine.print(visible(f"         {'; '.join(why)}: their bytes cost too little, so compare with models of "
+                                  "this tokenizer only"))  # fmt: skip
     if name == "validation":  # no text has this name: see open_windows
         of_best = "optimizer" not in state  # a step's checkpoint is older than its validation
         so_far = "so far" if of_best else "before this checkpoint was scored"
@@ -332,12 +347,13 @@ def answer(s: Settings, name: str, examples: list[Example], model: LanguageModel
     results: list[dict] = []
     path = folder / f"{name}.jsonl"
     with writing(folder, ""), own_file(path) if machine.is_main else nullcontext() as file:
+        progress = Progress(name, len(examples), "questions", quiet=not machine.is_main)
         for done in run_task(model, tokenizer, examples, machine, s.batch_tokens, s.bos):
             results += done
             if machine.is_main:
                 file.write("".join(map(to_line, done)).encode("utf-8", "replace"))
-                if sys.stderr.isatty():
-                    print(f"\r{name}: {len(results):,} of {len(examples):,}", end="\r", file=sys.stderr, flush=True)
+            progress.show(len(results))
+        progress.close()
         summary = {"task": name, "n_shot": s.n_shot} | summarise(results)
         if machine.is_main:
             results.sort(key=lambda each: each["id"])

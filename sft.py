@@ -30,7 +30,7 @@ from corpus import dataset_name, document_hash, json_records, left_out, load_dat
 from data import say, working
 from files import read_json, replacing, visible, write_json
 from resume import data_words, digest, names_data
-from tokenizer import Lost, Tokenizer
+from tokenizer import Head, Lost, Tokenizer
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # ids, targets (B, T) int64, weights float32, positions int64
 
@@ -89,16 +89,12 @@ def open_examples(s, tokenizer: Tokenizer, quiet: bool = False, saved: dict | No
     return rows, held_out_rows(val, s, template)
 
 
-def lost_text(part: list[Conversation], tokenizer: Tokenizer, most: int = 1 << 22) -> Lost:
-    """What the tokenizer loses of the first `most` characters of the conversations."""
-    texts = chain.from_iterable((each["content"], each.get("input", "")) for talk in part for each in talk)
-    text, size = [], 0
-    for each in texts:
-        text.append(each)
-        size += len(each)
-        if size >= most:
-            break
-    return tokenizer.lost("".join(text)[:most])
+def lost_text(part: list[Conversation], tokenizer: Tokenizer) -> Lost:
+    """What the tokenizer loses of the beginning of the conversations."""
+    head = Head(1 << 22)
+    for text in chain.from_iterable((each["content"], each.get("input", "")) for talk in part for each in talk):
+        head.add(text)
+    return tokenizer.lost(head.text())
 
 
 def held_out_rows(val: list[Conversation], s, template: Template) -> "ExampleValidation":

@@ -23,6 +23,7 @@ from batches import ShardWriter, measure, meta_check, open_shard, shard_path
 from configurator import UserError
 from corpus import SEPARATOR, Piece, RawCorpus
 from files import Either, Progress, read_json, write_json
+from tokenizer import Head
 from workers import in_order
 
 TASK = 1 << 20  # characters that are encoded together
@@ -56,7 +57,7 @@ def write_split(folder: Path, split: str, raw: RawCorpus, tokenizer, shard_token
     writer.tokens = sum(tokens for _, tokens in writer.shards)
     first, skip, unknown = part.get("task", 0), part.get("skip", 0), part.get("unknown", 0)
     unk, content = tokenizer.role("unk"), hashlib.blake2b(digest_size=16)
-    stats = {"documents": 0, "bytes": 0, "markers": 0, "replaced": 0}
+    stats, head = {"documents": 0, "bytes": 0, "markers": 0, "replaced": 0}, Head()
     progress = Progress(f"{split} tokens", raw.size(split), raw.unit, raw.scale, quiet, note)
 
     def read() -> Iterator[Piece]:
@@ -68,6 +69,7 @@ def write_split(folder: Path, split: str, raw: RawCorpus, tokenizer, shard_token
             content.update(data + b"\xff" * ends)  # a byte that UTF-8 never uses marks the end of a document
             stats["bytes"] += len(data)
             stats["documents"] += ends
+            head.add(text)
             stats["markers"] += text.count(SEPARATOR)
             yield text, ends
 
@@ -112,6 +114,9 @@ def write_split(folder: Path, split: str, raw: RawCorpus, tokenizer, shard_token
         raise UserError(f"{raw.name} holds no text for {split}; give more documents, or val_path=<a file>")
     if split in raw.mixed:
         part["mixture"] = raw.mixed[split]
+    lost = tokenizer.lost(head.text())
+    if lost.rate:
+        part["lost"] = str(lost)
     write_state(folder, state | {split: part})
     return part
 

@@ -50,6 +50,22 @@ class Lost(NamedTuple):
         return f"the tokenizer loses {self.rate:.2%} of the characters, first {self.first!r} (U+{ord(self.first):04X})"
 
 
+class Head:
+    """The beginning of a text that comes in pieces, to see what is lost of it."""
+
+    def __init__(self, most: int = 1 << 20):
+        self.parts: list[str] = []
+        self.left = most
+
+    def add(self, text: str) -> None:
+        if self.left > 0:
+            self.parts.append(text[: self.left])
+            self.left -= len(text)
+
+    def text(self) -> str:
+        return "".join(self.parts)
+
+
 class Tokenizer:
     """Text to ids and back. The names of special tokens in a text are plain text unless `allow_special`.
 
@@ -255,6 +271,11 @@ def choose_file(folder: Path) -> Path:
     models = [path for path in sorted(folder.glob("*.model*")) if path.is_file() and path.name[0] != "."]
     kinds = {path: kind_of(path) for path in [*models, *sorted(folder.glob("*.tiktoken"))]}
     pieces = [path for path, kind in kinds.items() if kind == "sentencepiece"]
+    for kind in ("sentencepiece", "ranks"):
+        same = [path for path in kinds if kinds[path] == kind]
+        if len({path.read_bytes() for path in same}) > 1:
+            names = ", ".join(path.name for path in same[:4])
+            raise UserError(f"{folder} holds several tokenizers: {names}; name the file that you mean")
     known = [folder / name for name in ("tokenizer.json", "tekken.json", "vocab.json")]
     ranks = [path for path, kind in kinds.items() if kind == "ranks"]
     steps = sorted(folder.glob("step_*.pt"), reverse=True)

@@ -639,3 +639,22 @@ def test_profile_shows_where_training_takes_its_time(tmp_path, capsys):
     write(tmp_path / "a.txt", prose(50))
     data.main([str(tmp_path / "a.txt"), f"tokenizer_dir={tmp_path / 'out'}", "vocab_size=270", "--profile"])
     assert "learn_merges" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind, char", [("bpe", "e\u0301"), ("char", "\u6f22")])
+def test_what_a_tokenizer_loses_of_the_text_is_said(tmp_path, capsys, kind, char):
+    tokenizer = train_tokenizer(kind, [prose(200)], 0 if kind == "char" else 300)
+    if kind == "bpe":
+        tokenizer.codec.nfc = True
+    tokenizer.save(tmp_path / "tokenizer")
+    for name, ending in (("whole", ""), ("lossy", char)):
+        path = write(tmp_path / f"{name}.txt", prose(200) + ending * 200 + "\n" + prose(20))
+        prepare(settings(tmp_path, data_path=path, tokenizer=tmp_path / "tokenizer", vocab_size=300))
+        assert ("the tokenizer loses" in capsys.readouterr().out) == bool(ending)
+
+
+def test_two_different_tokenizers_in_a_folder_are_refused(tmp_path):
+    for name in ("a", "b", "c"):
+        write(tmp_path / f"{name}.tiktoken", f"{name}Q== 0\n")
+    with pytest.raises(UserError, match="several tokenizers: a.tiktoken, b.tiktoken"):
+        load_tokenizer(tmp_path)

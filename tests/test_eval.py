@@ -235,6 +235,14 @@ def test_unknown_characters_are_reported(text, tmp_path, capsys):
     assert "1 tokens stand for characters" in command(capsys, f"init_from={tmp_path / 'char'}", f"data_path={other}")
 
 
+def test_what_normalisation_loses_of_scored_text_is_known(tmp_path):
+    tokenizer = train_tokenizer("bpe", ["cafe"], 270)
+    tokenizer.codec.nfc = True
+    windows = TextWindows(tokenizer.role("eot"), 8).add_text([("cafe\u0301 ", False), ("cafe", True)], tokenizer)
+    assert windows.bytes == 11 and windows.unknown == 0 and windows.lost.rate > 0
+    assert TextWindows(0, 8).add_text([("cafe", True)], tokenizer).lost.rate == 0
+
+
 def test_mistakes_end_in_a_sentence(base, text, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("")
