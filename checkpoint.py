@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import ROOT, Settings, UserError, check, find_path, pick
+from configurator import ROOT, Settings, UserError, check, find_path, pick, tell
 from files import Either, locked, mismatch, replacing, require_file, visible, write_text, writing
 from lora import LoraSettings, adapter_state, fingerprint, inject, load_adapter, merge
 from model import LanguageModel, ModelConfig
@@ -228,7 +228,7 @@ def load(path: str | Path, device: str = "cpu") -> dict:
     return state
 
 
-def load_newest(folder: Path, say=print) -> dict | None:
+def load_newest(folder: Path, say=tell) -> dict | None:
     """The newest undamaged step checkpoint of a folder, None if there is none; says which ones it had to pass over."""
     for path in reversed(steps(folder)):
         try:
@@ -236,6 +236,16 @@ def load_newest(folder: Path, say=print) -> dict | None:
         except UserError as error:
             say(f"{error}: we go back to the one before")
     return None
+
+
+def without_steps(folder: Path) -> str:
+    """What there is to do with a run whose step checkpoints are all damaged."""
+    best = folder / "best.pt"
+    try:
+        load(best, "meta")
+    except UserError:
+        return "remove the folder, or set another out_dir"
+    return f"{best} is whole: start from it with INIT_FROM={best} in another out_dir"
 
 
 def saved_settings(state: dict, path: Path, parts: list[type]) -> dict:
@@ -330,7 +340,7 @@ def remember(folder: Path) -> None:
         try:
             write_text(root / ".newest", "\n".join(names[:1000]))
         except OSError as error:
-            print(f"cannot write {root / '.newest'} ({error.strerror}): dates will say which run is the newest")
+            tell(f"cannot write {root / '.newest'} ({error.strerror}): dates will say which run is the newest")
 
 
 def remembered(root: Path) -> list[str]:

@@ -108,28 +108,38 @@ def run(main) -> None:
     try:
         code = main()
         sys.stdout.flush()
+        if unsaid:
+            raise unsaid[0]
         signal.signal(signal.SIGINT, leave_quietly)  # while Python clears up
-        sys.exit(code)
+        leave(code)
     except UserError as error:
-        print(visible(f"\n{where}: {error}", sys.stderr), file=sys.stderr)
-        sys.exit(2)
+        tell(f"\n{where}: {error}", sys.stderr)
+        leave(2)
     except KeyboardInterrupt:
-        print(f"\n{script}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        tell(f"\n{script}: interrupted", sys.stderr)
+        leave(130)
     except MemoryError as error:
-        print(f"\n{script}: out of memory ({str(error) or 'no more to be had'}); what is on the disk is whole. Smaller "
-              "sizes or WORKERS=1 need less", file=sys.stderr)  # fmt: skip
-        sys.exit(2)
+        tell(f"\n{script}: out of memory ({str(error) or 'no more to be had'}); what is on the disk is whole. Smaller "
+             "sizes or WORKERS=1 need less", sys.stderr)  # fmt: skip
+        leave(2)
     except BrokenPipeError:  # the reader of our pipe went away (`| head`): not an error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        leave(0)
     except OSError as error:
         if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG):
             raise
         # Files of ours say it themselves: this is what we print.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"\n{where}: cannot write the output: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+        tell(f"\n{where}: cannot write the output: {error.strerror}", sys.stderr)
+        leave(2)
+
+
+def leave(code: int | None) -> None:
+    """Exit. What a full disk or a closed pipe did not take is dropped: Python would try it again, and complain."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
 
 
 def visible(text: str, stream: typing.TextIO | None = None) -> str:
@@ -141,6 +151,23 @@ def visible(text: str, stream: typing.TextIO | None = None) -> str:
     if not (stream or sys.stdout).isatty():
         return text
     return "".join(c if is_harmless(c) else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+unsaid: list[OSError] = []  # why the output is not complete
+
+
+def put(text: str, stream: typing.TextIO | None = None, end: str = "\n") -> None:
+    """Print at once. A full disk behind the screen is no reason to lose work: `run` speaks of it at the end."""
+    try:
+        print(text, file=stream, end=end, flush=True)
+    except OSError as error:
+        if stream is not sys.stderr:
+            unsaid.append(error)
+
+
+def tell(text: str, stream: typing.TextIO | None = None) -> None:
+    """Print at once what others may have written."""
+    put(visible(text, stream), stream)
 
 
 def is_harmless(character: str) -> bool:
@@ -230,6 +257,7 @@ class Settings:
         self.order: dict[str, int] = {}  # of the sources: 0 if not from the user, else the later one has the higher
         self.now = 0
         self.from_config = {}  # what the config files said, whatever came after them
+        self.argv: list[str] = []
         for part in parts:
             for field in dataclasses.fields(part):
                 if field.name in self.source:
@@ -282,6 +310,7 @@ def configure(parts: list[type], argv: list[str] | None = None, environ=None, do
     argv = sys.argv[1:] if argv is None else argv
     environ = os.environ if environ is None else environ
     settings = Settings(parts)
+    settings.argv = argv
     if argv == ["help"] or any(arg in ("-h", "--help") for arg in argv):
         print(help_text(settings, doc))
         sys.exit(0)
@@ -307,7 +336,7 @@ def configure(parts: list[type], argv: list[str] | None = None, environ=None, do
         for name, meant in nearly_settings(settings, environ).items():
             setting, equals, value = meant.partition("=")
             hint = f"did you mean {setting.upper()}{equals}{value}?"
-            print(f"note: {name} in the environment is no setting; {hint}", file=sys.stderr)
+            tell(f"note: {name} in the environment is no setting; {hint}", sys.stderr)
     return settings
 
 

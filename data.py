@@ -52,6 +52,7 @@ from configurator import (
     pick,
     run,
     shown,
+    tell,
     write_path,
 )
 from corpus import (
@@ -589,7 +590,7 @@ def working(folder: Path, quiet: bool):
 
 def say(text: str, quiet: bool) -> None:
     if text and not quiet:
-        print(visible(text), flush=True)
+        tell(text)
 
 
 def summary(folder: Path) -> str:
@@ -658,7 +659,7 @@ def main(argv: list[str] | None = None) -> int:
     s = configure([ModelConfig, DataSettings, OnlyTokenizer], argv, doc=__doc__)
     try:
         if s.tokenizer_dir:
-            print(only_tokenizer(inputs or [s.data_path or s.dataset], s))
+            print(visible(only_tokenizer(inputs or [s.data_path or s.dataset], s)))
         elif len(inputs) > 1:
             raise UserError(f"{', '.join(inputs)}: several inputs are for tokenizer_dir=; mixture= trains on several")
         else:

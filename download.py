@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from urllib.parse import urlsplit
 
-from configurator import UserError
+from configurator import UserError, tell
 from files import Progress, is_first_process, locked, show_line
 
 PAUSES = (1, 2, 4, 8, 16)  # seconds before each further try, as long as the tries bring nothing new
@@ -126,8 +126,8 @@ def fetch(url: str, file: BinaryIO, size: int, sha256: str, by_hand: str, note: 
         pause = max(PAUSES[tries], min(answer.wait, LONGEST))
         if tries == 0 and is_first_process():  # at once, and not after half a minute of silence
             progress.close()
-            print(f"download: {name}: {trouble}; trying again in {pause} s and {len(PAUSES) - 1} more times",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            tell(f"download: {name}: {trouble}; trying again in {pause} s and {len(PAUSES) - 1} more times",
+                 sys.stderr)  # fmt: skip
         time.sleep(pause)
         tries += 1
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
 
-from configurator import UserError
+from configurator import UserError, put, tell
 from configurator import visible as visible  # what the screen gets of others' text
 
 try:
@@ -155,7 +155,7 @@ def locked(path: Path, busy: Callable[[str], None]) -> Iterator[Callable[[str], 
     """
 
     def unlocked(reason: str) -> None:
-        print(f"{path.parent} has no locks ({reason}): start nothing else that writes there", file=sys.stderr)
+        tell(f"{path.parent} has no locks ({reason}): start nothing else that writes there", sys.stderr)
 
     while True:
         try:
@@ -364,12 +364,11 @@ class Progress:
 
 def show_line(line: str, live: bool) -> None:
     """On stderr: live, in place of the one before and as wide as the terminal; else as a line of its own."""
-    with suppress(OSError):  # a full disk behind stderr is no reason to stop
-        if live:
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r{line[:width]:<{width}}\r", end="", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
+    if live:
+        width = shutil.get_terminal_size().columns - 1
+        put(f"\r{visible(line, sys.stderr)[:width]:<{width}}\r", sys.stderr, end="")
+    else:
+        tell(line, sys.stderr)
 
 
 def clock(seconds: float) -> str:

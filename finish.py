@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import numpy as np
 
 import lora
 from chat import Template
-from configurator import Settings
-from files import visible, write_text
+from configurator import ROOT, Settings
+from files import write_text
 from generate import SamplingSettings, generate
 from machine import Machine
 from model import LanguageModel
@@ -26,12 +25,13 @@ NEW_TOKENS = 100  # of each sample, whatever the machine: the same run writes th
 def finish(s: Settings, plan: Plan, machine: Machine, out_dir: Path, model: LanguageModel, tokenizer, held_out) -> None:
     """Write samples.txt, and print one sample and the commands that come next."""
     first, more = write_samples(s, out_dir / "samples.txt", model, tokenizer, held_out)
-    print(f"\nA sample{more}:\n\n{visible(first)}\n")
     folder = shlex.quote(short(out_dir))
-    print(f"sample   python sample.py --init_from {folder} {'--chat' if s.task == 'sft' else '--prompt ...'}\n"
-          f"evaluate python eval.py --init_from {folder}\n"
-          f"plot     python plot.py {folder}\n"
-          f"continue {longer(s, plan, machine)}{lifted(s, plan)}", flush=True)  # fmt: skip
+    machine.print(
+        f"\nA sample{more}:\n\n{first}\n\n"
+        f"sample   {command('sample.py')} --init_from {folder} {'--chat' if s.task == 'sft' else '--prompt ...'}\n"
+        f"evaluate {command('eval.py')} --init_from {folder}\n"
+        f"plot     {command('plot.py')} {folder}\n"
+        f"continue {longer(s, plan, machine)}{lifted(s, plan)}")  # fmt: skip
 
 
 def write_samples(s: Settings, path: Path, model: LanguageModel, tokenizer, held_out) -> tuple[str, str]:
@@ -91,9 +91,10 @@ def longer(s: Settings, plan: Plan, machine: Machine) -> str:
     name, value = ("max_tokens", 2 * s.max_tokens) if s.max_tokens else ("max_steps", 2 * plan.max_steps)
     set_outside = [f"{key.upper()}={getattr(s, key)}" for key, source in s.source.items()
                    if source == "environment" and key != name]  # fmt: skip
-    start = ["torchrun", f"--nproc_per_node={machine.world_size}"] if machine.world_size > 1 else ["python"]
-    words = [word for word in sys.argv if not word.lstrip("-").lower().startswith(f"{name}=")]
-    return shlex.join([*set_outside, *start, *words, f"{name.upper()}={value}", *["OVERWRITE="] * bool(s.overwrite)])
+    start = f"torchrun --nproc_per_node={machine.world_size}" if machine.world_size > 1 else "python"
+    words = [word for word in s.argv if not word.lstrip("-").lower().startswith(f"{name}=")]
+    words = [*words, f"{name.upper()}={value}", *["OVERWRITE="] * bool(s.overwrite)]
+    return " ".join([*map(shlex.quote, set_outside), command("train.py", start), shlex.join(words)])
 
 
 def lifted(s: Settings, plan: Plan) -> str:
@@ -105,6 +106,11 @@ def lifted(s: Settings, plan: Plan) -> str:
     muon = f" MUON_LR={s.muon_lr * now / s.lr:.2g}" if s.muon_lr else ""
     return (f"\n         (which lifts the learning rate from {now:.2g} to {then:.2g}; SCHEDULE=constant LR={now:.2g}"
             f"{muon} keeps it)")  # fmt: skip
+
+
+def command(script: str, start: str = "python") -> str:
+    """What starts a script of ours from where the user is."""
+    return f"{start} {shlex.quote(short(ROOT / script))}"
 
 
 def short(path: Path) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import UserError, check_fields
+from configurator import UserError, check_fields, put, visible
 from files import clock, optional, own_file, own_folder, replacing, require_file, write_text
 from machine import Machine, peak_flops, peak_memory
 
@@ -163,18 +163,18 @@ class Log:
         self.show(text, stays=True)
 
     def show(self, line: str, stays: bool) -> None:
+        line = visible(line)
         if self.live and not stays:
             line = line[: shutil.get_terminal_size().columns - 1]
         text = f"\r{line:<{self.width}}" if self.live else line
         self.width = 0 if stays else len(line)
         if self.machine.is_main:
-            with suppress(OSError):  # where the screen is a file on a full disk
-                print(text, end="\n" if stays else "", flush=True)
+            put(text, end="\n" if stays else "")
 
     def close(self) -> None:
         """End the live line; the services get what they have not yet."""
         if self.width:
-            print(flush=True)
+            put("")
         self.width = 0
         self.tell("close")
 

@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import math
 import os
 import re
 import shutil
@@ -15,8 +16,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from configurator import UserError, check_fields, shown
-from files import visible
+from configurator import UserError, check_fields, shown, tell
 from workers import watch_parent
 
 
@@ -60,10 +60,10 @@ class Machine:
         """True on every process if it is on one."""
         return bool(self.all_reduce(torch.tensor(float(flag), device=self.device))) if self.world_size > 1 else flag
 
-    def print(self, *args, **kwargs) -> None:
-        """Print on the first process only."""
+    def print(self, text: str) -> None:
+        """On the first process only."""
         if self.is_main:
-            print(*map(visible, args), **kwargs, flush=True)
+            tell(text)
 
     def describe(self) -> str:
         kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
@@ -122,6 +122,12 @@ def place_of_process(environ=os.environ) -> tuple[int, int, int]:
     return rank, world_size, local_rank
 
 
+def attempt() -> int:
+    """How often torchrun has started all ranks again after a crash."""
+    text = os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0"
+    return int(text) if re.fullmatch(r"[0-9]{1,6}", text) else 0
+
+
 def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype of matrix products and the reason for it, in words."""
     if wanted != "auto":
@@ -155,7 +161,7 @@ def init_processes(machine: Machine) -> None:
     if machine.world_size > 1:
         # After a restart torchrun's store still has the addresses of the dead: each attempt gets keys of its own.
         store, rank, world_size = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.PrefixStore(f"attempt {attempt()}", store)
         on_gpu = machine.device.type == "cuda"
         dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size,
                                 device_id=machine.device if on_gpu else None)  # fmt: skip
@@ -197,6 +203,13 @@ def peak_flops(machine: Machine) -> float | None:
     if re.search(r"Laptop|MIG| D$", name):  # slower than the card of that name, or a part of it
         return None
     return next((rate * machine.world_size for key, rate in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
+
+
+def memory(device: torch.device) -> float:
+    """Bytes of a device, for a CPU those of the machine; infinite where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
 
 
 def peak_memory(machine: Machine) -> float:

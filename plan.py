@@ -4,18 +4,17 @@ A fine-tuning run starts from a pretraining run and has a folder of its own; a r
 alone, with the name and the fingerprint of the base that they belong to.
 """
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import checkpoint
 from batches import RULE
-from configurator import ROOT, Settings, UserError, write_path
+from configurator import ROOT, Settings, UserError, tell, write_path
 from corpus import dataset_name
 from data import TRAINED, forced
-from files import visible, writing
+from files import writing
 from lora import LoraSettings, fingerprint
-from machine import Machine
+from machine import Machine, attempt
 from model import ModelConfig
 from optim import OptimSettings
 from resume import HERE, MUST, OUTSIDE, adopt, follow, names_of, read_made_of, read_part
@@ -148,7 +147,7 @@ def base_of(s: Settings) -> Path:
         try:
             saved = checkpoint.settings(path)
         except UserError as error:
-            print(visible(f"{error}: we look further"))
+            tell(f"{error}: we look further")
             continue
         if saved.get("task", "pretrain") == "pretrain" and not saved.get("use_lora"):
             return path
@@ -194,7 +193,7 @@ def starting_point(s: Settings, out_dir: Path, machine: Machine) -> Start:
 
     The shape of the model comes from the checkpoint; a setting that contradicts it is refused.
     """
-    anew = "train" in forced(s) and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    anew = "train" in forced(s) and not attempt()
     existing = [] if anew else checkpoint.steps(out_dir)
     if existing and s.init_from == "scratch":
         raise UserError(f"{out_dir} holds a run, and init_from=scratch would overwrite it; set another out_dir")
@@ -214,7 +213,7 @@ def starting_point(s: Settings, out_dir: Path, machine: Machine) -> Start:
     machine.print(f"init     from {path}")
     saved, names = checkpoint.saved_settings(state, path, s.parts), names_of(ModelConfig) & MUST
     tokenizer = checkpoint.tokenizer_of(state, saved, path)
-    start = Start(checkpoint.weights(state), init=str(path.resolve()), tokenizer=tokenizer)
+    start = Start(checkpoint.weights(state), init=str(path.resolve()), tokenizer=tokenizer, anew=anew)
     checkpoint.check_weights(path, saved, start.weights)
     if tokenizer.vocab_size != saved["vocab_size"]:
         raise UserError(f"{path} has {saved['vocab_size']} embeddings, but its tokenizer {tokenizer.vocab_size} ids: "
@@ -226,13 +225,8 @@ def starting_point(s: Settings, out_dir: Path, machine: Machine) -> Start:
         free = {"seq_len"} & free if s.seq_len <= saved["seq_len"] else set()
     adopt(s, saved, names - {name for name in free if s.given(name)})
     follow(s, saved, {}, {"template", "system", "dtype"}, machine.print)  # what a model knows goes from run to run
-    if anew:
-        set_aside(out_dir, machine)
-    keep_tokenizer(s, tokenizer, out_dir, resumed=False)
     if s.use_lora:
         start.base = {"path": start.init, "fingerprint": fingerprint(start.weights)}
-        if machine.is_main:
-            checkpoint.keep_base(path, out_dir)
     return start
 
 
@@ -242,11 +236,19 @@ def set_aside(out_dir: Path, machine: Machine) -> None:
         machine.print(f"run      begins anew; what was there is in {kept}")
 
 
+def keep_beginnings(start: Start, out_dir: Path) -> None:
+    """What a run that starts from a checkpoint takes along: the tokenizer of its weights, the base of its adapters."""
+    with writing(out_dir, "; set another out_dir"):
+        start.tokenizer.save(out_dir)
+    if start.base:
+        checkpoint.keep_base(Path(start.init), out_dir)
+
+
 def continued(s: Settings, out_dir: Path, machine: Machine) -> Start:
     """The run in out_dir where it was left."""
     state = checkpoint.load_newest(out_dir, machine.print)
     if state is None:
-        raise UserError(f"no checkpoint in {out_dir} can be read; remove the folder, or set another out_dir")
+        raise UserError(f"no step checkpoint in {out_dir} can be read; {checkpoint.without_steps(out_dir)}")
     machine.print(f"resume   from step {state['progress']['step']} (the same command continues a run)")
     saved = checkpoint.saved_settings(state, out_dir, s.parts)
     for name in ("task", "use_lora"):
@@ -267,7 +269,6 @@ def continued(s: Settings, out_dir: Path, machine: Machine) -> Start:
         s.vocab_size = saved["vocab_size"]
     if not s.given("tokenizer") and saved["tokenizer"] in TRAINED:
         s.set("tokenizer", saved["tokenizer"], "checkpoint")
-    keep_tokenizer(s, tokenizer, out_dir, resumed=True)
     step = state["progress"]["step"]
     return Start(weights=weights, resume=state, base=state["base"], init=state["init"], tokenizer=tokenizer,
                  saved=saved, config=config, made_of=made_of, rule=made_of.get("rule", 1), step=step,
@@ -279,16 +280,6 @@ def step_size(saved: dict) -> int:
     if saved["total_batch_size"]:
         return saved["total_batch_size"] // saved["seq_len"]
     return saved["batch_size"] * saved["grad_accum"]
-
-
-def keep_tokenizer(s: Settings, tokenizer: Tokenizer, out_dir: Path, resumed: bool) -> None:
-    """These weights know one tokenizer; a copy of it stays with the run, and prepares its corpus."""
-    if not s.given("tokenizer"):
-        if not resumed:
-            with writing(out_dir, "; set another out_dir"):
-                tokenizer.save(out_dir)
-        if (out_dir / "tokenizer.json").is_file():
-            s.set("tokenizer", str(out_dir), "checkpoint")
 
 
 def adopt_tokenizer(s: Settings, folder: Path, start: Start) -> Tokenizer:

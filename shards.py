@@ -20,7 +20,7 @@ import numpy as np
 
 import bpe
 from batches import ShardWriter, measure, meta_check, open_shard, shard_path
-from configurator import UserError
+from configurator import UserError, tell
 from corpus import SEPARATOR, Piece, RawCorpus
 from files import Either, Progress, read_json, write_json
 from tokenizer import Head
@@ -150,7 +150,7 @@ def read_state(folder: Path, quiet: bool = False) -> dict:
                     raise UserError(f"{shard} is damaged")
     except UserError as error:
         if not quiet:
-            print(f"data: {error}; the tokens are made from the beginning", flush=True)
+            tell(f"data: {error}; the tokens are made from the beginning")
         return {}
     return state
 

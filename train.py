@@ -56,11 +56,22 @@ from machine import (
     has_compiler,
     init_processes,
     leave_processes,
+    memory,
     peak_memory,
 )
 from model import LanguageModel, ModelConfig
 from optim import EMA, LossScale, OptimSettings, build_optimizer, clip_grad_norm, lr_at
-from plan import Plan, Start, adopt_tokenizer, choose_task, plan_steps, run_folder, set_aside, starting_point
+from plan import (
+    Plan,
+    Start,
+    adopt_tokenizer,
+    choose_task,
+    keep_beginnings,
+    plan_steps,
+    run_folder,
+    set_aside,
+    starting_point,
+)
 from resume import changes, made_of, named_before, tokens_to_learn
 from sft import Examples, ExampleValidation, SftSettings, open_examples
 
@@ -126,13 +137,15 @@ def main(argv: list[str] | None = None) -> int:
         if s.source["dtype"] == "checkpoint":
             machine.dtype, machine.reason = choose_dtype(s.dtype, machine.device)
         plan = plan_steps(s, machine, start.step, start.samples)
-        check_settings(s)
+        check_settings(s, machine)
         # Before the process group: a collective would time out while one process prepares the data.
         tokenizer, batches, validation = open_data(s, start, quiet=not machine.is_main)
         other_text = changes(start.made_of, made_of(batches, validation), batches, out_dir, machine.print)
         if start.anew:  # not before: the data may be a mistake
             set_aside(out_dir, machine)
         if machine.is_main:
+            if start.init and not start.resume:
+                keep_beginnings(start, out_dir)
             checkpoint.remember(out_dir)
         init_processes(machine)
         try:
@@ -158,15 +171,19 @@ def main(argv: list[str] | None = None) -> int:
 # Before the first step
 
 
-def check_settings(s: Settings) -> None:
+def check_settings(s: Settings, machine: Machine) -> None:
     """Refuse what does not fit together before the data is prepared, which may take hours."""
     for part in SETTINGS:
         s.part(part)
     try:
         with torch.device("meta"):  # shapes without memory
-            LanguageModel(s.part(ModelConfig))
+            model = LanguageModel(s.part(ModelConfig))
     except RuntimeError as error:
         raise UserError(f"there is no memory for a model of these sizes ({error}): lower d_model or d_ff") from None
+    count, each = sum(p.numel() for p in model.parameters()), 4 if s.use_lora else 12  # a gradient and one moment, too
+    if count * each > memory(machine.device):
+        raise UserError(f"{count / 1e9:,.1f} billion parameters need {count * each / 1e9:,.0f} GB to train, and there "
+                        f"are {memory(machine.device) / 1e9:,.0f}: lower d_model, d_ff or n_layer")  # fmt: skip
 
 
 def open_data(s: Settings, start: Start, quiet: bool):

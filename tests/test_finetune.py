@@ -290,6 +290,14 @@ def test_a_broken_line_is_named(text, base, tmp_path):
         train.main(tune(text, base, path, tmp_path / "run"))
 
 
+@pytest.mark.parametrize("more", [{}, dict(use_lora=1)])
+def test_a_start_that_fails_at_its_data_leaves_no_folder(text, base, tmp_path, more):
+    (tmp_path / "broken.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="broken.jsonl"):
+        train.main(tune(text, base, tmp_path / "broken.jsonl", tmp_path / "run", **more))
+    assert not (tmp_path / "run").exists()
+
+
 def test_text_to_read_is_no_data_to_answer(text, base, tmp_path):
     with pytest.raises(UserError, match="stdlib_chat"):
         train.main(tune(text, base, None, tmp_path / "run", dataset="stdlib"))

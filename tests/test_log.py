@@ -77,6 +77,12 @@ def test_a_terminal_gets_one_line_that_is_rewritten_and_never_wider_than_it(tmp_
     assert short.strip() == "short" and len(short) == 59 and nothing == "", "the rest of the live line must go"
 
 
+def test_a_terminal_never_gets_control_characters_of_names(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    make(tmp_path).say(f"{tmp_path}/\x1b[2J cannot be written")
+    assert "\x1b" not in (out := capsys.readouterr().out) and "/\\x1b[2J cannot" in out
+
+
 def test_saving_and_validation_do_not_count_in_tokens_per_second(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])

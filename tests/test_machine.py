@@ -1,7 +1,7 @@
 import pytest
 
 from configurator import UserError
-from machine import place_of_process
+from machine import attempt, place_of_process
 
 TORCHRUN = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -20,3 +20,9 @@ def test_without_torchrun_there_is_one_process():
 def test_a_rank_that_torchrun_did_not_set_is_one_sentence(environ):
     with pytest.raises(UserError, match="unset"):
         place_of_process(environ)
+
+
+@pytest.mark.parametrize("text, number", [("", 0), ("2", 2), ("abc", 0), ("-1", 0), ("1.5", 0), ("9" * 5000, 0)])
+def test_a_count_of_attempts_that_is_none_is_the_first(monkeypatch, text, number):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", text)
+    assert attempt() == number

@@ -442,6 +442,24 @@ def test_room_for_the_best_model_but_not_for_a_checkpoint_does_not_lock_the_run_
     assert code == 0 and (run / "best.pt").is_file(), out
 
 
+@pytest.mark.parametrize("full", ["stdout", "stderr"])
+def test_a_full_disk_behind_the_screen_ends_no_run(text, tmp_path, full):
+    with open("/dev/full", "wb") as disk:
+        streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | {full: disk}
+        result = subprocess.run([*TRAIN, *tiny_run(text, tmp_path / "run")], text=True, **streams)
+    assert checkpoint.load_newest(tmp_path / "run")["progress"]["step"] == 12
+    if full == "stdout":
+        assert result.returncode == 2 and result.stderr.endswith("cannot write the output: No space left on device\n")
+        assert "Traceback" not in result.stderr
+    else:
+        assert result.returncode == 0 and "trained" in result.stdout
+
+
+def test_a_mistake_has_its_exit_code_where_nothing_can_be_printed(tmp_path):
+    with open("/dev/full", "wb") as disk:
+        assert subprocess.run([*TRAIN, "NOSUCH=1"], stdout=disk, stderr=disk).returncode == 2
+
+
 def test_a_folder_that_vanishes_while_it_trains_is_said_and_begun_again(go, tmp_path, monkeypatch, capsys):
     at_step(monkeypatch, 5, lambda: shutil.rmtree(tmp_path / "run"))
     assert go() == 0
@@ -509,6 +527,12 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(go, tmp_path):
         go(out_dir=tmp_path / "file" / "run")
 
 
+def test_a_model_larger_than_the_memory_is_refused_before_its_data_is_prepared(go, tmp_path):
+    with pytest.raises(UserError, match="billion parameters need .* GB to train"):
+        go(d_model=2**17, n_layer=100, cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "run").exists()
+
+
 def test_running_out_of_memory_names_the_settings_that_help(go, monkeypatch):
     def allocate(*args):
         return torch.empty(2**60)
@@ -550,6 +574,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(go, tmp_path, capsy
     out = capsys.readouterr().out
     assert "step_00000012.pt is damaged" in out and "resume   from step 6" in out
     assert checkpoint.load(newest)["progress"]["step"] == 12
+
+
+def test_without_a_whole_step_the_best_model_is_named(go, tmp_path):
+    go()
+    for path in checkpoint.steps(tmp_path / "run"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="best.pt is whole: start from it with INIT_FROM="):
+        go()
+    (tmp_path / "run" / "best.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="remove the folder, or set another out_dir"):
+        go()
 
 
 def test_random_damage_to_any_file_of_a_run_is_harmless_or_said():

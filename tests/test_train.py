@@ -7,7 +7,6 @@ import math
 import re
 import shlex
 import signal
-import sys
 
 import pytest
 import sentencepiece
@@ -358,20 +357,21 @@ def test_samples_that_cannot_be_written_are_a_sentence_and_the_run_is_complete(g
     assert "cannot write more of them to" in out and "Is a directory" in out and "\nsample   python sample.py" in out
 
 
-def test_the_end_says_what_came_out_and_its_commands_are_understood(text, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("here, scripts, run", [(ROOT, "", "{}/run"), ("{}", f"{ROOT}/", "run")])
+def test_the_end_says_what_came_out_and_its_commands_work_here(text, tmp_path, capsys, monkeypatch, here, scripts, run):
+    monkeypatch.chdir(str(here).format(tmp_path))
     monkeypatch.setenv("EVAL_TOKENS", "320")
-    arguments = tiny_run(text, tmp_path / "run", eval_tokens=None)
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    assert train.main() == 0
+    assert train.main(tiny_run(text, tmp_path / "run", eval_tokens=None)) == 0
     out = capsys.readouterr().out
     end = re.search(r"^trained  [\d:]+ for 768 tokens; best validation loss ([\d.]+); peak memory .* GB$", out, re.M)
     assert float(end[1]) == pytest.approx(min(column(tmp_path / "run", "val_loss")), abs=1e-4)
     commands = dict(re.findall(r"^(sample|evaluate|plot|continue) +(.*)$", out, re.M))
-    run = str(tmp_path / "run")
-    assert commands["sample"] == f"python sample.py --init_from {run} --prompt ..."
-    assert commands["evaluate"] == f"python eval.py --init_from {run}" and commands["plot"] == f"python plot.py {run}"
+    run = run.format(tmp_path)
+    assert commands["sample"] == f"python {scripts}sample.py --init_from {run} --prompt ..."
+    assert commands["evaluate"] == f"python {scripts}eval.py --init_from {run}"
+    assert commands["plot"] == f"python {scripts}plot.py {run}"
     words = shlex.split(commands["continue"])
-    assert words[:3] == ["EVAL_TOKENS=320", "python", "train.py"] and words.count("MAX_STEPS=24") == 1
+    assert words[:3] == ["EVAL_TOKENS=320", "python", f"{scripts}train.py"] and words.count("MAX_STEPS=24") == 1
     assert not [word for word in words if word.startswith("max_steps")]
     assert train.main(words[3:]) == 0
     assert column(tmp_path / "run", "step")[-1] == 24
@@ -396,8 +396,7 @@ def test_initial_loss_of_presets_is_that_of_guessing(preset):
         assert model(ids[:, :-1], ids[:, 1:]).mean().item() == pytest.approx(math.log(8000), rel=0.05)
 
 
-def test_overwrite_train_begins_anew_and_keeps_what_was_there(go, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "overwrite=train"])
+def test_overwrite_train_begins_anew_and_keeps_what_was_there(go, tmp_path, capsys):
     go(max_steps=4)
     old = checkpoint.load_newest(tmp_path / "run")
     assert go(max_steps=4, seed=5, overwrite="train") == 0
@@ -406,7 +405,7 @@ def test_overwrite_train_begins_anew_and_keeps_what_was_there(go, tmp_path, caps
     assert [row["step"] for row in rows(tmp_path / "run")] == [row["step"] for row in rows(tmp_path / "run/before_1")]
     assert go(max_steps=4, seed=5, overwrite="tokens") == 0, "a stage before training includes it"
     assert (tmp_path / "run" / "before_2").is_dir()
-    assert "train.py overwrite=train MAX_STEPS=8 OVERWRITE=\n" in capsys.readouterr().out, "which goes on"
+    assert "overwrite=tokens MAX_STEPS=8 OVERWRITE=\n" in capsys.readouterr().out, "which goes on"
     go(max_steps=6, seed=5, overwrite="")
     assert not (tmp_path / "run" / "before_3").exists()
 
