@@ -64,7 +64,8 @@ class LoraLinear(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **new))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # within 1/sqrt(in), as nn.Linear itself
         self.kept: tuple[nn.Parameter, ...] = ()  # the base's own weight while merged; a tuple, so not a parameter here
-        self.lora_magnitude = nn.Parameter(row_norms(self.combined()).float()) if dora else None
+        wide = base.weight.to(torch.promote_types(base.weight.dtype, torch.float32))  # what is combined, as B is 0
+        self.lora_magnitude = nn.Parameter(row_norms(wide).float()) if dora else None
         self.train(base.training)  # or a model in eval mode would drop out
 
     def combined(self) -> Tensor:

@@ -157,6 +157,9 @@ def examples_of(cache_dir: str, saved: dict, before: dict, run: Path) -> list[Co
     if data_words(saved) == "DATASET=stdlib_chat":
         folder = prepare_examples(SimpleNamespace(dataset="stdlib_chat", cache_dir=cache_dir), quiet=True)
         return list(read_examples(folder / "val.jsonl"))
+    if not before:
+        raise UserError(f"{run} is too old to find its validation examples again: with more steps, and "
+                        f"{data_words(saved)}, its next best model can")  # fmt: skip
     raise UserError(f"the examples that {run} validated on are not in {cache_folder(cache_dir)}: name that folder with "
                     f"CACHE_DIR=, or start the run again, {data_words(saved)}, which puts them there")  # fmt: skip
 
