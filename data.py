@@ -161,6 +161,8 @@ def prepare(s, quiet: bool = False, known=None) -> Path:
     if meta["trained"] not in ("", "char"):
         check_vocabulary(meta["vocab_size"], s)
     for split, part in meta["splits"].items():
+        if "lost" in part:
+            say(f"data: in the beginning of {split}, {part['lost']}", quiet)
         if part["tokens"] < s.seq_len + 1:
             raise UserError(f"the {split} part of {meta['name']} has {part['tokens']:,} tokens, fewer than the "
                             f"seq_len + 1 = {s.seq_len + 1:,} of one row; give more text or a smaller seq_len")
@@ -486,13 +488,9 @@ def mixture_lines(meta: dict) -> list[str]:
 
 
 def marker_lines(meta: dict) -> list[str]:
-    """What was learned otherwise than it may look: end-of-text markers within a line, characters that were replaced or
-    that the tokenizer loses."""
+    """What was learned otherwise than it may look: end-of-text markers within a line, characters that were replaced."""
     markers, replaced = (sum(part.get(name, 0) for part in meta["splits"].values()) for name in ("markers", "replaced"))
     lines = []
-    for split, part in meta["splits"].items():
-        if "lost" in part:
-            lines.append(f"in the beginning of {split}, {part['lost']}")
     if replaced:
         lines.append(f"{replaced:,} characters that the tokenizer lacks are U+FFFD now")
     if markers:

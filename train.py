@@ -104,6 +104,7 @@ SETTINGS = [TrainSettings, DataSettings, ModelConfig, OptimSettings, MachineSett
             LoraSettings, LogSettings]
 
 
+GOALS = ("stop_loss", "stop_ppl", "patience")  # settings that end a run before its last step
 MANY_EPOCHS = 40  # more passes over the same text are worth a word
 
 
@@ -245,6 +246,8 @@ class Run:
         self.progress = Progress()
         if start.resume:
             self.restore(start.resume, start.samples)
+            if any(start.saved[name] != getattr(s, name) for name in GOALS):
+                self.progress.ended = self.has_ended(self.progress.best)
         self.saved_step, self.other_text = self.progress.step, other_text
         if other_text:  # its losses cannot be compared with those before
             self.progress.best, self.progress.worse, self.progress.ended, self.saved_step = math.inf, 0, False, -1
@@ -297,6 +300,13 @@ class Run:
             self.machine.print(f"rates    lr {lr:g} (AdamW), muon_lr {muon_lr:g} for hidden matrices (Muon)")
         if self.s.tokenizer == "char" and self.s.dataset == "stdlib" and not self.s.data_path:
             self.machine.print("         Python source has few characters: DATA_PATH=<text of yours> brings its own")
+
+    def reached(self, loss: float) -> bool:
+        return loss <= self.s.stop_loss or math.exp(min(loss, 700.0)) <= self.s.stop_ppl
+
+    def has_ended(self, loss: float) -> bool:
+        """Whether this validation loss, or those that were no better, end the run."""
+        return self.reached(loss) or 0 < self.s.patience <= self.progress.worse
 
     def due(self, interval: int) -> bool:
         """Whether what comes every `interval` steps, and at the end, follows this step."""
@@ -454,8 +464,7 @@ class Run:
         if better and self.saved_step != progress.step:  # a run does not go on from best.pt
             self.save(must=False)
         progress.best, progress.worse = min(progress.best, score.loss), 0 if better else progress.worse + 1
-        reached = score.loss <= s.stop_loss or score.perplexity <= s.stop_ppl
-        progress.ended = reached or 0 < s.patience <= progress.worse
+        progress.ended = self.has_ended(score.loss)
         # A best model alone cannot be continued, and would keep the same command out of its folder.
         if better and self.machine.is_main and checkpoint.steps(self.out_dir):
             try:
@@ -473,6 +482,7 @@ class Run:
             self.log.say(f"         reversible: max |x| {largest:.3g}, error of the inverse {error:.2g}"
                          f"{f'; beyond the range of reversible_grid={s.reversible_grid}, lower it' * beyond}")
         if progress.ended:
+            reached = self.reached(score.loss)
             why = "the goal is reached" if reached else f"no better validation in {progress.worse}"
             self.log.say(f"we stop here: {why}")
             self.save(must=True)  # so that the same command does not go on

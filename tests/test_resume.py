@@ -384,3 +384,13 @@ def test_examples_may_be_added_and_are_found_without_their_file(text, base, ques
     other.write_text("".join(json.dumps({"instruction": f"{i}?", "output": f"{i}!"}) + "\n" for i in range(30)))
     with pytest.raises(UserError, match="learned other data"):
         tune(text, base, other, tmp_path / "run", cache_dir=cache, max_steps=8)
+
+
+@pytest.mark.parametrize("goal, other", [("stop_loss", 0), ("stop_ppl", 1), ("stop_loss", 0.5)])
+def test_a_run_that_reached_its_goal_goes_on_with_another_one(go, tmp_path, capsys, goal, other):
+    go(max_steps=6, eval_interval=2, **{goal: 1000})
+    assert checkpoint.load_newest(tmp_path / "run")["progress"]["step"] == 2
+    go(max_steps=6, eval_interval=2)
+    assert "has reached its goal" in capsys.readouterr().out
+    go(max_steps=6, eval_interval=2, **{goal: other})
+    assert checkpoint.load_newest(tmp_path / "run")["progress"]["step"] == 6
