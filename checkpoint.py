@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from configurator import ROOT, Settings, UserError, check, find_path, pick, tell
-from files import Either, locked, mismatch, replacing, require_file, visible, write_text, writing
+from files import Either, locked, mismatch, replacing, require_file, unless_empty, visible, write_text, writing
 from lora import LoraSettings, adapter_state, fingerprint, inject, load_adapter, merge
 from model import LanguageModel, ModelConfig
 from tokenizer import Tokenizer, tokenizer_from_dict
@@ -73,15 +73,10 @@ def lock(folder: Path):
     def refuse(note: str) -> None:
         raise UserError(f"another process trains in {folder}; wait for it, or set another out_dir")
 
-    is_new = not folder.exists()
-    try:
-        with ExitStack() as stack:
-            with writing(folder, "; set another out_dir"):
-                stack.enter_context(locked(folder / ".lock", refuse))
-            yield
-    finally:
-        if is_new and folder.is_dir() and not any(folder.iterdir()):  # the run did not begin
-            folder.rmdir()
+    with unless_empty(folder), ExitStack() as stack:
+        with writing(folder, "; set another out_dir"):
+            stack.enter_context(locked(folder / ".lock", refuse))
+        yield
 
 
 def set_aside(folder: Path) -> Path | None:

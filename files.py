@@ -110,6 +110,17 @@ def writing(folder: Path, advice: str = ""):
         raise UserError(f"cannot write in {folder} ({error.strerror or error}){advice}") from None
 
 
+@contextmanager
+def unless_empty(folder: Path):
+    """A new folder goes again if nothing has come into it inside: the work there did not begin, or failed."""
+    is_new = not folder.exists()
+    try:
+        yield
+    finally:
+        if is_new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def own_file(path: Path, append: bool = False) -> FileIO:
     """A file at a name that we chose ourselves in a run's folder, opened for appending or made anew; never what a
     link there points to. Unbuffered. Raises the system's OSError."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import checkpoint
 from configurator import UserError, run, write_path
-from files import own_folder
+from files import own_folder, unless_empty
 from lora import LoraLinear, merged_state
 from model import ModelConfig
 
@@ -30,12 +30,15 @@ def merge(run_folder: str, target: str = "", lora_base: str = "") -> Path:
     saved = checkpoint.saved_settings(state, path, [ModelConfig])
     saved |= {"use_lora": False, "tie_embeddings": saved["tie_embeddings"] and not isinstance(model.head, LoraLinear)}
     beside = path.parent.with_name(path.parent.name + "-merged")
-    folder = write_path(target) if target else own_folder(beside)
+    folder = write_path(target) if target else beside
     if list(folder.glob("*.pt")):
         raise UserError(f"{folder} holds a model already; name another folder")
     plain = {"format": checkpoint.FORMAT, "settings": json.dumps(saved), "base": None, "init": "",
              **{name: state[name] for name in ("tokenizer", "progress")}, "model": merged_state(model)}  # fmt: skip
-    checkpoint.save(folder / "best.pt", plain)
+    with unless_empty(folder):
+        if not target:
+            own_folder(folder)
+        checkpoint.save(folder / "best.pt", plain)
     return folder / "best.pt"
 
 

@@ -163,6 +163,16 @@ def test_adapters_on_their_base_and_the_merged_model_give_the_same_logits(base, 
     assert not torch.allclose(loaded(ids), plain(ids), atol=1e-2)
 
 
+def test_a_merge_that_cannot_be_written_leaves_no_folder(adapted, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="No space left"):
+        interop.main(["merge", str(adapted), str(tmp_path / "merged")])
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_merged_model_can_be_a_base_and_adapters_cannot(text, adapted, questions, tmp_path):
     interop.main(["merge", str(adapted), str(tmp_path / "merged")])
     assert train.main(tune(text, tmp_path / "merged", questions, tmp_path / "more", max_steps=2)) == 0
