@@ -86,7 +86,7 @@ class ShardWriter:
 def open_shard(path: Path, bin_ids: str = "uint16") -> np.ndarray:
     """The ids of a file, 1-D and memory-mapped: .npy, .bin of llm.c, or headerless .bin (nanoGPT) of `bin_ids`.
 
-    Raises UserError if the file is missing, or shorter than its header says.
+    Raises UserError if the file is missing, or shorter or longer than its header says.
     """
     with reading(require_file(path)):
         try:
@@ -102,6 +102,8 @@ def open_shard(path: Path, bin_ids: str = "uint16") -> np.ndarray:
             raise UserError(f"{path} is cut short, or no file of token ids") from None
     if ids.ndim != 1 or ids.dtype.kind not in "ui":
         raise UserError(f"{path} holds {ids.ndim}-dimensional {ids.dtype}, expected a row of token ids")
+    if ids.offset + ids.nbytes != path.stat().st_size:
+        raise UserError(f"{path} is longer than the {len(ids):,} ids that its header names: is it written to the end?")
     return np.asarray(ids)  # a plain view of the mapped file, faster to slice
 
 

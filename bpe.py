@@ -551,12 +551,25 @@ def _read_document(document: dict) -> dict:
     pairs = [read_merge(merge) for merge in model["merges"]]
     # The vocabulary may list the added tokens again: then they are ordinary ones too only if merges make them.
     made = {left + right for left, right in pairs} | _MEANT.keys()
+    refuse_other_ids(added, model["vocab"])
     names = {token["content"] for token in added} - made
     vocab, merges = read_names({name: i for name, i in model["vocab"].items() if name not in names}, pairs)
     return {"vocab": vocab, "merges": merges,
             "patterns": patterns or [r"[\s\S]+"], "added": added,
             "ignore_merges": bool(model.get("ignore_merges")), "nfc": bool(steps("normalizer", "normalizers")),
             "post": document.get("post_processor")}  # fmt: skip
+
+
+def refuse_other_ids(added: list[dict], vocab: dict[str, int]) -> None:
+    """Hugging Face's tokenizers gives an added token that is not in the vocabulary the next id, whatever the file says:
+    UserError if the two differ."""
+    known = {}
+    for token in added:
+        name, free = token["content"], max(len(vocab) - 1, *known.values(), 0) + 1
+        expected = known.setdefault(name, vocab.get(name, free))
+        if token["id"] != expected:
+            raise UserError(f"the added token {name} has the id {token['id']}, where tokenizers gives it {expected}: "
+                            "add it to the vocabulary with its id")  # fmt: skip
 
 
 def _split_pattern(step: dict) -> str:

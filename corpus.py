@@ -146,7 +146,7 @@ def is_dataset(name: str) -> bool:
     no link that leads elsewhere."""
     name, home = name.partition(":")[0], (ROOT / "data").resolve()
     script = home / name / "prepare.py"
-    return re.fullmatch(r"[A-Za-z0-9_]+", name) is not None and script.is_file() and script.resolve() == script
+    return re.fullmatch(r"[A-Za-z0-9_]{1,60}", name) is not None and script.is_file() and script.resolve() == script
 
 
 def import_dataset(name: str) -> ModuleType:
@@ -329,19 +329,19 @@ def natural_key(path: Path | str) -> list:
 
 def walk(folder: Path) -> Iterator[Path]:
     """All files in a folder and in its folders, also through links: each real file once, and no loop without an end.
-    What begins with a dot is passed over."""
-    folders, files = {folder.resolve()}, set()
+    Also pipes and links to nothing; but what begins with a dot is passed over."""
+    folders, files = {os.path.realpath(folder)}, set()
     for here, inside, names in os.walk(folder, followlinks=True):
         inside.sort(key=natural_key)
         for name in list(inside):
-            real = (Path(here) / name).resolve()
+            real = os.path.realpath(Path(here) / name)
             if name.startswith(".") or real in folders:
                 inside.remove(name)
             folders.add(real)
         for name in sorted(names, key=natural_key):
             path = Path(here) / name
-            real = path.resolve()
-            if not name.startswith(".") and path.is_file() and real not in files:
+            real = os.path.realpath(path)  # resolve() raises where a link leads to itself
+            if not name.startswith(".") and real not in files:
                 files.add(real)
                 yield path
 
@@ -350,7 +350,7 @@ def list_files(path: str | Path, suffixes: tuple[str, ...]) -> list[Path]:
     """A file as it is; of a folder all files with these suffixes, also in its folders, naturally sorted."""
     found = find_path(path)
     if found.is_dir():
-        inside = [p for p in walk(found) if p.name.lower().endswith(suffixes)]
+        inside = [p for p in walk(found) if p.name.lower().endswith(suffixes) and p.is_file()]
         return sorted(inside, key=lambda p: natural_key(p.relative_to(found).as_posix()))
     if not found.exists():
         raise UserError(f"{path} not found (looked for {found.absolute()})")
@@ -419,9 +419,16 @@ def left_out(path: str | Path, taken: list[Path]) -> str:
     found, known = find_path(path), set(taken)
     if not found.is_dir():
         return ""
-    others = Counter(file.suffix or file.name for file in walk(found) if file not in known)
+    others = Counter(what_is(file) for file in walk(found) if file not in known)
     kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common(8))
     return f"{path} has files that are left out, for they are no text that we read: {kinds}" if kinds else ""
+
+
+def what_is(path: Path) -> str:
+    """The suffix of a file, or why it is none."""
+    if path.is_file():
+        return path.suffix or path.name
+    return "pipe or device" if path.exists() else "link to nothing"
 
 
 def files_pieces(files: list[Path], text_field: str, position: Position | None = None) -> Iterator[Piece]:
@@ -678,8 +685,10 @@ def csv_records(path: Path, position: Position | None = None) -> Iterator[tuple[
     first = next(source, "")
     separator = max(",;\t", key=first.count)
     rows = csv.reader(source, delimiter=separator, strict=True)
-    names = next(csv.reader([first], delimiter=separator), [])
     try:
+        names = next(csv.reader([first], delimiter=separator, strict=True), [])
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise UserError(f"{path}, line 1 names the column {twice[0]!r} twice: rename one of them")
         for row in rows:
             where = f"{path}, line {rows.line_num + 1}"
             if row and len(row) != len(names):

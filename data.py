@@ -341,7 +341,11 @@ def is_current(folder: Path, again: Again, quiet: bool) -> bool:
     if not (folder / "meta.json").is_file() or again.is_due(folder, "tokens"):
         return False
     try:
-        refuse_damage(folder, read_meta(folder, PREPARED).get("tokenizer_sum"))
+        meta = read_meta(folder, PREPARED)
+        refuse_damage(folder, meta.get("tokenizer_sum"))
+        if "home" not in meta:  # shards of ours
+            for split in meta["splits"]:
+                TokenStream(folder, split)
     except UserError as error:
         say(f"data: {str(error).partition(';')[0]}; the tokens are made again", quiet)
         return False
@@ -556,6 +560,8 @@ def refuse_wide(path: Path, vocab_size: int) -> None:
     if path.suffix != ".bin" or header_dtype(path):
         return
     ids = np.fromfile(path, "<u4", 1 << 20)
+    if len(ids) > 3 and path.stat().st_size % 8 == 0 and ids.max() < vocab_size and not ids[1::2].any():
+        raise UserError(f"{path} looks like ids of eight bytes: save them as .npy, or as .bin of two or four bytes")
     if len(ids) > 1 and path.stat().st_size % 4 == 0 and ids.max() < vocab_size:
         raise UserError(f"{path} looks like ids of four bytes, for every second one of two bytes is about 0: say "
                         "bin_dtype=uint32, or bin_dtype=uint16 if they are of two")  # fmt: skip

@@ -21,6 +21,8 @@ from configurator import UserError, find_path
 from corpus import Piece, RawCorpus, dataset_name, document_hash, is_dataset, open_dataset, open_files
 
 LONG = 8192  # characters, somewhat more than a thousand words of English
+MOST = 1e9   # a weight is below this
+REPEAT = 10_000  # passes over a part before all the others were used up once: then nobody meant these weights
 
 
 def parse(text: str) -> dict[str, float]:
@@ -28,7 +30,7 @@ def parse(text: str) -> dict[str, float]:
     weights = {}
     for item in text.split():
         name, _, weight = item.rpartition(":")
-        if not name or not re.fullmatch(r"\d+\.?\d*|\.\d+", weight) or float(weight) == 0 or name in weights:
+        if not name or not re.fullmatch(r"\d+\.?\d*|\.\d+", weight) or not 0 < float(weight) < MOST or name in weights:
             raise UserError(f"mixture={text}: {item!r} must be a corpus named once and its weight, as in "
                             "gutenberg:0.4 tinystories:0.6")  # fmt: skip
         weights[name] = float(weight)
@@ -103,6 +105,9 @@ def mix(raw: RawCorpus, parts: dict[str, RawCorpus], shares: dict[str, float], s
             passes[name], begun[name] = passes[name] + 1, False
             if not size and (split == "val" or all(passes.values())):
                 break
+            if not size and passes[name] == REPEAT:
+                raise UserError(f"mixture={s.mixture}: {name} came {REPEAT:,} times and another corpus is not used up: "
+                                "give mixture_size=<words>, or other weights")  # fmt: skip
             streams[name] = portions(parts[name].pieces(split), held_out)
         elif n := count(text):
             begun[name], given[name], total = True, given[name] + n, total + n

@@ -86,7 +86,7 @@ def test_truncated_and_swapped_shards_are_found_on_opening(tmp_path):
     make_stream(tmp_path, range(100), shard_tokens=60)
     file = tmp_path / "train_00001.npy"
     whole = file.read_bytes()
-    for damaged in (whole[:-2], whole[:100], b""):
+    for damaged in (whole[:-2], whole[:100], b"", whole + b"xx", whole.replace(b"(40,)", b"(30,)")):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=r"train_00001\.npy is"):
             TokenStream(tmp_path, "train")

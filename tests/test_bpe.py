@@ -566,6 +566,19 @@ def test_what_a_model_needs_and_we_lack_is_named(key, value):
         load_hf(layout("gpt2"), **{key: value})
 
 
+def test_added_token_whose_id_tokenizers_would_not_take_is_refused(trained):
+    document = trained.to_dict()
+    added = document["tokenizer"]["added_tokens"]
+    last = added[-1]["id"]
+    del document["tokenizer"]["model"]["vocab"][added[-1]["content"]]
+    assert BPETokenizer.from_dict(document).added_ids == trained.added_ids
+    added[-1]["id"] = last + 5
+    their = tokenizers.Tokenizer.from_str(json.dumps(document["tokenizer"]))
+    assert their.token_to_id(added[-1]["content"]) == last
+    with pytest.raises(UserError, match=f"has the id {last + 5}, where tokenizers gives it {last}: add it"):
+        BPETokenizer.from_dict(document)
+
+
 def test_added_token_with_stripping_is_refused():
     hf = layout("gpt2")
     hf.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True)])

@@ -204,6 +204,8 @@ def test_what_is_no_text_is_one_sentence(tmp_path, content, sentence):
     ("a.json", '[{"text": "a"}]{', "line 1 is not JSON: there is more"), ("a.json", '[{"text": "a"} x', "not JSON"),
     ("a.json", '{"data": [\n1]}', "line 1 has no field 'text'; it has data"),
     ("a.csv", "id,title\n1,b\n", "line 2 has no field 'text'; it has id, title"),
+    ("a.csv", "text,text\na,b\n", "line 1 names the column 'text' twice"),
+    ("a.csv", "id,text\r1,b\r", "line 1 is no row of a .csv file"),
     ("a.csv", "id,text\n1,b,c\n", "line 2 has 3 fields"), ("a.csv", 'id,text\n1,"b\n', "is no row of a .csv file"),
 ])  # fmt: skip
 def test_damaged_records_name_file_and_place(tmp_path, name, content, sentence):
@@ -241,8 +243,12 @@ def test_links_are_followed_once_and_loops_end(tmp_path):
     (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "here")
     (tmp_path / "here" / "a.txt").symlink_to(tmp_path / "elsewhere" / "a.txt")
     (tmp_path / "here" / "broken.txt").symlink_to(tmp_path / "nothing")
+    (tmp_path / "here" / "itself.txt").symlink_to("itself.txt")
+    os.mkfifo(tmp_path / "here" / "pipe.txt")
     found = documents(files_pieces(text_files(tmp_path / "here"), "text"))
     assert sorted(found) == ["a", "b", "c"]
+    said = corpus.left_out(tmp_path / "here", text_files(tmp_path / "here"))
+    assert said.endswith("no text that we read: 2 link to nothing, 1 pipe or device")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links and pipes")

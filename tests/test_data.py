@@ -485,6 +485,12 @@ def test_only_names_inside_the_folder_say_what_is_for_validation(tmp_path, shard
         ["x_train_1.bin", "x_train_2.bin"], ["3.bin", "x_val_0.bin"]]  # fmt: skip
 
 
+def test_headerless_ids_of_eight_bytes_are_refused(tmp_path, shards):
+    np.array(shards.parts["x_train_1"], "<i8").tofile(shards.folder / "x_train_1.bin")
+    with pytest.raises(UserError, match=r"x_train_1\.bin looks like ids of eight bytes"):
+        made(tmp_path, data_path=shards.folder)
+
+
 @pytest.mark.parametrize("vocabulary", [300, 70_000])
 def test_headerless_ids_of_four_bytes_are_not_taken_for_two(tmp_path, shards, vocabulary):
     ids = np.array(shards.parts["x_train_1"], "<u4")

@@ -194,3 +194,15 @@ def test_parse_docstring():
     assert parse("a:1 b:3") == {"a": 0.25, "b": 0.75}
     assert list(parse("hf:a/b,limit=1e9:0.3 gutenberg:50:.7")) == ["hf:a/b,limit=1e9", "gutenberg:50"]
     assert mixture.__doc__
+
+
+@pytest.mark.parametrize("weight", ["1000000000000", "1" + "0" * 400, "0.0"])
+def test_weights_that_no_text_can_follow_are_refused(tmp_path, weight):
+    with pytest.raises(UserError, match="its weight"):
+        parse(f"a:{weight} b:1")
+
+
+def test_part_that_would_come_again_and_again_is_refused(corpora, monkeypatch):
+    monkeypatch.setattr(mixture, "REPEAT", 3)
+    with pytest.raises(UserError, match="short came 3 times and another corpus is not used up: give mixture_size"):
+        texts("train", mixture="short:999 long:1")

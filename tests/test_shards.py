@@ -263,6 +263,19 @@ def test_damaged_meta_of_our_cache_is_made_again(tokens, capsys):
         assert (folder / "meta.json").read_bytes() == right
 
 
+@pytest.mark.parametrize("damage", ["missing", "short", "flipped"])
+def test_damaged_shard_of_our_cache_is_made_again(tokens, capsys, damage):
+    folder, argv = tokens
+    path = folder / "train_00000.npy"
+    right = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(right[:-4] if damage == "short" else right[:-1] + bytes([right[-1] ^ 1]))
+    assert prepare(configure([ModelConfig, DataSettings], argv, environ={})) == folder
+    assert "the tokens are made again" in capsys.readouterr().out
+    assert path.read_bytes() == right
+
+
 @pytest.mark.parametrize("kept", [True, False], ids=["tokens", "tokenizer alone"])
 def test_damaged_tokenizer_of_our_cache_is_made_again(tokens, tmp_path, capsys, kept):
     folder, argv = tokens
