@@ -101,16 +101,6 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def writing(folder: Path, advice: str = ""):
-    """Make the folder; a full disk, a read-only one, or a link where a folder of ours belongs ends in one sentence."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write in {folder} ({error.strerror or error}){advice}") from None
-
-
-@contextmanager
 def unless_empty(folder: Path):
     """A new folder goes again if nothing has come into it inside: the work there did not begin, or failed."""
     is_new = not folder.exists()
@@ -119,6 +109,17 @@ def unless_empty(folder: Path):
     finally:
         if is_new and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+@contextmanager
+def writing(folder: Path, advice: str = ""):
+    """Make the folder; a full disk, a read-only one, or a link where a folder of ours belongs ends in one sentence."""
+    try:
+        with unless_empty(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            yield
+    except OSError as error:
+        raise UserError(f"cannot write in {folder} ({error.strerror or error}){advice}") from None
 
 
 def own_file(path: Path, append: bool = False) -> FileIO:

@@ -213,6 +213,9 @@ def starting_point(s: Settings, out_dir: Path, machine: Machine) -> Start:
     machine.print(f"init     from {path}")
     saved, names = checkpoint.saved_settings(state, path, s.parts), names_of(ModelConfig) & MUST
     tokenizer = checkpoint.tokenizer_of(state, saved, path)
+    if s.given("tokenizer") and s.tokenizer in TRAINED and s.tokenizer != saved["tokenizer"]:
+        raise UserError(f"tokenizer={s.tokenizer}: {path} knows its own, from tokenizer={saved['tokenizer']}; leave it "
+                        "out, or begin with fresh weights")  # fmt: skip
     start = Start(checkpoint.weights(state), init=str(path.resolve()), tokenizer=tokenizer, anew=anew)
     checkpoint.check_weights(path, saved, start.weights)
     if tokenizer.vocab_size != saved["vocab_size"]:

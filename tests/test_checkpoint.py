@@ -12,6 +12,7 @@ import checkpoint
 import train
 from configurator import ROOT, UserError
 from conftest import tiny_run
+from files import writing
 from model import LanguageModel, ModelConfig
 from test_train import same
 
@@ -333,3 +334,11 @@ def test_find_prefers_best_then_newest_and_the_newest_run(tmp_path):
         checkpoint.find(tmp_path / "empty")
     with pytest.raises(UserError, match="train.py"):
         checkpoint.find(root=tmp_path / "empty")
+
+
+def test_a_failed_write_takes_away_the_folder_that_it_made_and_no_other(tmp_path):
+    (tmp_path / "old").mkdir()
+    for name in ("new", "old"):
+        with pytest.raises(UserError, match="cannot write in .*No space"), writing(tmp_path / name):
+            raise OSError(28, "No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]

@@ -191,6 +191,13 @@ def test_starting_from_a_checkpoint_takes_its_shape_and_tokenizer(go, text, tmp_
     assert checkpoint.steps(tmp_path / "tuned")[-1].name == "step_00000004.pt"
 
 
+def test_a_start_from_a_checkpoint_does_not_drop_another_tokenizer_silently(go, tmp_path):
+    go(max_steps=2)
+    with pytest.raises(UserError, match="tokenizer=char: .*best.pt knows its own, from tokenizer=bpe"):
+        go(init_from=tmp_path / "run", out_dir=tmp_path / "more", tokenizer="char")
+    assert not (tmp_path / "more").exists()
+
+
 def test_a_run_never_starts_from_a_checkpoint_into_the_folder_of_that_run(go, tmp_path):
     go(max_steps=2)
     for path in (tmp_path / "run", tmp_path / "run" / "best.pt"):
