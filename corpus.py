@@ -44,7 +44,7 @@ from typing import NamedTuple
 
 from configurator import ROOT, UserError, find_path, run
 from download import download as download  # what most prepare.py need
-from files import file_state, optional, require_file, unique_fields, visible
+from files import Progress, file_state, is_first_process, optional, require_file, unique_fields, visible
 
 SEPARATOR = "<|endoftext|>"
 PACKED = (".gz", ".bz2", ".xz", ".zst")
@@ -218,11 +218,22 @@ def open_files(path: str, s, val: list[Path]) -> RawCorpus:
 
     def pieces(split: str) -> Iterator[Piece]:
         if not plan:
-            plan.append(plan_split(every(), s.val_share))
+            plan.append(plan_split(shown(every(), raw, total_size(files)), s.val_share))
         return split_pieces(every(), plan[0], split)
 
     raw.pieces = pieces
     return raw
+
+
+def shown(pieces: Iterator[Piece], raw: RawCorpus, size: int) -> Iterator[Piece]:
+    """The pieces, while a line shows how far the pass over them is."""
+    progress = Progress("choosing validation text", size, "MB", 1e6, quiet=not is_first_process())
+    try:
+        for piece in pieces:
+            yield piece
+            progress.show(raw.position.now())
+    finally:
+        progress.close()
 
 
 def find_text(files: list[Path], text_field: str, test: Callable[[str], bool]) -> str:

@@ -117,6 +117,8 @@ def choose(names: str) -> list[str]:
     for name in chosen:
         if name not in TASKS:
             raise UserError(f"tasks={shown(names)}: there is no task {shown(name)}; there are {', '.join(TASKS)}")
+    if names and not chosen:
+        raise UserError(f"tasks={shown(names)} names no task; there are {', '.join(TASKS)}")
     return list(dict.fromkeys(chosen))
 
 

@@ -211,6 +211,7 @@ def wants_compile(s: Settings, machine: Machine) -> bool:
 def wrap(model: LanguageModel, s: Settings, machine: Machine):
     """What the loop calls instead of the model: compiled, and averaging gradients over the processes."""
     if wants_compile(s, machine):
+        machine.print("compile  before the first step, which takes a while")
         if model.chain is not None:  # its backward pass calls the branches one by one
             model.chain.compile(backend=s.compile_backend, dynamic=False)
         else:

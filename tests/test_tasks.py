@@ -369,3 +369,9 @@ def test_numbered_parts_are_read_in_order_unless_they_repeat_a_question(tmp_path
     write(tmp_path / "hellaswag_val-11-of-12.jsonl", [SWAG | {"ctx_a": "3"}])
     with pytest.raises(UserError, match="-11-of-12.jsonl, line 1 is in hellaswag_val-03-of-12.jsonl, too"):
         load("hellaswag", task_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("names", [",", " ", ", ,"])
+def test_tasks_that_name_nothing_are_refused(names):
+    with pytest.raises(UserError, match="names no task"):
+        tasks.choose(names)

@@ -11,6 +11,8 @@ import signal
 import pytest
 import sentencepiece
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import checkpoint
 import data
@@ -483,3 +485,30 @@ def test_overwrite_keeps_the_run_in_place_when_the_data_is_a_mistake(go, tmp_pat
     with pytest.raises(UserError, match="vocab_size=9999"):
         go(max_steps=4, overwrite="train", vocab_size=9999)
     assert checkpoint.load_newest(tmp_path / "run")["progress"]["step"] == 4
+
+
+class NoFloat64(TorchDispatchMode):
+    """As an Apple GPU: whatever comes out as float64 is refused."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if any(isinstance(each, torch.Tensor) and each.dtype == torch.float64 for each in tree_leaves(result)):
+            raise TypeError(f"this device has no float64: {function}")
+        return result
+
+
+@pytest.mark.parametrize("changes", [
+    {}, dict(optimizer="adamw", ema=0.9), dict(n_expert=4, top_k=2, balance="bias", ema=0.9), dict(grad_clip=0),
+    dict(n_expert=4, top_k=2, balance="loss", router="sigmoid"), dict(label_smoothing=0.1, dropout=0.1),
+])  # fmt: skip
+def test_a_step_needs_no_float64(go, monkeypatch, changes):
+    step = train.Run.step
+
+    def without(self, *args):
+        with NoFloat64():
+            return step(self, *args)
+
+    monkeypatch.setattr(train.Run, "step", without)
+    with pytest.raises(TypeError, match="no float64"), NoFloat64():
+        torch.zeros(2).double()
+    assert go(max_steps=3, **changes) == 0
