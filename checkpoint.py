@@ -117,6 +117,7 @@ SHAPE = {"settings": str, "tokenizer": str, "model": {str: torch.Tensor}, "confi
          "base?": Either(None, {"path": str, "fingerprint": str}), "init?": str, "optimizer?": {str: torch.Tensor},
          "ema?": Either(None, {"updates": int, "weights": {str: torch.Tensor}}),
          "scale?": Either(None, {"value": torch.Tensor, "good": torch.Tensor})}  # fmt: skip
+COUNTS = ("step", "samples", "tokens", "learned", "skipped", "worse")  # of its progress
 DTYPES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
           "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
           "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
@@ -215,12 +216,21 @@ def load(path: str | Path, device: str = "cpu") -> dict:
         raise UserError(f"checkpoint {path} is damaged ({reason})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this program (format {FORMAT})")
-    wrong = mismatch(state, SHAPE) or mismatch(state["progress"], {str: Either(float, bool)}, "progress")
+    wrong = mismatch(state, SHAPE) or wrong_number(state["progress"])
     if wrong:
         raise UserError(f"{path} is not a checkpoint of this program: {wrong}")
     state.setdefault("base", None)
     state.setdefault("init", "")
     return state
+
+
+def wrong_number(progress: dict) -> str:
+    """What is wrong in the progress of a run, '' if nothing is."""
+    for name, value in progress.items():
+        kinds = [bool] if name == "ended" else [int] if name in COUNTS else [int, float]
+        if type(value) not in kinds or (type(value) is int and not 0 <= value <= 10**15):
+            return f"progress.{name} is a {type(value).__name__} out of range"
+    return ""
 
 
 def load_newest(folder: Path, say=tell) -> dict | None:
