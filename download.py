@@ -191,8 +191,11 @@ def receive(url: str, file: BinaryIO, size: int, tag: str, sha256: str, progress
 
 def file_hash(file: BinaryIO) -> str:
     """SHA-256 in hexadecimal, without reading the file into memory."""
-    digest = hashlib.sha256()
+    digest, size = hashlib.sha256(), file.seek(0, os.SEEK_END)
+    progress = Progress("checking the download", size, "MB", 1e6, not is_first_process())
     file.seek(0)
     while block := file.read(1 << 20):
         digest.update(block)
+        progress.show(file.tell())
+    progress.close()
     return digest.hexdigest()

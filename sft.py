@@ -130,7 +130,7 @@ def read_split(s, template: Template, quiet: bool) -> tuple[list[Conversation], 
         return length_of(with_system([example], s)[0], template, s.seq_len) > 0
 
     train, val = read_files(s, quiet)
-    if not val and train and not s.val_path:
+    if val is None and train:
         train, val = split_examples(train, s.val_share, fits)
     for name, part in (("data_path", train), ("val_path", val)):
         if not part:
@@ -195,8 +195,8 @@ def content_of(conversations: list[Conversation]) -> str:
     return digest(*conversations)
 
 
-def read_files(s, quiet: bool) -> tuple[list[Conversation], list[Conversation]]:
-    """(train, val) as the files have them; val is empty where they leave the choice to us. Says what was read."""
+def read_files(s, quiet: bool) -> tuple[list[Conversation], list[Conversation] | None]:
+    """(train, val) as the files have them; val is None where they leave the choice to us. Says what was read."""
     if s.data_path:
         found = example_files(s.data_path)
         parts = split_by_name(s.data_path, found, example_files(s.val_path) if s.val_path else [])
@@ -212,7 +212,8 @@ def read_files(s, quiet: bool) -> tuple[list[Conversation], list[Conversation]]:
     say(visible(f"examples {len(train) + len(val):,} of {shorten(names, 300)}"), quiet)
     for note in [*said, *(f"{note} ({count:,} times)" for note, count in notes.items())]:
         say(visible(f"         {note}"), quiet)
-    return train, val
+    ours = not val_files or (not val and not s.data_path)  # a corpus of data/ may have none of its own
+    return train, None if ours else val
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

@@ -22,6 +22,7 @@ from sft import (
     prepare_examples,
     read_examples,
     read_files,
+    read_split,
     show_example,
     split_examples,
 )
@@ -371,3 +372,12 @@ def test_examples_named_for_validation_are_not_learned(tmp_path, tokenizer, caps
     assert [each[-1]["content"] for each in val] == ["valid"]
     said = capsys.readouterr().out
     assert "validation on valid.jsonl" in said and "not used, by the name: test.jsonl" in said
+
+
+def test_a_validation_file_without_examples_is_refused(tmp_path, tokenizer):
+    lines = [json.dumps({"instruction": f"say {i}", "output": "yes"}) for i in range(4)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "val.jsonl").write_text("")
+    s = configure([SftSettings, DataSettings, ChatSettings, ModelConfig], [f"data_path={tmp_path}"], environ={})
+    with pytest.raises(UserError, match="no example left to validate on"):
+        read_split(s, Template("chatml", tokenizer), quiet=True)
