@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import checkpoint
-from configurator import UserError, check_fields, configure, find_path, run, write_path
+from configurator import UserError, check_fields, configure, find_path, run, visible, write_path
 from files import optional, replacing
 from log import read_log
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     out = write_path(s.out) if s.out else files[0].parent
     out = out / "curves.png" if out.is_dir() else out if out.suffix else out.with_suffix(".png")
     draw(names(files), curves, out)
-    print(out)
+    print(visible(str(out)))
 
 
 def folders_first(argv: list[str]) -> list[str]:
@@ -118,7 +118,7 @@ def draw(labels: list[str], runs: list[dict], out: Path) -> None:
     one for validation. Several: a colour each, thin lines for training, dots for validation."""
     optional("matplotlib", "matplotlib").use("Agg")  # no window
     plt = optional("matplotlib.pyplot", "matplotlib")
-    labels = [label.replace("$", r"\$") for label in labels]
+    labels = ["".join(c if c.isprintable() else "?" for c in label).replace("$", r"\$") for label in labels]
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
              "axes.edgecolor": GREY, "grid.color": "#e2e8f0", "axes.titlesize": 10, "axes.titlelocation": "left",
              "xtick.color": GREY, "ytick.color": GREY}  # fmt: skip

@@ -323,7 +323,7 @@ class Run:
         wrapped = wrap(self.model, s, machine)
         stopped = False
         # Nats and learned tokens since the last line of the log, and steps in a row without a finite gradient.
-        self.nats = torch.tensor(progress.nats if machine.is_main else 0.0, device=machine.device)
+        self.nats = torch.tensor(float(progress.nats) if machine.is_main else 0.0, device=machine.device)
         self.learned = torch.tensor(progress.learned, device=machine.device)
         self.bad = torch.zeros((), device=machine.device)
 

@@ -160,6 +160,7 @@ def test_a_checkpoint_that_is_not_as_ours_is_one_sentence_for_every_user_of_it(t
     dict(_progress={"step": 10**30, "best": 1.0}), dict(_progress={"step": 2, "best": 1.0, "evil": 3}),
     dict(_progress={"step": 2, "best": 1.0, "tokens": float("nan"), "worse": 10**30}), dict(_base=None),
     dict(_progress={"step": 2, "best": 1.0, "learned": True}), dict(_progress={"step": 2, "best": 1.0, "nats": False}),
+    dict(_progress={"step": 2, "best": 1.0, "nats": 1, "seconds": 1}),
     dict(_progress={"step": 2, "best": 1.0, "samples": 10**400}), dict(_progress={"step": 2, "best": 10**400}),
     dict(_progress={"step": 2, "best": 1.0, "seconds": 10**400}), dict(_progress={"step": 2, "best": 1.0, "ended": 1}),
     dict(_init=None), dict(_tokenizer='{"tokenizer": {"type": "char"}, "config": {}}'), dict(out_dir=7),

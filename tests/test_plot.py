@@ -158,3 +158,12 @@ def test_without_arguments_the_newest_run_is_drawn(tmp_path, monkeypatch, capsys
         os.utime(write(tmp_path / "out" / name) / "log.csv", (when, when))
     plot.main([])
     assert capsys.readouterr().out.strip() == str(tmp_path / "out/new/curves.png")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_name_with_control_characters_is_drawn_without_them(tmp_path):
+    run = tmp_path / "a\x1b[2Jb"
+    run.mkdir()
+    (run / "log.csv").write_text("step,loss,val_loss\n1,3,\n2,2.5,2.6\n")
+    plot.main([str(run)])
+    assert (run / "curves.png").is_file()
