@@ -48,6 +48,7 @@ from bpe_train import (
     PATTERNS,
     count_pieces,
     find_names,
+    is_cuttable,
     learn_merges,
     safe_chunks,
     spell_classes,
@@ -391,9 +392,9 @@ class BPETokenizer:
     def encode_stream_to_numpy(self, texts: Iterable[str], allow_special: bool = False) -> Iterator[np.ndarray]:
         """Ids of the concatenation of `texts`, equal to `encode` of the whole, in bounded memory: see `safe_chunks`.
 
-        If a file brought a split pattern that is not in CUTTABLE, all of the text is held instead.
+        If a file brought split patterns that we do not know (`is_cuttable`), all of the text is held instead.
         """
-        known = len(self.patterns) == 1 and self.patterns[0] in CUTTABLE
+        known = is_cuttable(self.patterns)
         chunks = safe_chunks(texts, CHUNK, self._names[allow_special]) if known else ["".join(texts)]
         yield from (self.encode_to_numpy(chunk, allow_special) for chunk in chunks)
 

@@ -54,6 +54,21 @@ PATTERNS = {
 }
 _NEMO = _CASED.replace("DIGITS", r"\p{N}").replace("SHORT", "")
 CUTTABLE = {*PATTERNS.values(), _NEMO}  # the patterns for which SAFE_CUT holds
+# SAFE_CUT holds, too, if digits (StarCoder) or Chinese and Japanese (DeepSeek) are cut before. DeepSeek's last pattern
+# leaves digits alone, so it needs that.
+_DIGITS = {r"\p{N}", r"\p{N}+", r"\p{N}{1,3}"}
+_RUNS = {*_DIGITS, "[一-龥぀-ゟ゠-ヿ]+"}
+_DEEPSEEK = (r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^""" "\r\n"
+             r"\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[" "\r\n" r"]*"
+             r"|\s*[" "\r\n" r"]+|\s+(?!\S)|\s+")  # fmt: skip
+
+
+def is_cuttable(patterns: list[str]) -> bool:
+    """Whether SAFE_CUT holds for the patterns by which a text is cut, one after the other."""
+    *before, last = patterns
+    known = last in CUTTABLE or last == _DEEPSEEK and not _DIGITS.isdisjoint(before)
+    return known and _RUNS.issuperset(before)
+
 
 CHUNK = 1 << 20  # characters
 # Behind a letter or digit, and before anything but a letter, combining mark, digit or apostrophe, all patterns in

@@ -184,7 +184,7 @@ def cut(pieces: Iterator[Piece], tokenizer) -> Iterator[list[Piece] | np.ndarray
             document = chain([text], rest_of_document(pieces))
             codec = tokenizer.codec
             patterns = getattr(codec, "patterns", None)
-            if hasattr(codec, "chars") or (patterns and len(patterns) == 1 and patterns[0] in bpe.CUTTABLE):
+            if hasattr(codec, "chars") or (patterns and bpe.is_cuttable(patterns)):
                 names = [name for name in getattr(codec, "added_ids", ()) if name not in codec.specials]
                 for chunk in bpe.safe_chunks(document, names=names):
                     yield [(chunk, False)]

@@ -404,6 +404,17 @@ def test_stream_reads_no_further_than_it_must():
     assert len(read) < 100
 
 
+@pytest.mark.parametrize("last", ["gpt2", "cl100k", "deepseek"])
+@pytest.mark.parametrize("digits", [r"\p{N}", r"\p{N}+", r"\p{N}{1,3}"])
+def test_chunks_of_several_patterns_have_the_pieces_of_the_whole(digits, last):
+    patterns = [digits, "[一-龥぀-ゟ゠-ヿ]+", bpe.PATTERNS.get(last, bpe_train._DEEPSEEK)]
+    assert bpe_train.is_cuttable(patterns) and not bpe_train.is_cuttable([r"\p{L}+", *patterns])
+    for text in [SOURCE[:3000], MIXED, *fuzz(100, seed=3)]:
+        for cut in (match.start() for match in bpe_train.SAFE_CUT.finditer(text)):
+            parts = bpe.split_text(text[:cut], patterns) + bpe.split_text(text[cut:], patterns)
+            assert parts == bpe.split_text(text, patterns)
+
+
 def test_pieces_of_the_chunks_are_the_pieces_of_the_whole():
     texts = [SOURCE[:3000], MIXED, *fuzz(300, seed=2)]
     for pattern in bpe.CUTTABLE:
