@@ -572,7 +572,7 @@ def text_blocks(path: Path, position: Position | None = None) -> Iterator[tuple[
                 offset = done + len(block) - len(error.object) + error.start
                 line = lines + error.object[: error.start].count(b"\n")
                 raise UserError(f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {offset}, "
-                                f"line {line}; convert it first, for example: iconv -f LATIN1 -t UTF-8") from None
+                                f"line {line}; convert it first: iconv -f <its encoding> -t UTF-8") from None
             done, lines, text = done + len(block), lines + text.count("\n"), held + text
             held = "\r" if text.endswith("\r") and block else ""
             yield text[: len(text) - len(held)].replace("\r\n", "\n"), not block
@@ -716,7 +716,7 @@ def parquet_records(path: Path, text_field: str, position: Position | None = Non
     before, number = position.before if position else 0, 0
     with reading(require_file(path)):
         try:
-            file = pyarrow.ParquetFile(path)
+            file = pyarrow.ParquetFile(path, page_checksum_verification=True)
             rows, size = max(file.metadata.num_rows, 1), path.stat().st_size
             columns = [text_field] if text_field in file.schema_arrow.names else None
             batches = file.iter_batches(1000, columns=columns)

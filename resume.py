@@ -73,7 +73,7 @@ def follow(s: Settings, saved: dict, config: dict, names: set[str], say: Callabl
     changed, taken = [], []
     for name in sorted(names):
         value = getattr(s, name)
-        if name in new and value != saved[name]:
+        if name in new and value != saved[name] and s.source[name] != "default":  # not a rival that it replaced
             changed.append(f"{name}={value} (before: {saved[name]})")
         elif name not in new:
             if value != saved[name]:

@@ -211,7 +211,7 @@ def checked_text(text: str, what: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:  # Python hides such bytes in lone surrogates
-        raise UserError(f"{what} is not UTF-8 text: convert it first, for example: iconv -f LATIN1 -t UTF-8") from None
+        raise UserError(f"{what} is not UTF-8 text: convert it first: iconv -f <its encoding> -t UTF-8") from None
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 

@@ -3,7 +3,7 @@
     python train.py                                            # the quickstart model on Python's standard library
     python train.py config/shakespeare_char.py MAX_STEPS=200 LR=1e-3
     DATA_PATH=my.txt python train.py                           # your own text
-    torchrun --nproc_per_node=5 train.py config/gpt2.py        # five processes
+    torchrun --nproc_per_node=5 train.py config/pretrain_enigma.py    # five processes
     USE_LORA=1 python train.py                                 # teach the newest run to answer, by adapters
     SFT_MODE=1 DATA_PATH=my.jsonl python train.py              # the same with all weights and examples of yours
 
@@ -157,10 +157,10 @@ def main(argv: list[str] | None = None) -> int:
                 leave_processes(machine)
                 return 0
             code = training.train()
+            if code == 0 and (name := checkpoint.not_finite(training.weights())):  # on every process alike
+                raise UserError(f"{name} is not finite (nan or inf): this run diverged; train again with a lower lr, "
+                                "in another out_dir")  # fmt: skip
             if code == 0 and machine.is_main:
-                if name := checkpoint.not_finite(training.weights()):
-                    raise UserError(f"{name} is not finite (nan or inf): this run diverged; train again with a lower "
-                                    "lr, in another out_dir")  # fmt: skip
                 finish(s, plan, machine, out_dir, training.model, tokenizer, validation)
             leave_processes(machine, code)
             return code
