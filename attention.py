@@ -137,7 +137,7 @@ class Attention(nn.Module):
 
     n_kv_head = n_head is multi-head attention, n_kv_head = 1 multi-query attention. `qk_norm` normalises q and k per
     head before the rotation, as Qwen3 does: logits stay bounded, and larger learning rates are stable. `slopes`, one
-    per head, switch ALiBi on. With `window` > 0 a token sees only so many, itself included (arXiv 2310.06825).
+    per head, switch ALiBi on. With `window` > 0 a token sees only the last `window`, itself included (2310.06825).
     """
 
     def __init__(self, d_model: int, n_head: int, n_kv_head: int, head_dim: int, bias: bool = False,

@@ -26,12 +26,12 @@ from configurator import BelowOne, Count, Positive, UserError, check_fields
 class LoraSettings:
     use_lora: bool = False      # train adapters beside frozen weights
     lora_rank: Count = 16       # rank r of the adapters
-    lora_alpha: Positive = 32.0  # their product is scaled by alpha / r
-    lora_dropout: BelowOne = 0.0  # on the input of the adapters, in training only
-    lora_targets: str = "all,head"  # matrices, by commas: q, k, v, o, ffn, head, all (but it), or such as blocks.0.*
-    lora_rs: bool = False       # rsLoRA: scale by alpha / sqrt(r), which suits large ranks
-    lora_dora: bool = False     # DoRA: train the length of each row of the weight apart from its direction
-    lora_base: str = ""         # where the base checkpoint is now, if it has moved
+    lora_alpha: Positive = 32.0  # adapters are scaled by lora_alpha / lora_rank
+    lora_dropout: BelowOne = 0.0  # dropout on the input of the adapters, in training only
+    lora_targets: str = "all,head"  # comma-separated: q, k, v, o, ffn, head, all (but the head), or a glob: blocks.0.*
+    lora_rs: bool = False       # rsLoRA: scale by lora_alpha / √lora_rank, which suits large ranks
+    lora_dora: bool = False     # DoRA: train the length of each row of the weight separately from its direction
+    lora_base: str = ""         # path of the base checkpoint, if it has moved
 
     def __post_init__(self):
         check_fields(self)

@@ -22,9 +22,9 @@ from workers import watch_parent
 
 @dataclass
 class MachineSettings:
-    device: str = "auto"        # cpu, cuda, cuda:1, mps; auto takes the fastest there is
+    device: str = "auto"        # cpu, cuda, cuda:1, mps; auto = the fastest available
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights stay float32
-    compile: bool = False       # torch.compile the model; without this setting: on CUDA only
+    compile: bool = False       # use torch.compile; if not set: on CUDA only
     compile_backend: str = "inductor"  # backend of torch.compile
 
     def __post_init__(self):

@@ -53,50 +53,50 @@ class ModelConfig:
     n_kv_head: DimOrZero = 2    # key/value heads, each shared by a group of query heads; 0 = n_head
     head_dim: DimOrZero = 0     # width of a head; 0 = d_model / n_head
     d_ff: DimOrZero = 0         # hidden width of the feed-forward; 0 = 4 d_model, or 8/3 d_model for swiglu
-    ffn: Literal["swiglu", "relu2", "gelu", "silu"] = "relu2"  # feed-forward
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # normalisation
-    norm_position: Literal["pre", "post"] = "pre"  # normalise what a branch reads, or the sum it was added to
-    norm_eps: NotNegative = 1e-6  # added to the variance
-    residual: Literal["serial", "parallel"] = "serial"  # the feed-forward reads what attention has added, or not
+    ffn: Literal["swiglu", "relu2", "gelu", "silu"] = "relu2"  # activation of the feed-forward
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # kind of normalisation
+    norm_position: Literal["pre", "post"] = "pre"  # normalise a branch's input (pre), or the sum after it (post)
+    norm_eps: NotNegative = 1e-6  # added to the variance in normalisation
+    residual: Literal["serial", "parallel"] = "serial"  # run the feed-forward after attention, or beside it
     qk_norm: bool = True        # normalise queries and keys per head
     position: Literal["rope", "alibi", "learned", "sinusoidal", "none"] = "rope"  # how the model knows the order
     rope_theta: Annotated[float, Range(above=1)] = 10000.0  # base of the rotary wavelengths
-    rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"  # for contexts longer than those trained on
-    rope_factor: Positive = 1.0  # so many times longer
-    rope_original: Size = 0     # yarn, llama3: context length of the original training
-    window: Size = 0            # sliding window: a token sees so many, itself included; 0 = all
-    window_pattern: str = "S"   # which blocks have the window, repeated: SSL = two of three; L sees all
-    tie_embeddings: bool = True  # the head is the embedding, transposed
-    embed_scale: NotNegative = 1.0  # embeddings are multiplied by it; 0 = √d_model
-    logit_softcap: NotNegative = 0.0  # keep logits within ± this, smoothly; 0 = off
+    rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"  # stretch rotary wavelengths for long contexts
+    rope_factor: Positive = 1.0  # rope_scaling: how many times longer the context becomes
+    rope_original: Size = 0     # rope_scaling yarn, llama3: context length of the first training
+    window: Size = 0            # sliding window: tokens visible to each position, itself included; 0 = all
+    window_pattern: str = "S"   # blocks with the window, repeated: S has it, L sees all; SSL = two of three
+    tie_embeddings: bool = True  # use the embedding, transposed, as the head
+    embed_scale: NotNegative = 1.0  # factor on the embeddings; 0 = √d_model
+    logit_softcap: NotNegative = 0.0  # keep logits smoothly within ± this value; 0 = off
     attention: Literal["gqa", "mla"] = "gqa"  # grouped-query or multi-head latent attention
-    kv_rank: DimOrZero = 0      # mla: channels that keys and values of all heads come from; 0 = 4 head_dim
-    q_rank: DimOrZero = 0       # mla: channels that the queries come from; 0 = straight from the stream
-    rope_dim: DimOrZero = 0     # mla: channels of a query or key that carry the position; 0 = head_dim / 2
-    n_expert: DimOrZero = 0     # mixture of experts: feed-forwards of a block to choose from; 0 = a single one
-    top_k: Dim = 2              # experts that compute a token
-    n_shared: DimOrZero = 0     # experts that compute every token, besides
-    d_expert: DimOrZero = 0     # hidden width of an expert; 0 = d_ff / top_k
-    n_dense: Layers = 0         # first blocks without experts
-    router: Literal["softmax", "sigmoid"] = "softmax"  # scores of experts
-    router_renormalise: bool = True  # the weights of a token's experts sum to one
-    router_scale: Positive = 1.0  # and are multiplied by this
-    n_group: Dim = 1            # groups of experts, of which a token uses
-    topk_group: Dim = 1         # so many
-    balance: Literal["loss", "bias", "none"] = "loss"  # keep experts equally busy by a loss, or by a bias of the router
-    balance_loss: NotNegative = 0.01  # coefficient of that loss, which is 1 at balance
-    balance_rate: NotNegative = 1e-3  # how far the bias moves each step
+    kv_rank: DimOrZero = 0      # mla: rank of the latent that gives all keys and values; 0 = 4 head_dim
+    q_rank: DimOrZero = 0       # mla: rank of the latent that gives the queries; 0 = no latent
+    rope_dim: DimOrZero = 0     # mla: rotary channels of a query or key; 0 = head_dim / 2
+    n_expert: DimOrZero = 0     # experts in each block (mixture of experts); 0 = a single feed-forward
+    top_k: Dim = 2              # experts chosen for each token
+    n_shared: DimOrZero = 0     # shared experts, which process every token
+    d_expert: DimOrZero = 0     # hidden width of each expert; 0 = d_ff / top_k
+    n_dense: Layers = 0         # how many of the first blocks have no experts
+    router: Literal["softmax", "sigmoid"] = "softmax"  # function that turns the router's logits into scores
+    router_renormalise: bool = True  # make the weights of a token's experts sum to one
+    router_scale: Positive = 1.0  # factor on the experts' weights
+    n_group: Dim = 1            # groups that the experts are divided into
+    topk_group: Dim = 1         # groups that a token may choose experts from
+    balance: Literal["loss", "bias", "none"] = "loss"  # what keeps experts equally busy: a loss, or the router's bias
+    balance_loss: NotNegative = 0.01  # coefficient of the balance loss, which is 1 at balance
+    balance_rate: NotNegative = 1e-3  # balance=bias: how far the router's bias moves each step
     bias: bool = False          # biases in linear layers and LayerNorm
-    dropout: BelowOne = 0.0     # on embeddings, attention weights and branch outputs, in training only
-    init_std: NotNegative = 0.02  # weights start as N(0, init_std²); branch outputs at 1/√branches of it
-    checkpoint_activations: bool = False  # keep the inputs of blocks only and compute the rest again
-    reversible: bool = False    # two streams that can be undone: the memory of training does not grow with the depth
-    reversible_grid: Bits = 14  # round what is added to the streams to multiples of 2^-this: undone exactly; 0 = off
-    n_enigma: Layers = 0        # Enigma blocks before the n_layer others; reversible models only
+    dropout: BelowOne = 0.0     # dropout on embeddings, attention weights and branch outputs
+    init_std: NotNegative = 0.02  # standard deviation of the first weights; branch outputs: 1/√branches of it
+    checkpoint_activations: bool = False  # save memory: keep only the blocks' inputs, recompute the rest
+    reversible: bool = False    # two invertible streams: activation memory does not grow with depth
+    reversible_grid: Bits = 14  # reversible: round additions to multiples of 2^-this: exact inverse; 0 = off
+    n_enigma: Layers = 0        # Enigma blocks before the n_layer others (needs reversible)
     wheels: Literal["free", "carry", "none"] = "free"  # Enigma: wheels step with every token, like an odometer, or not
     kernel: DimOrZero = 4       # Enigma: taps of the dynamic convolution; 0 = no convolution
-    shears: bool = True         # Enigma: mix the channels of both streams by an invertible matrix
-    label_smoothing: BelowOne = 0.0  # share of the target spread over the vocabulary, in training only
+    shears: bool = True         # Enigma: mix the channels of both streams by invertible matrices
+    label_smoothing: BelowOne = 0.0  # share of the target spread over the vocabulary in training
 
     def __post_init__(self):
         check_fields(self)

@@ -28,23 +28,23 @@ PositiveShare = Annotated[float, Range(above=0, most=1)]
 
 @dataclass
 class OptimSettings:
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: AdamW, but Muon for hidden matrices; adamw: AdamW for all
-    lr: Positive = 3e-2         # peak learning rate of AdamW; for optimizer=adamw rather 3e-3, less for large models
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for hidden matrices, else AdamW; adamw: AdamW for all
+    lr: Positive = 3e-2         # peak learning rate of AdamW; with optimizer=adamw try 3e-3, less for large models
     muon_lr: NotNegative = 0.0  # peak learning rate of Muon; 0 = lr / muon_ratio, so that lr scales both
-    muon_ratio: Positive = 1.5  # lr over muon_lr, where that is 0
-    min_lr: float = -1.0        # learning rate of the last step, on the scale of lr; -1 = lr / 10
+    muon_ratio: Positive = 1.5  # muon_lr = lr / muon_ratio, unless muon_lr is set
+    min_lr: float = -1.0        # learning rate of the last step, compared with lr; -1 = lr / 10
     weight_decay: NotNegative = 0.1  # decoupled, times the learning rate; on matrices, not embeddings, norms, biases
-    beta1: Decay = 0.9          # AdamW: memory of the mean of the gradient
-    beta2: Decay = 0.95         # AdamW: memory of its mean square
-    eps: NotNegative = 1e-8     # AdamW: added to the root of the mean square
-    muon_momentum: Decay = 0.95  # Muon: memory of the mean of the gradient
-    grad_clip: NotNegative = 1.0  # largest global norm of the gradient; 0 = no limit
-    schedule: Literal["cosine", "cosine_restarts", "linear", "wsd", "constant"] = "cosine"  # after the warm-up
+    beta1: Decay = 0.9          # AdamW: decay rate of the first moment
+    beta2: Decay = 0.95         # AdamW: decay rate of the second moment
+    eps: NotNegative = 1e-8     # AdamW: added to the root of the second moment
+    muon_momentum: Decay = 0.95  # Muon: decay rate of the momentum
+    grad_clip: NotNegative = 1.0  # largest global norm of the gradient; 0 = no clipping
+    schedule: Literal["cosine", "cosine_restarts", "linear", "wsd", "constant"] = "cosine"  # shape after the warm-up
     warmup_steps: Size = 30     # steps in which the learning rate rises; at most half of the run
     t0: Count = 2000            # cosine_restarts: steps of the first cycle
-    t_mult: Count = 2           # cosine_restarts: each cycle is so many times longer than the one before
-    decay_share: PositiveShare = 0.2  # wsd: share of the run, at its end, in which the learning rate falls linearly
-    ema: BelowOne = 0.0         # decay of the moving average of the weights, such as 0.999; 0 = off
+    t_mult: Count = 2           # cosine_restarts: factor by which each cycle is longer than the one before
+    decay_share: PositiveShare = 0.2  # wsd: last share of the run, in which the learning rate falls linearly
+    ema: BelowOne = 0.0         # decay rate of the moving average of the weights, e.g. 0.999; 0 = off
 
     def __post_init__(self):
         check_fields(self)

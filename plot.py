@@ -29,8 +29,8 @@ HUGE = 1e30  # nothing that we log comes near; matplotlib's axes overflow not fa
 
 @dataclass
 class PlotSettings:
-    runs: list[str] = field(default_factory=list)  # folders of runs, as plain arguments; default: the newest in out/
-    out: str = ""               # the picture; default: curves.png in the folder of the first run
+    runs: list[str] = field(default_factory=list)  # run folders, given as plain arguments; default: the newest in out/
+    out: str = ""               # file of the picture; default: curves.png in the folder of the first run
 
     def __post_init__(self):
         check_fields(self)
