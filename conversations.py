@@ -9,6 +9,7 @@ spellings:
 
     {"messages": [{"role": "user", "content": "Hi"}, ...]}                 OpenAI, TRL; ShareGPT's from and value, too
     {"instruction": ..., "input": ..., "output": ..., "history": [...]}    Alpaca; also prompt and completion
+    {"conversation": [{"input": "Hi", "output": "Hello"}, ...]}            XTuner
 
 A text file has these lines before the parts of each example. What stands before the first one is its system text, and a
 line `<|endoftext|>` ends an example:
@@ -43,7 +44,9 @@ FIELDS = {
 }
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
          "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}  # fmt: skip
+TURN = {"system": "system", "input": "user", "output": "assistant"}  # field of a turn: role of its message
 LEARN = ("train", "training", "weight", "loss")  # of a message: whether it is learned
+LEARN_ALL = LEARN[:3]  # of a record; its "loss" is a number that somebody measured
 REFUSED = {"tools", "functions", "tool_calls", "function_call", "tool_call_id", "image", "images", "video", "videos",
            "audio", "audios", "chosen", "rejected", "kto_tag", "train_detail", "reasoning_content", "thinking",
            "segments", "prefix"}  # fmt: skip
@@ -80,7 +83,7 @@ def record_messages(record, where: str, notes: Counter) -> Conversation:
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a record with a list of messages, or with instruction and output")
     refuse_fields(record, where)
-    for name in ("train", "training", "weight"):
+    for name in LEARN_ALL:
         if record.get(name) is not None and not wants_learning(record[name], name, where):
             raise UserError(f"{where} has {name}={record[name]!r} for all of it: take the record out")
     field = {part: field_of(record, names, where) for part, names in FIELDS.items()}
@@ -95,6 +98,7 @@ def record_messages(record, where: str, notes: Counter) -> Conversation:
         before = said(record[field["user"]], where, notes)
         messages = [each | {"learn": False} if each["role"] == "assistant" else each for each in before]
         messages += said(record.get(field["answer"]), where, notes, len(before))
+        used = {field["user"], field["answer"], field["system"]}
     elif field["answer"] and (field["user"] or field["input"]):
         messages = [*history(record, field["history"], where), *question_and_answer(record, field, where)]
     else:
@@ -105,7 +109,7 @@ def record_messages(record, where: str, notes: Counter) -> Conversation:
         if messages and messages[0]["role"] == "system":
             raise UserError(f"{where} has a field {field['system']} and a message of that role: leave one of them out")
         messages = [{"role": "system", "content": text}, *messages]
-    notes.update(f"field {name} is not read" for name in record if name not in (*used, *LEARN) and filled(record, name))
+    notes.update(f"field {name} is not read" for name in record if name not in (*used, *LEARN_ALL) and filled(record, name))
     return messages
 
 
@@ -124,8 +128,10 @@ def field_of(record: dict, names: tuple[str, ...], where: str) -> str | None:
 
 def refuse_fields(record: dict, where: str) -> None:
     for name in record:
-        if name in REFUSED and filled(record, name):
+        if name in REFUSED and filled(record, name) and record[name] != "[]":
             raise UserError(f"{where} has {name}, which we cannot learn: take the field or the record out")
+    if isinstance(record.get("label"), bool):  # a rated answer, which may be a bad one
+        raise UserError(f"{where} has label={record['label']}, a rating: keep the good answers, without the field")
 
 
 def question_and_answer(record: dict, field: dict, where: str) -> Conversation:
@@ -153,7 +159,16 @@ def said(parts, where: str, notes: Counter, before: int = 0) -> Conversation:
     """The messages of a list; `before`: how many of the record came before it."""
     if not isinstance(parts, list):
         raise UserError(f"{where}: expected a list of messages, found a {type(parts).__name__}")
+    if parts and all(isinstance(part, dict) and "output" in part for part in parts):
+        parts = [each for number, part in enumerate(parts, 1) for each in turn(part, f"{where}: turn {number}", notes)]
     return [message(part, f"{where}: message {number}", notes) for number, part in enumerate(parts, before + 1)]
+
+
+def turn(part: dict, where: str, notes: Counter) -> list[dict]:
+    """{"input": "Hi", "output": "Hello"} -> the two messages, perhaps with a system text before them."""
+    refuse_fields(part, where)
+    notes.update(f"field {name} of turns is not read" for name in part if name not in TURN and filled(part, name))
+    return [{"role": role, "content": part[name]} for name, role in TURN.items() if name in part and part[name] != ""]
 
 
 def message(part, where: str, notes: Counter) -> Message:
@@ -169,8 +184,10 @@ def message(part, where: str, notes: Counter) -> Message:
     if role is None:
         raise UserError(f"{where} is of role {part[names['role']]!r}; we know {', '.join(ROLES)}")
     found = {"role": role, "content": content_text(part, names["content"], where)}
-    if filled(part, "input" if "input" in part else None):
+    used = {*names.values(), *LEARN}
+    if role == "user" and "input" in part and filled(part, "input"):
         found["input"] = record_text(part, "input", where)
+        used.add("input")
     wishes = {wants_learning(part[name], name, where) for name in LEARN if part.get(name) is not None}
     if len(wishes) > 1:
         raise UserError(f"{where} says both that it is learned and that it is not")
@@ -178,7 +195,6 @@ def message(part, where: str, notes: Counter) -> Message:
         raise UserError(f"{where} wants to be learned, but is no answer: leave that out; learn=all learns prompts, too")
     if False in wishes and role == "assistant":
         found["learn"] = False
-    used = {*names.values(), "input", *LEARN}
     notes.update(f"field {name} of messages is not read" for name in part if name not in used and filled(part, name))
     return found
 

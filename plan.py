@@ -69,6 +69,8 @@ def choose_task(s: Settings) -> None:
     unused = [name for name in LoraSettings.__dataclass_fields__ if s.given(name) and name != "use_lora"]
     if unused and not s.use_lora:
         raise UserError(f"{unused[0]} is for adapters: set use_lora=1, or leave it out")
+    if s.lora_dropout and not s.given("lora_targets"):
+        s.set("lora_targets", "all", "lora_dropout")  # it cannot act on the head, which is there by default
     if s.task == "sft":
         choose_examples(s, data_given)
     if s.task == "sft" or s.use_lora:

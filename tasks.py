@@ -70,9 +70,12 @@ def parse_arc(record: dict) -> Example:
     if nested:
         choices = {key: [each[key] for each in question["choices"]] for key in ("text", "label")}
         question = question["stem"]
-    if len(set(choices["label"])) != len(choices["text"]) or record["answerKey"] not in choices["label"]:
-        raise ValueError(f"the answer {record['answerKey']} of the choices {', '.join(choices['label'])}")
-    gold = choices["label"].index(record["answerKey"])  # A to E, or 1 to 4
+    labels = choices["label"]
+    if len(set(labels)) != len(choices["text"]):
+        raise ValueError(f"{len(choices['text'])} choices with {len(set(labels))} different labels")
+    if record["answerKey"] not in labels:
+        raise ValueError(f"the answer {shown(record['answerKey'])} of the choices {shown(', '.join(labels))}")
+    gold = labels.index(record["answerKey"])  # A to E, or 1 to 4
     return Example(f"Question: {question}\nAnswer:", choices["text"], gold, record)
 
 
@@ -226,7 +229,7 @@ def parsed(task: Task, name: str, where: str, record: dict) -> Example:
     try:
         example = task.parse(record)
         if len(example.choices) < 2 or not 0 <= example.gold < len(example.choices):
-            raise ValueError(f"the answer {example.gold} of {len(example.choices)} choices")
+            raise ValueError(f"the answer {shown(str(example.gold))} of {len(example.choices)} choices")
         return example
     except ValueError as error:
         raise UserError(f"{where} is no example of {name}: {error}") from None

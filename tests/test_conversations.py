@@ -58,6 +58,9 @@ KINDS = {
                  unlearned(talk("a", "b", "q", "w"), 0)),
     "train": ({"conversations": [SHAREGPT[0], SHAREGPT[1] | {"train": False}, *SHAREGPT]},
               unlearned(talk("a", "b", "a", "b"), 0)),
+    "xtuner": ({"conversation": [{"system": "s", "input": "a", "output": "b"}, {"input": "c", "output": "d"}]},
+               talk("a", "b", "c", "d", system="s")),
+    "tools of llama-factory": ({"conversations": SHAREGPT, "tools": "[]", "system": ""}, talk("a", "b")),
     "training": ({"messages": [ASKED[0] | {"training": False}, ASKED[1] | {"training": True}]}, talk("a", "b")),
 }  # fmt: skip
 
@@ -91,6 +94,8 @@ def test_records_of_every_format_become_messages(tmp_path, kind):
     ({"instruction": "a", "output": "b", "history": [["q"]]}, "entry 1 of history"),
     ({"instruction": "a", "output": "b", "history": "q"}, "history"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen"),
+    ({"prompt": "a", "completion": "b", "label": False}, "label=False, a rating"),
+    ({"conversation": [{"input": "a", "output": 3}]}, "message 2: field 'content' holds a int"),
     ({"text": "a"}, "instruction and output; it has text"),
     ({"messages": "a"}, "a list of messages, found a str"),
     ({"prompt": [ASKED[0]], "completion": "b"}, "a list of messages, found a str"),
@@ -117,6 +122,19 @@ def test_fields_that_are_not_read_and_answers_without_text_are_counted(tmp_path)
     read(tmp_path, {"id": 7, "messages": messages, "empty": ""}, notes)
     assert notes == {"field id is not read": 1, "field name of messages is not read": 1,
                      "answer without text is not learned": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize("record, note", [
+    ({"prompt": [ASKED[0]], "completion": [ASKED[1]], "history": [["q", "w"]]}, "field history is not read"),
+    ({"prompt": [ASKED[0]], "completion": [ASKED[1]], "input": "i"}, "field input is not read"),
+    ({"messages": ASKED, "loss": 1.3}, "field loss is not read"),
+    ({"messages": [ASKED[0], ASKED[1] | {"input": "i"}]}, "field input of messages is not read"),
+    ({"conversation": [{"input": "a", "output": "b", "score": 1}]}, "field score of turns is not read"),
+])  # fmt: skip
+def test_no_field_is_dropped_in_silence(tmp_path, record, note):
+    notes = Counter()
+    assert read(tmp_path, record, notes) == talk("a", "b")
+    assert notes == {note: 1}
 
 
 @pytest.mark.parametrize("learn", ["response", "all"])

@@ -108,7 +108,7 @@ def test_a_forward_pass_without_learned_tokens_is_harmless():
 
 
 @pytest.mark.parametrize("more", [{}, dict(use_lora=1, lora_dora=1),
-                                  dict(use_lora=1, lora_dropout=0.2, lora_targets="all"),
+                                  dict(use_lora=1, lora_dropout=0.2),
                                   dict(use_lora=1, ema=0.9)])  # fmt: skip
 @pytest.mark.parametrize("at", [3, 6])
 def test_resume_is_bit_exact(text, base, questions, tmp_path, monkeypatch, more, at):
