@@ -109,7 +109,8 @@ def record_messages(record, where: str, notes: Counter) -> Conversation:
         if messages and messages[0]["role"] == "system":
             raise UserError(f"{where} has a field {field['system']} and a message of that role: leave one of them out")
         messages = [{"role": "system", "content": text}, *messages]
-    notes.update(f"field {name} is not read" for name in record if name not in (*used, *LEARN_ALL) and filled(record, name))
+    used.update(LEARN_ALL)
+    notes.update(f"field {name} is not read" for name in record if name not in used and filled(record, name))
     return messages
 
 
