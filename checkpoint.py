@@ -16,7 +16,6 @@ import shutil
 import zipfile
 from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -80,7 +79,7 @@ def lock(folder: Path):
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Move what lies in a run's folder into `before_<n>` there, and return that; None if there is nothing."""
+    """Move what is in a run's folder into `before_<n>` there, and return that; None if the folder is empty."""
     found = [path for path in folder.iterdir() if path.name != ".lock" and not path.name.startswith("before_")]
     if not found:
         return None
@@ -113,11 +112,11 @@ def steps(folder: Path) -> list[Path]:
 
 # What a checkpoint holds beside the optimizer's state; "?" where older files, or best.pt, have nothing.
 SHAPE = {"settings": str, "tokenizer": str, "model": {str: torch.Tensor}, "config?": str, "made_of?": str,
-         "progress": {"step": int, "best": float, "samples?": int},
+         "progress": {"step": int, "best": float, "seconds?": float, "nats?": float, "ended?": bool,
+                      "samples?": int, "tokens?": int, "learned?": int, "skipped?": int, "worse?": int},
          "base?": Either(None, {"path": str, "fingerprint": str}), "init?": str, "optimizer?": {str: torch.Tensor},
          "ema?": Either(None, {"updates": int, "weights": {str: torch.Tensor}}),
          "scale?": Either(None, {"value": torch.Tensor, "good": torch.Tensor})}  # fmt: skip
-COUNTS = ("step", "samples", "tokens", "learned", "skipped", "worse")  # of its progress
 DTYPES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
           "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
           "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
@@ -126,6 +125,14 @@ DTYPES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfSt
 
 class Foreign(Exception):
     """A whole file, but none that we wrote."""
+
+
+def not_ours(path: Path, why: str) -> UserError:
+    return UserError(f"{path} is not a checkpoint of this program: {why}")
+
+
+def does_not_fit(path: Path, why: str) -> UserError:
+    return UserError(f"{path} does not fit its own settings: {why}")
 
 
 def read(path: Path, device: str = "cpu"):
@@ -210,27 +217,20 @@ def load(path: str | Path, device: str = "cpu") -> dict:
     except (UserError, MemoryError):
         raise
     except Foreign as error:
-        raise UserError(f"{path} is not a checkpoint of this program: {error}") from None
-    except Exception as error:  # there is no end of what zipfile and pickle raise for a wrong byte
+        raise not_ours(path, str(error)) from None
+    except Exception as error:  # zipfile and pickle raise almost anything for a wrong byte
         reason = visible(f"{type(error).__name__} {error}".splitlines()[0])
         raise UserError(f"checkpoint {path} is damaged ({reason})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this program (format {FORMAT})")
-    wrong = mismatch(state, SHAPE) or wrong_number(state["progress"])
-    if wrong:
-        raise UserError(f"{path} is not a checkpoint of this program: {wrong}")
+        raise not_ours(path, f"its format is not {FORMAT}")
+    if wrong := mismatch(state, SHAPE):
+        raise not_ours(path, wrong)
+    for name, value in state["progress"].items():
+        if type(value) is int and not 0 <= value <= 10**15:
+            raise not_ours(path, f"progress.{name} is out of range")
     state.setdefault("base", None)
     state.setdefault("init", "")
     return state
-
-
-def wrong_number(progress: dict) -> str:
-    """What is wrong in the progress of a run, '' if nothing is."""
-    for name, value in progress.items():
-        kinds = [bool] if name == "ended" else [int] if name in COUNTS else [int, float]
-        if type(value) not in kinds or (type(value) is int and not 0 <= value <= 10**15):
-            return f"progress.{name} is a {type(value).__name__} out of range"
-    return ""
 
 
 def load_newest(folder: Path, say=tell) -> dict | None:
@@ -277,8 +277,7 @@ def tokenizer_of(state: dict, saved: dict, path: Path) -> Tokenizer:
     except UserError as error:
         raise UserError(f"the tokenizer in {path} cannot be used: {error}") from None
     if tokenizer.vocab_size > saved["vocab_size"]:
-        raise UserError(f"{path} does not fit its own settings: its tokenizer has {tokenizer.vocab_size} ids, its "
-                        f"model {saved['vocab_size']}")  # fmt: skip
+        raise does_not_fit(path, f"its tokenizer has {tokenizer.vocab_size} ids, its model {saved['vocab_size']}")
     return tokenizer
 
 
@@ -287,9 +286,9 @@ def parsed(state: dict, name: str, path: Path, shape=dict) -> dict:
     try:
         content = json.loads(state[name])
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a checkpoint of this program: its {name} cannot be read ({error})") from None
+        raise not_ours(path, f"its {name} cannot be read ({error})") from None
     if wrong := mismatch(content, shape, name):
-        raise UserError(f"{path} is not a checkpoint of this program: {wrong}")
+        raise not_ours(path, wrong)
     return content
 
 
@@ -298,18 +297,19 @@ def check_weights(path: Path, saved: dict, found: dict[str, torch.Tensor], adapt
 
     The model is built without memory, and what its settings claim is compared with the file's size before that.
     """
-    cfg, total = pick(ModelConfig, saved), sum(tensor.numel() for tensor in found.values())
-    sizes = {field.name: getattr(cfg, field.name) for field in fields(cfg) if type(getattr(cfg, field.name)) is int}
-    sizes = {name: size for name, size in sizes.items() if name not in ("seq_len", "window", "rope_original")}
-    name = "n_layer" if cfg.n_layer + cfg.n_enigma > len(found) else max(sizes, key=sizes.get)
-    if name == "n_layer" or sizes[name] > total:
-        raise UserError(f"{path} does not fit its own settings: the {name} there needs more weights than it holds")
+    cfg = pick(ModelConfig, saved)
+    total = sum(tensor.numel() for tensor in found.values())
+    if cfg.n_layer + cfg.n_enigma > len(found):
+        raise does_not_fit(path, "the n_layer there needs more weights than it holds")
+    for name, size in vars(cfg).items():
+        if type(size) is int and size > total and name not in ("seq_len", "window", "rope_original"):
+            raise does_not_fit(path, f"the {name} there needs more weights than it holds")
     with torch.device("meta"):
         model = LanguageModel(cfg)
         compare(path, model.state_dict(), found)
         if adapters is not None:
             if saved["lora_rank"] > sum(tensor.numel() for tensor in adapters.values()):
-                raise UserError(f"{path} does not fit its own settings: the lora_rank there is more than it holds")
+                raise does_not_fit(path, "the lora_rank there is more than it holds")
             inject(model, pick(LoraSettings, saved))
             compare(path, adapter_state(model), adapters)
     if name := not_finite(found | (adapters or {})):
@@ -326,11 +326,10 @@ def not_finite(found: dict[str, torch.Tensor]) -> str:
 def compare(path: Path, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
     if different := sorted(expected.keys() ^ found.keys()):
         where = "has" if different[0] in found else "lacks"
-        raise UserError(f"{path} does not fit its own settings: it {where} {different[0]}")
+        raise does_not_fit(path, f"it {where} {different[0]}")
     for name, tensor in expected.items():
         if tensor.shape != found[name].shape:
-            raise UserError(f"{path} does not fit its own settings: {name} is {tuple(found[name].shape)}, expected "
-                            f"{tuple(tensor.shape)}")  # fmt: skip
+            raise does_not_fit(path, f"{name} is {tuple(found[name].shape)}, expected {tuple(tensor.shape)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,12 +374,12 @@ def find(where: str | Path = "", root: Path | None = None) -> Path:
         if where is None:
             raise UserError("there is no trained model yet: `python train.py` makes one")
     path = find_path(where)
-    if path.is_dir():
-        candidates = [path / "best.pt", *reversed(steps(path))]
-        path = next((p for p in candidates if p.is_file()), path)
-        if path.is_dir():
-            raise UserError(f"{path} holds no checkpoint")
-    return path
+    if not path.is_dir():
+        return path
+    for candidate in (path / "best.pt", *reversed(steps(path))):
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"{path} holds no checkpoint")
 
 
 def weights(state: dict) -> dict[str, torch.Tensor]:
@@ -398,10 +397,13 @@ def load_base(base: dict, folder: Path, moved_to: str = "") -> dict[str, torch.T
     believed of our own runs only: elsewhere a stranger's checkpoint would choose which file we open.
     """
     was = Path(base["path"])
-    paths = [find(moved_to)] if moved_to else [folder / "base.pt"]
-    if not moved_to and was.resolve().is_relative_to((ROOT / "out").resolve()):
-        paths.append(was)
-    paths = [path for path in paths if path.is_file() and (moved_to or not path.is_symlink())]
+    if moved_to:
+        paths = [find(moved_to)]
+    else:
+        paths = [folder / "base.pt"]
+        if was.resolve().is_relative_to((ROOT / "out").resolve()):
+            paths.append(was)
+        paths = [path for path in paths if path.is_file() and not path.is_symlink()]
     for path in paths:
         found = weights(load(path))
         if fingerprint(found) == base["fingerprint"]:
@@ -414,8 +416,8 @@ def load_base(base: dict, folder: Path, moved_to: str = "") -> dict[str, torch.T
 
 
 def keep_base(path: Path, folder: Path) -> None:
-    """A second name for a base beside its adapters, as its own run may go on and replace it. Costs no disk until then,
-    where the file system has links."""
+    """A second name for a base beside its adapters, as its own run may replace it. It costs no disk until then, where
+    the file system has links."""
     kept = folder / "base.pt"
     with writing(folder, "; set another out_dir"):
         kept.unlink(missing_ok=True)

@@ -123,7 +123,7 @@ def writing(folder: Path, advice: str = ""):
 
 
 def own_file(path: Path, append: bool = False) -> FileIO:
-    """A file at a name that we chose ourselves in a run's folder, opened for appending or made anew; never what a
+    """A file at a name that we chose ourselves in a run's folder, opened for appending or created again; never what a
     link there points to. Unbuffered. Raises the system's OSError."""
     if not append:
         path.unlink(missing_ok=True)
@@ -220,7 +220,11 @@ def require_file(path: Path) -> Path:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     if stat.S_ISREG(mode):
         return path
-    kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "no regular file"
+    kind = "no regular file"
+    if stat.S_ISDIR(mode):
+        kind = "a folder"
+    elif stat.S_ISFIFO(mode):
+        kind = "a pipe"
     raise UserError(f"{path} is {kind}: a file is expected there")
 
 

@@ -54,8 +54,8 @@ class Log:
         self.since, self.paused = (self.first, time.perf_counter()), 0.0  # the last line; seconds not spent training
         if not self.machine.is_main:
             return
-        rows = [row for row in self.rows if int(row["step"]) < self.first or
-                (int(row["step"]) == self.first and not row.get("val_loss"))]  # fmt: skip
+        last = (self.first, False)  # step, and whether the row is a validation
+        rows = [row for row in self.rows if (int(row["step"]), bool(row.get("val_loss"))) <= last]
         try:
             with replacing(self.path) as file:
                 file.write(to_csv(rows, header=True))
@@ -74,7 +74,7 @@ class Log:
         except UserError:
             raise
         except Exception as error:
-            self.say(f"{name} cannot be used ({error}); the run goes on without it")
+            self.say(f"{name} cannot be used ({error}); the run continues without it")
 
     def tell(self, action: str, *args) -> None:
         """write, flush or close every service; one that fails is left out from then on, whatever it failed on."""
@@ -82,7 +82,7 @@ class Log:
             try:
                 getattr(service, action)(*args)
             except Exception as error:
-                self.say(f"{name} failed ({error}); the run goes on without it")
+                self.say(f"{name} failed ({error}); the run continues without it")
                 del self.services[name]
 
     def row(self, **values) -> None:
@@ -105,7 +105,7 @@ class Log:
                 self.say(f"{self.path} was removed: a new one begins here, without the earlier rows")
         except OSError as error:
             if len(self.waiting) == 1:
-                self.say(f"cannot write {self.path} ({error.strerror}); the run goes on, and we try again")
+                self.say(f"cannot write {self.path} ({error.strerror}); the run continues, and we try again")
         self.tell("write", values)
 
     def sync(self) -> None:
@@ -190,7 +190,7 @@ class Service(NamedTuple):
 
 
 def tensorboard(folder: Path, first: int) -> Service:
-    """Every column is a curve of the same name; a run that goes on replaces what earlier files have from `first` on."""
+    """Each column is a curve of the same name; a resumed run replaces what earlier files have from step `first` on."""
     package = optional("torch.utils.tensorboard", "tensorboard")
     writer = package.SummaryWriter(own_folder(folder / "tensorboard"), purge_step=first)
 
@@ -202,7 +202,7 @@ def tensorboard(folder: Path, first: int) -> Service:
 
 
 def wandb(project: str, folder: Path, first: int, config: dict) -> Service:
-    """A run that goes on keeps its id, and curves are over our `step`: W&B's own cannot go back."""
+    """A resumed run keeps its id, and curves are over our `step`: W&B's own cannot go back."""
     package, known = optional("wandb", "wandb"), folder / "wandb.id"
     name = known.read_text(encoding="utf-8", errors="replace") if first and known.is_file() else ""
     if not re.fullmatch(r"[0-9a-f]{8}", name):

@@ -77,9 +77,7 @@ def choose_machine(s: MachineSettings) -> Machine:
     rank, world_size, local_rank = place_of_process()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         watch_parent(os.getppid(), leave_orphaned)
-    name = s.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = fastest_device() if s.device == "auto" else s.device
     if name == "cuda" and world_size > 1:
         name = f"cuda:{local_rank}"
     try:
@@ -96,6 +94,12 @@ def choose_machine(s: MachineSettings) -> Machine:
     return Machine(device, dtype, reason, rank, world_size, local_rank)
 
 
+def fastest_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def leave_orphaned() -> None:
     """torchrun was killed: end as if it had stopped us, which saves, and in any case within five minutes."""
     os.kill(os.getpid(), signal.SIGTERM)
@@ -109,16 +113,15 @@ def place_of_process(environ=os.environ) -> tuple[int, int, int]:
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         text = environ.get(name) or default
         if not re.fullmatch(r"[0-9]{1,6}", text):
-            raise UserError(f"{name}={shown(text)} in the environment is not a number as torchrun sets it: "
-                            "unset it")  # fmt: skip
+            raise UserError(f"{name}={shown(text)} in the environment is not a number as torchrun sets it: unset it")
         numbers.append(int(text))
     rank, world_size, local_rank = numbers
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
     if rank >= world_size or (world_size > 1 and missing):
         given = " ".join(f"{name}={environ[name]}" for name in ("RANK", "WORLD_SIZE") if environ.get(name))
         why = f"without {missing[0]}" if missing else "which is no such rank"
-        raise UserError(f"{given} in the environment, {why}: unset them, or start with torchrun "
-                        "--nproc_per_node=2 train.py")  # fmt: skip
+        remedy = "unset them, or start with torchrun --nproc_per_node=2 train.py"
+        raise UserError(f"{given} in the environment, {why}: {remedy}")
     return rank, world_size, local_rank
 
 
@@ -162,14 +165,14 @@ def init_processes(machine: Machine) -> None:
         # After a restart torchrun's store still has the addresses of the dead: each attempt gets keys of its own.
         store, rank, world_size = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"attempt {attempt()}", store)
-        on_gpu = machine.device.type == "cuda"
-        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size,
-                                device_id=machine.device if on_gpu else None)  # fmt: skip
+        gpu = machine.device if machine.device.type == "cuda" else None
+        backend = "nccl" if gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=gpu)
 
 
 def leave_processes(machine: Machine, code: int = 0) -> None:
-    """Leave together, with exit status `code`. With gloo we skip the interpreter's own clearing up: a process whose
-    peers are gone may abort while its connections are taken down."""
+    """Leave together, with exit status `code`. With gloo we skip the interpreter's own cleanup: a process whose peers
+    are gone may abort while its connections are closed."""
     if machine.world_size > 1:
         dist.barrier()
         if machine.device.type == "cuda":
@@ -202,7 +205,10 @@ def peak_flops(machine: Machine) -> float | None:
     name = torch.cuda.get_device_name(machine.device)
     if re.search(r"Laptop|MIG| D$", name):  # slower than the card of that name, or a part of it
         return None
-    return next((rate * machine.world_size for key, rate in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
+    for key, rate in PEAK_FLOPS.items():
+        if re.search(rf"\b{key}\b", name):
+            return rate * machine.world_size
+    return None
 
 
 def memory(device: torch.device) -> float:

@@ -41,16 +41,22 @@ def main(argv: list[str] | None = None) -> None:
     files = [log_of(name) for name in s.runs] or newest()
     curves = [read_curves(file) for file in files]
     out = write_path(s.out) if s.out else files[0].parent
-    out = out / "curves.png" if out.is_dir() else out if out.suffix else out.with_suffix(".png")
+    if out.is_dir():
+        out = out / "curves.png"
+    elif not out.suffix:
+        out = out.with_suffix(".png")
     draw(names(files), curves, out)
     print(visible(str(out)))
 
 
 def folders_first(argv: list[str]) -> list[str]:
     """['out/a', 'out=x.png'] -> ['runs=out/a', 'out=x.png']; what follows `--out` stays its value."""
-    taken = {i + 1 for i, word in enumerate(argv) if word.startswith("--") and "=" not in word and word != "--help"}
-    return [word if i in taken or word.startswith("-") or "=" in word else f"runs={word}"
-            for i, word in enumerate(argv)]  # fmt: skip
+    result, is_value = [], False
+    for word in argv:
+        plain = not is_value and not word.startswith("-") and "=" not in word
+        result.append(f"runs={word}" if plain else word)
+        is_value = word.startswith("--") and "=" not in word and word != "--help"
+    return result
 
 
 def log_of(name: str) -> Path:
@@ -131,13 +137,13 @@ def draw(labels: list[str], runs: list[dict], out: Path) -> None:
         draw_loss(figure.add_subplot(grid[1, 3:], sharey=wide), runs, "seconds", f"{unit} of training", seconds)
         wide.set_ylabel("loss, nats per token")
         label_ends(wide, runs)
-        for k, (column, title) in enumerate([("lr", "learning rate"), ("grad_norm", "gradient norm"),
-                                             ("tokens_per_second", "tokens per second")]):  # fmt: skip
-            draw_column(figure.add_subplot(grid[2, 2 * k : 2 * k + 2]), runs, column, title)
+        draw_column(figure.add_subplot(grid[2, 0:2]), runs, "lr", "learning rate")
+        draw_column(figure.add_subplot(grid[2, 2:4]), runs, "grad_norm", "gradient norm")
+        draw_column(figure.add_subplot(grid[2, 4:6]), runs, "tokens_per_second", "tokens per second")
         figure.suptitle(headline(labels, runs), x=0.01, ha="left", fontsize=11)
         if len(runs) > 1:
-            lines = [plt.Line2D([], [], color=colors(runs, i)[0], ls=line_style(i), marker="o", ms=4)
-                     for i in range(len(runs))]  # fmt: skip
+            styles = [dict(color=colors(runs, i)[0], ls=line_style(i)) for i in range(len(runs))]
+            lines = [plt.Line2D([], [], marker="o", ms=4, **style) for style in styles]
             wide.legend(lines, labels, loc="upper right", framealpha=0.9)
         try:
             out.parent.stat()  # a mistake in a name is not to make a folder
@@ -172,7 +178,7 @@ def line_style(i: int) -> str:
 
 
 def window(values: np.ndarray) -> int:
-    """How many lines of the log a smoothed point stands for: an odd 2 %."""
+    """How many lines of the log are averaged into a smoothed point: 2 %, an odd number."""
     return len(values) // 50 | 1
 
 
@@ -248,8 +254,10 @@ def label_ends(ax, runs: list[dict]) -> None:
 
 
 def time_unit(longest: float) -> tuple[float, str]:
-    """(seconds in it, name) of the unit to show a run of so many seconds in: 200 -> (60, 'minutes')"""
-    return (1, "seconds") if longest < 180 else (60, "minutes") if longest < 3 * 3600 else (3600, "hours")
+    """(its seconds, its name) of the unit that suits a run of `longest` seconds: 200 -> (60, 'minutes')"""
+    if longest < 180:
+        return 1, "seconds"
+    return (60, "minutes") if longest < 3 * 3600 else (3600, "hours")
 
 
 def compact(value: float) -> str:

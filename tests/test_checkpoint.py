@@ -278,6 +278,11 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         checkpoint.load(tmp_path / "y.pt")
 
 
+def test_a_deep_and_narrow_model_fits_its_settings(tmp_path):
+    cfg = ModelConfig(vocab_size=8, d_model=4, n_head=1, n_kv_head=1, n_layer=40)  # the largest of its sizes
+    checkpoint.check_weights(tmp_path, vars(cfg), LanguageModel(cfg).state_dict())
+
+
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = checkpoint.save_step(tmp_path, 1, state(1), 2)
     old = path.read_bytes()

@@ -206,7 +206,7 @@ def test_rows_that_a_full_disk_refused_are_written_when_it_has_room(tmp_path, ca
     assert [row["step"] for row in table(tmp_path)] == ["1"]
     made.step(progress(4), 1e-3, 1.0, 64, {})
     assert [row["step"] for row in table(tmp_path)] == ["1", "2", "3", "4"]
-    assert capsys.readouterr().out.count("File too large); the run goes on") == 1
+    assert capsys.readouterr().out.count("File too large); the run continues") == 1
 
 
 def test_a_log_that_cannot_be_begun_is_a_sentence_before_the_first_step(go, tmp_path):
@@ -307,7 +307,7 @@ def test_a_service_that_fails_is_left_out_and_the_run_goes_on(go, tmp_path, caps
     fake_wandb.fail_at = fail_at
     assert go(wandb="tests") == 0
     assert len(fake_wandb.rows) == rows and len(table(tmp_path / "run")) == 14
-    assert capsys.readouterr().out.count("the run goes on without it") == 1
+    assert capsys.readouterr().out.count("the run continues without it") == 1
 
 
 @pytest.mark.parametrize("module, settings, words", [
