@@ -197,7 +197,11 @@ def find_path(path: str | Path) -> Path:
     So `python /elsewhere/sample.py --init_from out/quickstart` finds the run that train.py wrote there.
     """
     path = write_path(path)
-    return ROOT / path if not path.exists() and (ROOT / path).exists() else path
+    if not path.exists() and (ROOT / path).exists():
+        return ROOT / path
+    if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+        raise UserError(f"you may not read the folder {path}: its owner can change that with chmod +rx")
+    return path
 
 
 def cache_folder(cache_dir: str | Path) -> Path:

@@ -341,8 +341,12 @@ def natural_key(path: Path | str) -> list:
 def walk(folder: Path) -> Iterator[Path]:
     """All files in a folder and in its folders, also through links: each real file once, and no loop without an end.
     Also pipes and links to nothing; but what begins with a dot is passed over."""
+
+    def refuse(error: OSError):
+        raise UserError(f"cannot read {error.filename}: {error.strerror}")
+
     folders, files = {os.path.realpath(folder)}, set()
-    for here, inside, names in os.walk(folder, followlinks=True):
+    for here, inside, names in os.walk(folder, onerror=refuse, followlinks=True):
         inside.sort(key=natural_key)
         for name in list(inside):
             real = os.path.realpath(Path(here) / name)

@@ -147,7 +147,9 @@ def prepare(s, quiet: bool = False, known=None) -> Path:
         put_downloads_aside(s, again, quiet)
         raw, tokenizer, shards = find_source(s)
         sources = raw.sources()
-        decides = text_decides(raw, content_hashes(sources, cache, quiet), s)
+        hashes = content_hashes(sources, cache, quiet)
+        raw.notes += equal_files(raw, hashes)
+        decides = text_decides(raw, hashes, s)
         folder = token_folder(cache, raw.name, decides, tokenizer, s)
         if known and not tokenizer and not made_by(folder, known):
             tokenizer, folder = known, token_folder(cache, raw.name, decides, known, s)
@@ -251,6 +253,14 @@ def content_hashes(sources: list, cache: Path, quiet: bool) -> list[str]:
         progress.close()
         write_json(cache / "hashes.json", hashes)
         return find(hashes)
+
+
+def equal_files(raw: RawCorpus, hashes: list[str]) -> list[str]:
+    """What to say of files for validation that have the content of one to train on."""
+    n_train = len(hashes) - raw.val_files
+    found = zip(raw.files[n_train:], hashes[n_train:], strict=True)
+    same = [path.name for path, content in found if content in hashes[:n_train]]
+    return [f"{same[0]} is both training and validation text: a low loss on it will prove nothing"] if same else []
 
 
 def tokenizer_decides(s) -> list:

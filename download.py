@@ -28,7 +28,7 @@ class Answer(NamedTuple):
     tag: str           # its version of the file
     trouble: str = ""  # why it ended early
     wait: int = 0      # seconds that the server asks us to wait
-    final: bool = False  # trouble that another try will not cure
+    tries: int | None = None  # how many more may cure the trouble; None = as many as there are PAUSES
 
 
 def download(url: str, path: Path, size: int = 0, sha256: str = "") -> Path:
@@ -121,13 +121,13 @@ def fetch(url: str, file: BinaryIO, size: int, sha256: str, by_hand: str, note: 
             continue
         tries, best = (0 if have > best else tries), max(have, best)
         trouble = answer.trouble or f"{have:,} of {whole:,} bytes came"
-        if tries >= len(PAUSES) or answer.final:
+        most = len(PAUSES[: answer.tries])
+        if tries >= most:
             raise UserError(f"cannot download {url} ({trouble}); {by_hand}")
         pause = max(PAUSES[tries], min(answer.wait, LONGEST))
         if tries == 0 and is_first_process():  # at once, and not after half a minute of silence
             progress.close()
-            tell(f"download: {name}: {trouble}; trying again in {pause} s and {len(PAUSES) - 1} more times",
-                 sys.stderr)  # fmt: skip
+            tell(f"download: {name}: {trouble}; trying again in {pause} s, {most} times at most", sys.stderr)
         time.sleep(pause)
         tries += 1
 
@@ -159,9 +159,10 @@ def receive(url: str, file: BinaryIO, size: int, tag: str, sha256: str, progress
             tag = ""
         after = str(error.headers.get("Retry-After", ""))
         wait = int(after) if after.isdecimal() else 0
-        return Answer(0, tag, str(error), wait, final=error.code not in (*AGAIN, 416))
+        return Answer(0, tag, str(error), wait, None if error.code in (*AGAIN, 416) else 0)
     except (OSError, http.client.HTTPException) as error:
-        return Answer(0, tag, plain_words(error))
+        unknown = isinstance(getattr(error, "reason", error), socket.gaierror)  # a network that is away stays away
+        return Answer(0, tag, plain_words(error), tries=2 if unknown else None)
     with response:
         part = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
         goes_on = response.status == 206 and part and int(part[1]) == have
@@ -173,7 +174,7 @@ def receive(url: str, file: BinaryIO, size: int, tag: str, sha256: str, progress
             file.truncate(0)
             return Answer(0, "", "the server sent another part than we asked for")
         if size and total and total != size:  # before we give up what we have
-            return Answer(0, "", f"it has {total:,} bytes, not the expected {size:,}", final=True)
+            return Answer(0, "", f"it has {total:,} bytes, not the expected {size:,}", tries=0)
         if not goes_on:
             file.truncate(0)
             file.seek(0)

@@ -15,6 +15,7 @@ part was used up once; validation when the first part is used up, because a repe
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from configurator import UserError, find_path
@@ -52,6 +53,9 @@ def open_mixture(s, count: Callable[[str], int] | None = None) -> RawCorpus:
         raise UserError(f"mixture_size={s.mixture_size} must be 0 or more")
     parts = {name: open_part(name, s) for name in shares}
     files = [path for part in parts.values() for path in part.files]
+    own = Counter(path.resolve() for part in parts.values() if not part.module for path in part.files)
+    if twice := [path for path, count in own.items() if count > 1]:
+        raise UserError(f"mixture={s.mixture}: {twice[0]} is in two of its parts; name it in one")
     raw = RawCorpus(dataset_name("mix " + " ".join(part.name for part in parts.values())), files, pieces=None,
                     size=lambda split: s.mixture_size if split == "train" else 0, unit=s.mixture_unit,
                     scale=1)  # fmt: skip

@@ -13,6 +13,7 @@ import sys
 import threading
 import tracemalloc
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -542,3 +543,25 @@ def test_parquet_mistakes_are_one_sentence(parquet, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match="pip install pyarrow"):
         list(files_pieces([file], "text"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Permissions
+
+
+def test_a_folder_that_we_may_not_read_is_refused_and_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("a\n")
+    listed = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr("os.scandir", scandir)
+    with pytest.raises(UserError, match="cannot read .*closed: Permission denied"):
+        text_files(tmp_path)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "closed")
+    with pytest.raises(UserError, match="may not read the folder .*closed"):
+        text_files(tmp_path / "closed")

@@ -64,6 +64,17 @@ def text_of(folder, split: str) -> str:
 # What is in the folder
 
 
+@pytest.mark.parametrize("names", ["a.txt val.txt", "train/a.txt val/b.txt"])
+def test_validation_text_that_is_training_text_is_said(tmp_path, capsys, names):
+    for name in names.split():
+        write(tmp_path / "text" / name, prose(300))
+    prepare(settings(tmp_path, data_path=tmp_path / "text"))
+    assert "is both training and validation text" in capsys.readouterr().out
+    write(tmp_path / "text" / names.split()[1], prose(300, seed=1))
+    prepare(settings(tmp_path, data_path=tmp_path / "text"))
+    assert "is both" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("tokenizer", ["bpe", "char"])
 def test_tokens_are_the_text(tmp_path, corpus_file, tokenizer):
     folder = made(tmp_path, data_path=corpus_file, tokenizer=tokenizer, shard_tokens=5000)

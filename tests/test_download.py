@@ -5,10 +5,12 @@ import http.server
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
 
 import pytest
 
@@ -133,6 +135,16 @@ def test_server_that_stays_bad_ends_in_one_sentence_and_leaves_nothing(tmp_path,
     with pytest.raises(UserError, match=r"cannot download .*big.bin \(.+\); .* by hand and put it at .*a.bin"):
         download(server.url, tmp_path / "a.bin")
     assert len(server.asked) <= len(module.PAUSES) + 2 and left_over(tmp_path) == []
+
+
+def test_a_server_whose_name_nobody_knows_is_asked_for_three_times(tmp_path, slept, monkeypatch):
+    def unknown(*_):
+        raise urllib.error.URLError(socket.gaierror(socket.EAI_NONAME, "Name or service not known"))
+
+    monkeypatch.setattr(module, "open_url", unknown)
+    with pytest.raises(UserError, match="no network, or the name of the server is unknown"):
+        download("https://nowhere.invalid/big.bin", tmp_path / "a.bin")
+    assert slept == [1, 2]
 
 
 def test_missing_file_is_not_asked_for_again(tmp_path, server, slept):
@@ -276,7 +288,7 @@ def test_redirect_away_from_https_is_not_followed(tmp_path, server, slept, targe
 def test_first_failed_try_says_so_at_once(tmp_path, slept, capsys):
     with pytest.raises(UserError):
         download("http://127.0.0.1:9/a.txt", tmp_path / "a.txt")
-    assert "the server refuses the connection; trying again in 1 s and 4 more times" in capsys.readouterr().err
+    assert "the server refuses the connection; trying again in 1 s, 5 times at most" in capsys.readouterr().err
 
 
 def test_file_put_aside_comes_back_where_no_new_one_comes(tmp_path, server, slept):

@@ -206,3 +206,13 @@ def test_part_that_would_come_again_and_again_is_refused(corpora, monkeypatch):
     monkeypatch.setattr(mixture, "REPEAT", 3)
     with pytest.raises(UserError, match="short came 3 times and another corpus is not used up: give mixture_size"):
         texts("train", mixture="short:999 long:1")
+
+
+@pytest.mark.parametrize("names", ["a.txt:1 ./a.txt:1", "folder:1 folder/b.txt:1", "a.txt:1 link.txt:2"])
+def test_a_file_in_two_parts_is_refused(corpora, names):
+    (corpora / "folder").mkdir()
+    for name in ("a.txt", "folder/b.txt"):
+        (corpora / name).write_text("some words\n" * 100)
+    (corpora / "link.txt").symlink_to("a.txt")
+    with pytest.raises(UserError, match="is in two of its parts"):
+        open_mixture(settings(mixture=names))
