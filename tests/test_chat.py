@@ -113,7 +113,7 @@ def test_inst_has_the_ids_of_mistral_common(file):
     ours, theirs = Template("inst", load_tokenizer(path)), mistral.MistralTokenizer.from_file(str(path))
     kinds = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage}
     said = [talk("Hi there"), talk("Hi", "Hello", " So?  x\ny"), talk("世界 😀", "naïve\n", "[/INST] x", "</s>", "")]
-    said += [talk(" Hi ", " a  ", "\n", " ", "<s> <unk>", "\tx \n", "\0 ")]
+    said += [talk(" Hi ", " a", "\n", "  b", "<s> <unk>", "\tx \n", "\0 ")]
     said += [] if file.endswith("v1") else [talk("Hi there", system="Be brief.")]  # there we do as Llama 2
     for messages in said:
         request = ChatCompletionRequest(messages=[kinds[each["role"]](content=each["content"]) for each in messages])
