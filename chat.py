@@ -33,9 +33,9 @@ Message = dict  # {"role": str, "content": str}, perhaps "input": str, or "learn
 
 @dataclass
 class ChatSettings:
-    template: Literal["chatml", "alpaca", "inst"] = "chatml"  # how a conversation is written down
-    system: str = ""            # system text: stands before the conversation and says how to answer
-    learn: Literal["response", "all"] = "response"  # fine-tuning: learn the answers, or the prompts too
+    template: Literal["chatml", "alpaca", "inst"] = "chatml"  # prompt format of a conversation
+    system: str = ""            # system text, before the conversation: how to answer
+    learn: Literal["response", "all"] = "response"  # what fine-tuning learns: the answers, or the prompts too
 
     def __post_init__(self):
         check_fields(self)
@@ -48,7 +48,7 @@ class Template:
 
     ending      ids behind an answer: its end token, then what belongs to no answer
     stop_ids    ids that end an answer
-    stop_texts  strings that end an answer: what a model writes that goes on with the user's next turn by itself
+    stop_texts  strings that end an answer: what a model writes that begins the user's next turn by itself
     """
 
     def __init__(self, name: str, tokenizer: Tokenizer):
@@ -96,7 +96,7 @@ class Template:
         return self._encode(text, starts=self.name == "inst")
 
     def goes_on_with(self, prompt: list[int]) -> list[int]:
-        """Of the ids before an answer those that its text goes on with: none where it starts a text."""
+        """The ids before an answer that its text continues: none where the answer starts a text."""
         return [] if self.name == "inst" else prompt
 
     def opening(self, user: Message, system: str = "", first: bool = True) -> list[int]:
@@ -135,7 +135,7 @@ class Template:
         """(ids, learned): learned[i] is True if token i is a target that counts, be it predicted or the very first.
 
         "response": the tokens of every answer and its end token; "all": every token. An answer with "learn": False is
-        not learned in either case. A last message of the user stands there without an answer.
+        not learned in either case. A last message of the user has no answer.
         """
         system, turns = split_turns(messages)
         ids: list[int] = []
@@ -228,9 +228,11 @@ class Chat:
     @property
     def messages(self) -> list[Message]:
         """The conversation so far, as `Template.render` takes it."""
-        pairs = [(("user", turn.user), ("assistant", turn.answer)) for turn in self.turns]
-        said = [*([("system", self.system)] if self.system else []), *(each for pair in pairs for each in pair)]
-        return [{"role": role, "content": content} for role, content in said]
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for turn in self.turns:
+            messages.append({"role": "user", "content": turn.user})
+            messages.append({"role": "assistant", "content": turn.answer})
+        return messages
 
     def say(self, text: str) -> Iterator[str]:
         """The answer, in pieces of whole characters. The turn is over when these end, or are closed or interrupted:

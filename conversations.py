@@ -11,7 +11,7 @@ spellings:
     {"instruction": ..., "input": ..., "output": ..., "history": [...]}    Alpaca; also prompt and completion
     {"conversation": [{"input": "Hi", "output": "Hello"}, ...]}            XTuner
 
-A text file has these lines before the parts of each example. What stands before the first one is its system text, and a
+A text file has these lines before the parts of each example. What is before the first one is its system text, and a
 line `<|endoftext|>` ends an example:
 
     ### Instruction:
@@ -241,7 +241,7 @@ BEFORE = {"Instruction": ("",), "Input": ("Instruction",), "Response": ("Instruc
 
 def text_examples(path: Path, notes: Counter) -> Iterator[Conversation]:
     """The blocks of a text file; blank lines around a part are no part of it."""
-    parts: dict[str, list[str]] = {"": []}  # of this example, "" being what stands before its first heading
+    parts: dict[str, list[str]] = {"": []}  # of this example; "" is what comes before its first heading
     start = 1
     for number, line in enumerate([*"".join(block for block, _ in text_blocks(path)).split("\n"), SEPARATOR], 1):
         name = found[1] if (found := HEADING.match(line)) else ""

@@ -72,12 +72,12 @@ class EvalSettings:
     init_from: str = ""         # checkpoint file or run's folder; default: the newest run in out/
     data_path: str = ""         # text to score: .txt, .jsonl, .gz, a folder of them, or prepared tokens (val)
     text_field: str = "text"    # field of a .jsonl record that holds the text; * = all its strings
-    stride: Size = 0            # tokens that windows move on, the less the more context for each; 0: text seq_len / 2
-    eval_tokens: Amount = 0     # validation tokens to score; 0 = all; not set: as many as the run
+    stride: Size = 0            # tokens from window to window; less gives tokens more context; 0 = seq_len / 2
+    eval_tokens: Amount = 0     # validation tokens to score; 0 = all; not set: as in the run
     batch_size: Batch = 16      # windows in one forward pass; not set: as the run
     tasks: str = ""             # benchmarks, separated by commas: arc_easy, arc_challenge, hellaswag, piqa
     n_shot: Size = 0            # answered questions before each question
-    limit: Size = 0             # only the first so many questions; 0 = all
+    limit: Size = 0             # questions of each benchmark, from its first one; 0 = all
     task_dir: str = ""          # folder with the benchmarks' files; empty = download them
     batch_tokens: Count = 8192  # tokens of all choices in one forward pass of a benchmark
     bos: Literal["auto", "yes", "no"] = "auto"  # begin-of-text token before every text; auto: as the tokenizer's files
@@ -132,7 +132,7 @@ def evaluate(model: LanguageModel, windows: Validation, machine: Machine, batch_
 
 
 class TextWindows:
-    """Documents cut into windows for `evaluate`: each begins anew behind `begin`, and each of its tokens is predicted
+    """Documents cut into windows for `evaluate`: each starts after a `begin` token, and each of its tokens is predicted
     once, from up to seq_len tokens before it and, but near the beginning, from at least seq_len - stride.
 
     Only tokens of the text count, no end-of-text tokens. `lost` says what the tokenizer loses of the first million

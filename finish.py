@@ -114,5 +114,5 @@ def command(script: str, start: str = "python") -> str:
 
 
 def short(path: Path) -> str:
-    """From here, where it lies below."""
+    """The path from here, if it is below."""
     return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)

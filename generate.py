@@ -20,14 +20,14 @@ from model import LanguageModel
 @dataclass
 class SamplingSettings:
     max_new_tokens: Size = 256  # tokens to generate per sample, at most
-    min_new_tokens: Size = 0    # no end of text before so many tokens
+    min_new_tokens: Size = 0    # tokens to generate before a sample may end
     temperature: NotNegative = 0.8  # 0 takes the most likely token, 1 samples the model's own distribution
-    top_k: Size = 0             # only the k most likely tokens; 0 = all
-    top_p: Share = 0.95         # only the most likely tokens that together reach p (arXiv 1904.09751); 1 = all
-    min_p: Share = 0.0          # only tokens at least min_p times as likely as the likeliest (arXiv 2407.01082)
+    top_k: Size = 0             # choose among the k most likely tokens; 0 = all
+    top_p: Share = 0.95         # choose among the likeliest tokens that together reach p (arXiv 1904.09751); 1 = all
+    min_p: Share = 0.0          # choose among tokens at least min_p times as likely as the likeliest (arXiv 2407.01082)
     repetition_penalty: Positive = 1.0  # on logits of generated tokens: l/p if positive, else l·p (arXiv 1909.05858)
     no_repeat_ngram: Size = 0   # no sequence of n generated tokens twice; 0 = off
-    seed: Amount = 1337         # of the random numbers
+    seed: Amount = 1337         # seed of the random choices
 
     def __post_init__(self):
         check_fields(self)
@@ -84,8 +84,11 @@ def stream(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSet
             if all(ended) or n + 1 == sampling.max_new_tokens:
                 return
             if cache.length == cache.size:
-                half = seq_len // 2 or 1  # of a row that has ended one token is enough
-                held = [1 if end else n if n <= seq_len else half for end, n in zip(ended, held, strict=True)]
+                for i, end in enumerate(ended):
+                    if end:
+                        held[i] = 1  # which is enough to read
+                    elif held[i] > seq_len:
+                        held[i] = max(1, seq_len // 2)
                 cache, logits = prefill(model, [row[-n:] for row, n in zip(rows, held, strict=True)], seq_len)
             else:
                 logits = model(torch.tensor(tokens, device=device)[:, None], cache=cache, n_logits=1)[:, -1]

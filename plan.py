@@ -40,12 +40,12 @@ class Start:
     """What a run begins with."""
 
     weights: dict | None = None  # of the plain model; None: fresh ones
-    resume: dict | None = None  # the state of this run, if it goes on
+    resume: dict | None = None  # the state of this run, if it resumes
     base: dict | None = None  # {"path", "fingerprint"} of the weights beneath adapters
     tokenizer: Tokenizer | None = None  # that the weights were trained with
     init: str = ""  # the checkpoint that the run began from
     anew: bool = False  # whether a run that is there has to make room once the data is there
-    saved: dict = field(default_factory=dict)  # of a run that goes on: its settings,
+    saved: dict = field(default_factory=dict)  # of a resumed run: its settings,
     config: dict = field(default_factory=dict)  # what its config files said,
     made_of: dict = field(default_factory=dict)  # what its data is; {} of an older run
     rule: int = RULE  # by which its training rows are cut
@@ -149,7 +149,7 @@ def base_of(s: Settings) -> Path:
         try:
             saved = checkpoint.settings(path)
         except UserError as error:
-            tell(f"{error}: we look further")
+            tell(f"{error}: passed over")
             continue
         if saved.get("task", "pretrain") == "pretrain" and not saved.get("use_lora"):
             return path
@@ -200,7 +200,7 @@ def starting_point(s: Settings, out_dir: Path, machine: Machine) -> Start:
     if existing and s.init_from == "scratch":
         raise UserError(f"{out_dir} holds a run, and init_from=scratch would overwrite it; set another out_dir")
     if s.init_from not in ("auto", "scratch") and checkpoint.find(s.init_from).resolve().parent == out_dir.resolve():
-        raise UserError(f"init_from={s.init_from} lies in the folder of this run, {out_dir}; set another out_dir")
+        raise UserError(f"init_from={s.init_from} is in the folder of this run, {out_dir}; set another out_dir")
     if existing:
         return continued(s, out_dir, machine)
     if not anew and (out_dir / "best.pt").is_file():
@@ -238,7 +238,7 @@ def starting_point(s: Settings, out_dir: Path, machine: Machine) -> Start:
 def set_aside(out_dir: Path, machine: Machine) -> None:
     """For overwrite=train: nothing is deleted."""
     if machine.is_main and (kept := checkpoint.set_aside(out_dir)):
-        machine.print(f"run      begins anew; what was there is in {kept}")
+        machine.print(f"run      starts again; what was there is in {kept}")
 
 
 def keep_beginnings(start: Start, out_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Going on with a run: which of its settings stay, and whether its data is still what it was.
+"""Resuming a run: which of its settings stay, and whether its data is still what it was.
 
 A checkpoint says what its run is made of: the settings, those of the config files among them, and its data. What comes
 out of a checkpoint never names code or a place: the data is found by what it holds, in our own cache.
@@ -31,7 +31,7 @@ def names_of(*parts: type) -> set[str]:
     return {field.name for part in parts for field in fields(part)}
 
 
-# A run that goes on has three kinds of settings. MUST: they make the shape of its weights or of its examples; they come
+# A resumed run has three kinds of settings. MUST: they make the shape of its weights or of its examples; they come
 # from the checkpoint, and another value is refused. HERE: they are of this start, or name code or places; they never
 # come from a checkpoint. All others come from the checkpoint, unless this start gives another value, which is said.
 MAY_CHANGE = {"dropout", "label_smoothing", "init_std", "checkpoint_activations", "vocab_size"}
@@ -126,7 +126,7 @@ def changes(before: dict, now: dict, batches, folder: Path, say: Callable) -> bo
         if batches.share_of(before["sketch"]) < LEAST:
             raise UserError(f"the run in {folder} learned other data, of which this has nothing: set another out_dir "
                             f"(with INIT_FROM={folder} it starts from these weights)")  # fmt: skip
-        say("         the training data has changed since: the run goes on with what is there now")
+        say("         the training data has changed since: the run continues with what is there now")
     if now["scored"] != before["scored"]:
         say("         other validation data than before: best begins again, and the next validation replaces best.pt")
         return True
@@ -161,7 +161,7 @@ def names_data(s: Settings) -> bool:
 
 
 def named_before(s: Settings, saved: dict) -> dict:
-    """What a run that goes on keeps as the names of its data, where this start names none: for a sentence, later."""
+    """The names of its data that a resumed run keeps, where this start names none: for a sentence, later."""
     return {} if names_data(s) or not saved else {name: saved[name] for name in (*DATA, "tokenizer")}
 
 

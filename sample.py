@@ -33,8 +33,8 @@ class SampleSettings:
     prompts_file: str = ""      # file with one prompt per line
     n_samples: Count = 1        # samples per prompt
     stop: list[str] = field(default_factory=list)  # end a sample before this text; may be repeated
-    allow_special: bool = False  # read names of special tokens in prompts as these tokens
-    chat: bool = False          # a conversation, in the template that the model was fine-tuned with
+    allow_special: bool = False  # turn names of special tokens in prompts into these tokens
+    chat: bool = False          # chat, in the prompt format that the model was fine-tuned with
     lora_base: str = ""         # adapters: where their base checkpoint is now, if it has moved
 
     def __post_init__(self):
@@ -105,7 +105,7 @@ def written(tokenizer, prompt: list[int], ids: Iterable[int], typed: int, stops:
 # Conversations
 
 
-HINTS = ("[/reset begins anew, /system TEXT says how to answer, // begins a message with /, /quit ends; "
+HINTS = ("[/reset starts over, /system TEXT says how to answer, // begins a message with /, /quit ends; "
          "Ctrl-C stops an answer]")  # fmt: skip
 TERMINAL_LINE = 4095  # bytes of a line that a terminal without a line editor keeps; the rest is lost
 
@@ -113,7 +113,7 @@ TERMINAL_LINE = 4095  # bytes of a line that a terminal without a line editor ke
 def talk(s, model, tokenizer, saved: dict) -> None:
     """A conversation, line by line, from the terminal or a pipe. Ctrl-C ends an answer, Ctrl-D or /quit the program."""
     if saved.get("task") != "sft":
-        print("[this model was trained to go on with text, not to answer: `USE_LORA=1 python train.py` teaches it]",
+        print("[this model was trained to continue text, not to answer: `USE_LORA=1 python train.py` teaches it]",
               file=sys.stderr)  # fmt: skip
     template, system = (getattr(s, name) if s.given(name) else saved[name] for name in ("template", "system"))
     chat = Chat(model, tokenizer, template, checked_text(system, "system"), s.part(SamplingSettings))
@@ -163,7 +163,7 @@ def has_line_editor() -> bool:
 
 
 def answer(chat: Chat, text: str) -> None:
-    """Print one answer while it is made. A message that does not fit gets a sentence, and the talk goes on."""
+    """Print one answer while it is made. A message that does not fit gets a sentence, and the talk continues."""
     before, limit = chat.forgotten, ""
     try:
         text = checked_text(text, "this message")
@@ -180,7 +180,7 @@ def answer(chat: Chat, text: str) -> None:
     if chat.forgotten > before:
         print(f"[the context is full: the oldest {chat.forgotten - before} turns are forgotten]", file=sys.stderr)
     if limit == "context":
-        print("[the context is full, so the answer ends here; /reset begins anew]", file=sys.stderr)
+        print("[the context is full, so the answer ends here; /reset starts over]", file=sys.stderr)
     elif limit:
         print(f"[max_new_tokens={chat.sampling.max_new_tokens} ends the answer here]", file=sys.stderr)
 
@@ -223,7 +223,7 @@ def say_what_is_lost(tokenizer, text: str, what: str) -> None:
 
 
 def encode_prompt(tokenizer, text: str, allow_special: bool = False) -> list[int]:
-    """Prompt -> ids. An empty one is the token that stands before a document."""
+    """Prompt -> ids. An empty one becomes the token before a document."""
     ids = tokenizer.encode(text, allow_special=allow_special)
     begin = tokenizer.role("bos") if tokenizer.role("bos") is not None else tokenizer.role("eot")
     if not ids and begin is None:

@@ -37,9 +37,9 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # ids, targets (B, T) int64, weig
 
 @dataclass
 class SftSettings:
-    task: Literal["pretrain", "sft"] = "pretrain"  # learn to go on with text, or to answer
-    sft_mode: bool = False      # SFT_MODE=1 is task=sft
-    packing: bool = True        # fine-tuning: several examples in a row, which do not see each other
+    task: Literal["pretrain", "sft"] = "pretrain"  # learn to continue text, or to answer
+    sft_mode: bool = False      # fine-tune with examples: SFT_MODE=1 is task=sft
+    packing: bool = True        # put several examples into a row of fine-tuning; they do not see each other
 
     def __post_init__(self):
         check_fields(self)
@@ -74,7 +74,7 @@ def open_examples(s, tokenizer: Tokenizer, quiet: bool = False, saved: dict | No
                   before: dict | None = None) -> tuple["Examples", "ExampleValidation"]:  # fmt: skip
     """Training and validation rows of `data_path`, or of data/<dataset>/; shows one example as the model will see it.
 
-    A run that goes on and names no data has the examples of before: `saved` and `before` are its settings and made_of.
+    A resumed run that names no data has the examples of before: `saved` and `before` are its settings and made_of.
     """
     template = Template(s.template, tokenizer)
     train, val = (before and examples_of_before(s, saved, before)) or read_split(s, template, quiet)
@@ -139,7 +139,7 @@ def read_split(s, template: Template, quiet: bool) -> tuple[list[Conversation], 
 
 
 def examples_of_before(s, saved: dict, before: dict) -> tuple[list[Conversation], list[Conversation]] | None:
-    """(training, validation) examples of a run that goes on; None if they are to be read from what this start names."""
+    """(training, validation) examples of a resumed run; None if they are to be read from what this start names."""
     if names_data(s):
         return None
     found = find_examples(s.cache_dir, before)
@@ -398,7 +398,7 @@ class ExampleValidation:
         self.examples, self.tokens, self.bytes = examples, examples.learned, examples.bytes
         self.conversations = examples.conversations
         if not self.bytes:
-            raise UserError("the answers of the validation examples hold no text: there is nothing to measure")
+            raise UserError("the answers of the validation examples hold no text: the loss would measure nothing")
 
     def __len__(self) -> int:
         """The number of rows."""

@@ -5,7 +5,7 @@
     for done in run_task(model, tokenizer, prompts, machine, batch_tokens=8192): ...      # a few examples at a time
 
 A model answers with the choice that it finds most likely behind the question. A context is read once, and its choices
-go on from the cache (generate.prefill).
+continue from the cache (generate.prefill).
 """
 
 import importlib
@@ -261,7 +261,7 @@ def with_shots(task: Task, examples: list[Example], pool: list[Example], n_shot:
 
 
 def begin_ids(tokenizer, bos: str = "auto") -> list[int]:
-    """What stands before a text. auto: a begin token if the tokenizer's files say so: Llama's do, GPT-2's do not."""
+    """The ids before a text. auto: a begin token if the tokenizer's files say so: Llama's do, GPT-2's do not."""
     if bos == "auto":
         files = tokenizer.to_dict()
         post = files["tokenizer"].get("post_processor") or {}
@@ -329,7 +329,7 @@ def log_likelihoods(model: LanguageModel, rows: list[Row], machine: Machine) -> 
 
 
 def cast_products(model: LanguageModel, dtype: torch.dtype) -> None:
-    """Give the weights of matrix products the dtype that autocast would give them anew in every pass. A tied head gets
+    """Give the weights of matrix products the dtype that autocast would give them in every pass. A tied head gets
     a copy; the embedding stays as it is."""
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):

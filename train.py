@@ -85,16 +85,16 @@ class TrainSettings:
     max_tokens: Amount = 0      # length of the run in tokens instead, if not 0
     batch_size: Batch = 16      # sequences in one forward pass of one process
     grad_accum: Batch = 1       # forward passes per step, all processes together
-    total_batch_size: Size = 0  # tokens per step, all processes together; if not 0, it is cut as batch_size allows
+    total_batch_size: Size = 0  # tokens per step, all processes together; 0 = batch_size x grad_accum x seq_len
     log_interval: Count = 10    # steps between lines of the log
     eval_interval: Count = 120  # steps between validations; a new best is preceded by a checkpoint
     save_interval: Size = 0     # steps between checkpoints; 0 = eval_interval
     eval_tokens: Amount = 50_000  # validation tokens scored each time; 0 = all
     keep_checkpoints: Count = 2  # step checkpoints that stay in the folder
-    stop_loss: NotNegative = 0.0  # end the run when the validation loss is this low
-    stop_ppl: NotNegative = 0.0  # end the run when the validation perplexity is this low
-    patience: Size = 0          # end the run after so many validations without a better one; 0 = never
-    max_skipped: Count = 20     # give up after so many steps in a row without a finite gradient
+    stop_loss: NotNegative = 0.0  # end the run when the validation loss is at most this; 0 = never
+    stop_ppl: NotNegative = 0.0  # end the run when the validation perplexity is at most this; 0 = never
+    patience: Size = 0          # end the run after this many validations without a better one; 0 = never
+    max_skipped: Count = 20     # give up after this many steps in a row without a finite gradient
 
     def __post_init__(self):
         check_fields(self)
@@ -111,7 +111,7 @@ MANY_EPOCHS = 40  # more passes over the same text are worth a word
 @dataclass
 class Progress:
     """How far the run is. Saved with every checkpoint. Dropout, log and names of files follow from `step`, data and
-    schedule from `samples`: so a run may go on with steps of another size, and sees each window once all the same."""
+    schedule from `samples`: a run may resume with steps of another size and still sees each window once."""
 
     step: int = 0  # optimizer steps done
     samples: int = 0  # rows of training data seen: the index of the next one
@@ -152,8 +152,10 @@ def main(argv: list[str] | None = None) -> int:
         try:
             training = Run(s, plan, machine, out_dir, tokenizer, batches, validation, start, other_text)
             if training.is_complete():
-                more = f"is complete; MAX_STEPS={2 * plan.max_steps} would go on with it{lifted(s, plan)}"
-                machine.print(f"the run {'has reached its goal' if training.progress.ended else more}")
+                if training.progress.ended:
+                    machine.print("the run has reached its goal")
+                else:
+                    machine.print(f"the run is complete; MAX_STEPS={2 * plan.max_steps} continues it{lifted(s, plan)}")
                 leave_processes(machine)
                 return 0
             code = training.train()
@@ -270,7 +272,7 @@ class Run:
         self.optimizer.load_state_dict(start["optimizer"])
         if self.ema:
             if not start.get("ema"):
-                raise UserError(f"the run in {self.out_dir} kept no average of the weights; go on with ema=0")
+                raise UserError(f"the run in {self.out_dir} kept no average of the weights: continue it with ema=0")
             self.ema.load_state_dict(start["ema"])
         if self.scale and start.get("scale"):
             self.scale.load_state_dict(start["scale"])
@@ -285,14 +287,17 @@ class Run:
         active = f"{counts['active']:,} of them active for a token, " if counts["active"] < counts["total"] else ""
         self.machine.print(
             f"model    {counts['total']:,} parameters, {active}{counts['total'] - counts['embedding']:,} without "
-            f"embeddings; {self.model.flops_per_token() / 1e6:.0f} MFLOP per token")  # fmt: skip
+            f"embeddings; {self.model.flops_per_token() / 1e6:.0f} MFLOP per token"
+        )
         if self.s.use_lora:
             self.machine.print(f"adapters {lora.describe(self.model)}")
+        passes = f" in {parts} forward passes" if parts > 1 else ""
         self.machine.print(
             f"data     {self.batches.describe()}; a vocabulary of {cfg.vocab_size:,}; validation on "
             f"{self.validation.tokens:,} tokens\n"
-            f"steps    {plan.max_steps:,} of {per_step:,} tokens{f' in {parts} forward passes' if parts > 1 else ''}: "
-            f"{plan.samples / self.batches.per_epoch:.2f} epochs")  # fmt: skip
+            f"steps    {plan.max_steps:,} of {per_step:,} tokens{passes}: "
+            f"{plan.samples / self.batches.per_epoch:.2f} epochs"
+        )
         if self.s.task == "pretrain" and plan.samples > MANY_EPOCHS * self.batches.per_epoch:
             self.machine.print("         so little text is learned by heart: DATASET=tinystories, "
                                "DATASET=fineweb_edu:limit=1e9 or DATA_PATH= bring more")  # fmt: skip
@@ -334,8 +339,8 @@ class Run:
             return self.batches.get(first + machine.rank * plan.per_rank, plan.per_rank)
 
         self.log.begin(s.to_dict())
-        with (catch_signals(machine) as signals, closing(self.log),
-              Prefetcher(fetch, progress.step, machine.device) as prefetcher):  # fmt: skip
+        prefetching = Prefetcher(fetch, progress.step, machine.device)
+        with catch_signals(machine) as signals, closing(self.log), prefetching as prefetcher:
             if progress.step and self.due(s.eval_interval):  # the checkpoint is older than its validation
                 with self.log.pause():
                     self.validate()
@@ -361,7 +366,7 @@ class Run:
                         self.validate()
             stopped = stopped or machine.any(bool(signals))  # also while the last checkpoint was scored
         if stopped:
-            machine.print(f"stopped and saved at step {progress.step}; the same command goes on from there")
+            machine.print(f"stopped and saved at step {progress.step}; the same command continues the run")
             return 128 + max(signals, default=signal.SIGTERM)
         self.log.say(f"trained  {clock(progress.seconds)} for {progress.tokens:,} tokens; best validation loss "
                      f"{progress.best:.4f}; peak memory {peak_memory(machine):.1f} GB")  # fmt: skip
@@ -424,8 +429,9 @@ class Run:
         progress.nats, progress.learned = self.nats.zero_().item(), self.learned.zero_().item()
         if self.bad >= self.s.max_skipped:
             good = checkpoint.steps(self.out_dir)
+            saved = f"the last good checkpoint is {good[-1]}" if good else "nothing was saved yet"
             raise UserError(f"no finite gradient in {int(self.bad)} steps in a row, at step {progress.step}: lower lr; "
-                            f"{f'the last good checkpoint is {good[-1]}' if good else 'nothing was saved yet'}")
+                            f"{saved}")
 
     def weights(self) -> dict[str, torch.Tensor]:
         """What this run has learned: all weights, or the adapters alone."""
@@ -436,9 +442,9 @@ class Run:
         return self.ema.applied() if self.ema else nullcontext()
 
     def save(self, must: bool) -> None:
-        """The checkpoint from which the run goes on as if nothing had happened. Comes before validation.
+        """The checkpoint from which the run resumes as if nothing had happened. Comes before validation.
 
-        If it cannot be written, a run goes on and says so, unless it `must`: this was its last chance.
+        If it cannot be written, the run says so and continues, unless it `must`: this was its last chance.
         """
         self.saved_step = self.progress.step
         self.progress.nats = self.machine.all_reduce(self.nats.clone()).item()
@@ -462,7 +468,7 @@ class Run:
         with self.averaged():
             score = evaluate(self.model, self.validation, self.machine, s.batch_size)
         better = score.loss < progress.best
-        if better and self.saved_step != progress.step:  # a run does not go on from best.pt
+        if better and self.saved_step != progress.step:  # a run does not resume from best.pt
             self.save(must=False)
         progress.best, progress.worse = min(progress.best, score.loss), 0 if better else progress.worse + 1
         progress.ended = self.has_ended(score.loss)
@@ -479,14 +485,14 @@ class Run:
             ids = self.validation.get(0, 1)[0].to(self.machine.device)
             with self.machine.autocast():
                 largest, error = self.model.probe(ids)
-            beyond = s.reversible_grid and largest >= 2 ** (24 - s.reversible_grid)
-            self.log.say(f"         reversible: max |x| {largest:.3g}, error of the inverse {error:.2g}"
-                         f"{f'; beyond the range of reversible_grid={s.reversible_grid}, lower it' * beyond}")
+            line = f"         reversible: max |x| {largest:.3g}, error of the inverse {error:.2g}"
+            if s.reversible_grid and largest >= 2 ** (24 - s.reversible_grid):
+                line += f"; beyond the range of reversible_grid={s.reversible_grid}, lower it"
+            self.log.say(line)
         if progress.ended:
-            reached = self.reached(score.loss)
-            why = "the goal is reached" if reached else f"no better validation in {progress.worse}"
+            why = "the goal is reached" if self.reached(score.loss) else f"no better validation in {progress.worse}"
             self.log.say(f"we stop here: {why}")
-            self.save(must=True)  # so that the same command does not go on
+            self.save(must=True)  # the same command will not train further
 
 
 @contextmanager
