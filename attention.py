@@ -45,15 +45,18 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling, device=N
         turns = scaling.original * frequency / (2 * math.pi)  # in the original context
         keep = ((turns - 1) / (4 - 1)).clamp(0, 1)
     else:
-        first, last = (head_dim * math.log(scaling.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
-                       for turns in (32, 1))  # fmt: skip
-        first, last = max(math.floor(first), 0), min(math.ceil(last), head_dim - 1)
+
+        def channel_of(turns: float) -> float:
+            return head_dim * math.log(scaling.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        first = max(math.floor(channel_of(32)), 0)
+        last = min(math.ceil(channel_of(1)), head_dim - 1)
         keep = 1 - ((half / 2 - first) / max(last - first, 0.001)).clamp(0, 1)
     return frequency * keep + frequency / scaling.factor * (1 - keep)
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float = 10000.0,
-               scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+               scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary angles (RoFormer, arXiv 2104.09864), always fp32.
 
     positions: (T,) or (B, T) integers -> two tensors (T, Dh/2) or (B, 1, T, Dh/2). Channel pair i turns by
@@ -87,7 +90,7 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 @dataclass
 class Place:
-    """Where the tokens of a forward pass stand: worked out once by the model, read by every block."""
+    """The positions of a forward pass's tokens: computed once by the model, read by every block."""
 
     positions: Tensor  # (T,) or (B, T): counted from the beginning of each text
     start: int = 0  # tokens that the cache holds already
@@ -142,7 +145,7 @@ class Attention(nn.Module):
 
     def __init__(self, d_model: int, n_head: int, n_kv_head: int, head_dim: int, bias: bool = False,
                  qk_norm: bool = False, dropout: float = 0.0, norm_eps: float = 1e-6,
-                 slopes: list[float] | None = None, window: int = 0):  # fmt: skip
+                 slopes: list[float] | None = None, window: int = 0):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim, self.dropout = n_head, n_kv_head, head_dim, dropout
         self.window = window
@@ -161,7 +164,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, turn: Callable[[Tensor], Tensor] | None = None,
                 cache: KVCache | WindowCache | None = None, start: int = 0,
-                mask: Tensor | None = None) -> Tensor:  # fmt: skip
+                mask: Tensor | None = None) -> Tensor:
         """x (B, T, D) at positions start.. -> (B, T, D).
 
         `turn` gives queries and keys (B, H or K, T, Dh) their positions. With a cache, keys and values are appended to
@@ -189,7 +192,7 @@ def norm_heads(x: Tensor, norm: nn.RMSNorm) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None = None, mask: Tensor | None = None,
-           dropout: float = 0.0) -> Tensor:  # fmt: skip
+           dropout: float = 0.0) -> Tensor:
     """softmax(q·kᵀ/√Dh + bias)·v: q (B, H, T, Dh) are the last T of the positions of k and v (B, K, S, Dh).
 
     Causal unless `mask` (see Attention.forward) says otherwise. Without a mask the flash kernels stay usable, with
@@ -205,9 +208,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None = None, mask: 
         q, k, v = alibi_channels(q, k, v, slopes)
     elif slopes is not None:
         bias = alibi_bias(slopes, T, S)[None]  # of four dimensions, or the flash kernel refuses it
-        mask = (bias if mask is None else bias.masked_fill(~mask, float("-inf"))).to(q.dtype)
+        if mask is not None:
+            bias = bias.masked_fill(~mask, float("-inf"))
+        mask = bias.to(q.dtype)
     y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1, scale=scale,
-                                       enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
+                                       enable_gqa=q.shape[1] != k.shape[1])
     return y[..., :Dh]
 
 
@@ -229,9 +234,8 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None = 
 def use_explicit(q: Tensor, length: int, dropout: float) -> bool:
     """Whether writing it out is faster: for training in bfloat16 on a CPU up to 1024 tokens, where the flash kernel's
     backward does not use the CPU's bfloat16 products (2.3 times at 256 tokens, 1.2 at 1024), at T² memory."""
-    T = q.shape[2]
-    return (q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
-            and 1 < T == length <= 1024 and not dropout)  # fmt: skip
+    trains_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
+    return trains_on_cpu and 1 < q.shape[2] == length <= 1024 and not dropout
 
 
 def causal_mask(positions: Tensor, length: int) -> Tensor:

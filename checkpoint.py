@@ -116,11 +116,11 @@ SHAPE = {"settings": str, "tokenizer": str, "model": {str: torch.Tensor}, "confi
                       "samples?": int, "tokens?": int, "learned?": int, "skipped?": int, "worse?": int},
          "base?": Either(None, {"path": str, "fingerprint": str}), "init?": str, "optimizer?": {str: torch.Tensor},
          "ema?": Either(None, {"updates": int, "weights": {str: torch.Tensor}}),
-         "scale?": Either(None, {"value": torch.Tensor, "good": torch.Tensor})}  # fmt: skip
+         "scale?": Either(None, {"value": torch.Tensor, "good": torch.Tensor})}
 DTYPES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
           "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
           "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-          "BoolStorage": torch.bool}  # fmt: skip
+          "BoolStorage": torch.bool}
 
 
 class Foreign(Exception):
@@ -234,7 +234,7 @@ def load(path: str | Path, device: str = "cpu") -> dict:
 
 
 def load_newest(folder: Path, say=tell) -> dict | None:
-    """The newest undamaged step checkpoint of a folder, None if there is none; says which ones it had to pass over."""
+    """The newest undamaged step checkpoint of a folder, None if there is none; says which ones it skipped."""
     for path in reversed(steps(folder)):
         try:
             return load(path)
@@ -244,7 +244,7 @@ def load_newest(folder: Path, say=tell) -> dict | None:
 
 
 def without_steps(folder: Path) -> str:
-    """What there is to do with a run whose step checkpoints are all damaged."""
+    """What to do with a run whose step checkpoints are all damaged."""
     best = folder / "best.pt"
     try:
         load(best, "meta")
@@ -314,7 +314,7 @@ def check_weights(path: Path, saved: dict, found: dict[str, torch.Tensor], adapt
             compare(path, adapter_state(model), adapters)
     if name := not_finite(found | (adapters or {})):
         raise UserError(f"{path}: {name} is not finite (nan or inf), so its training diverged: take an earlier "
-                        "checkpoint, or train again with a lower lr")  # fmt: skip
+                        "checkpoint, or train again with a lower lr")
 
 
 def not_finite(found: dict[str, torch.Tensor]) -> str:
@@ -410,9 +410,9 @@ def load_base(base: dict, folder: Path, moved_to: str = "") -> dict[str, torch.T
             return found
     if paths:
         raise UserError(f"these adapters belong to weights {base['fingerprint']}, but {paths[0]} holds others; "
-                        "lora_base=<checkpoint> names the right ones")  # fmt: skip
+                        "lora_base=<checkpoint> names the right ones")
     raise UserError(f"these adapters belong to weights that are not in {folder}; their place was {visible(str(was))}: "
-                    "lora_base=<checkpoint> says where they are")  # fmt: skip
+                    "lora_base=<checkpoint> says where they are")
 
 
 def keep_base(path: Path, folder: Path) -> None:

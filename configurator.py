@@ -68,7 +68,7 @@ KNOWN_ELSEWHERE = {
     "tie_weights": "tie_embeddings", "tied": "tie_embeddings", "out": "out_dir", "label_smooth": "label_smoothing",
     "ema_decay": "ema", "mlp": "ffn", "attention_dropout": "dropout", "micro_batch_size": "batch_size",
     "lora_r": "lora_rank", "ancient_share": "mixture", "input_text": "prompt", "start": "prompt",
-}  # fmt: skip
+}
 
 # Exported by Windows, GNU screen, builds of Nix, of Android, and for GNU's df: these variables are not meant for us.
 EXPORTED_BY_SYSTEMS = {"prompt", "window", "system", "out", "block_size"}
@@ -88,10 +88,8 @@ class UserError(Exception):
 
 
 def run(main) -> None:
-    """Run a script's `main()`: a UserError becomes one sentence and exit code 2, Ctrl-C exit code 130.
-
-    So does an output that cannot be written. Anything else is a bug of ours and keeps its traceback.
-    """
+    """Run a script's `main()`. A UserError, or an output that cannot be written, becomes one sentence and exit code 2;
+    Ctrl-C is exit code 130. Anything else is a bug of ours and keeps its traceback."""
     script = Path(sys.argv[0]).name
     rank = os.environ.get("RANK") or "0"
     where = f"{script} [rank {rank}]" if rank != "0" else script
@@ -119,8 +117,9 @@ def run(main) -> None:
         tell(f"\n{script}: interrupted", sys.stderr)
         leave(130)
     except MemoryError as error:
-        tell(f"\n{script}: out of memory ({str(error) or 'no more to be had'}); what is on the disk is whole. Smaller "
-             "sizes or WORKERS=1 need less", sys.stderr)  # fmt: skip
+        reason = str(error) or "there is no more"
+        tell(f"\n{script}: out of memory ({reason}); files on the disk are whole. Smaller sizes or WORKERS=1 need less",
+             sys.stderr)
         leave(2)
     except BrokenPipeError:  # the reader of our pipe went away (`| head`): not an error
         leave(0)
@@ -361,8 +360,8 @@ def settle_rivals(settings: Settings, defaults: dict) -> None:
 
 
 def nearly_settings(settings: Settings, environ) -> dict[str, str]:
-    """{"MAX_STEP": "max_steps", "BASE_CKPT": "init_from"}: variables that were surely meant for us, and so no single
-    words, which systems export."""
+    """{"MAX_STEP": "max_steps", "BASE_CKPT": "init_from"}: variables that were surely meant for us. Single words are
+    not: systems export those."""
     found = {}
     without_underscores = {name.replace("_", ""): name for name in settings.source if "_" in name}
     for variable in sorted(environ):
@@ -388,7 +387,7 @@ def split_arguments(settings: Settings, argv: list[str]) -> tuple[list[str], lis
         key, equals, text = arg.lstrip("-").partition("=")
         key = key.replace("-", "_").lower()
         if key.startswith("no_") and key not in settings.source and is_bool(settings, key[3:]):
-            key, equals, text = key[3:], "=", "false" if not equals else str(text.lower() in ("0", "false"))
+            key, text = key[3:], str(text.lower() in ("0", "false"))  # --no-x=0 is x
         elif not equals:
             known(settings, key, "command line")
             if is_bool(settings, key):
@@ -465,8 +464,8 @@ def parse(settings: Settings, name: str, text: str, where: str):
         try:
             value = int(text) if re.fullmatch(r"[+-]?[\d_]+", text) else float(text)
         except ValueError:
-            raise UserError(f"{name}={shown(text)} ({where}): expected {KINDS[kind]}, as in "
-                            f"{name}={getattr(settings, name)}") from None  # fmt: skip
+            example = f"{name}={getattr(settings, name)}"
+            raise UserError(f"{name}={shown(text)} ({where}): expected {KINDS[kind]}, as in {example}") from None
     elif typing.get_origin(kind) is list:
         value = [text]
     return check(settings.part_of[name], name, value, where)
@@ -523,9 +522,9 @@ def help_text(settings: Settings, doc: str) -> str:
         lines.append(f"{part.__name__} ({Path(inspect.getfile(part)).name})")
         comments = field_comments(part)
         for field in dataclasses.fields(part):
-            choices = ""
-            if typing.get_origin(settings.type(field.name)) is typing.Literal:
-                choices = f" [{' | '.join(typing.get_args(settings.type(field.name)))}]"
+            kind, choices = settings.type(field.name), ""
+            if typing.get_origin(kind) is typing.Literal:
+                choices = f" [{' | '.join(typing.get_args(kind))}]"
             default = json.dumps(getattr(settings, field.name))
             lines.append(f"  {field.name + ' = ' + default:<34} {comments[field.name]}{choices}")
         lines.append("")

@@ -7,8 +7,8 @@
     couplings   dynamic convolution, attention and feed-forward, each read from one stream and added to the other
     reflector   the streams change places after every addition, which is its own inverse (`reversible.Chain`)
 
-The machine of the same name steps its wheels with every key pressed, and that is what a position is; but whoever
-deciphers must set them as they were, so here the position is an argument and not the state of a module.
+The machine steps its wheels with every key pressed, so their state is the position in the text. Whoever deciphers must
+set them to that state again: here the position is an argument, and not the state of a module.
 """
 
 import math
@@ -29,8 +29,8 @@ from reversible import Branch
 
 def wheel_sizes(count: int, head_dim: int) -> list[int]:
     """The `count` largest numbers up to half of head_dim that are pairwise coprime: (3, 32) -> [16, 15, 13]. Only after
-    their product, in steps, do all wheels stand again as they did. The other channels of a head stay as they are, to
-    compare what tokens say wherever they stand."""
+    as many steps as their product are all wheels back where they began. The other channels of a head do not turn: they
+    compare tokens wherever these are."""
     sizes: list[int] = []
     for n in range(head_dim // 2, 1, -1):
         if len(sizes) < count and all(math.gcd(n, other) == 1 for other in sizes):
@@ -58,9 +58,9 @@ def wheel_index(positions: Tensor, sizes: list[int], head_dim: int, carry: bool 
     (c + o) mod n. Then q(t)·k(s) depends on (t - s) mod n alone, without any rounding; RoPE does the same with angles.
     """
     channels = torch.arange(head_dim, device=positions.device)
-    offsets = wheel_offsets(positions, sizes, carry)
-    index = [torch.where(channels < n, (channels + o[..., None]) % n, channels)
-             for n, o in zip(sizes, offsets, strict=True)]  # fmt: skip
+    index = []
+    for n, o in zip(sizes, wheel_offsets(positions, sizes, carry), strict=True):
+        index.append(torch.where(channels < n, (channels + o[..., None]) % n, channels))
     return torch.stack(index, dim=-3)
 
 
@@ -133,7 +133,7 @@ class EnigmaBlock(nn.Module):
 
     def __init__(self, d_model: int, n_head: int, n_kv_head: int, head_dim: int, d_ff: int, ffn: str, kernel: int = 4,
                  shears: bool = True, bias: bool = False, qk_norm: bool = True,
-                 norm_eps: float = 1e-6):  # fmt: skip
+                 norm_eps: float = 1e-6):
         super().__init__()
         norm = partial(RMSNorm, d_model, eps=norm_eps)
         self.shears = nn.ModuleList(Linear(d_model, d_model, bias=False) for _ in range(3 * shears))
@@ -141,7 +141,7 @@ class EnigmaBlock(nn.Module):
         self.conv = DynamicConv(d_model, n_head, kernel, bias) if kernel else None
         self.attn_norm = norm()
         self.attn = Attention(d_model, n_head, n_kv_head, head_dim, bias, qk_norm, 0.0, norm_eps,
-                              alibi_slopes(n_head))  # fmt: skip
+                              alibi_slopes(n_head))
         self.ffn_norm = norm()
         self.ffn = FeedForward(d_model, d_ff, ffn, bias)
 
@@ -162,7 +162,7 @@ class EnigmaBlock(nn.Module):
         mixing = [Branch(partial(self.shear, which=i), [self.shears]) for i in range(len(self.shears))]
         local = [Branch(self.convolve, [self.conv_norm, self.conv])] if self.conv is not None else []
         return [*mixing, *local, Branch(self.attend, [self.attn_norm, self.attn]),
-                Branch(self.think, [self.ffn_norm, self.ffn])]  # fmt: skip
+                Branch(self.think, [self.ffn_norm, self.ffn])]
 
     def new_caches(self, batch: int, length: int, dtype: torch.dtype, device) -> list:
         """A state for each branch, None for one that needs none."""

@@ -142,7 +142,7 @@ class MoE(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, n_expert: int, top_k: int, n_shared: int = 0, kind: str = "swiglu",
                  router: str = "softmax", renormalise: bool = True, scale: float = 1.0, bias_balance: bool = False,
-                 n_group: int = 1, topk_group: int = 1):  # fmt: skip
+                 n_group: int = 1, topk_group: int = 1):
         super().__init__()
         if router not in ("softmax", "sigmoid"):
             raise UserError(f"router={router}: choose one of softmax, sigmoid")
@@ -152,13 +152,13 @@ class MoE(nn.Module):
             raise UserError(f"n_expert={n_expert} does not divide by n_group={n_group}: change one of them")
         if not 1 <= topk_group <= n_group or topk_group * n_expert // n_group < top_k:
             raise UserError(f"topk_group={topk_group} of n_group={n_group} groups do not hold top_k={top_k} experts: "
-                            "raise topk_group")  # fmt: skip
+                            "raise topk_group")
         if d_model % 8 or d_ff % 8:
             raise UserError(f"d_model={d_model} and the width of an expert, {d_ff}, must be multiples of 8: the "
-                            "product by groups wants rows of whole 16 bytes")  # fmt: skip
+                            "product by groups wants rows of whole 16 bytes")
         if top_k == 1 and renormalise:
             raise UserError("top_k=1 with router_renormalise=True gives every token the weight 1, which teaches the "
-                            "router nothing: set router_renormalise=False")  # fmt: skip
+                            "router nothing: set router_renormalise=False")
         self.n_expert, self.top_k, self.n_group, self.topk_group = n_expert, top_k, n_group, topk_group
         self.sigmoid, self.renormalise, self.scale = router == "sigmoid", renormalise, scale
         self.router = Linear(d_model, n_expert, bias=False)

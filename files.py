@@ -1,4 +1,4 @@
-"""Files as every other file of ours treats them: written whole or not at all, locked, read as data that may be wrong.
+"""Files for all other modules: written whole or not at all, locked, and read as data that may be wrong.
 
     with replacing(path) as file:                    # appears under its name when it is complete and on the disk
         file.write(data)
@@ -102,7 +102,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def unless_empty(folder: Path):
-    """A new folder goes again if nothing has come into it inside: the work there did not begin, or failed."""
+    """Remove a new folder if it is still empty at the end: the work in it did not begin, or failed."""
     is_new = not folder.exists()
     try:
         yield
@@ -160,7 +160,7 @@ def take_lock(handle: int, unlocked: Callable[[str], None] = lambda reason: None
 
 @contextmanager
 def locked(path: Path, busy: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
-    """Only one process at a time is in here for `path`, which exists as long as it is needed.
+    """Hold the lock file `path`, one process at a time; it is removed at the end.
 
     While another process is inside, `busy(note)` is called five times a second with what that process noted last: it
     may show it, or raise. Yields `note`, the function by which the holder tells those who wait how far it is.
@@ -338,7 +338,7 @@ class Progress:
     """
 
     def __init__(self, what: str, total: float = 0, unit: str = "", scale: float = 1, quiet: bool = False,
-                 note: Callable[[str], None] | None = None):  # fmt: skip
+                 note: Callable[[str], None] | None = None):
         self.what, self.total, self.unit, self.scale, self.quiet, self.note = what, total, unit, scale, quiet, note
         self.live, self.shown = sys.stderr.isatty(), False
         self.restart(0)
@@ -360,7 +360,7 @@ class Progress:
         return ", ".join([*parts, more] if more else parts)
 
     def show(self, done: float, more: str = "") -> None:
-        """Called as often as one likes: most calls show nothing."""
+        """Call it as often as you like: most calls show nothing."""
         now = time.monotonic()
         if now - self.last < (0.2 if self.live else 10):
             return
@@ -372,7 +372,7 @@ class Progress:
             self.shown = True
 
     def close(self) -> None:
-        """Take the live line away."""
+        """Clear the live line."""
         if self.live and self.shown:
             show_line("", live=True)
         self.shown = False

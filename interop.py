@@ -34,7 +34,7 @@ def merge(run_folder: str, target: str = "", lora_base: str = "") -> Path:
     if list(folder.glob("*.pt")):
         raise UserError(f"{folder} holds a model already; name another folder")
     plain = {"format": checkpoint.FORMAT, "settings": json.dumps(saved), "base": None, "init": "",
-             **{name: state[name] for name in ("tokenizer", "progress")}, "model": merged_state(model)}  # fmt: skip
+             "tokenizer": state["tokenizer"], "progress": state["progress"], "model": merged_state(model)}
     with unless_empty(folder):
         if not target:
             own_folder(folder)
@@ -47,18 +47,19 @@ def main(argv: list[str] | None = None) -> None:
     if any(arg in ("-h", "--help", "help") for arg in argv):
         print(__doc__)
         return
-    bases, words = [], []
+    usage = "python interop.py merge RUN [FOLDER] [lora_base=CHECKPOINT]"
+    lora_base, words = "", []
     for arg in argv:
         key, equals, value = arg.partition("=")
         if key.lstrip("-").lower() == "lora_base" and equals:
-            bases.append(value)
+            lora_base = value
+        elif arg.startswith("-") or equals:
+            raise UserError(f"{arg} is unknown; say: {usage}")
         else:
             words.append(arg)
-    strange = next((word for word in words if word.startswith("-") or "=" in word), "")
-    if strange or words[:1] != ["merge"] or not 2 <= len(words) <= 3:
-        what = f"{strange} is unknown; say" if strange else "say"
-        raise UserError(f"{what}: python interop.py merge RUN [FOLDER] [lora_base=CHECKPOINT]")
-    print(f"wrote {merge(*words[1:], lora_base=''.join(bases[-1:]))}")
+    if words[:1] != ["merge"] or not 2 <= len(words) <= 3:
+        raise UserError(f"say: {usage}")
+    print(f"wrote {merge(*words[1:], lora_base=lora_base)}")
 
 
 if __name__ == "__main__":

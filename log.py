@@ -1,7 +1,7 @@
 """The log of a run: one line on the screen, one row in `log.csv`, and on request the same to TensorBoard and W&B.
 
 On a terminal the line of the current step is rewritten in place and validations stay; elsewhere every line stays.
-No log is a reason to lose a run: what a full disk refuses is written later, and a service that fails is left out.
+A log never costs a run: rows that a full disk refuses are written later, and a service that fails is left out.
 """
 
 import csv
@@ -23,7 +23,7 @@ from files import clock, optional, own_file, own_folder, replacing, require_file
 from machine import Machine, peak_flops, peak_memory
 
 COLUMNS = ["step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_gb", "val_loss",
-           "val_bits_per_byte", "expert_load", "balance", "muon_lr"]  # fmt: skip
+           "val_bits_per_byte", "expert_load", "balance", "muon_lr"]
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Log:
     """Written by the first process only. `first` is the step that the run continues from: later rows are dropped."""
 
     def __init__(self, settings: LogSettings, folder: Path, max_steps: int, first: int, machine: Machine,
-                 flops_per_token: int):  # fmt: skip
+                 flops_per_token: int):
         self.settings, self.path, self.max_steps, self.first = settings, folder / "log.csv", max_steps, first
         self.machine, self.flops_per_token, self.peak = machine, flops_per_token, peak_flops(machine)
         self.live, self.width = sys.stdout.isatty(), 0  # of the line that is rewritten
@@ -50,7 +50,7 @@ class Log:
         self.validated = any(int(row["step"]) == first and row.get("val_loss") for row in self.rows)
 
     def begin(self, config: dict) -> None:
-        """Make the file, without the rows of what will be done again: later steps, and the validation of this one."""
+        """Write the file without the rows that will come again: later steps, and the validation of this one."""
         self.since, self.paused = (self.first, time.perf_counter()), 0.0  # the last line; seconds not spent training
         if not self.machine.is_main:
             return
@@ -123,7 +123,7 @@ class Log:
         self.paused += time.perf_counter() - begin
 
     def step(self, progress, lr: float, norm: float, per_step: int, more: dict[str, float],
-             muon_lr: float | None = None) -> None:  # fmt: skip
+             muon_lr: float | None = None) -> None:
         """The mean loss since the last line, cross-entropy alone, of the steps that were not skipped; learning
         rates, gradient norm and `more` of the last step: expert_load is the busiest expert's share as a multiple of
         the mean, balance the balance loss. Memory is the peak so far."""
@@ -134,7 +134,8 @@ class Log:
         rate = (progress.step - last_step) * per_step / max(elapsed, 1e-9)
         self.since, self.paused = (progress.step, time.perf_counter()), 0.0
         loss = progress.nats / progress.learned if progress.learned else float("nan")
-        mfu, memory = self.flops_per_token * rate / self.peak if self.peak else None, peak_memory(self.machine)
+        mfu = self.flops_per_token * rate / self.peak if self.peak else None
+        memory = peak_memory(self.machine)
         left = clock((self.max_steps - progress.step) * per_step / rate)
         rest = f"{memory:5.1f} GB" + (f"  skipped {progress.skipped}" if progress.skipped else "")
         rest += "".join(f"  {name.replace('_', ' ')} {value:.2f}" for name, value in more.items())
@@ -142,18 +143,19 @@ class Log:
         # What matters most comes first: a terminal that is too narrow cuts the end.
         self.show(f"{self.name(progress.step)}  loss {fixed(loss, 7, 4)}  {rate:9,.0f} tok/s  left {left:>8}  "
                   f"{rates}  norm {fixed(norm, 6, 2)}  mfu {'-' if mfu is None else f'{mfu:.1%}':>5}  {rest}",
-                  stays=not self.live)  # fmt: skip
+                  stays=not self.live)
         self.row(step=progress.step, tokens=progress.tokens, seconds=f"{progress.seconds:.2f}", loss=f"{loss:.6f}",
                  lr=f"{lr:.6e}", grad_norm=f"{norm:.4f}", tokens_per_second=f"{rate:.0f}",
                  mfu="" if mfu is None else f"{mfu:.4f}", memory_gb=f"{memory:.3f}",
                  muon_lr="" if muon_lr is None else f"{muon_lr:.6e}",
-                 **{name: f"{value:.4f}" for name, value in more.items()})  # fmt: skip
+                 **{name: f"{value:.4f}" for name, value in more.items()})
 
     def validation(self, progress, score, better: bool) -> None:
+        best = "  best" if better else ""
         self.say(f"{self.name(progress.step)}  validation loss {score.loss:.4f}  perplexity {score.perplexity:.2f}  "
-                 f"bits/byte {score.bits_per_byte:.4f}{'  best' if better else ''}")  # fmt: skip
+                 f"bits/byte {score.bits_per_byte:.4f}{best}")
         self.row(step=progress.step, tokens=progress.tokens, seconds=f"{progress.seconds:.2f}",
-                 val_loss=f"{score.loss:.6f}", val_bits_per_byte=f"{score.bits_per_byte:.6f}")  # fmt: skip
+                 val_loss=f"{score.loss:.6f}", val_bits_per_byte=f"{score.bits_per_byte:.6f}")
 
     def name(self, step: int) -> str:
         return f"step {step:{len(str(self.max_steps))}}/{self.max_steps}"

@@ -53,7 +53,7 @@ class LoraLinear(nn.Module):
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, rs: bool = False,
-                 dora: bool = False):  # fmt: skip
+                 dora: bool = False):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -141,17 +141,17 @@ def inject(model: nn.Module, settings: LoraSettings) -> list[str]:
     if settings.lora_dropout and read:
         others = "all" if read == {"head"} else "attn"
         raise UserError(f"lora_dropout={settings.lora_dropout} cannot act on the {min(read)}, whose weight is read as "
-                        f"it is: set lora_targets={others} or lora_dropout=0")  # fmt: skip
+                        f"it is: set lora_targets={others} or lora_dropout=0")
     if settings.lora_dropout and getattr(model, "chain", None) is not None:
         raise UserError(f"lora_dropout={settings.lora_dropout}: a reversible model computes every branch again, the "
-                        "same each time; set lora_dropout=0")  # fmt: skip
+                        "same each time; set lora_dropout=0")
     model.requires_grad_(False)
     adapters: dict[int, LoraLinear] = {}
     names = []
     for name, linear in places:
         if name in chosen and id(linear) not in adapters:
             adapters[id(linear)] = LoraLinear(linear, settings.lora_rank, settings.lora_alpha, settings.lora_dropout,
-                                              settings.lora_rs, settings.lora_dora)  # fmt: skip
+                                              settings.lora_rs, settings.lora_dora)
             names.append(name)
     for name, linear in places:
         if id(linear) in adapters:
@@ -172,7 +172,7 @@ def choose(names: list[str], targets: list[str]) -> set[str]:
         if not found:
             known = sorted({part for name in names for part in parts[name] if not part.isdigit()})
             raise UserError(f"lora_targets={target} matches no matrix of this model: choose from all, "
-                            f"{', '.join(known)}, or write a pattern such as blocks.0.*")  # fmt: skip
+                            f"{', '.join(known)}, or write a pattern such as blocks.0.*")
         chosen |= found
     return chosen
 
@@ -188,8 +188,11 @@ def adapted(model: nn.Module, every_name: bool = False) -> list[tuple[str, LoraL
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """{"blocks.0.attn.q.lora_a": ..., "blocks.0.attn.q.lora_b": ..., ...}: the adapters themselves, not copies."""
-    return {f"{name}.{key}": p.detach() for name, module in adapted(model)
-            for key, p in module.named_parameters(recurse=False)}  # fmt: skip
+    state = {}
+    for name, module in adapted(model):
+        for key, p in module.named_parameters(recurse=False):
+            state[f"{name}.{key}"] = p.detach()
+    return state
 
 
 def load_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -202,11 +205,11 @@ def load_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
     if different := sorted(own.keys() ^ state.keys()):
         where = "the file" if different[0] in state else "the model"
         raise UserError(f"the adapter does not fit: {different[0]} is only in {where}; use the lora_targets and "
-                        "lora_dora that it was trained with")  # fmt: skip
+                        "lora_dora that it was trained with")
     for name, tensor in own.items():
         if tensor.shape != state[name].shape:
             raise UserError(f"the adapter does not fit: {name} is {tuple(state[name].shape)} in the file and "
-                            f"{tuple(tensor.shape)} in the model; use its lora_rank, and its base")  # fmt: skip
+                            f"{tuple(tensor.shape)} in the model; use its lora_rank, and its base")
     if any(module.kept for _, module in adapted(model)):
         raise ValueError("unmerge the model first: its merged weights are those of the old adapter")
     for name, tensor in own.items():
@@ -262,8 +265,8 @@ def describe(model: nn.Module) -> str:
     modules = adapted(model)
     parts = [[part for part in name.split(".") if not part.isdigit()] for name, _ in modules]
     kinds = dict.fromkeys("ffn" if "ffn" in part else part[-1] for part in parts)  # a set that keeps the order
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    total, trained = sum(n for n, _ in counts), sum(n for n, trains in counts if trains)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     method = "LoRA" if modules[0][1].lora_magnitude is None else "DoRA"
     return (f"{method} rank {modules[0][1].rank} on {len(modules)} matrices ({' '.join(kinds)}): "
-            f"{trained:,} of {total:,} parameters train, {100 * trained / total:.1f} %")  # fmt: skip
+            f"{trained:,} of {total:,} parameters train, {100 * trained / total:.1f} %")

@@ -3,6 +3,8 @@
     nats = HeadLoss.apply(x, head.weight, targets, weights, label_smoothing, softcap)      # (N,) in fp32
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,27 +24,33 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float,
-                softcap: float) -> Tensor:  # fmt: skip
+                softcap: float) -> Tensor:
         """x (N, D), weight (V, D), targets (N,), weights (N,) -> weighted nats (N,) fp32, products as autocast says."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        ctx.dtypes, ctx.how = (x.dtype, weight.dtype), (smoothing, softcap)
+        ctx.dtypes, ctx.smoothing, ctx.softcap = (x.dtype, weight.dtype), smoothing, softcap
         x, weight = x.to(dtype), weight.to(dtype)
         scale = torch.ones(len(x), device=x.device) if weights is None else weights.float()
-        wanted = any(ctx.needs_input_grad)
-        nats, dx, dweight = head_pass(x, weight, targets, scale, *ctx.how, wanted, ctx.needs_input_grad[1])
-        if wanted:
+        need_grad, need_dweight = any(ctx.needs_input_grad), ctx.needs_input_grad[1]
+        nats, dx, dweight = head_pass(x, weight, targets, scale, smoothing, softcap, need_grad, need_dweight)
+        if need_grad:
             ctx.save_for_backward(x, weight, targets, scale, dx, dweight)
         return nats * scale
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
         x, weight, targets, scale, dx, dweight = ctx.saved_tensors
-        if any(upstream.stride()):  # not one number expanded: recompute with a factor per token
-            _, dx, dweight = head_pass(x, weight, targets, scale * upstream, *ctx.how, True, dweight is not None)
+        is_one_number = not any(upstream.stride())  # expanded; else compute again with a factor per token
+        if is_one_number:
+            dx = dx * upstream[:1, None]
         else:
-            dx, dweight = dx * upstream[:1, None], None if dweight is None else dweight.to(ctx.dtypes[1]) * upstream[0]
-        return dx.to(ctx.dtypes[0]), None if dweight is None else dweight.to(ctx.dtypes[1]), None, None, None, None
+            scale, need_dweight = scale * upstream, dweight is not None
+            _, dx, dweight = head_pass(x, weight, targets, scale, ctx.smoothing, ctx.softcap, True, need_dweight)
+        if dweight is not None:
+            dweight = dweight.to(ctx.dtypes[1])
+            if is_one_number:
+                dweight = dweight * upstream[0]
+        return dx.to(ctx.dtypes[0]), dweight, None, None, None, None
 
 
 # Elements of the logits of a chunk: 64 MB on a CPU, enough to fill a GPU. And of the gradients by logits, in the dtype
@@ -53,21 +61,22 @@ GROUP_ELEMENTS = {"cpu": 2**27, "cuda": 2**29, "mps": 2**26}
 
 
 def head_pass(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, smoothing: float = 0.0, softcap: float = 0.0,
-              wanted: bool = False, wanted_weight: bool = False):  # fmt: skip
-    """nats (N,) and, if wanted, the gradients of sum(scale · nats) by x (N, D) and by weight (V, D), if not frozen."""
+              need_grad: bool = False, need_dweight: bool = False):
+    """nats (N,) and, if needed, the gradients of sum(scale · nats) by x (N, D) and by weight (V, D)."""
     (N, V), device = (x.shape[0], weight.shape[0]), x.device
-    rows = max(1, min(N, CHUNK_ELEMENTS[device.type] // V))
-    group = rows * max(1, min(-(-N // rows), GROUP_ELEMENTS[device.type] // V // rows))
+    rows = max(1, min(N, CHUNK_ELEMENTS[device.type] // V))  # per chunk
+    chunks = math.ceil(N / rows)
+    group = rows * max(1, min(chunks, GROUP_ELEMENTS[device.type] // V // rows))
     nats = torch.empty(N, dtype=torch.float32, device=device)
-    grads = torch.empty(min(N, group) if wanted else 0, V, dtype=x.dtype, device=device)
-    dx, dweight = torch.empty_like(x) if wanted else None, None
+    grads = torch.empty(min(N, group) if need_grad else 0, V, dtype=x.dtype, device=device)
+    dx, dweight = torch.empty_like(x) if need_grad else None, None
     for first in range(0, N, rows):
         part = slice(first, min(first + rows, N))
         target = targets[part, None]  # (R, 1)
         logits = soft_cap((x[part] @ weight.T).float(), softcap)  # (R, V)
         log_probs = logits.log_softmax(dim=-1)
         nats[part] = -log_probs.gather(1, target)[:, 0]  # cross-entropy alone: smoothing acts on the gradient
-        if wanted:  # the gradient by the logits is softmax minus the target's distribution
+        if need_grad:  # the gradient by the logits is softmax minus the target's distribution
             grad = log_probs.exp_()
             if smoothing:
                 grad -= smoothing / V
@@ -79,7 +88,7 @@ def head_pass(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, smoothi
             if part.stop in (begin + group, N):
                 full, held = slice(begin, part.stop), grads[: part.stop - begin]
                 dx[full] = held @ weight
-                if wanted_weight:
+                if need_dweight:
                     more = held.T @ x[full]
                     dweight = more if dweight is None else dweight.float().add_(more)
     return nats, dx, dweight

@@ -33,7 +33,7 @@ class MachineSettings:
 
 @dataclass
 class Machine:
-    """What the run found out about where it runs."""
+    """The device, the precision and the processes of a run."""
 
     device: torch.device
     dtype: torch.dtype
@@ -195,7 +195,7 @@ PEAK_FLOPS = {
     "A30": 165e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "V100-PCIE": 112e12,
     "V100": 125e12, "T4": 65e12, "RTX 5090": 209.5e12, "RTX 4090": 165e12, "RTX 3090 Ti": 80e12, "RTX 3090": 71e12,
     "RTX 6000 Ada": 364e12, "RTX A6000": 155e12,
-}  # fmt: skip
+}
 
 
 def peak_flops(machine: Machine) -> float | None:

@@ -36,7 +36,7 @@ from loss import HeadLoss, soft_cap
 from mla import LatentAttention
 from reversible import Branch, Chain
 
-# No model is near these bounds: what is beyond is a slip, which would take all memory, or for ever.
+# No model is near these bounds. A number beyond them is a slip, and would take all memory or all day.
 Layers = Annotated[int, Range(least=0, most=10_000)]
 Dim = Annotated[int, Range(least=1, most=2**20)]
 Bits = Annotated[int, Range(least=0, most=20)]
@@ -113,7 +113,7 @@ class ModelConfig:
             raise UserError(f"n_dense={self.n_dense} must be below n_layer={self.n_layer}: experts need a block")
         if self.norm_position == "post" and (self.residual == "parallel" or self.tie_embeddings):
             raise UserError("norm_position=post needs residual=serial and tie_embeddings=False: tied, a token would "
-                            "predict itself at first")  # fmt: skip
+                            "predict itself at first")
 
     def fill_defaults(self) -> None:
         """Sizes that are 0 and follow from others."""
@@ -136,7 +136,7 @@ class ModelConfig:
             raise UserError("n_layer=0 must be at least 1: a model needs a block")
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head={self.n_head} does not divide by n_kv_head={self.n_kv_head}: set n_kv_head="
-                            f"{math.gcd(self.n_head, self.n_kv_head)}, or 0 for as many as n_head")  # fmt: skip
+                            f"{math.gcd(self.n_head, self.n_kv_head)}, or 0 for as many as n_head")
 
     def check_positions(self) -> None:
         if self.position == "rope" and self.head_dim % 2:
@@ -179,14 +179,14 @@ class ModelConfig:
             raise UserError(f"n_enigma={self.n_enigma} needs reversible=True")
         if self.wheels != "none" and (self.n_head % 2 or self.n_kv_head % 2):
             raise UserError(f"n_head={self.n_head} and n_kv_head={self.n_kv_head} must be even: half of the heads "
-                            "turn with wheels (wheels=none has none)")  # fmt: skip
+                            "turn with wheels (wheels=none has none)")
         if self.kernel > self.seq_len:
             raise UserError(f"kernel={self.kernel} must be between 0 and seq_len={self.seq_len}")
         if self.window or self.norm != "rmsnorm":
             raise UserError("Enigma blocks have RMSNorm and no window: set norm=rmsnorm window=0")
         if (self.kernel and self.d_model % self.n_head) or self.head_dim < 4:
             raise UserError(f"Enigma blocks need heads of at least 4 channels, and d_model={self.d_model} to divide by "
-                            f"n_head={self.n_head}")  # fmt: skip
+                            f"n_head={self.n_head}")
 
 
 def make_norm(cfg: ModelConfig) -> nn.Module:
@@ -204,17 +204,17 @@ class Block(nn.Module):
         self.attn_norm = make_norm(cfg)
         if cfg.attention == "mla":  # a head as wide as others, and the rotary channels besides
             self.attn = LatentAttention(cfg.d_model, cfg.n_head, cfg.kv_rank, cfg.q_rank, cfg.head_dim, cfg.rope_dim,
-                                        cfg.head_dim, cfg.bias, cfg.dropout)  # fmt: skip
+                                        cfg.head_dim, cfg.bias, cfg.dropout)
         else:
             slopes = alibi_slopes(cfg.n_head) if cfg.position == "alibi" else None
             windowed = cfg.window_pattern[layer % len(cfg.window_pattern)] == "S"
             self.attn = Attention(cfg.d_model, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.bias, cfg.qk_norm,
-                                  cfg.dropout, cfg.norm_eps, slopes, cfg.window * windowed)  # fmt: skip
+                                  cfg.dropout, cfg.norm_eps, slopes, cfg.window * windowed)
         self.ffn_norm = make_norm(cfg)
         if cfg.n_expert and layer >= cfg.n_dense:
             self.ffn = MoE(cfg.d_model, cfg.d_expert, cfg.n_expert, cfg.top_k, cfg.n_shared, cfg.ffn, cfg.router,
                            cfg.router_renormalise, cfg.router_scale, cfg.balance == "bias", cfg.n_group,
-                           cfg.topk_group)  # fmt: skip
+                           cfg.topk_group)
         else:
             self.ffn = FeedForward(cfg.d_model, cfg.d_ff, cfg.ffn, cfg.bias)
         self.dropout = nn.Dropout(cfg.dropout)
@@ -276,7 +276,7 @@ class LanguageModel(nn.Module):
         self.position = nn.Embedding(cfg.seq_len, cfg.d_model) if cfg.position == "learned" else None
         self.dropout = nn.Dropout(cfg.dropout)
         enigma = partial(EnigmaBlock, cfg.d_model, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.d_ff, cfg.ffn,
-                         cfg.kernel, cfg.shears, cfg.bias, cfg.qk_norm, cfg.norm_eps)  # fmt: skip
+                         cfg.kernel, cfg.shears, cfg.bias, cfg.qk_norm, cfg.norm_eps)
         self.blocks = nn.ModuleList(enigma() for _ in range(cfg.n_enigma))
         self.blocks.extend(Block(cfg, i) for i in range(cfg.n_layer))
         self.norm = make_norm(cfg)
@@ -306,7 +306,7 @@ class LanguageModel(nn.Module):
                 nn.init.normal_(p, std=self.cfg.init_std) if p.ndim > 1 else nn.init.zeros_(p)
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, weights: Tensor | None = None,
-                positions: Tensor | None = None, cache: Cache | None = None, n_logits: int = 0) -> Tensor:  # fmt: skip
+                positions: Tensor | None = None, cache: Cache | None = None, n_logits: int = 0) -> Tensor:
         """ids (B, T) integers -> nats (B, T) fp32 where targets (B, T) are given, else logits.
 
         weights (B, T), default 1, multiply the nats: 0 for a token that is not learned. Logits are (B, T, V), or those
@@ -314,11 +314,12 @@ class LanguageModel(nn.Module):
         at 0 put several texts in a row, and none of them sees another. Raises ValueError past seq_len.
         """
         B, T = ids.shape
-        start = cache.length if cache is not None else 0
-        limit = self.cfg.seq_len if cache is None else cache.size
+        start, pad, limit, what = 0, None, self.cfg.seq_len, "seq_len"
+        if cache is not None:
+            start, pad, limit, what = cache.length, cache.pad, cache.size, "the cache"
         if start + T > limit:
-            raise ValueError(f"{start + T} tokens are more than {'seq_len' if cache is None else 'the cache'}={limit}")
-        x, place = self.embed_at(ids, start, cache.pad if cache is not None else None, positions)
+            raise ValueError(f"{start + T} tokens are more than {what}={limit}")
+        x, place = self.embed_at(ids, start, pad, positions)
         place.weights = weights
         if self.training and targets is not None and self.cfg.n_expert and self.cfg.balance == "loss":
             place.balance = []
@@ -341,7 +342,7 @@ class LanguageModel(nn.Module):
         # Without gradients the weight must say so: an autograd function asks its tensors and not the mode.
         head = self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()
         nats = HeadLoss.apply(x.view(B * T, -1), head, targets.reshape(-1), flat, smoothing,
-                              self.cfg.logit_softcap).view(B, T)  # fmt: skip
+                              self.cfg.logit_softcap).view(B, T)
         if place.balance:  # every token carries its share of this loss: in the gradient, not in the nats
             balance = torch.stack(place.balance).mean()
             self.balance = balance.detach()
@@ -350,8 +351,8 @@ class LanguageModel(nn.Module):
         return nats
 
     def embed_at(self, ids: Tensor, start: int = 0, pad: Tensor | None = None,
-                 positions: Tensor | None = None) -> tuple[Tensor, Place]:  # fmt: skip
-        """ids (B, T) -> embeddings (B, T, D), and where they stand."""
+                 positions: Tensor | None = None) -> tuple[Tensor, Place]:
+        """ids (B, T) -> embeddings (B, T, D), and their positions."""
         cfg, mask = self.cfg, None
         if positions is not None:
             mask = example_mask(positions)
@@ -404,7 +405,7 @@ class LanguageModel(nn.Module):
         return Cache([b.new_caches(batch, length, weight.dtype, weight.device) for b in self.blocks], length)
 
     def spread_cache(self, cache: Cache, index: Tensor) -> Cache:
-        """A cache whose row i is a copy of row index[i]: several samples go on from one prompt."""
+        """A cache whose row i is a copy of row index[i]: several samples continue one prompt."""
         result = self.new_cache(len(index), cache.size)
         result.length, result.pad = cache.length, cache.pad[index] if cache.pad is not None else None
         for states, copies in zip(cache.blocks, result.blocks, strict=True):

@@ -125,8 +125,8 @@ def adamw_scalars(t: Tensor, lr: float, decay: float, s: OptimSettings, finite: 
     bias1 = -torch.expm1(t * math.log(s.beta1))  # 1 - beta1^t without cancellation
     bias2_root = (-torch.expm1(t * math.log(s.beta2))).sqrt()
     one = torch.ones_like(bias1)
-    scalars = torch.stack((one * (1 - lr * decay), one * (1 - s.beta1), one * (1 - s.beta2),
-                           s.eps * bias2_root, lr * bias2_root / bias1))  # fmt: skip
+    size = lr * bias2_root / bias1
+    scalars = torch.stack((one * (1 - lr * decay), one * (1 - s.beta1), one * (1 - s.beta2), s.eps * bias2_root, size))
     if finite is not None:
         scalars = torch.where(finite, scalars, torch.stack((one, 0 * one, 0 * one, one, 0 * one)))
     return scalars
@@ -172,8 +172,10 @@ def blocks(tensors: list[tuple[Tensor, ...]], size: int) -> Iterator[tuple[tuple
     """
     taken, room = [], size
     for group in tensors:
-        large = group[0].numel() > size
-        for pieces in zip(*(tensor.view(-1).split(size) for tensor in group), strict=True) if large else [group]:
+        cut = [group]
+        if group[0].numel() > size:
+            cut = zip(*(tensor.view(-1).split(size) for tensor in group), strict=True)
+        for pieces in cut:
             if pieces[0].numel() > room:
                 yield tuple(zip(*taken, strict=True))
                 taken, room = [], size
@@ -204,7 +206,7 @@ def orthogonalize(g: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def muon_step(params: list[Tensor], momentum: Tensor, lr: float, s: OptimSettings, dtype: torch.dtype,
-              finite: Tensor | None) -> None:  # fmt: skip
+              finite: Tensor | None) -> None:
     """One Muon step in place, for N parameters (m, n), or (E, m, n) as experts have: then E matrices each.
 
     momentum is (N, m, n) or (N, E, m, n). The step has the size lr·sqrt(max(1, m/n)), with which the change of the
@@ -215,7 +217,9 @@ def muon_step(params: list[Tensor], momentum: Tensor, lr: float, s: OptimSetting
     keep, weight, ahead = 1 - lr * s.weight_decay, 1 - s.muon_momentum, s.muon_momentum
     if finite is not None:  # where it is False: no gradient, no look ahead, so an update of zero
         g = torch.where(finite, g, 0.0)
-        keep, weight, ahead = (torch.where(finite, x, y) for x, y in ((keep, 1.0), (weight, 0.0), (ahead, 0.0)))
+        keep = torch.where(finite, keep, 1.0)
+        weight = torch.where(finite, weight, 0.0)
+        ahead = torch.where(finite, ahead, 0.0)
     momentum.lerp_(g, weight)
     g.lerp_(momentum, ahead)  # Nesterov: look one step ahead
     matrices = g.flatten(0, -3).squeeze(0)  # (m, n) if there is only one: on a CPU a batch of one is slower
@@ -252,7 +256,6 @@ def roles(model: nn.Module) -> dict[str, dict[str, Tensor]]:
         else:
             role = "matrix"
         found[role][name] = p
-    assert sum(map(len, found.values())) == sum(p.requires_grad for p in model.parameters())
     return found
 
 
@@ -290,13 +293,14 @@ class Optimizer:
     def stack(self, matrices: dict[str, Tensor]) -> list[tuple[list[Tensor], Tensor]]:
         """[(parameters of one shape, their momentum)]: up to 512 MiB of them are updated by one batched product, on a
         CPU 64 MiB."""
-        names, stacks = defaultdict(list), []
+        by_shape, stacks = defaultdict(list), []
         for name, p in matrices.items():
-            names[p.shape].append(name)
-        for shape in names:
-            size = max(1, 2 ** (24 if self.device.type == "cpu" else 27) // shape.numel())
-            for i in range(0, len(names[shape]), size):
-                chunk = names[shape][i : i + size]
+            by_shape[p.shape].append(name)
+        elements = 2**24 if self.device.type == "cpu" else 2**27
+        for shape, names in by_shape.items():
+            size = max(1, elements // shape.numel())
+            for i in range(0, len(names), size):
+                chunk = names[i : i + size]
                 momentum = torch.zeros(len(chunk), *shape, device=self.device)
                 self.state.update({f"{name}.momentum": x for name, x in zip(chunk, momentum, strict=True)})
                 stacks.append(([matrices[name] for name in chunk], momentum))
@@ -319,8 +323,10 @@ class Optimizer:
         state["applied"] += 1 if finite is None else finite
         for decay, names in self.adamw.items():
             scalars = adamw_scalars(state["applied"], factor * s.lr, decay, s, finite)
-            tensors = [(p := self.params[name], p.grad.contiguous(), state[f"{name}.mean"], state[f"{name}.square"])
-                       for name in names]  # fmt: skip
+            tensors = []
+            for name in names:
+                p = self.params[name]
+                tensors.append((p, p.grad.contiguous(), state[f"{name}.mean"], state[f"{name}.square"]))
             self.step_adamw(tensors, scalars, finite)
         dtype = matmul_dtype(self.device)
         for params, momentum in self.stacks:
@@ -361,11 +367,11 @@ def restore(into: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> Non
     if different := sorted(into.keys() ^ saved.keys()):
         where = "the checkpoint" if different[0] in saved else "this run"
         raise UserError(f"the {what} of the checkpoint does not fit: {different[0]} is only in {where}; "
-                        "continue with the settings of the run, or start a new one")  # fmt: skip
+                        "continue with the settings of the run, or start a new one")
     for name, tensor in into.items():
         if tensor.shape != saved[name].shape:
             raise UserError(f"the {what} of the checkpoint does not fit: {name} is {tuple(saved[name].shape)} there "
-                            f"and {tuple(tensor.shape)} in this run")  # fmt: skip
+                            f"and {tuple(tensor.shape)} in this run")
     for name, tensor in into.items():
         tensor.copy_(saved[name])
 

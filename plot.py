@@ -127,7 +127,7 @@ def draw(labels: list[str], runs: list[dict], out: Path) -> None:
     labels = ["".join(c if c.isprintable() else "?" for c in label).replace("$", r"\$") for label in labels]
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
              "axes.edgecolor": GREY, "grid.color": "#e2e8f0", "axes.titlesize": 10, "axes.titlelocation": "left",
-             "xtick.color": GREY, "ytick.color": GREY}  # fmt: skip
+             "xtick.color": GREY, "ytick.color": GREY}
     with plt.rc_context(style):
         figure = plt.figure(figsize=(9, 8), dpi=200, layout="constrained")  # 1,800 pixels, to be shown 900 wide
         grid = figure.add_gridspec(3, 6, height_ratios=(2.2, 1.5, 1.3))

@@ -1,4 +1,4 @@
-"""Processes that work for us: as many as there are CPUs for us, and none that outlives its parent.
+"""Worker processes: as many as there are CPUs that we may use, and none outlives its parent.
 
     for item, result in in_order(function, items, workers=0):      # results in the order of the items
         ...
@@ -29,7 +29,7 @@ def cpu_count() -> int:
 
 
 def in_order(function: Callable[[Item], Result], items: Iterator[Item], workers: int = 0,
-             few: int = 2) -> Iterator[tuple[Item, Result]]:  # fmt: skip
+             few: int = 2) -> Iterator[tuple[Item, Result]]:
     """(item, function(item)) in the order of the items, by `workers` processes (0: one per CPU).
 
     With one worker, or fewer than `few` items, no process is started. At most 2 `workers` items are ahead of the one
@@ -53,8 +53,8 @@ def in_order(function: Callable[[Item], Result], items: Iterator[Item], workers:
                 yield done, future.result()
         yield from ((done, future.result()) for done, future in waiting)
     except BrokenProcessPool:
-        raise UserError("a worker process was killed, most likely because the memory was full; WORKERS=1 needs less"
-                        ) from None  # fmt: skip
+        why = "most likely because the memory was full; WORKERS=1 needs less"
+        raise UserError(f"a worker process was killed, {why}") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
