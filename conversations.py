@@ -25,6 +25,7 @@ and the names of all others are counted in `notes`.
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from chat import Message, split_turns
@@ -102,8 +103,8 @@ def record_messages(record, where: str, notes: Counter) -> Conversation:
     elif field["answer"] and (field["user"] or field["input"]):
         messages = [*history(record, field["history"], where), *question_and_answer(record, field, where)]
     else:
-        raise UserError(f"{where}: expected a record with a list of messages, or with instruction and output"
-                        f"{'; it has ' + ', '.join(record) if record else ''}")  # fmt: skip
+        has = f"; it has {', '.join(record)}" if record else ""
+        raise UserError(f"{where}: expected a record with a list of messages, or with instruction and output{has}")
     if filled(record, field["system"]):
         text = record_text(record, field["system"], where)
         if messages and messages[0]["role"] == "system":
@@ -161,7 +162,8 @@ def said(parts, where: str, notes: Counter, before: int = 0) -> Conversation:
     if not isinstance(parts, list):
         raise UserError(f"{where}: expected a list of messages, found a {type(parts).__name__}")
     if parts and all(isinstance(part, dict) and "output" in part for part in parts):
-        parts = [each for number, part in enumerate(parts, 1) for each in turn(part, f"{where}: turn {number}", notes)]
+        turns = [turn(part, f"{where}: turn {number}", notes) for number, part in enumerate(parts, 1)]
+        parts = list(chain.from_iterable(turns))
     return [message(part, f"{where}: message {number}", notes) for number, part in enumerate(parts, before + 1)]
 
 
@@ -243,7 +245,8 @@ def text_examples(path: Path, notes: Counter) -> Iterator[Conversation]:
     """The blocks of a text file; blank lines around a part are no part of it."""
     parts: dict[str, list[str]] = {"": []}  # of this example; "" is what comes before its first heading
     start = 1
-    for number, line in enumerate([*"".join(block for block, _ in text_blocks(path)).split("\n"), SEPARATOR], 1):
+    text = "".join(block for block, _ in text_blocks(path))
+    for number, line in enumerate([*text.split("\n"), SEPARATOR], 1):
         name = found[1] if (found := HEADING.match(line)) else ""
         if line == SEPARATOR or (name == "Instruction" and "Response" in parts):
             if len(parts) > 1 or "".join(parts[""]).strip():
@@ -263,8 +266,13 @@ def text_examples(path: Path, notes: Counter) -> Iterator[Conversation]:
 
 def block_messages(parts: dict[str, list[str]], where: str, notes: Counter) -> Conversation:
     if "Response" not in parts:
-        raise UserError(f"{where}: {'no ### Response:' if len(parts) > 1 else 'text without ### Instruction:'}")
+        wrong = "no ### Response:" if len(parts) > 1 else "text without ### Instruction:"
+        raise UserError(f"{where}: {wrong}")
     text = {name: re.sub(r"^\s*\n", "", "\n".join(lines)).rstrip() for name, lines in parts.items()}
-    user = {"role": "user", "content": text["Instruction"]} | ({"input": text["Input"]} if text.get("Input") else {})
-    system = [{"role": "system", "content": text[""]}] if text[""] else []
-    return checked([*system, user, {"role": "assistant", "content": text["Response"]}], where, notes)
+    user = {"role": "user", "content": text["Instruction"]}
+    if text.get("Input"):
+        user["input"] = text["Input"]
+    messages = [user, {"role": "assistant", "content": text["Response"]}]
+    if text[""]:
+        messages = [{"role": "system", "content": text[""]}, *messages]
+    return checked(messages, where, notes)

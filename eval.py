@@ -374,8 +374,10 @@ def table(rows: list[dict]) -> str:
         for metric in ("acc", "acc_norm"):
             error = row[f"{metric}_stderr"]
             cells.append(f"{row[metric]:.4f} ± {error:.4f}" if error is not None else f"{row[metric]:.4f}")
-        shown = f"{row['task']:<14} {row['n']:>9,} {row['n_shot']:>5} {cells[0]:>15} {cells[1]:>15}"
-        lines.append(shown + f"  ({row['cut']:,} did not fit into the context)" * bool(row["cut"]))
+        line = f"{row['task']:<14} {row['n']:>9,} {row['n_shot']:>5} {cells[0]:>15} {cells[1]:>15}"
+        if row["cut"]:
+            line += f"  ({row['cut']:,} did not fit into the context)"
+        lines.append(line)
     return "\n".join(lines)
 
 

@@ -89,11 +89,13 @@ def beginnings(stream, tokenizer, count: int, size: int = 40) -> list[list[int]]
 def longer(s: Settings, plan: Plan, machine: Machine) -> str:
     """The command of this run, for twice the steps."""
     name, value = ("max_tokens", 2 * s.max_tokens) if s.max_tokens else ("max_steps", 2 * plan.max_steps)
-    set_outside = [f"{key.upper()}={getattr(s, key)}" for key, source in s.source.items()
-                   if source == "environment" and key != name]  # fmt: skip
+    exported = [key for key, source in s.source.items() if source == "environment" and key != name]
+    set_outside = [f"{key.upper()}={getattr(s, key)}" for key in exported]
     start = f"torchrun --nproc_per_node={machine.world_size}" if machine.world_size > 1 else "python"
     words = [word for word in s.argv if not word.lstrip("-").lower().startswith(f"{name}=")]
-    words = [*words, f"{name.upper()}={value}", *["OVERWRITE="] * bool(s.overwrite)]
+    words.append(f"{name.upper()}={value}")
+    if s.overwrite:
+        words.append("OVERWRITE=")
     return " ".join([*map(shlex.quote, set_outside), command("train.py", start), shlex.join(words)])
 
 

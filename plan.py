@@ -129,7 +129,11 @@ def run_folder(s: Settings) -> Path:
         name += f"-{dataset_name('mix ' + s.mixture)}"
     if s.task == "pretrain" and not s.use_lora and s.source["tokenizer"] in OUTSIDE:
         name += f"-{tokenizer_name(s.tokenizer)}"
-    return ROOT / "out" / (name + "-sft" * (s.task == "sft") + "-lora" * s.use_lora)
+    if s.task == "sft":
+        name += "-sft"
+    if s.use_lora:
+        name += "-lora"
+    return ROOT / "out" / name
 
 
 def tokenizer_name(tokenizer: str) -> str:
@@ -210,8 +214,7 @@ def starting_point(s: Settings, out_dir: Path, machine: Machine) -> Start:
     path = base_of(s)
     state = checkpoint.load(path)
     if state["base"]:
-        raise UserError(f"{path} holds adapters: `python interop.py merge {path.parent}` makes a model of them, which "
-                        "can be a base")  # fmt: skip
+        raise UserError(f"{path} holds adapters: `python interop.py merge {path.parent}` makes a base of them")
     machine.print(f"init     from {path}")
     saved, names = checkpoint.saved_settings(state, path, s.parts), names_of(ModelConfig) & MUST
     tokenizer = checkpoint.tokenizer_of(state, saved, path)

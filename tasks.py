@@ -401,6 +401,7 @@ def show_examples(results: list[dict], count: int = 3) -> str:
         for each in [r for r in sorted(results, key=lambda r: r["id"]) if r["acc_norm"] == right][:count]:
             lines.append(f"{title}: {each['query'][-300:]}")
             for i, (choice, score) in enumerate(zip(each["choices"], each["scores"], strict=True)):
-                marks = ">" * (i == each["answer_norm"]) + "*" * (i == each["gold"])
+                marks = ">" if i == each["answer_norm"] else ""
+                marks += "*" if i == each["gold"] else ""
                 lines.append(f"  {marks:>2} {score / max(len(choice), 1):8.3f}  {choice}")
     return "\n".join(lines)
