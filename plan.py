@@ -165,9 +165,6 @@ def plan_steps(s: Settings, machine: Machine, step: int = 0, samples: int = 0) -
 
     `step` updates are done, and `samples` rows are seen: max_steps counts all updates, max_tokens all tokens.
     """
-    for name in ("batch_size", "grad_accum", "log_interval", "eval_interval", "keep_checkpoints"):
-        if getattr(s, name) < 1:
-            raise UserError(f"{name}={getattr(s, name)} must be at least 1")
     world = machine.world_size
     if s.total_batch_size:
         sequences = s.total_batch_size // s.seq_len
@@ -189,8 +186,6 @@ def plan_steps(s: Settings, machine: Machine, step: int = 0, samples: int = 0) -
     if s.max_tokens:
         rows = -(-s.max_tokens // s.seq_len) - samples
         max_steps = step + max(0, -(-rows // sequences))
-    if max_steps < 1:
-        raise UserError(f"max_steps={max_steps} must be at least 1")
     return Plan(max_steps, samples + (max_steps - step) * sequences, sequences, per_rank, micro_batch)
 
 
