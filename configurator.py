@@ -138,7 +138,12 @@ def leave(code: int | None) -> None:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    for last in leaving:
+        last(code or 0)
     sys.exit(code)
+
+
+leaving: list[typing.Callable[[int], None]] = []  # what `leave` calls last, with the exit code
 
 
 def visible(text: str, stream: typing.TextIO | None = None) -> str:

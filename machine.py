@@ -1,6 +1,5 @@
 """The machine: which device and precision to use and why, several processes, memory, and the peak rates for MFU."""
 
-import atexit
 import ctypes
 import math
 import os
@@ -16,7 +15,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from configurator import UserError, check_fields, shown, tell
+from configurator import UserError, check_fields, leaving, shown, tell
 from workers import watch_parent
 
 
@@ -170,21 +169,15 @@ def init_processes(machine: Machine) -> None:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=gpu)
 
 
-def leave_processes(machine: Machine, code: int = 0) -> None:
-    """Leave together, with exit status `code`. With gloo we skip the interpreter's own cleanup: a process whose peers
-    are gone may abort while its connections are closed."""
+def leave_processes(machine: Machine) -> None:
+    """Leave together. With gloo we skip the interpreter's own cleanup: a process whose peers are gone may abort while
+    its connections are closed."""
     if machine.world_size > 1:
         dist.barrier()
         if machine.device.type == "cuda":
             dist.destroy_process_group()
         else:
-            atexit.register(leave_at_once, code)
-
-
-def leave_at_once(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+            leaving.append(os._exit)
 
 
 # Dense peak rates in FLOP/s of bfloat16 products that are added up in float32, from NVIDIA's data sheets and white

@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
                                 "in another out_dir")  # fmt: skip
             if code == 0 and machine.is_main:
                 finish(s, plan, machine, out_dir, training.model, tokenizer, validation)
-            leave_processes(machine, code)
+            leave_processes(machine)
             return code
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             raise out_of_memory(error, s) or error from None
