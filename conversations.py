@@ -30,7 +30,7 @@ from pathlib import Path
 
 from chat import Message, split_turns
 from configurator import UserError
-from corpus import SEPARATOR, SUFFIXES, file_records, list_files, record_text, text_blocks, text_kind
+from texts import SEPARATOR, SUFFIXES, file_records, list_files, record_text, text_blocks, text_kind
 
 Conversation = list[Message]
 

@@ -55,27 +55,14 @@ from configurator import (
     tell,
     write_path,
 )
-from corpus import (
-    SEPARATOR,
-    Parts,
-    RawCorpus,
-    files_pieces,
-    import_dataset,
-    is_dataset,
-    list_files,
-    open_corpus,
-    open_dataset,
-    path_name,
-    reading,
-    split_by_name,
-    text_files,
-)
+from corpus import RawCorpus, import_dataset, is_dataset, open_corpus, open_dataset
 from download import set_aside
 from files import Either, Progress, locked, read_json, require_file, show_line, visible, write_json, writing
 from mixture import open_mixture, parse
 from model import ModelConfig
 from ranks import TIKTOKEN
 from shards import write_split
+from texts import SEPARATOR, Parts, files_pieces, list_files, path_name, reading, split_by_name, text_files
 from tokenizer import load_tokenizer, train_tokenizer
 
 TRAINED = ("bpe", "char", *spm.KINDS)  # tokenizers that are trained on the corpus

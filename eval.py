@@ -43,7 +43,6 @@ from configurator import (
     find_path,
     run,
 )
-from corpus import Position, files_pieces, text_files, total_size
 from data import DataSettings, prepare
 from files import Progress, own_file, own_folder, visible, write_json, write_text, writing
 from machine import Machine, MachineSettings, choose_machine, init_processes, leave_processes
@@ -64,6 +63,7 @@ from tasks import (
     task_files,
     with_shots,
 )
+from texts import Position, files_pieces, text_files, total_size
 from tokenizer import Head, Lost
 
 

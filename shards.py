@@ -21,8 +21,9 @@ import numpy as np
 import bpe
 from batches import ShardWriter, measure, meta_check, open_shard, shard_path
 from configurator import UserError, tell
-from corpus import SEPARATOR, Piece, RawCorpus
+from corpus import RawCorpus
 from files import Either, Progress, read_json, write_json
+from texts import SEPARATOR, Piece
 from tokenizer import Head
 from workers import in_order
 

@@ -10,7 +10,7 @@ from configurator import ROOT
 FLOORS = [
     ["configurator", "linear"],
     ["files", "workers"],
-    ["bpe_train", "attention", "ffn", "loss", "lora", "reversible", "optim", "machine", "download"],
+    ["bpe_train", "attention", "ffn", "loss", "lora", "reversible", "optim", "machine", "download", "texts"],
     ["bpe", "mla", "enigma", "corpus"],
     ["spm", "ranks", "batches", "model", "mixture"],
     ["tokenizer", "log"],

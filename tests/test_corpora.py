@@ -94,7 +94,7 @@ def test_preset_names_a_corpus_that_is_there(config):
 @pytest.fixture
 def tinystories(monkeypatch, tmp_path):
     """(module, files of the server: name -> bytes); its hashes and sizes are those of the files."""
-    monkeypatch.setattr(corpus, "PIECE", 64)  # a story comes in several pieces
+    monkeypatch.setattr("texts.PIECE", 64)  # a story comes in several pieces
     module = prepare("tinystories")
     story = "Once upon a time, {} had a red ball.\n\n\"I like it,\" said {}.\n" * 3
     train = [story.replace("{}", name) for name in ("Lily", "Tom", "Ben", "Mia")]

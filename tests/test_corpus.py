@@ -20,7 +20,8 @@ import pytest
 
 import corpus
 from configurator import ROOT, UserError
-from corpus import download, files_pieces, open_corpus, text_files, text_pieces
+from corpus import download, open_corpus
+from texts import files_pieces, left_out, split_by_name, text_files, text_pieces
 
 
 def documents(pieces) -> list[str]:
@@ -84,12 +85,12 @@ def test_documents_do_not_depend_on_how_a_file_is_cut_into_pieces(tmp_path, monk
             else:
                 expected[-1] += line
         expected = [document for document in expected if document]
-        monkeypatch.setattr(corpus, "PIECE", piece)
+        monkeypatch.setattr("texts.PIECE", piece)
         assert documents(text_pieces(write(tmp_path / "a.txt", text))) == expected, repr(text)
 
 
 def test_a_piece_stays_small_whatever_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", 1000)
+    monkeypatch.setattr("texts.PIECE", 1000)
     for text in ("line\n" * 10_000, "x" * 50_000):
         assert max(len(piece) for piece, _ in text_pieces(write(tmp_path / "a.txt", text))) <= 2100
 
@@ -110,7 +111,7 @@ def test_text_that_is_not_utf8_names_file_offset_and_line(tmp_path):
 
 
 def test_bad_byte_is_located_behind_many_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", 5)
+    monkeypatch.setattr("texts.PIECE", 5)
     with pytest.raises(UserError, match="offset 803, line 201"):
         documents(text_pieces(write(tmp_path / "a.txt", "é\r\n".encode() * 200 + b"abc\xff\n")))
 
@@ -123,7 +124,7 @@ def test_utf16_gets_its_own_sentence(tmp_path):
 def test_gzip_gives_the_same_documents(tmp_path):
     write(tmp_path / "a.txt.gz", gzip.compress(b"one\n<|endoftext|>\ntwo"))
     write(tmp_path / "b.jsonl.gz", gzip.compress(b'{"text": "three"}\n'))
-    assert documents(corpus.files_pieces(text_files(tmp_path), "text")) == ["one\n", "two", "three"]
+    assert documents(files_pieces(text_files(tmp_path), "text")) == ["one\n", "two", "three"]
 
 
 def test_cut_gzip_file_is_one_sentence(tmp_path):
@@ -170,7 +171,7 @@ CSV = 'id,text\r\n1,"one\nline"\r\n2,\r\n3,two\r\n'
 ])  # fmt: skip
 @pytest.mark.parametrize("packed", ["", "gz", "bz2", "lzma"])
 def test_records_are_read_as_the_content_says(tmp_path, monkeypatch, name, content, packed):
-    monkeypatch.setattr(corpus, "PIECE", 20)
+    monkeypatch.setattr("texts.PIECE", 20)
     data = content.encode()
     if packed:
         data = importlib.import_module({"gz": "gzip"}.get(packed, packed)).compress(data)
@@ -230,7 +231,7 @@ def test_what_a_folder_has_beside_text_is_left_out_and_counted(tmp_path):
                           ("e.json", '{\n"x": 1\n}'), ("f.json", '[{"text": "f"}]'), ("Makefile", "x")):  # fmt: skip
         write(tmp_path / name, content)
     assert [path.name for path in text_files(tmp_path)] == ["a.txt", "f.json"]
-    said = corpus.left_out(tmp_path, text_files(tmp_path))
+    said = left_out(tmp_path, text_files(tmp_path))
     assert all(each in said for each in ("2 .md", "1 .pdf", "1 .json", "1 Makefile"))
 
 
@@ -248,7 +249,7 @@ def test_links_are_followed_once_and_loops_end(tmp_path):
     os.mkfifo(tmp_path / "here" / "pipe.txt")
     found = documents(files_pieces(text_files(tmp_path / "here"), "text"))
     assert sorted(found) == ["a", "b", "c"]
-    said = corpus.left_out(tmp_path / "here", text_files(tmp_path / "here"))
+    said = left_out(tmp_path / "here", text_files(tmp_path / "here"))
     assert said.endswith("no text that we read: 2 link to nothing, 1 pipe or device")
 
 
@@ -308,7 +309,7 @@ def test_single_document_is_cut_at_a_line_near_its_end(tmp_path):
 
 
 def test_single_document_of_many_pieces_is_cut_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", 100)
+    monkeypatch.setattr("texts.PIECE", 100)
     text = "".join(f"line {i}\n" for i in range(2000))
     train, val = splits(data_path=write(tmp_path / "a.txt", text), val_share=0.1)
     assert train[0] + val[0] == text and 0.099 < len(val[0]) / len(text) < 0.102
@@ -378,7 +379,7 @@ def test_files_named_for_validation_are_not_learned(tmp_path, train, val, unused
 def test_names_that_leave_nothing_to_learn_or_only_look_like_a_split_mean_nothing(tmp_path, names):
     for name in names.split():
         write(tmp_path / name, name)
-    parts = corpus.split_by_name(tmp_path, text_files(tmp_path), [])
+    parts = split_by_name(tmp_path, text_files(tmp_path), [])
     assert len(parts.train) == len(names.split()) and not parts.val + parts.unused + parts.notes()
 
 

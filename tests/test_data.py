@@ -94,9 +94,8 @@ def test_tokens_are_the_text(tmp_path, corpus_file, tokenizer):
 
 def test_long_document_gives_the_ids_of_the_whole(tmp_path, monkeypatch):
     """A document comes in pieces that end anywhere; the ids must not show where."""
-    import corpus
 
-    monkeypatch.setattr(corpus, "PIECE", 100)
+    monkeypatch.setattr("texts.PIECE", 100)
     text = prose(300) + "x" * 500 + " 1234567\n\n\n   'll   don't" + prose(300, seed=1)
     file, val = write(tmp_path / "a.txt", text), write(tmp_path / "val.txt", prose(50))
     folder = made(tmp_path, data_path=file, val_path=val)
