@@ -23,7 +23,7 @@ import torch
 from configurator import ROOT, Settings, UserError, check, find_path, pick, tell
 from files import Either, locked, mismatch, replacing, require_file, unless_empty, visible, write_text, writing
 from lora import LoraSettings, adapter_state, fingerprint, inject, load_adapter, merge
-from model import LanguageModel, ModelConfig
+from model import LanguageModel, ModelConfig, shapes_only
 from tokenizer import Tokenizer, tokenizer_from_dict
 
 FORMAT = 2
@@ -304,7 +304,7 @@ def check_weights(path: Path, saved: dict, found: dict[str, torch.Tensor], adapt
     for name, size in vars(cfg).items():
         if type(size) is int and size > total and name not in ("seq_len", "window", "rope_original"):
             raise does_not_fit(path, f"the {name} there needs more weights than it holds")
-    with torch.device("meta"):
+    with shapes_only():
         model = LanguageModel(cfg)
         compare(path, model.state_dict(), found)
         if adapters is not None:

@@ -9,13 +9,14 @@
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from attention import (
@@ -263,6 +264,24 @@ class Cache:
         self.blocks, self.size = blocks, size
         self.length = 0
         self.pad: Tensor | None = None  # (B,) number of padding tokens before each row's first real one
+
+
+class NoDraws(TorchFunctionMode):
+    """Random initialisation does nothing."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def shapes_only():
+    """Modules that are made in here have shapes and no memory. PyTorch can draw random numbers there, too, but imports
+    its compiler for that, which takes a second."""
+    with torch.device("meta"), NoDraws():
+        yield
 
 
 class LanguageModel(nn.Module):

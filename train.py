@@ -59,7 +59,7 @@ from machine import (
     memory,
     peak_memory,
 )
-from model import LanguageModel, ModelConfig
+from model import LanguageModel, ModelConfig, shapes_only
 from optim import EMA, LossScale, OptimSettings, build_optimizer, clip_grad_norm, lr_at
 from plan import (
     Plan,
@@ -179,7 +179,7 @@ def check_settings(s: Settings, machine: Machine) -> None:
     for part in SETTINGS:
         s.part(part)
     try:
-        with torch.device("meta"):  # shapes without memory
+        with shapes_only():
             model = LanguageModel(s.part(ModelConfig))
     except RuntimeError as error:
         raise UserError(f"there is no memory for a model of these sizes ({error}): lower d_model or d_ff") from None

@@ -588,7 +588,7 @@ def ancients(tmp_path, server, monkeypatch):
         server.files[f"/{split}.txt"] = text.encode()
         facts[split] = (f"{split}.txt", len(text), hashlib.sha256(text.encode()).hexdigest())
     changes = {"tinystories": {"BASE": server.url, "FILES": facts},
-               "gutenberg": {"CATALOGUE": f"{server.url}/books/?x=1", "TEXT": server.url + "/{id}.txt", "DELAY": 0}}
+               "gutenberg": {"CATALOGUE": f"{server.url}/books/?x=1", "TEXT": server.url + "/{id}.txt", "delay": 0}}
     for name, constants in changes.items():
         script = tmp_path / "data" / name / "prepare.py"
         script.parent.mkdir(parents=True)

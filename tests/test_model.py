@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -308,3 +310,13 @@ def test_a_cache_that_is_full_says_so():
     model(torch.zeros(1, 8, dtype=torch.long), cache=cache)
     with pytest.raises(ValueError, match="cache=8"):
         model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
+
+
+def test_a_model_of_shapes_only_has_no_memory_and_does_not_import_the_compiler():
+    """The compiler takes a second to import, and every start of a script would."""
+    code = ("import sys, model\n"
+            "with model.shapes_only():\n"
+            "    built = model.LanguageModel(model.ModelConfig(n_expert=4))\n"
+            "assert all(p.is_meta for p in built.parameters())\n"
+            "assert 'torch._dynamo' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
