@@ -289,13 +289,28 @@ def test_a_message_that_is_no_utf8_gets_a_sentence_and_the_talk_goes_on(capsys, 
 
 
 def at_a_terminal(argv, sent: list[tuple[bytes, bytes]]) -> tuple[bytes, int]:
-    """(what a command shows, its exit code): behind each (word, keys) the keys are typed once the word is shown."""
+    """(what a command shows, its exit code): behind each (word, keys) the keys are typed once the word is shown.
+
+    The last keys are typed again each second until the command ends: Python's `input` does not see a Ctrl-C between
+    its prompt and its waiting for the terminal.
+    """
     pty = pytest.importorskip("pty")
     process, handle = pty.fork()
     if process == 0:
         os.execvp(argv[0], argv)
-    guard = threading.Timer(60, os.kill, (process, signal.SIGKILL))
-    guard.start()
+    ended = threading.Event()
+    last = sent[-1][1]
+
+    def insist():
+        for _ in range(60):
+            if ended.wait(1):
+                return
+            if not sent:
+                with suppress(OSError):  # it has just ended
+                    os.write(handle, last)
+        os.kill(process, signal.SIGKILL)
+
+    threading.Thread(target=insist, daemon=True).start()
     shown, begin = b"", 0
     with suppress(OSError):  # where it ends
         while data := os.read(handle, 1 << 16):
@@ -305,9 +320,8 @@ def at_a_terminal(argv, sent: list[tuple[bytes, bytes]]) -> tuple[bytes, int]:
                 keys = sent.pop(0)[1]
                 # Long ones wait until the command has read them, which waits until we have read what it shows.
                 threading.Thread(target=os.write, args=(handle, keys), daemon=True).start()
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    guard.cancel()
-    return shown, code
+    ended.set()
+    return shown, os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def test_long_lines_reach_the_model_whole_and_ctrl_c_ends_the_talk_with_130(roomy):
