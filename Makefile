@@ -25,8 +25,8 @@ test: .venv/tested
 	.venv/bin/python -m pytest -q -n 2 --dist loadfile --durations=10 tests
 
 bench: .venv/installed
-	.venv/bin/python bench.py optim
-	.venv/bin/python bench.py step
+	.venv/bin/python -m benchmarks optim
+	.venv/bin/python -m benchmarks step
 
 lint: .venv/tested
 	.venv/bin/ruff check .

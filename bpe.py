@@ -39,7 +39,9 @@ import numpy as np
 import regex
 import tiktoken
 
-from bpe_train import (
+from configurator import ROOT, UserError, run
+from runtime.files import Either, mismatch, read_json, write_json
+from text.bpe_train import (
     _ORDER,
     _VISIBLE,
     BYTES,
@@ -54,8 +56,6 @@ from bpe_train import (
     spell_classes,
     utf8,
 )
-from configurator import ROOT, UserError, run
-from files import Either, mismatch, read_json, write_json
 
 SPECIALS = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]  # our trainers always reserve these
 

@@ -28,7 +28,8 @@ def leave_quietly(number: int, frame) -> None:
     os._exit(128 + number)
 
 
-if os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.dirname(os.path.abspath(__file__)):  # a script of ours
+HERE = os.path.dirname(os.path.abspath(__file__))
+if os.path.dirname(os.path.abspath(sys.argv[0])) in (HERE, os.path.join(HERE, "benchmarks")):  # a script of ours
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # which main() gets back: see run
         signal.signal(signal.SIGINT, leave_quietly)
 

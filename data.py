@@ -37,8 +37,6 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-import spm
-from batches import FORMAT, META, TokenStream, header_dtype, open_shard, read_meta, write_meta
 from configurator import (
     Amount,
     Count,
@@ -55,15 +53,17 @@ from configurator import (
     tell,
     write_path,
 )
-from corpus import RawCorpus, import_dataset, is_dataset, open_corpus, open_dataset
-from download import set_aside
-from files import Either, Progress, locked, read_json, require_file, show_line, visible, write_json, writing
-from mixture import open_mixture, parse
 from model import ModelConfig
-from ranks import TIKTOKEN
-from shards import write_split
-from texts import SEPARATOR, Parts, files_pieces, list_files, path_name, reading, split_by_name, text_files
-from tokenizer import load_tokenizer, train_tokenizer
+from runtime.files import Either, Progress, locked, read_json, require_file, show_line, visible, write_json, writing
+from text import spm
+from text.batches import FORMAT, META, TokenStream, header_dtype, open_shard, read_meta, write_meta
+from text.corpus import RawCorpus, import_dataset, is_dataset, open_corpus, open_dataset
+from text.download import set_aside
+from text.mixture import open_mixture, parse
+from text.ranks import TIKTOKEN
+from text.records import SEPARATOR, Parts, files_pieces, list_files, path_name, reading, split_by_name, text_files
+from text.shards import write_split
+from text.tokenizer import load_tokenizer, train_tokenizer
 
 TRAINED = ("bpe", "char", *spm.KINDS)  # tokenizers that are trained on the corpus
 STAGES = ("download", "mix", "tokenizer", "tokens", "train")  # of a run, in this order

@@ -27,9 +27,6 @@ from typing import Literal
 import numpy as np
 import torch
 
-import checkpoint
-from batches import TokenStream, Validation
-from chat import ChatSettings, Template
 from configurator import (
     Amount,
     Batch,
@@ -44,13 +41,17 @@ from configurator import (
     run,
 )
 from data import DataSettings, prepare
-from files import Progress, own_file, own_folder, visible, write_json, write_text, writing
-from machine import Machine, MachineSettings, choose_machine, init_processes, leave_processes
 from model import LanguageModel, ModelConfig
-from resume import data_words, find_tokens, read_made_of, tokenizer_words
-from sft import SftSettings, examples_of, held_out_rows
-from shards import rest_of_document
-from tasks import (
+from runtime import checkpoint
+from runtime.device import Machine, MachineSettings, choose_machine, init_processes, leave_processes
+from runtime.files import Progress, own_file, own_folder, visible, write_json, write_text, writing
+from runtime.resume import data_words, find_tokens, read_made_of, tokenizer_words
+from text.batches import TokenStream, Validation
+from text.chat import ChatSettings, Template
+from text.records import Position, files_pieces, text_files, total_size
+from text.sft import SftSettings, examples_of, held_out_rows
+from text.shards import rest_of_document
+from text.tasks import (
     TASKS,
     Example,
     begin_ids,
@@ -63,8 +64,7 @@ from tasks import (
     task_files,
     with_shots,
 )
-from texts import Position, files_pieces, text_files, total_size
-from tokenizer import Head, Lost
+from text.tokenizer import Head, Lost
 
 
 @dataclass

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-import checkpoint
 from configurator import UserError, check_fields, configure, find_path, run, visible, write_path
-from files import optional, replacing
-from log import read_log
+from runtime import checkpoint
+from runtime.files import optional, replacing
+from runtime.log import read_log
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito 2008
 STYLES = ["-", "--", ":", "-."]  # of every seven more runs

@@ -15,13 +15,13 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-import checkpoint
-from chat import Chat, ChatSettings, before_stop
 from configurator import Count, UserError, check_fields, configure, find_path, run
-from files import visible
 from generate import SamplingSettings, generate, stream
-from machine import MachineSettings, choose_machine
-from tokenizer import StreamDecoder
+from runtime import checkpoint
+from runtime.device import MachineSettings, choose_machine
+from runtime.files import visible
+from text.chat import Chat, ChatSettings, before_stop
+from text.tokenizer import StreamDecoder
 
 __all__ = ["generate", "stream"]  # `from sample import generate`
 

@@ -24,10 +24,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
 import lora
-from batches import Batches, Prefetcher, TokenStream, Validation
-from chat import ChatSettings
 from configurator import (
     Amount,
     Batch,
@@ -44,11 +41,11 @@ from configurator import (
 from data import DataSettings
 from eval import evaluate
 from ffn import update_balance
-from files import clock
-from finish import finish, lifted
-from log import Log, LogSettings
 from lora import LoraSettings
-from machine import (
+from model import LanguageModel, ModelConfig, shapes_only
+from optim import EMA, LossScale, OptimSettings, build_optimizer, clip_grad_norm, lr_at
+from runtime import checkpoint
+from runtime.device import (
     Machine,
     MachineSettings,
     choose_dtype,
@@ -59,9 +56,10 @@ from machine import (
     memory,
     peak_memory,
 )
-from model import LanguageModel, ModelConfig, shapes_only
-from optim import EMA, LossScale, OptimSettings, build_optimizer, clip_grad_norm, lr_at
-from plan import (
+from runtime.files import clock
+from runtime.finish import finish, lifted
+from runtime.log import Log, LogSettings
+from runtime.plan import (
     Plan,
     Start,
     adopt_tokenizer,
@@ -72,8 +70,10 @@ from plan import (
     set_aside,
     starting_point,
 )
-from resume import changes, made_of, named_before, tokens_to_learn
-from sft import Examples, ExampleValidation, SftSettings, open_examples
+from runtime.resume import changes, made_of, named_before, tokens_to_learn
+from text.batches import Batches, Prefetcher, TokenStream, Validation
+from text.chat import ChatSettings
+from text.sft import Examples, ExampleValidation, SftSettings, open_examples
 
 
 @dataclass

@@ -10,8 +10,8 @@ import torch
 from benchmarks.timing import TINY, limits, take_turns, timed
 from configurator import ROOT, Settings, UserError
 from generate import SamplingSettings, generate
-from machine import MachineSettings, choose_machine
 from model import LanguageModel, ModelConfig
+from runtime.device import MachineSettings, choose_machine
 
 GPT2 = dict(vocab_size=50257, seq_len=1024, d_model=768, n_layer=12, n_head=12, n_kv_head=12, ffn="gelu", bias=True,
             norm="layernorm", norm_eps=1e-5, qk_norm=False, position="learned")  # fmt: skip

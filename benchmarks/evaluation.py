@@ -9,10 +9,10 @@ import torch
 from benchmarks.decode import GPT2, as_transformers
 from benchmarks.timing import TINY, take_turns
 from configurator import Settings, UserError
-from machine import MachineSettings, choose_machine
 from model import LanguageModel, ModelConfig
-from tasks import Example, cast_products, run_task
-from tokenizer import train_tokenizer
+from runtime.device import MachineSettings, choose_machine
+from text.tasks import Example, cast_products, run_task
+from text.tokenizer import train_tokenizer
 
 # Words of the context and of a choice, and how many questions: about as long as those of the tasks.
 KINDS = {"ARC, 0 shots": (22, 4, 48), "HellaSwag, 0 shots": (45, 20, 24), "ARC, 25 shots": (600, 4, 6)}

@@ -1,4 +1,4 @@
-"""Tokenizers against those of others: training (`python bench.py bpe`) and encoding (`python bench.py encode`).
+"""Tokenizers against those of others: `python -m benchmarks bpe` trains them, `encode` encodes with them.
 
 The text is the Python source on this machine, the standard library and installed packages, in the order of the paths:
 no download, and no text twice. Each measurement is made in a process of its own, in turn, which reads the text itself.
@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 
 import bpe
-import bpe_train
 from configurator import ROOT, Settings, UserError
-from tokenizer import load_tokenizer
+from text import bpe_train
+from text.tokenizer import load_tokenizer
 
 SAMPLE = 2_000_000  # bytes for the textbook's loop, which would take days for all
 GROUP = 256  # documents that the encoders get at once: all of the 100 MB as Python objects would be many GB

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from machine import Machine
+from runtime.device import Machine
 
 # SMOKE=1: any model of a benchmark with these sizes, to see in seconds that the benchmark runs.
 TINY = dict(vocab_size=512, seq_len=160, d_model=32, n_layer=2, n_head=2, n_kv_head=2)

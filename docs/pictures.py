@@ -1,6 +1,6 @@
 """Draw the pictures of docs/enigma.md: python docs/pictures.py (needs matplotlib: pip install matplotlib).
 
-depth.json is the last line of `python bench.py depth`.
+depth.json is the last line of `python -m benchmarks depth`.
 """
 
 import json

@@ -18,7 +18,8 @@ NEEDS_NETWORK = ("shakespeare_char", "config/gpt2.py", "tinystories", "gutenberg
 # Small enough for a second or two, whatever a config file says: the environment is stronger.
 TINY = dict(D_MODEL=32, N_LAYER=1, N_HEAD=2, N_KV_HEAD=2, SEQ_LEN=128, VOCAB_SIZE=512, BATCH_SIZE=10, MAX_STEPS=2,
             TOTAL_BATCH_SIZE=0, EVAL_TOKENS=500, MAX_NEW_TOKENS=4, DEVICE="cpu", DTYPE="float32", SMOKE=1)  # fmt: skip
-STARTS = r"(?:[A-Z_]+=\S+ )*(?:echo \"\w+\" \| )?(?:(?:python|torchrun) (?:-\S+ )*[\w/]+\.py|make \w)"
+STARTS = r"(?:[A-Z_]+=\S+ )*(?:echo \"\w+\" \| )?"
+STARTS += r"(?:(?:python|torchrun) (?:--\S+ )*[\w/]+\.py|python -m benchmarks \w|make \w)"
 
 
 @dataclass

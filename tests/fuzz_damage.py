@@ -26,11 +26,11 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint  # noqa: E402  (after the thread count is set)
 import plot  # noqa: E402
 import train  # noqa: E402
 from configurator import UserError  # noqa: E402
 from conftest import tiny_run  # noqa: E402
+from runtime import checkpoint  # noqa: E402  (after the thread count is set)
 from test_train import same  # noqa: E402
 
 KINDS = {  # the run that is used, and the file that is damaged

@@ -24,14 +24,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint  # noqa: E402  (the scripts are on the path now)
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
-import plan  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from configurator import ROOT, UserError, configure, kind_and_range  # noqa: E402
 from model import LanguageModel, ModelConfig  # noqa: E402
+from runtime import (
+    checkpoint,  # noqa: E402  (the scripts are on the path now)
+    plan,  # noqa: E402
+)
 
 SECONDS = 60  # that a case may take, which only a hanging one does
 LARGEST = 2_000_000  # parameters of a model that we build

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from batches import (
+from configurator import ROOT, UserError
+from text.batches import (
     FORMAT,
     Batches,
     Prefetcher,
@@ -25,7 +26,6 @@ from batches import (
     permute,
     round_keys,
 )
-from configurator import ROOT, UserError
 
 EOT = 9
 
@@ -268,7 +268,7 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import numpy as np
-from batches import Batches, TokenStream
+from text.batches import Batches, TokenStream
 
 def anonymous():
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

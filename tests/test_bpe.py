@@ -19,10 +19,9 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import bpe
-import bpe_train
-import spm
 from bpe import BYTES, PATTERNS, SPECIALS, BPETokenizer, safe_chunks
 from configurator import UserError
+from text import bpe_train, spm
 
 SOURCE = Path(random.__file__).read_text(encoding="utf-8")[:30_000]
 MIXED = "it's  IT'S we'll don't 12345 3.14\n\n\tdéjà vu — 世界。你好 😀😀 नमस्ते \r\n  x = [1,  2]\n" * 5

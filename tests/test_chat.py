@@ -10,14 +10,14 @@ import pytest
 import sentencepiece
 import torch
 
-import chat
 from bpe import SPECIALS
-from chat import Chat, Template, before_stop, split_turns
 from configurator import UserError
 from generate import SamplingSettings
 from model import LanguageModel, ModelConfig
-from spm import SentencePieceTokenizer
-from tokenizer import StreamDecoder, Tokenizer, load_tokenizer, train_tokenizer
+from text import chat
+from text.chat import Chat, Template, before_stop, split_turns
+from text.spm import SentencePieceTokenizer
+from text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, train_tokenizer
 
 CHINESE = "床前明月光，疑是地上霜。"
 EMOJI = "😀👩‍👩‍👧 é"

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import train
 from configurator import ROOT, UserError
 from conftest import tiny_run
-from files import writing
 from model import LanguageModel, ModelConfig
+from runtime import checkpoint
+from runtime.files import writing
 from test_train import same
 
 
@@ -235,7 +235,7 @@ def wide():
 def test_bombs_are_refused_before_they_take_memory(tmp_path):
     code = """
 import resource, sys
-import checkpoint
+from runtime import checkpoint
 from configurator import UserError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sys.argv[1:]:
@@ -303,7 +303,7 @@ def test_a_kill_while_saving_leaves_the_old_file(tmp_path):
     code = f"""
 import os, sys, torch
 sys.path.insert(0, {str(Path(checkpoint.__file__).parent)!r})
-import checkpoint
+from runtime import checkpoint
 from pathlib import Path
 torch.save = lambda state, file: (file.write(b'half'), file.flush(), os._exit(9))
 checkpoint.save(Path({str(path)!r}), {{}})

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import compare
+from benchmarks import compare
 from configurator import configure
 from model import LanguageModel, ModelConfig
 

@@ -234,12 +234,12 @@ def test_every_config_file_is_accepted():
 
 
 def parts() -> list[type]:
-    import bench
-    import compare
     import eval
     import plot
     import sample
     import train
+    from benchmarks import __main__ as bench
+    from benchmarks import compare
 
     more = [compare.CompareSettings, plot.PlotSettings, bench.BenchSettings]
     return list(dict.fromkeys([*train.SETTINGS, *sample.SETTINGS, *eval.SETTINGS, *more]))

@@ -7,9 +7,9 @@ import pytest
 
 import train
 from configurator import UserError, configure
-from conversations import read_examples
-from sft import Examples, open_examples
 from test_chat import Template, make, talk
+from text.conversations import read_examples
+from text.sft import Examples, open_examples
 
 ASKED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 

@@ -17,11 +17,11 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-import corpus
 import data
-from batches import read_meta
 from configurator import ROOT, UserError, configure
 from model import ModelConfig
+from text import corpus
+from text.batches import read_meta
 
 
 def prepare(name: str):
@@ -41,7 +41,7 @@ def no_network(monkeypatch):
     def refuse(*args, **more):
         raise AssertionError("asked the network for something that is here")
 
-    monkeypatch.setattr("download.open_url", refuse)
+    monkeypatch.setattr("text.download.open_url", refuse)
 
 
 CHOOSER = """
@@ -94,7 +94,7 @@ def test_preset_names_a_corpus_that_is_there(config):
 @pytest.fixture
 def tinystories(monkeypatch, tmp_path):
     """(module, files of the server: name -> bytes); its hashes and sizes are those of the files."""
-    monkeypatch.setattr("texts.PIECE", 64)  # a story comes in several pieces
+    monkeypatch.setattr("text.records.PIECE", 64)  # a story comes in several pieces
     module = prepare("tinystories")
     story = "Once upon a time, {} had a red ball.\n\n\"I like it,\" said {}.\n" * 3
     train = [story.replace("{}", name) for name in ("Lily", "Tom", "Ben", "Mia")]
@@ -612,7 +612,8 @@ def ask(**changes):
 
 
 def test_one_command_goes_from_downloads_to_samples_and_does_nothing_twice(ancients, tmp_path):
-    script = ("import sys, pathlib; sys.path.insert(0, sys.argv.pop(1)); import corpus, configurator, train; "
+    script = ("import sys, pathlib; sys.path.insert(0, sys.argv.pop(1)); import configurator, train; "
+              "from text import corpus; "
               "corpus.ROOT = pathlib.Path.cwd(); configurator.run(train.main)")
     argv = [sys.executable, "-c", script, str(ROOT), str(ROOT / "config" / "ancients.py"), *TINY, "d_model=32",
             f"cache_dir={tmp_path / 'cache'}", f"out_dir={tmp_path / 'run'}", "d_ff=64", "n_layer=1",

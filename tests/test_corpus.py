@@ -18,10 +18,10 @@ from types import SimpleNamespace
 
 import pytest
 
-import corpus
 from configurator import ROOT, UserError
-from corpus import download, open_corpus
-from texts import files_pieces, left_out, split_by_name, text_files, text_pieces
+from text import corpus
+from text.corpus import download, open_corpus
+from text.records import files_pieces, left_out, split_by_name, text_files, text_pieces
 
 
 def documents(pieces) -> list[str]:
@@ -85,12 +85,12 @@ def test_documents_do_not_depend_on_how_a_file_is_cut_into_pieces(tmp_path, monk
             else:
                 expected[-1] += line
         expected = [document for document in expected if document]
-        monkeypatch.setattr("texts.PIECE", piece)
+        monkeypatch.setattr("text.records.PIECE", piece)
         assert documents(text_pieces(write(tmp_path / "a.txt", text))) == expected, repr(text)
 
 
 def test_a_piece_stays_small_whatever_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("texts.PIECE", 1000)
+    monkeypatch.setattr("text.records.PIECE", 1000)
     for text in ("line\n" * 10_000, "x" * 50_000):
         assert max(len(piece) for piece, _ in text_pieces(write(tmp_path / "a.txt", text))) <= 2100
 
@@ -111,7 +111,7 @@ def test_text_that_is_not_utf8_names_file_offset_and_line(tmp_path):
 
 
 def test_bad_byte_is_located_behind_many_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("texts.PIECE", 5)
+    monkeypatch.setattr("text.records.PIECE", 5)
     with pytest.raises(UserError, match="offset 803, line 201"):
         documents(text_pieces(write(tmp_path / "a.txt", "é\r\n".encode() * 200 + b"abc\xff\n")))
 
@@ -171,7 +171,7 @@ CSV = 'id,text\r\n1,"one\nline"\r\n2,\r\n3,two\r\n'
 ])  # fmt: skip
 @pytest.mark.parametrize("packed", ["", "gz", "bz2", "lzma"])
 def test_records_are_read_as_the_content_says(tmp_path, monkeypatch, name, content, packed):
-    monkeypatch.setattr("texts.PIECE", 20)
+    monkeypatch.setattr("text.records.PIECE", 20)
     data = content.encode()
     if packed:
         data = importlib.import_module({"gz": "gzip"}.get(packed, packed)).compress(data)
@@ -309,7 +309,7 @@ def test_single_document_is_cut_at_a_line_near_its_end(tmp_path):
 
 
 def test_single_document_of_many_pieces_is_cut_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("texts.PIECE", 100)
+    monkeypatch.setattr("text.records.PIECE", 100)
     text = "".join(f"line {i}\n" for i in range(2000))
     train, val = splits(data_path=write(tmp_path / "a.txt", text), val_share=0.1)
     assert train[0] + val[0] == text and 0.099 < len(val[0]) / len(text) < 0.102
@@ -486,7 +486,7 @@ def test_download_checks_what_it_got(tmp_path, server):
 
 
 def test_download_without_a_network_says_what_to_do_by_hand(tmp_path, monkeypatch):
-    monkeypatch.setattr("download.PAUSES", ())
+    monkeypatch.setattr("text.download.PAUSES", ())
     with pytest.raises(UserError, match="cannot download .* by hand and put it at .*a.txt"):
         download("http://127.0.0.1:9/a.txt", tmp_path / "a.txt", 5, "")
 

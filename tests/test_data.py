@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 import data
-import shards as sharding
-from batches import CHECKED, Batches, TokenStream, Validation, read_meta
 from configurator import ROOT, UserError, configure
 from data import DataSettings, prepare
-from files import fcntl
 from model import ModelConfig
-from tokenizer import load_tokenizer, train_tokenizer
+from runtime.files import fcntl
+from text import shards as sharding
+from text.batches import CHECKED, Batches, TokenStream, Validation, read_meta
+from text.tokenizer import load_tokenizer, train_tokenizer
 
 WORDS = "the cat sat on a mat and then it ran away from the big red dog because of a long loud noise".split()
 
@@ -95,7 +95,7 @@ def test_tokens_are_the_text(tmp_path, corpus_file, tokenizer):
 def test_long_document_gives_the_ids_of_the_whole(tmp_path, monkeypatch):
     """A document comes in pieces that end anywhere; the ids must not show where."""
 
-    monkeypatch.setattr("texts.PIECE", 100)
+    monkeypatch.setattr("text.records.PIECE", 100)
     text = prose(300) + "x" * 500 + " 1234567\n\n\n   'll   don't" + prose(300, seed=1)
     file, val = write(tmp_path / "a.txt", text), write(tmp_path / "val.txt", prose(50))
     folder = made(tmp_path, data_path=file, val_path=val)
@@ -335,7 +335,8 @@ def test_character_that_the_tokenizer_lacks_is_named_or_replaced(tmp_path):
 SCRIPT = """
 import sys, time
 sys.path.insert(0, {root!r})
-import data, shards
+import data
+from text import shards
 from configurator import configure
 from model import ModelConfig
 cut = shards.cut
@@ -440,7 +441,7 @@ def test_full_disk_is_one_sentence_and_leaves_nothing_that_looks_complete(tmp_pa
     def full(handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("files.os.fsync", full)
+    monkeypatch.setattr("runtime.files.os.fsync", full)
     with pytest.raises(UserError, match="cannot write .*No space left"):
         made(tmp_path, data_path=corpus_file)
     assert not list(tmp_path.glob("cache/*/meta.json"))

@@ -5,7 +5,6 @@ import shlex
 
 import pytest
 
-import bench
 import commands
 import eval as eval_script
 import sample
@@ -13,7 +12,7 @@ import train
 from configurator import ROOT, configure
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "README.zh.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = {"train.py": train, "sample.py": sample, "eval.py": eval_script, "bench.py": bench}
+SCRIPTS = {"train.py": train, "sample.py": sample, "eval.py": eval_script}
 
 
 def parsed():
@@ -30,18 +29,16 @@ def test_every_command_of_the_documentation_is_understood(command):
     at = next(i for i, word in enumerate(words) if word in SCRIPTS)
     environ = dict(word.split("=", 1) for word in words[:at] if re.match(r"[A-Z_]+=", word))
     script, *argv = words[at:]
-    if script == "bench.py":
-        assert argv.pop(0) in bench.BENCHMARKS
     if "--help" not in argv:
         configure(SCRIPTS[script].SETTINGS, argv, environ)
 
 
 def test_every_command_of_the_documentation_runs_in_its_order(tmp_path):
-    """In one copy of the checkout, by settings in the environment that make it small; tests/test_bench.py has the
+    """In one copy of the checkout, by settings in the environment that make it small; tests/test_benchmarks.py has the
     benchmarks, and the fuzzers have tests of their own. What downloads is only parsed, above."""
     todo = []
     for command in [command for page in commands.PAGES for command in commands.commands(page)]:
-        if command.runs and not re.search(r"(bench|compare|fuzz_\w+)\.py", command.text):
+        if command.runs and not re.search(r"-m benchmarks|fuzz_\w+\.py", command.text):
             todo += commands.recipe(command.text.split()[1]) if command.text.startswith("make ") else [command.text]
     todo = list(dict.fromkeys(todo))  # once each
     assert len(todo) > 20

@@ -14,9 +14,9 @@ import urllib.error
 
 import pytest
 
-import download as module
 from configurator import ROOT, UserError
-from download import download
+from text import download as module
+from text.download import download
 
 BODY = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -243,7 +243,7 @@ def test_full_disk_is_not_taken_for_a_bad_line(tmp_path, server, slept, monkeypa
 
 
 def start(server, path):
-    script = f"from pathlib import Path; from download import download; " \
+    script = f"from pathlib import Path; from text.download import download; " \
              f"download({server.url!r}, Path({str(path)!r}), {len(BODY)}, {SHA256!r})"  # fmt: skip
     return subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
 

@@ -15,18 +15,17 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import data
 import eval as module
-import resume
-import tasks
-from batches import TokenStream
 from configurator import ROOT, UserError, configure
 from conftest import tiny_run
 from eval import Score, TextWindows, cut, evaluate
-from machine import MachineSettings, choose_machine
 from model import LanguageModel, ModelConfig
-from tokenizer import train_tokenizer
+from runtime import checkpoint, resume
+from runtime.device import MachineSettings, choose_machine
+from text import tasks
+from text.batches import TokenStream
+from text.tokenizer import train_tokenizer
 
 MACHINE = choose_machine(MachineSettings(device="cpu", dtype="float32"))
 TEXT = "Ein süßer Hund, 水 and the quick brown fox.\n" * 30
@@ -312,7 +311,7 @@ def test_two_processes_give_the_results_of_one(base, text, questions, capsys):
 
 
 def test_what_is_done_before_ctrl_c_stays(base, questions):
-    slow = ("import sys, time, runpy, tasks\nfast = tasks.log_likelihoods\n"
+    slow = ("import sys, time, runpy\nfrom text import tasks\nfast = tasks.log_likelihoods\n"
             "def slow(*a):\n    time.sleep(0.2)\n    return fast(*a)\ntasks.log_likelihoods = slow\n"
             "import eval\nsys.argv = sys.argv[1:]\neval.run(eval.main)")  # fmt: skip
     path = base / "eval" / "piqa.jsonl"

@@ -1,4 +1,4 @@
-"""Fine-tuning as a whole: train.main(), sample.main() and interop.main() with real files."""
+"""Fine-tuning as a whole: train.main(), sample.main() and convert.main() with real files."""
 
 import io
 import json
@@ -8,21 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import interop
+import convert
 import lora
-import plan
 import sample
 import train
-from chat import Template
 from configurator import UserError, configure
 from conftest import WORDS, tiny_run
 from generate import SamplingSettings, generate
-from sft import Examples, open_examples
+from runtime import checkpoint, plan
 from test_chat import make, talk
 from test_model import shaken, tiny
 from test_reliability import finish, launch
 from test_train import column, interrupt_at, same
+from text.chat import Template
+from text.sft import Examples, open_examples
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +154,7 @@ def test_an_adapter_run_saves_adapters_alone_and_what_they_belong_to(base, adapt
 def test_adapters_on_their_base_and_the_merged_model_give_the_same_logits(base, adapted, tmp_path):
     ids = torch.randint(300, (2, 32))
     loaded, _, _ = checkpoint.load_model(adapted / "best.pt")
-    interop.main(["merge", str(adapted), str(tmp_path / "merged")])
+    convert.main([str(adapted), str(tmp_path / "merged"), "MERGE=1"])
     merged, _, state = checkpoint.load_model(tmp_path / "merged" / "best.pt")
     plain, _, _ = checkpoint.load_model(base / "best.pt")
     assert state["base"] is None and not any("lora_" in name for name in state["model"])
@@ -169,22 +168,22 @@ def test_a_merge_that_cannot_be_written_leaves_no_folder(adapted, tmp_path, monk
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match="No space left"):
-        interop.main(["merge", str(adapted), str(tmp_path / "merged")])
+        convert.main([str(adapted), str(tmp_path / "merged"), "MERGE=1"])
     assert not (tmp_path / "merged").exists()
 
 
 def test_a_merged_model_can_be_a_base_and_adapters_cannot(text, adapted, questions, tmp_path):
-    interop.main(["merge", str(adapted), str(tmp_path / "merged")])
+    convert.main([str(adapted), str(tmp_path / "merged"), "MERGE=1"])
     assert train.main(tune(text, tmp_path / "merged", questions, tmp_path / "more", max_steps=2)) == 0
-    with pytest.raises(UserError, match="interop.py merge"):
+    with pytest.raises(UserError, match="convert.py"):
         train.main(tune(text, adapted, questions, tmp_path / "again"))
     with pytest.raises(UserError, match="holds a model already"):
-        interop.main(["merge", str(adapted), str(tmp_path / "merged")])
+        convert.main([str(adapted), str(tmp_path / "merged"), "MERGE=1"])
 
 
 def test_merging_an_adapted_head_unties_it(text, base, questions, tmp_path):
     train.main(tune(text, base, questions, tmp_path / "run", use_lora=1, lora_targets="all,head"))
-    interop.main(["merge", str(tmp_path / "run")])
+    convert.main([str(tmp_path / "run"), "MERGE=1"])
     ids = torch.randint(300, (2, 32))
     loaded, merged = (checkpoint.load_model(checkpoint.find(tmp_path / name))[0] for name in ("run", "run-merged"))
     assert not merged.cfg.tie_embeddings and torch.allclose(loaded(ids), merged(ids), atol=1e-5)
@@ -405,7 +404,7 @@ def test_a_run_says_when_it_began_from_something_else(text, base, adapted, quest
 
 
 def test_a_merged_model_is_not_overwritten(text, adapted, tmp_path):
-    interop.main(["merge", str(adapted), str(tmp_path / "merged")])
+    convert.main([str(adapted), str(tmp_path / "merged"), "MERGE=1"])
     with pytest.raises(UserError, match="holds a model"):
         train.main(tiny_run(text, tmp_path / "merged"))
 

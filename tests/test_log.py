@@ -9,12 +9,12 @@ import types
 import pytest
 import torch
 
-import log
-import machine
 import train
 from configurator import UserError
-from log import COLUMNS, Log, LogSettings, clock, fixed, read_log
-from machine import Machine
+from runtime import device as machine
+from runtime import log
+from runtime.device import Machine
+from runtime.log import COLUMNS, Log, LogSettings, clock, fixed, read_log
 from test_train import interrupt_at
 
 CPU = Machine(torch.device("cpu"), torch.float32, "")
@@ -178,7 +178,7 @@ def test_a_kill_while_the_file_is_made_anew_loses_nothing(go, tmp_path, monkeypa
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("files.os.replace", replace)
+        patch.setattr("runtime.files.os.replace", replace)
         with pytest.raises(Killed):
             make(tmp_path / "run", first=6)
     assert table(tmp_path / "run") == before

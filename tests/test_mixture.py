@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 
-import mixture
-from batches import TokenStream, read_meta
 from configurator import UserError, configure
-from corpus import RawCorpus
 from data import DataSettings, prepare
-from mixture import mix, open_mixture, parse
 from model import ModelConfig
-from tokenizer import load_tokenizer
+from text import mixture
+from text.batches import TokenStream, read_meta
+from text.corpus import RawCorpus
+from text.mixture import mix, open_mixture, parse
+from text.tokenizer import load_tokenizer
 
 CORPUS = """
 from pathlib import Path
@@ -28,7 +28,7 @@ def documents(split):
 def corpora(tmp_path, monkeypatch):
     """Two corpora in a data/ that stands for ours: `long` of few long documents, `short` of many short ones."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("corpus.ROOT", tmp_path)
+    monkeypatch.setattr("text.corpus.ROOT", tmp_path)
     for name, n, words in (("long", 40, 500), ("short", 4000, 10)):
         folder = tmp_path / "data" / name
         folder.mkdir(parents=True)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-import checkpoint
 import sample
 import train
 from configurator import ROOT
 from conftest import tiny_run
+from runtime import checkpoint
 from test_finetune import questions, tune  # noqa: F401  (a fixture)
 from test_model import KINDS, shaken, tiny
 from test_train import column, same

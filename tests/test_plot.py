@@ -8,10 +8,9 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-import checkpoint
-import log
 import plot
 from configurator import UserError
+from runtime import checkpoint, log
 
 pytest.importorskip("matplotlib")
 

@@ -16,10 +16,8 @@ from collections import Counter
 import pytest
 import torch
 
-import checkpoint
+import convert
 import eval as evaluate
-import files
-import interop
 import plot
 import sample
 import train
@@ -28,6 +26,7 @@ from conftest import tiny_run
 from eval import Score
 from fuzz_damage import fuzz
 from optim import LossScale
+from runtime import checkpoint, files
 from test_train import column, interrupt_at, same
 
 TRAIN = [sys.executable, str(ROOT / "train.py")]
@@ -183,7 +182,7 @@ def test_a_signal_saves_and_ends_the_run_and_it_goes_on(text, tmp_path, number, 
     assert code == 0 and f"resume   from step {saved}" in out, out
 
 
-SCRIPTS = ["train", "sample", "eval", "data", "plot", "interop", "bpe", "bench", "compare"]
+SCRIPTS = ["train", "sample", "eval", "data", "plot", "convert", "bpe", "-m benchmarks"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -191,14 +190,17 @@ def test_ctrl_c_while_a_script_is_imported_is_quiet(tmp_path, name):
     """In place of the first heavy package stands one that presses Ctrl-C."""
     for package in ("numpy", "torch", "regex"):
         (tmp_path / f"{package}.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
-    result = subprocess.run([sys.executable, str(ROOT / f"{name}.py")], capture_output=True, text=True, timeout=60,
-                            env=os.environ | {"PYTHONPATH": str(tmp_path)})  # fmt: skip
+    script = ["-m", "benchmarks"] if name == "-m benchmarks" else [f"{name}.py"]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    result = subprocess.run([sys.executable, *script], cwd=ROOT, env=environment, capture_output=True, text=True,
+                            timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
 AT = """
 import signal, sys
-import checkpoint, train
+import train
+from runtime import checkpoint
 
 def at(module, name, do):
     original = getattr(module, name)
@@ -692,7 +694,7 @@ def test_a_strangers_run_executes_nothing_and_writes_and_reads_nothing_elsewhere
         "continue as it was": lambda: train.main([f"out_dir={strange}", "max_steps=6", f"cache_dir={mine}"]),
         "sample adapters": lambda: sample.main([f"init_from={adapted}", "prompt=the", "max_new_tokens=2"]),
         "continue adapters": lambda: train.main(tiny_run(text, adapted, max_steps=4, use_lora=1)),
-        "merge": lambda: interop.main(["merge", str(adapted)]),
+        "merge": lambda: convert.main([str(adapted), "MERGE=1"]),
     }  # fmt: skip
     OPENED.clear()
     WATCHED.append(tmp_path / "secrets")

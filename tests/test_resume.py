@@ -7,15 +7,15 @@ import re
 import pytest
 import torch
 
-import checkpoint
-import interop
+import convert
 import train
-from batches import Batches
 from configurator import UserError
 from conftest import WORDS, tiny_run
 from optim import OptimSettings, lr_at
+from runtime import checkpoint
 from test_reliability import finish, launch
 from test_train import column, interrupt_at, same
+from text.batches import Batches
 
 
 def progress(folder):
@@ -350,7 +350,7 @@ def test_template_and_system_follow_the_model_from_run_to_run(text, base, questi
     tune(text, tmp_path / "a", questions, tmp_path / "b")
     tune(text, tmp_path / "b", questions, tmp_path / "c", use_lora=1, lora_rank=2)
     tune(text, tmp_path / "c", questions, tmp_path / "c", use_lora=1, init_from=None, max_steps=3)  # resumed
-    interop.main(["merge", str(tmp_path / "c"), str(tmp_path / "d")])
+    convert.main([str(tmp_path / "c"), str(tmp_path / "d"), "MERGE=1"])
     tune(text, tmp_path / "d", text, tmp_path / "e", task="pretrain")  # text between the fine-tunings
     tune(text, tmp_path / "e", questions, tmp_path / "f")
     for name in "abcf":

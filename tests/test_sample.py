@@ -15,8 +15,8 @@ import pytest
 import configurator
 import sample
 from configurator import ROOT, UserError
-from files import visible
-from tokenizer import train_tokenizer
+from runtime.files import visible
+from text.tokenizer import train_tokenizer
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_a_prompts_file_that_is_not_utf8_is_refused(run, tmp_path):
 
 
 def test_special_tokens_in_a_prompt_are_text_unless_allowed(run):
-    import checkpoint
+    from runtime import checkpoint
 
     _, tokenizer, _ = checkpoint.load_model(checkpoint.find(run))
     eot = tokenizer.role("eot")
@@ -111,7 +111,7 @@ def test_generate_can_be_imported_from_sample():
 
 
 def test_a_prompt_that_ends_in_a_space_goes_on_with_a_token_that_begins_with_it(capsys, run):
-    import checkpoint
+    from runtime import checkpoint
 
     _, tokenizer, _ = checkpoint.load_model(checkpoint.find(run))
     ids, first = sample.heal(tokenizer, tokenizer.encode("the quick "))

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from chat import TEMPLATES, ChatSettings, Template
 from configurator import UserError, configure
 from data import DataSettings
 from model import ModelConfig
-from sft import (
+from test_chat import BLOCKS, CHINESE, EMOJI, make, model_for, talk
+from text.chat import TEMPLATES, ChatSettings, Template
+from text.sft import (
     Examples,
     ExampleValidation,
     SftSettings,
@@ -26,7 +27,6 @@ from sft import (
     show_example,
     split_examples,
 )
-from test_chat import BLOCKS, CHINESE, EMOJI, make, model_for, talk
 
 WORDS = "the quick brown fox jumps over it".split()
 
@@ -348,7 +348,7 @@ def test_damaged_examples_of_the_cache_are_made_again(tmp_path, monkeypatch, cap
     script.parent.mkdir(parents=True)
     script.write_text("def documents(split): return ()\n"
                       "def examples(split): return [{'instruction': split, 'output': str(i)} for i in range(9)]\n")
-    monkeypatch.setattr("corpus.ROOT", tmp_path)
+    monkeypatch.setattr("text.corpus.ROOT", tmp_path)
     s = SimpleNamespace(dataset="chat", cache_dir=str(tmp_path / "cache"), data_path="", val_path="")
     right = {path.name: path.read_bytes() for path in prepare_examples(s, quiet=True).iterdir()}
     assert sorted(right) == ["hashes.json", "train.jsonl", "val.jsonl"]

@@ -11,15 +11,14 @@ import time
 import numpy as np
 import pytest
 
-import batches
-import shards
-from batches import CHECKED, TokenStream, fingerprint, read_meta, write_meta
 from configurator import ROOT, UserError, configure
-from corpus import RawCorpus
 from data import DataSettings, prepare
 from model import ModelConfig
-from shards import write_split
-from tokenizer import train_tokenizer
+from text import batches, shards
+from text.batches import CHECKED, TokenStream, fingerprint, read_meta, write_meta
+from text.corpus import RawCorpus
+from text.shards import write_split
+from text.tokenizer import train_tokenizer
 
 WORDS = "the cat sat on a mat and then it ran away from the big red dog because of a long loud noise".split()
 
@@ -33,7 +32,7 @@ def prose(n: int, seed: int = 0) -> str:
 def small_tasks(monkeypatch):
     monkeypatch.setattr(shards, "TASK", 2000)
     monkeypatch.setattr(shards, "FEW", 2)
-    monkeypatch.setattr("bpe_train.CHUNK", 2000)
+    monkeypatch.setattr("text.bpe_train.CHUNK", 2000)
     monkeypatch.setattr(shards.bpe.safe_chunks, "__defaults__", (2000, ()))
 
 
@@ -313,7 +312,8 @@ def test_damaged_state_of_an_interrupted_run_is_made_again(tmp_path, capsys):
 SCRIPT = """
 import sys, time
 sys.path.insert(0, {root!r})
-import data, shards
+import data
+from text import shards
 shards.TASK, shards.FEW = 20_000, 2
 encode = shards.encode
 def slow(*args):

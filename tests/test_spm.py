@@ -15,12 +15,12 @@ import sentencepiece
 import tiktoken
 import tiktoken_ext.openai_public as openai
 
-import spm
 from bpe import PATTERNS, SPECIALS, BPETokenizer
 from configurator import UserError
-from ranks import TIKTOKEN, from_ranks, tiktoken_by_name
-from spm import SentencePieceTokenizer
-from tokenizer import StreamDecoder, Tokenizer
+from text import spm
+from text.ranks import TIKTOKEN, from_ranks, tiktoken_by_name
+from text.spm import SentencePieceTokenizer
+from text.tokenizer import StreamDecoder, Tokenizer
 
 SOURCE = Path(re.__file__).read_text(encoding="utf-8")[:20_000]
 TEXT = "it's  IT'S we'll 12345 3.14\n\n\tdéjà vu — 世界。你好 😀😀 नमस्ते \r\n  x = [1,  2]\n"

@@ -14,7 +14,7 @@ from collections import Counter
 import pytest
 
 from configurator import ROOT, UserError
-from corpus import open_dataset
+from text.corpus import open_dataset
 
 SCRIPT = ROOT / "data" / "stdlib_chat" / "prepare.py"
 IMPORTED = ["argparse", "threading", "queue", "configparser", "tarfile", "zipfile", "random", "shutil", "json.decoder",

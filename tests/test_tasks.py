@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import tasks
 from configurator import UserError
-from machine import MachineSettings, choose_machine
 from model import LanguageModel, ModelConfig
-from tasks import TASKS, Row, batches, begin_ids, clean, load, log_likelihoods, run_task, summarise, with_shots
-from tokenizer import load_tokenizer, train_tokenizer
+from runtime.device import MachineSettings, choose_machine
+from text import tasks
+from text.tasks import TASKS, Row, batches, begin_ids, clean, load, log_likelihoods, run_task, summarise, with_shots
+from text.tokenizer import load_tokenizer, train_tokenizer
 
 WORDS = "a cake the dog runs [title] [step] water ice HOT cold.  why? which of these is 1 24 café 水 move".split(" ")
 MACHINE = choose_machine(MachineSettings(device="cpu", dtype="float32"))

@@ -16,12 +16,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import bpe
-import bpe_train
-import checkpoint
 from bpe import PATTERNS, SPECIALS, BPETokenizer
 from configurator import UserError
-from ranks import KNOWN, TIKTOKEN
-from tokenizer import (
+from runtime import checkpoint
+from text import bpe_train
+from text.ranks import KNOWN, TIKTOKEN
+from text.tokenizer import (
     ROLES,
     CharTokenizer,
     StreamDecoder,

@@ -14,18 +14,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import checkpoint
 import data
-import finish
 import sample
 import train
 from configurator import ROOT, UserError, configure
 from conftest import tiny_run
 from generate import SamplingSettings, generate
-from machine import Machine
 from model import LanguageModel, ModelConfig
 from optim import OptimSettings, lr_at
-from plan import plan_steps, run_folder
+from runtime import checkpoint, finish
+from runtime.device import Machine
+from runtime.plan import plan_steps, run_folder
 
 
 def rows(folder):
@@ -138,9 +137,9 @@ def test_validation_does_not_change_the_training(go, tmp_path):
 
 
 def test_best_holds_the_weights_that_were_scored_and_last_those_at_the_end(go, text, tmp_path):
-    from batches import TokenStream, Validation
     from eval import evaluate
-    from machine import MachineSettings, choose_machine
+    from runtime.device import MachineSettings, choose_machine
+    from text.batches import TokenStream, Validation
 
     go(lr=0.3, muon_lr=0.3, max_steps=18, ema=0.5, eval_interval=3)  # so large that it gets worse again
     losses = column(tmp_path / "run", "val_loss")

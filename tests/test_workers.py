@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from configurator import UserError
-from workers import cpu_count, in_order
+from runtime.workers import cpu_count, in_order
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,7 +60,7 @@ def test_killed_worker_is_one_sentence():
 def test_no_more_workers_than_cpus_that_we_may_use():
     if hasattr(os, "sched_setaffinity"):
         code = ("import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-                "import workers; print(workers.cpu_count())")
+                "from runtime import workers; print(workers.cpu_count())")
         assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "1\n"
     assert cpu_count() >= 1
 
@@ -68,7 +68,7 @@ def test_no_more_workers_than_cpus_that_we_may_use():
 PARENT = """
 import sys, time
 sys.path.insert(0, {root!r})
-from workers import in_order
+from runtime.workers import in_order
 def slow(n):
     import os
     os.write(1, b"%d\\n" % os.getpid())  # in one piece: two of them print at once

@@ -18,7 +18,7 @@ from pathlib import Path
 if __name__ == "__main__":  # a command finds its own folder only
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from corpus import import_dataset, show_dataset  # noqa: E402
+from text.corpus import import_dataset, show_dataset  # noqa: E402
 
 PATH, SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 

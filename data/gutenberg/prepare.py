@@ -25,8 +25,8 @@ if __name__ == "__main__":  # a command finds its own folder only
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import UserError  # noqa: E402
-from corpus import document_hash, download, plan_split, show_dataset  # noqa: E402
-from files import Either, Progress, is_first_process, read_json, write_text  # noqa: E402
+from runtime.files import Either, Progress, is_first_process, read_json, write_text  # noqa: E402
+from text.corpus import document_hash, download, plan_split, show_dataset  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parent
 CATALOGUE = "https://gutendex.com/books/?languages=en&author_year_end=500&sort=popular"  # 32 books a page

@@ -25,8 +25,8 @@ if __name__ == "__main__":  # a command finds its own folder only
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import UserError, find_path  # noqa: E402
-from corpus import document_hash, plan_split, show_dataset, split_pieces  # noqa: E402
-from texts import list_files  # noqa: E402
+from text.corpus import document_hash, plan_split, show_dataset, split_pieces  # noqa: E402
+from text.records import list_files  # noqa: E402
 
 VAL_SHARE, VAL_DOCUMENTS = 0.01, 2000
 VAL_NAMES = ("validation", "valid", "val", "dev")  # "test" is for the end of a project

@@ -11,7 +11,7 @@ from pathlib import Path
 if __name__ == "__main__":  # a command finds its own folder only
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from corpus import download, show_dataset  # noqa: E402
+from text.corpus import download, show_dataset  # noqa: E402
 
 FILE = Path(__file__).resolve().parent / "input.txt"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

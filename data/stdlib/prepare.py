@@ -14,7 +14,7 @@ if __name__ == "__main__":  # a command finds its own folder only
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import UserError  # noqa: E402
-from corpus import document_hash, show_dataset  # noqa: E402
+from text.corpus import document_hash, show_dataset  # noqa: E402
 
 FOLDER = Path(sysconfig.get_paths()["stdlib"])
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

@@ -12,8 +12,8 @@ from pathlib import Path
 if __name__ == "__main__":  # a command finds its own folder only
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from corpus import document_hash, download, show_dataset  # noqa: E402
-from texts import text_pieces  # noqa: E402
+from text.corpus import document_hash, download, show_dataset  # noqa: E402
+from text.records import text_pieces  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parent
 BASE = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"

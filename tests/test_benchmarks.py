@@ -2,8 +2,8 @@
 
 import pytest
 
-import bench
 import commands
+from benchmarks import __main__ as bench
 
 
 @pytest.fixture(scope="module")
@@ -15,16 +15,17 @@ def folder(tmp_path_factory):
 
 
 documented = [command.text for page in commands.PAGES for command in commands.commands(page)
-              if command.runs and ("bench.py" in command.text or "compare.py" in command.text)]  # fmt: skip
+              if command.runs and "-m benchmarks" in command.text]
 
 
 @pytest.mark.parametrize("command", dict.fromkeys([*documented, *commands.recipe("bench")]))
 def test_every_documented_benchmark_runs(folder, command):
     needs = {"generate": "transformers", "eval": "lm_eval", "bpe": "tokenizers", "encode": "tokenizers"}
-    if package := needs.get(command.partition("bench.py ")[2].split(" ")[0]):
+    if package := needs.get(command.partition("-m benchmarks ")[2].split(" ")[0]):
         pytest.importorskip(package)
     assert not commands.failures([command], folder, DATA_PATH="my.txt")
 
 
 def test_every_benchmark_is_documented():
-    assert {line.split()[2] for line in documented if "bench.py" in line} == set(bench.BENCHMARKS)
+    names = {line.partition("-m benchmarks ")[2].split()[0] for line in documented}
+    assert names == bench.BENCHMARKS.keys() | bench.COMPARISONS.keys()

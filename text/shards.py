@@ -19,13 +19,13 @@ from typing import NamedTuple
 import numpy as np
 
 import bpe
-from batches import ShardWriter, measure, meta_check, open_shard, shard_path
 from configurator import UserError, tell
-from corpus import RawCorpus
-from files import Either, Progress, read_json, write_json
-from texts import SEPARATOR, Piece
-from tokenizer import Head
-from workers import in_order
+from runtime.files import Either, Progress, read_json, write_json
+from runtime.workers import in_order
+from text.batches import ShardWriter, measure, meta_check, open_shard, shard_path
+from text.corpus import RawCorpus
+from text.records import SEPARATOR, Piece
+from text.tokenizer import Head
 
 TASK = 1 << 20  # characters that are encoded together
 FEW = 8         # tasks; fewer are not worth a start of workers

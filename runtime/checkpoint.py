@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 from configurator import ROOT, Settings, UserError, check, find_path, pick, tell
-from files import Either, locked, mismatch, replacing, require_file, unless_empty, visible, write_text, writing
 from lora import LoraSettings, adapter_state, fingerprint, inject, load_adapter, merge
 from model import LanguageModel, ModelConfig, shapes_only
-from tokenizer import Tokenizer, tokenizer_from_dict
+from runtime.files import Either, locked, mismatch, replacing, require_file, unless_empty, visible, write_text, writing
+from text.tokenizer import Tokenizer, tokenizer_from_dict
 
 FORMAT = 2
 

@@ -22,7 +22,7 @@ import torch
 
 from configurator import UserError, check_fields
 from generate import SamplingSettings, choose
-from tokenizer import StreamDecoder, Tokenizer
+from text.tokenizer import StreamDecoder, Tokenizer
 
 TEMPLATES = ("chatml", "alpaca", "inst")
 OWN_TEXT = {"chatml": "system\nuser\nassistant\n", "alpaca": "### Instruction:\n\n### Input:\n\n### Response:\n",

@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 from urllib.parse import urlsplit
 
 from configurator import UserError, tell
-from files import Progress, is_first_process, locked, show_line
+from runtime.files import Progress, is_first_process, locked, show_line
 
 PAUSES = (1, 2, 4, 8, 16)  # seconds before each further try, as long as the tries bring nothing new
 LONGEST = 120              # seconds that we wait, at most, when a server says how long

@@ -22,16 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batches import permute, round_keys
-from chat import Template
 from configurator import UserError, cache_folder, check_fields
-from conversations import Conversation, example_files, read_examples
-from corpus import dataset_name, document_hash, load_dataset
 from data import say, working
-from files import read_json, replacing, visible, write_json
-from resume import data_words, digest, names_data
-from texts import json_records, left_out, split_by_name
-from tokenizer import Head, Lost, Tokenizer
+from runtime.files import read_json, replacing, visible, write_json
+from runtime.resume import data_words, digest, names_data
+from text.batches import permute, round_keys
+from text.chat import Template
+from text.conversations import Conversation, example_files, read_examples
+from text.corpus import dataset_name, document_hash, load_dataset
+from text.records import json_records, left_out, split_by_name
+from text.tokenizer import Head, Lost, Tokenizer
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # ids, targets (B, T) int64, weights float32, positions int64
 

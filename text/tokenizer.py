@@ -20,13 +20,12 @@ from typing import NamedTuple
 import numpy as np
 
 import bpe
-import bpe_train
-import spm
 from bpe import SPECIALS, BPETokenizer
 from configurator import UserError, find_path
-from files import read_json, require_file, write_json
-from ranks import TIKTOKEN, read_ranks, read_tekken, tiktoken_by_name
-from spm import SentencePieceTokenizer
+from runtime.files import read_json, require_file, write_json
+from text import bpe_train, spm
+from text.ranks import TIKTOKEN, read_ranks, read_tekken, tiktoken_by_name
+from text.spm import SentencePieceTokenizer
 
 # Roles and the names under which they are known. A role is the token that `roles` names, or else
 # tokenizer_config.json ("eos_token": ...), or else the first of these that is among the *special* tokens.
@@ -234,7 +233,7 @@ def load_tokenizer(path: str | Path, pattern: str = "", roles: dict[str, str] | 
     path = choose_file(path) if path.is_dir() else require_file(path)
     kind = kind_of(path)
     if kind == "checkpoint":
-        from checkpoint import load  # it imports this file, and nobody else needs torch here
+        from runtime.checkpoint import load  # it imports this file, and nobody else needs torch here
 
         return tokenizer_from_dict(load(path).get("tokenizer"), str(path), roles)
     if kind == "sentencepiece":

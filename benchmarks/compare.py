@@ -1,17 +1,9 @@
-"""Compare recipes and models by what they learn: equal parameters, equal tokens, several seeds.
+"""Recipes and models compared by what they learn: equal parameters, equal tokens, several seeds.
 
-    python compare.py models                                   # kinds of model side by side: size, speed, loss
-    python compare.py ablation DATA_PATH=input.txt             # what each part of the Enigma model is worth; hours
-    python compare.py shakespeare DATA_PATH=input.txt NANOGPT=~/nanoGPT      # nanoGPT's CPU recipe and ours
-
-DATA_PATH is tiny Shakespeare; the other corpus is the standard library. The last line is one JSON document.
+DATA_PATH is tiny Shakespeare; the other corpus is the standard library.
 """
 
-import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
-
-import json
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, fields
@@ -19,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 from benchmarks.decode import cache_bytes
 from benchmarks.recipe import SAME_TOKENS, SMOKE, run_nanogpt, run_ours, shakespeare, train
-from configurator import Count, Settings, Size, UserError, check_fields, configure, run
+from configurator import Count, Settings, Size, check_fields, configure
 from generate import SamplingSettings, stream
 from model import LanguageModel, ModelConfig
+from runtime import checkpoint
 
 
 @dataclass
@@ -38,21 +30,6 @@ class CompareSettings:
 
     def __post_init__(self):
         check_fields(self)
-
-
-def main() -> None:
-    argv = sys.argv[1:]
-    names = {"models": compare_models, "ablation": compare_ablation, "shakespeare": compare_shakespeare}
-    if not argv or argv[0] not in names:
-        if argv and argv[0] not in ("-h", "--help"):
-            raise UserError(f"unknown comparison {argv[0]}: choose one of {', '.join(names)}")
-        argv = ["--help"]
-    name = argv.pop(0) if argv[0] in names else ""
-    s = configure([CompareSettings], argv, doc=__doc__)
-    if s.smoke:
-        s.set("seeds", 1, "smoke")
-        s.set("steps", 1, "smoke")
-    print(json.dumps({"compare": name, "torch": torch.__version__, **names[name](s)}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,7 +162,3 @@ def compare_shakespeare(s: Settings) -> dict:
         print(f"  {name:<10} validation loss {', '.join(f'{x:.3f}' for x in losses)}   "
               f"seconds {', '.join(f'{x:.0f}' for x in seconds)}")  # fmt: skip
     return {"rows": rows}
-
-
-if __name__ == "__main__":
-    run(main)

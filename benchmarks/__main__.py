@@ -1,21 +1,24 @@
 """Benchmarks: where the figures of docs/benchmarks.md come from. No download; the last line is one JSON document.
 
-    python bench.py optim                                # our AdamW and Muon against torch's
-    python bench.py step                                 # tokens/s of a training step
-    python bench.py step NANOGPT=~/nanoGPT               # the same against a checkout of nanoGPT, in turn
-    python bench.py time_to_loss NANOGPT=~/nanoGPT DATA_PATH=input.txt    # seconds to the loss of nanoGPT's CPU recipe
-    python bench.py depth                                # memory and time of reversible stacks, 4 to 48 layers
-    python bench.py lora                                 # memory and time of fine-tuning with adapters and without
-    python bench.py experts                              # a mixture of experts against a dense feed-forward, and a loop
-    python bench.py decode                               # tokens/s of kinds of models, batch 1 to 64, context to 4096
-    python bench.py generate                             # the same weights against Hugging Face's generate
-    python bench.py start                                # from a cold `python sample.py` to its first token
-    python bench.py eval                                 # questions/s against lm-evaluation-harness
-    python bench.py bpe                                  # training a tokenizer, against tokenizers and others
-    python bench.py encode                               # text to ids, against tokenizers and tiktoken
-    python bench.py batches                              # batches/s of the loader
-    python bench.py kill REPEATS=50                      # SIGKILL at random moments; the end must have the same bits
-    SMOKE=1 python bench.py decode                       # tiny sizes, once: does it run?
+    python -m benchmarks optim                          # our AdamW and Muon against torch's
+    python -m benchmarks step                           # tokens/s of a training step
+    python -m benchmarks step NANOGPT=~/nanoGPT         # the same against a checkout of nanoGPT, in turn
+    python -m benchmarks time_to_loss NANOGPT=~/nanoGPT DATA_PATH=input.txt  # to the loss of nanoGPT's CPU recipe
+    python -m benchmarks depth                          # memory and time of reversible stacks, 4 to 48 layers
+    python -m benchmarks lora                           # memory and time of fine-tuning with adapters and without
+    python -m benchmarks experts                        # a mixture of experts against a dense feed-forward, and a loop
+    python -m benchmarks decode                         # tokens/s of kinds of models, batch 1 to 64, context to 4096
+    python -m benchmarks generate                       # the same weights against Hugging Face's generate
+    python -m benchmarks start                          # from a cold `python sample.py` to its first token
+    python -m benchmarks eval                           # questions/s against lm-evaluation-harness
+    python -m benchmarks bpe                            # training a tokenizer, against tokenizers and others
+    python -m benchmarks encode                         # text to ids, against tokenizers and tiktoken
+    python -m benchmarks batches                        # batches/s of the loader
+    python -m benchmarks kill REPEATS=50                # SIGKILL at random moments; the end must have the same bits
+    python -m benchmarks models                         # kinds of models of one size: parameters, speed, loss
+    python -m benchmarks ablation DATA_PATH=input.txt   # what each part of the Enigma model is worth; hours
+    python -m benchmarks shakespeare DATA_PATH=input.txt NANOGPT=~/nanoGPT # nanoGPT's CPU recipe and ours
+    SMOKE=1 python -m benchmarks decode                 # tiny sizes, once: does it run?
 
 Peers run in the same call, in turn with ours, so that a machine whose speed drifts slows both. Figures are medians.
 """
@@ -38,9 +41,8 @@ from unittest import mock
 
 import torch
 
-import checkpoint
 import ffn
-from batches import Batches, TokenStream
+from benchmarks.compare import CompareSettings, compare_ablation, compare_models, compare_shakespeare
 from benchmarks.decode import bench_decode, bench_generate, bench_start
 from benchmarks.evaluation import bench_eval
 from benchmarks.recipe import bench_time_to_loss
@@ -50,9 +52,11 @@ from configurator import ROOT, Batch, Count, Settings, Size, UserError, check_fi
 from data import DataSettings, prepare
 from ffn import FeedForward, MoE
 from lora import LoraSettings, inject
-from machine import MachineSettings, choose_machine, peak_memory
 from model import LanguageModel, ModelConfig
 from optim import OptimSettings, build_optimizer, clip_grad_norm, roles
+from runtime import checkpoint
+from runtime.device import MachineSettings, choose_machine, peak_memory
+from text.batches import Batches, TokenStream
 
 
 @dataclass
@@ -72,13 +76,32 @@ class BenchSettings:
 SETTINGS = [BenchSettings, ModelConfig, OptimSettings, DataSettings, MachineSettings, LoraSettings]
 
 
-def main() -> None:
-    argv = sys.argv[1:]
-    if not argv or argv[0] not in BENCHMARKS:
-        if argv and argv[0] not in ("-h", "--help"):
-            raise UserError(f"unknown benchmark {argv[0]}: choose one of {', '.join(BENCHMARKS)}")
-        argv = ["--help"]
-    name = argv.pop(0) if argv[0] in BENCHMARKS else ""
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    name, *rest = argv or ["--help"]
+    if name in COMPARISONS:
+        table = compare(name, rest)
+    elif name in BENCHMARKS:
+        table = measure(name, rest)
+    elif name in ("-h", "--help"):
+        configure(SETTINGS, ["--help"], doc=__doc__)
+    else:
+        raise UserError(f"unknown benchmark {name}: choose one of {', '.join(BENCHMARKS | COMPARISONS)}")
+    if table:
+        print(json.dumps({"bench": name, "torch": torch.__version__, **table}))
+
+
+def compare(name: str, argv: list[str]) -> dict:
+    """Runs that learn -> what they reached."""
+    s = configure([CompareSettings], argv, doc=__doc__)
+    if s.smoke:
+        s.set("seeds", 1, "smoke")
+        s.set("steps", 1, "smoke")
+    return COMPARISONS[name](s)
+
+
+def measure(name: str, argv: list[str]) -> dict:
+    """Code that is timed -> its figures; none in a process that measures one variant for another."""
     s = configure(SETTINGS, argv, doc=__doc__)
     if s.smoke:
         s.set("repeats", 1, "smoke")
@@ -88,16 +111,15 @@ def main() -> None:
         torch.set_num_threads(s.threads)
     if s.worker:
         print(json.dumps(WORKERS[s.worker](s)))
-        return
+        return {}
     machine = choose_machine(s.part(MachineSettings))
-    table = BENCHMARKS[name](s, argv)
-    print(json.dumps({"bench": name, "machine": machine.describe(), "torch": torch.__version__, **table}))
+    return {"machine": machine.describe()} | BENCHMARKS[name](s, argv)
 
 
 def worker(name: str, bench: str, argv: list[str]) -> dict:
     """Measure one variant in a process of its own: memory and allocator settings are a process's."""
-    command = [sys.executable, __file__, bench, *argv, f"worker={name}"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks", bench, *argv, f"worker={name}"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if result.returncode:
         raise UserError(f"{name}: {result.stderr.strip().splitlines()[-1]}")
     return json.loads(result.stdout.splitlines()[-1])
@@ -197,17 +219,17 @@ def bench_depth(s: Settings, argv: list[str]) -> dict:
     """Reversible stacks of different depth: time per step, and memory."""
     shape = dict(seq_len=2048, d_model=256, n_head=4, n_kv_head=4, optimizer="adamw", lr=1e-3)
     return {"rows": [row for depth in ((4,) if s.smoke else (4, 8, 16, 32, 48))
-                     for row in compare(s, argv, STACKS, shape | {"n_layer": depth})]}  # fmt: skip
+                     for row in compare_steps(s, argv, STACKS, shape | {"n_layer": depth})]}  # fmt: skip
 
 
 def bench_lora(s: Settings, argv: list[str]) -> dict:
     """Fine-tuning of a model of 47 M parameters, all of them or adapters of rank 16."""
     shape = dict(seq_len=512, d_model=512, n_head=8, n_kv_head=8, n_layer=12, vocab_size=16384, optimizer="adamw",
                  lr=1e-3)  # fmt: skip
-    return {"rows": compare(s, argv, TUNING, shape)}
+    return {"rows": compare_steps(s, argv, TUNING, shape)}
 
 
-def compare(s: Settings, argv: list[str], variants: dict[str, list[str]], shape: dict) -> list[dict]:
+def compare_steps(s: Settings, argv: list[str], variants: dict[str, list[str]], shape: dict) -> list[dict]:
     """Seconds per step and peak memory of variants of one model; what a user sets is stronger than `shape`."""
     shape = [f"{k}={v}" for k, v in shape.items() if not s.given(k)]
     rows = []
@@ -347,6 +369,7 @@ BENCHMARKS = {"optim": bench_optim, "step": bench_step, "batches": bench_batches
               "depth": bench_depth, "lora": bench_lora, "experts": bench_experts, "decode": bench_decode,
               "generate": bench_generate, "start": bench_start, "time_to_loss": bench_time_to_loss,
               "eval": bench_eval, "bpe": bench_bpe, "encode": bench_encode}  # fmt: skip
+COMPARISONS = {"models": compare_models, "ablation": compare_ablation, "shakespeare": compare_shakespeare}
 
 
 if __name__ == "__main__":

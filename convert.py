@@ -1,8 +1,8 @@
-"""Models in other forms.
+"""Convert models from one form into another.
 
-    python interop.py merge out/quickstart-sft-lora              # adapters and base -> one model beside them
-    python interop.py merge out/quickstart-sft-lora out/mine
-    python interop.py merge out/a-lora lora_base=out/a           # where the base is now, if it has moved
+    python convert.py out/quickstart-sft-lora MERGE=1                 # adapters and their base -> one model beside them
+    python convert.py out/quickstart-sft-lora out/mine MERGE=1
+    python convert.py out/a-lora MERGE=1 LORA_BASE=out/a              # where the base is now, if it has moved
 """
 
 import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
@@ -11,14 +11,16 @@ import json
 import sys
 from pathlib import Path
 
-import checkpoint
 from configurator import UserError, run, write_path
-from files import own_folder, unless_empty
 from lora import LoraLinear, merged_state
 from model import ModelConfig
+from runtime import checkpoint
+from runtime.files import own_folder, unless_empty
+
+USAGE = "python convert.py RUN [TARGET] MERGE=1 [LORA_BASE=CHECKPOINT]"
 
 
-def merge(run_folder: str, target: str = "", lora_base: str = "") -> Path:
+def merge_run(run_folder: str, target: str = "", lora_base: str = "") -> Path:
     """Put the adapters of a run into their base, in fp32, and save a plain checkpoint in `target`; returns its path.
 
     Adapters on a tied head untie it: lookups stay those of the base.
@@ -47,19 +49,20 @@ def main(argv: list[str] | None = None) -> None:
     if any(arg in ("-h", "--help", "help") for arg in argv):
         print(__doc__)
         return
-    usage = "python interop.py merge RUN [FOLDER] [lora_base=CHECKPOINT]"
-    lora_base, words = "", []
+    settings = {"merge": "", "lora_base": ""}
+    folders = []
     for arg in argv:
         key, equals, value = arg.partition("=")
-        if key.lstrip("-").lower() == "lora_base" and equals:
-            lora_base = value
-        elif arg.startswith("-") or equals:
-            raise UserError(f"{arg} is unknown; say: {usage}")
+        key = key.lstrip("-").lower()
+        if equals and key in settings:
+            settings[key] = value
+        elif equals or arg.startswith("-"):
+            raise UserError(f"{arg} is unknown; say: {USAGE}")
         else:
-            words.append(arg)
-    if words[:1] != ["merge"] or not 2 <= len(words) <= 3:
-        raise UserError(f"say: {usage}")
-    print(f"wrote {merge(*words[1:], lora_base=lora_base)}")
+            folders.append(arg)
+    if settings["merge"] != "1" or not 1 <= len(folders) <= 2:
+        raise UserError(f"say: {USAGE}")
+    print(f"wrote {merge_run(*folders, lora_base=settings['lora_base'])}")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from configurator import UserError
-from files import Progress, file_state, read_json, replacing, require_file, write_json
-from texts import reading
+from runtime.files import Progress, file_state, read_json, replacing, require_file, write_json
+from text.records import reading
 
 FORMAT = 1  # of meta.json
 HEADERS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version) of llm.c and modded-nanogpt -> dtype of ids

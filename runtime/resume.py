@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from batches import RULE, fingerprint, read_meta
-from chat import ChatSettings
 from configurator import RIVALS, Settings, UserError, cache_folder, pick
 from data import PREPARED, TRAINED, DataSettings, forced, prepare
-from files import mismatch, visible
-from log import LogSettings
 from lora import LoraSettings
 from model import ModelConfig
+from runtime.files import mismatch, visible
+from runtime.log import LogSettings
+from text.batches import RULE, fingerprint, read_meta
+from text.chat import ChatSettings
 
 OUTSIDE = ("environment", "command line")  # of a config file
 

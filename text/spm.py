@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 
 import bpe
-import bpe_train
 from bpe import SPECIALS
 from configurator import UserError
-from files import require_file
+from runtime.files import require_file
+from text import bpe_train
 
 KINDS = {"unigram": "unigram", "spbpe": "bpe"}  # what we train, and SentencePiece's name for it
 CHUNK = 1 << 16  # characters that SentencePiece gets at once, at least

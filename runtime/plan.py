@@ -7,18 +7,18 @@ alone, with the name and the fingerprint of the base that they belong to.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import checkpoint
-from batches import RULE
 from configurator import ROOT, Settings, UserError, tell, write_path
-from corpus import dataset_name
 from data import TRAINED, forced
-from files import writing
 from lora import LoraSettings, fingerprint
-from machine import Machine, attempt
 from model import ModelConfig
 from optim import OptimSettings
-from resume import HERE, MUST, OUTSIDE, adopt, follow, names_of, read_made_of, read_part
-from tokenizer import Tokenizer, load_tokenizer
+from runtime import checkpoint
+from runtime.device import Machine, attempt
+from runtime.files import writing
+from runtime.resume import HERE, MUST, OUTSIDE, adopt, follow, names_of, read_made_of, read_part
+from text.batches import RULE
+from text.corpus import dataset_name
+from text.tokenizer import Tokenizer, load_tokenizer
 
 # Fine-tuning starts from weights that are good already; where nothing is said, its steps are fewer and smaller.
 FINE_TUNING = {"lr": 5e-3, "muon_ratio": 2.5, "max_steps": 400, "warmup_steps": 20, "eval_interval": 100}
@@ -209,7 +209,7 @@ def starting_point(s: Settings, out_dir: Path, machine: Machine) -> Start:
     path = base_of(s)
     state = checkpoint.load(path)
     if state["base"]:
-        raise UserError(f"{path} holds adapters: `python interop.py merge {path.parent}` makes a base of them")
+        raise UserError(f"{path} holds adapters: `python convert.py {path.parent}` MERGE=1makes a base of them")
     machine.print(f"init     from {path}")
     saved, names = checkpoint.saved_settings(state, path, s.parts), names_of(ModelConfig) & MUST
     tokenizer = checkpoint.tokenizer_of(state, saved, path)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import UserError, find_path
-from files import optional, require_file, unique_fields
+from runtime.files import optional, require_file, unique_fields
 
 SEPARATOR = "<|endoftext|>"
 PACKED = (".gz", ".bz2", ".xz", ".zst")

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import UserError, check_fields, put, visible
-from files import clock, optional, own_file, own_folder, replacing, require_file, write_text
-from machine import Machine, peak_flops, peak_memory
+from runtime.device import Machine, peak_flops, peak_memory
+from runtime.files import clock, optional, own_file, own_folder, replacing, require_file, write_text
 
 COLUMNS = ["step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_gb", "val_loss",
            "val_bits_per_byte", "expert_load", "balance", "muon_lr"]

@@ -26,9 +26,9 @@ from pathlib import Path
 from types import ModuleType
 
 from configurator import ROOT, UserError, run
-from download import download as download  # what most prepare.py need
-from files import Progress, file_state, is_first_process, require_file, visible
-from texts import (
+from runtime.files import Progress, file_state, is_first_process, require_file, visible
+from text.download import download as download  # what most prepare.py need
+from text.records import (
     Piece,
     Position,
     files_pieces,

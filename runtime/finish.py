@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 import lora
-from chat import Template
 from configurator import ROOT, Settings
-from files import write_text
 from generate import SamplingSettings, generate
-from machine import Machine
 from model import LanguageModel
 from optim import lr_at
-from plan import Plan
+from runtime.device import Machine
+from runtime.files import write_text
+from runtime.plan import Plan
+from text.chat import Template
 
 TEMPERATURES = (0.8, 0.0, 1.0)
 PROMPTS = 3

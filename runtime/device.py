@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import UserError, check_fields, leaving, shown, tell
-from workers import watch_parent
+from runtime.workers import watch_parent
 
 
 @dataclass

@@ -1,7 +1,7 @@
 import pytest
 
 from configurator import UserError
-from machine import attempt, place_of_process
+from runtime.device import attempt, place_of_process
 
 TORCHRUN = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 

@@ -18,7 +18,7 @@ import tiktoken_ext.openai_public as openai
 import bpe
 from bpe import PATTERNS, SPECIALS, BPETokenizer
 from configurator import UserError
-from files import Either, require_file
+from runtime.files import Either, require_file
 
 # The encodings that we know by name, and which of PATTERNS cuts text as theirs does. Theirs have possessive
 # quantifiers, which Hugging Face's tokenizers reads as something else.

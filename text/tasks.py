@@ -20,12 +20,12 @@ import numpy as np
 import torch
 
 from configurator import UserError, cache_folder, find_path, shown
-from download import download
-from files import Either, mismatch
 from generate import prefill
-from machine import Machine
 from model import LanguageModel
-from texts import json_records, natural_key, parquet_records, reading
+from runtime.device import Machine
+from runtime.files import Either, mismatch
+from text.download import download
+from text.records import json_records, natural_key, parquet_records, reading
 
 FEW_SHOT_SEED = 1234  # of lm-evaluation-harness
 SPLITS = {"test": {"test"}, "validation": {"val", "valid", "validation", "dev"}, "train": {"train"}}  # words in names

@@ -19,8 +19,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from configurator import UserError, find_path
-from corpus import RawCorpus, dataset_name, document_hash, is_dataset, open_dataset, open_files
-from texts import Piece
+from text.corpus import RawCorpus, dataset_name, document_hash, is_dataset, open_dataset, open_files
+from text.records import Piece
 
 LONG = 8192  # characters, somewhat more than a thousand words of English
 MOST = 1e9   # a weight is below this

@@ -15,7 +15,7 @@ import numpy as np
 import regex
 
 from configurator import UserError
-from workers import in_order
+from runtime.workers import in_order
 
 # GPT-2's order of the bytes: first those that it shows as the character that they are.
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]

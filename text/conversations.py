@@ -28,9 +28,9 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from chat import Message, split_turns
 from configurator import UserError
-from texts import SEPARATOR, SUFFIXES, file_records, list_files, record_text, text_blocks, text_kind
+from text.chat import Message, split_turns
+from text.records import SEPARATOR, SUFFIXES, file_records, list_files, record_text, text_blocks, text_kind
 
 Conversation = list[Message]
 

@@ -1,0 +1,1 @@
+"""What a run stands on: devices and processes, checkpoints, logs, files, workers."""

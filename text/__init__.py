@@ -1,0 +1,1 @@
+"""From files to batches: corpora, tokenizers, shards of token ids, conversations."""
