@@ -151,7 +151,7 @@ class Unwritable(UserError):
 def unwritable(text: str, missing: Collection[int]) -> Unwritable:
     at = next(at for at, char in enumerate(text) if missing & set(utf8(char)))
     error = Unwritable(f"this vocabulary lacks the bytes {sorted(missing & set(utf8(text)))} of the text, first in "
-                       f"U+{ord(text[at]):04X} at character {at + 1:,}, and would lose characters")  # fmt: skip
+                       f"U+{ord(text[at]):04X} at character {at + 1:,}, and would lose characters")
     error.at, error.char = at, text[at]
     return error
 
@@ -161,7 +161,7 @@ def lookup(table: dict[int, bytes], ids: Iterable[int]) -> bytes:
         return b"".join([table[i] for i in ids])
     except KeyError as error:
         raise UserError(f"id {error} is not in this vocabulary of {max(table) + 1}: was it made by another tokenizer?"
-                        ) from None  # fmt: skip
+                        ) from None
 
 
 PATIENCE = 60  # seconds for one search of a pattern that we do not know: some take for ever
@@ -184,7 +184,7 @@ def cut_text(text: str, pattern: str) -> list[str]:
         return [found.group() for found in _compile(pattern).finditer(text, timeout=PATIENCE)]
     except TimeoutError:
         raise UserError(f"the split pattern {pattern} takes for ever on {text[:20]!r}...: change it in the tokenizer's "
-                        "file") from None  # fmt: skip
+                        "file") from None
 
 
 @cache
@@ -221,7 +221,7 @@ class BPETokenizer:
 
     def __init__(self, vocab: dict[bytes, int], merges: list[tuple[bytes, bytes]], patterns: list[str],
                  added: Collection[dict] = (), ignore_merges: bool = False, nfc: bool = False,
-                 config: dict | None = None, post: dict | None = None):  # fmt: skip
+                 config: dict | None = None, post: dict | None = None):
         self.vocab, self.merges, self.patterns, self.added = vocab, merges, patterns, list(added)
         self.ignore_merges, self.nfc, self.config, self.post = ignore_merges, nfc, config or {}, post
         self.added_ids = {token["content"]: token["id"] for token in self.added}
@@ -256,7 +256,7 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, pattern: str = "gpt2", specials: Iterable[str] = SPECIALS,
-              max_bytes: int = 0, workers: int = 0, progress: Callable | None = None) -> "BPETokenizer":  # fmt: skip
+              max_bytes: int = 0, workers: int = 0, progress: Callable | None = None) -> "BPETokenizer":
         """Learn from documents. The same texts give the same tokenizer, whatever `workers` is.
 
         `vocab_size` counts 256 bytes, merges and specials, and ids are in this order. Text that runs out of pairs
@@ -269,14 +269,14 @@ class BPETokenizer:
             raise UserError(f"pattern={pattern} is none of {', '.join(PATTERNS)}")
         if n_merges < 0:
             raise UserError(f"vocab_size={vocab_size} is too small: 256 bytes and {len(specials)} special tokens need "
-                            f"{vocab_size - n_merges}")  # fmt: skip
+                            f"{vocab_size - n_merges}")
         pieces = count_pieces(texts, PATTERNS[pattern], max_bytes, workers, progress)
         # A file could not tell a special token from a merged one that is spelled like it.
         forbidden = {unspell(special) for special in specials if set(special) <= _MEANT.keys()}
         merges = learn_merges({utf8(p): n for p, n in pieces.items()}, n_merges, forbidden, progress)
         if len(merges) < n_merges:
             print(f"the text has pairs for {vocab_size - n_merges + len(merges):,} tokens only, not for {vocab_size:,}",
-                  file=sys.stderr)  # fmt: skip
+                  file=sys.stderr)
         vocab = {token: i for i, token in enumerate(BYTES + [left + right for left, right in merges])}
         return cls(vocab, merges, [PATTERNS[pattern]], added_tokens(specials, len(vocab)), config=config_for(specials))
 
@@ -422,7 +422,7 @@ class BPETokenizer:
         """JSON-able: the contents of tokenizer.json (Hugging Face's format) and of tokenizer_config.json."""
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         splits = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-                  for pattern in self.patterns]  # fmt: skip
+                  for pattern in self.patterns]
         sequence = {"type": "Sequence", "pretokenizers": [*splits, byte_level | {"use_regex": False}]}
         names = {token: spell(token) for token in self.vocab}
         vocab = {names[token]: i for token, i in self.vocab.items()} | self.added_ids
@@ -431,13 +431,13 @@ class BPETokenizer:
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": self.ignore_merges,
             "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
             "merges": [[names[left], names[right]] for left, right in self.merges],
-        }  # fmt: skip
+        }
         document = {
             "version": "1.0", "truncation": None, "padding": None, "added_tokens": self.added,
             "normalizer": {"type": "NFC"} if self.nfc else None,
             "pre_tokenizer": byte_level if self.patterns == [PATTERNS["gpt2"]] else sequence,
             "post_processor": self.post, "decoder": byte_level | {"add_prefix_space": True}, "model": model,
-        }  # fmt: skip
+        }
         return {"tokenizer": document, "config": self.config}
 
     @classmethod
@@ -485,12 +485,12 @@ def config_for(specials: Collection[str]) -> dict:
 STEP = Either({"type": str}, None)
 ADDED = {"id": int, "content": str, "special": bool}
 DOCUMENT = {"model": dict, "added_tokens?": Either([ADDED], None), "normalizer?": STEP, "pre_tokenizer?": STEP,
-            "decoder?": STEP, "post_processor?": Either(dict, None)}  # fmt: skip
+            "decoder?": STEP, "post_processor?": Either(dict, None)}
 MODEL = {"vocab": {str: int}, "merges": list, "ignore_merges?": Either(bool, None)}
 SPLIT = {"pattern": Either({"Regex": str}, {"String": str}), "behavior": str, "invert": bool}
 _NAMED = Either(str, {"content": str}, None)  # a token by its name; transformers writes either
 CONFIG = {"roles?": Either({str: str}, None), "added_tokens_decoder?": Either({str: {"content": str}}, None),
-          **{f"{role}_token?": _NAMED for role in ("bos", "eos", "pad", "unk")}}  # fmt: skip
+          **{f"{role}_token?": _NAMED for role in ("bos", "eos", "pad", "unk")}}
 
 
 @contextmanager
@@ -558,7 +558,7 @@ def _read_document(document: dict) -> dict:
     return {"vocab": vocab, "merges": merges,
             "patterns": patterns or [r"[\s\S]+"], "added": added,
             "ignore_merges": bool(model.get("ignore_merges")), "nfc": bool(steps("normalizer", "normalizers")),
-            "post": document.get("post_processor")}  # fmt: skip
+            "post": document.get("post_processor")}
 
 
 def refuse_other_ids(added: list[dict], vocab: dict[str, int]) -> None:
@@ -570,7 +570,7 @@ def refuse_other_ids(added: list[dict], vocab: dict[str, int]) -> None:
         expected = known.setdefault(name, vocab.get(name, free))
         if token["id"] != expected:
             raise UserError(f"the added token {name} has the id {token['id']}, where tokenizers gives it {expected}: "
-                            "add it to the vocabulary with its id")  # fmt: skip
+                            "add it to the vocabulary with its id")
 
 
 def _split_pattern(step: dict) -> str:
@@ -633,7 +633,7 @@ def main() -> None:
 
     data.main([*args.files, "tokenizer=bpe", f"tokenizer_dir={args.out}", f"vocab_size={args.vocab_size}",
                f"tokenizer_pattern={args.pattern}", f"tokenizer_bytes={args.max_bytes}", f"workers={args.workers}",
-               f"profile={args.profile}"])  # fmt: skip
+               f"profile={args.profile}"])
 
 
 if __name__ == "__main__":

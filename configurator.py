@@ -88,6 +88,12 @@ class UserError(Exception):
     """A mistake of the user: one sentence that names the file, line or setting and says what to do."""
 
 
+def need(ok, sentence: str) -> None:
+    """UserError(sentence) unless `ok`. The sentence is made in any case: nothing in it may fail or take time."""
+    if not ok:
+        raise UserError(sentence)
+
+
 def run(main) -> None:
     """Run a script's `main()`. A UserError, or an output that cannot be written, becomes one sentence and exit code 2;
     Ctrl-C is exit code 130. Anything else is a bug of ours and keeps its traceback."""
@@ -286,6 +292,10 @@ class Settings:
     def given(self, name: str) -> bool:
         """True if the user chose the value, be it the default one."""
         return self.source[name] != "default"
+
+    def chosen(self, name: str) -> bool:
+        """True if the user set it for this start alone: in the environment or on the command line."""
+        return self.source[name] in ("environment", "command line")
 
     def part(self, cls: type):
         """One concern's settings as an instance of its dataclass."""

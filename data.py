@@ -69,9 +69,9 @@ TRAINED = ("bpe", "char", *spm.KINDS)  # tokenizers that are trained on the corp
 STAGES = ("download", "mix", "tokenizer", "tokens", "train")  # of a run, in this order
 PART = {"documents": int, "bytes": int, "unknown": int, "tokens": int, "content": str, "shards": [(str, int)],
         "sums?": [(int, int)], "lost?": str,
-        "mixture?": {str: {"share": float, "got": float, "passes": int}}}  # fmt: skip
+        "mixture?": {str: {"share": float, "got": float, "passes": int}}}
 PREPARED = META | {"vocab_size": int, "tokenizer_sum?": int, "trained": str, "skipped": int,
-                   "splits": {"train": PART, "val": PART}}  # fmt: skip
+                   "splits": {"train": PART, "val": PART}}
 OFTEN = 4  # passes over a part of a mixture; more are worth a word
 
 
@@ -195,7 +195,7 @@ def existing_tokenizer(s):
     """The tokenizer of a file or folder."""
     if s.tokenizer not in TIKTOKEN and not find_path(s.tokenizer).exists():
         raise UserError(f"tokenizer={s.tokenizer} is none of {', '.join((*TRAINED, *TIKTOKEN))}, nor a file or "
-                        "folder that exists")  # fmt: skip
+                        "folder that exists")
     return load_tokenizer(s.tokenizer)
 
 
@@ -269,7 +269,7 @@ def forced(s) -> tuple[str, ...]:
     names = ["download" if name.startswith("download:") else name for name in names]
     if unknown := set(names) - {*STAGES, "all"}:
         raise UserError(f"overwrite={shown(s.overwrite)}: there is no stage {min(unknown)}, only {', '.join(STAGES)} "
-                        "and all")  # fmt: skip
+                        "and all")
     return STAGES[0 if "all" in names else min(map(STAGES.index, names)) :] if names else ()
 
 
@@ -368,7 +368,7 @@ def tokenizer_sum(folder: Path) -> int:
 
 
 def build(folder: Path, raw: RawCorpus, sources: list, decides: list, tokenizer, shards: dict, again: Again, s,
-          quiet: bool, note: Callable[[str], None]) -> None:  # fmt: skip
+          quiet: bool, note: Callable[[str], None]) -> None:
     """Fill the folder. Validation goes first, for then it shows at once if there is none."""
     (folder / "meta.json").unlink(missing_ok=True)
     if again.is_due(folder, "tokens"):
@@ -389,7 +389,7 @@ def build(folder: Path, raw: RawCorpus, sources: list, decides: list, tokenizer,
             splits[split] = count_shards(shards[split], tokenizer, s.bin_dtype, progress)
         else:
             splits[split] = write_split(folder, split, raw, tokenizer, s.shard_tokens, s.workers, quiet, note,
-                                        s.replace_missing)  # fmt: skip
+                                        s.replace_missing)
     if raw.sources() != sources:
         (folder / "state.json").unlink(missing_ok=True)
         raise UserError(f"the files of {raw.name} changed while we read them; start again")
@@ -397,7 +397,7 @@ def build(folder: Path, raw: RawCorpus, sources: list, decides: list, tokenizer,
     meta = {"format": FORMAT, "name": raw.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.role("eot"),
             "tokenizer": tokenizer.fingerprint, "tokenizer_sum": tokenizer_sum(folder),
             "trained": s.tokenizer if trained else "", "splits": splits,
-            "skipped": len(raw.skipped), "settings": asdict(pick(DataSettings, vars(s)))}  # fmt: skip
+            "skipped": len(raw.skipped), "settings": asdict(pick(DataSettings, vars(s)))}
     if shards:  # they are not in the folder
         meta |= {"home": folder.stat().st_ino, "bin_ids": "uint32" if s.bin_dtype == "uint32" else "uint16"}
     write_meta(folder, meta)
@@ -432,7 +432,7 @@ def make_tokenizer(raw: RawCorpus, decides: list, again: Again, s, quiet: bool):
             say(f"data: training a {s.tokenizer} tokenizer on {raw.name}", quiet)
             tokenizer = train_tokenizer(s.tokenizer, chain([first], texts), wanted_vocabulary(s), s.tokenizer_pattern,
                                         max_bytes=s.tokenizer_bytes, workers=s.workers,
-                                        progress=training_progress(raw, s.tokenizer_bytes, quiet, note))  # fmt: skip
+                                        progress=training_progress(raw, s.tokenizer_bytes, quiet, note))
             tokenizer.save(folder)
             write_json(folder / "made.json", {"sum": tokenizer_sum(folder)})
             again.note(folder)
@@ -471,7 +471,7 @@ def check_vocabulary(size: int, s) -> None:
     """A vocabulary that somebody asked for does not silently become a smaller one."""
     if s.tokenizer != "char" and size < s.vocab_size and s.source["vocab_size"] != "default":
         raise UserError(f"vocab_size={s.vocab_size}, but this text gives {size} entries only; "
-                        f"set vocab_size={size} or less, or give more text")  # fmt: skip
+                        f"set vocab_size={size} or less, or give more text")
 
 
 def mixture_lines(meta: dict) -> list[str]:
@@ -481,10 +481,10 @@ def mixture_lines(meta: dict) -> list[str]:
         for name, mixed in part.get("mixture", {}).items():
             unit = "words" if "words" in mixed else "tokens"
             lines.append(f"{split}: {name} {mixed['share']:.1%} wanted, {mixed['got']:.1%} got, "
-                         f"{mixed[unit]:,} {unit} in {mixed['passes']} passes")  # fmt: skip
+                         f"{mixed[unit]:,} {unit} in {mixed['passes']} passes")
             if mixed["passes"] > OFTEN:
                 lines.append(f"{name} is small for its share: it comes {mixed['passes']} times; a smaller weight or "
-                             "mixture_size repeats it less")  # fmt: skip
+                             "mixture_size repeats it less")
     return lines
 
 
@@ -539,7 +539,7 @@ def count_shards(files: list[Path], tokenizer, bin_dtype: str, progress: Progres
                 bad = some.min() if some.min() < 0 else some.max()
                 wide = "; bin_dtype=uint16 or uint32 says how wide its ids are" if path.suffix == ".bin" else ""
                 raise UserError(f"{path} holds id {bad}, but tokenizer {tokenizer.fingerprint} has ids 0 ... "
-                                f"{len(counts) - 1}: it is not the one that made them{wide}")  # fmt: skip
+                                f"{len(counts) - 1}: it is not the one that made them{wide}")
             content.update(some)
             counts += np.bincount(some, minlength=len(counts))
             done += some.nbytes
@@ -548,7 +548,7 @@ def count_shards(files: list[Path], tokenizer, bin_dtype: str, progress: Progres
     sizes, unk = np.array([len(token) for token in tokenizer.token_bytes()]), tokenizer.role("unk")
     return {"documents": int(counts[tokenizer.role("eot")]), "bytes": int(counts @ sizes),
             "unknown": int(counts[unk]) if unk is not None else 0, "tokens": int(counts.sum()),
-            "shards": shards, "content": content.hexdigest()}  # fmt: skip
+            "shards": shards, "content": content.hexdigest()}
 
 
 def refuse_wide(path: Path, vocab_size: int) -> None:
@@ -561,7 +561,7 @@ def refuse_wide(path: Path, vocab_size: int) -> None:
         raise UserError(f"{path} looks like ids of eight bytes: save them as .npy, or as .bin of two or four bytes")
     if len(ids) > 1 and path.stat().st_size % 4 == 0 and ids.max() < vocab_size:
         raise UserError(f"{path} looks like ids of four bytes, for every second one of two bytes is about 0: say "
-                        "bin_dtype=uint32, or bin_dtype=uint16 if they are of two")  # fmt: skip
+                        "bin_dtype=uint32, or bin_dtype=uint16 if they are of two")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -600,11 +600,11 @@ def summary(folder: Path) -> str:
     skipped = f", {meta['skipped']} files skipped as unreadable" if meta["skipped"] else ""
     lines = [f"{meta['name']}: {folder}{skipped}",
              f"tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} entries", "",
-             f"{'':8}{'documents':>12}{'MB':>12}{'tokens':>16}{'bytes/token':>14}{'unknown':>10}"]  # fmt: skip
+             f"{'':8}{'documents':>12}{'MB':>12}{'tokens':>16}{'bytes/token':>14}{'unknown':>10}"]
     for split in ("train", "val"):
         part = meta["splits"][split]
         lines.append(f"{split:8}{part['documents']:>12,}{part['bytes'] / 1e6:>12,.2f}{part['tokens']:>16,}"
-                     f"{part['bytes'] / part['tokens']:>14.2f}{part['unknown'] / part['tokens']:>10.2%}")  # fmt: skip
+                     f"{part['bytes'] / part['tokens']:>14.2f}{part['unknown'] / part['tokens']:>10.2%}")
     begin = tokenizer.decode(TokenStream(folder, "train", tokenizer).read(0, 100).tolist())
     lines += mixture_lines(meta) + marker_lines(meta)
     return "\n".join([*lines, "", "it begins: " + json.dumps(begin[:200], ensure_ascii=False)])
@@ -628,7 +628,7 @@ def only_tokenizer(inputs: list[str], s) -> str:
     workers = 1 if s.profile else s.workers
     with cProfile.Profile() if s.profile else nullcontext() as profile:
         tokenizer = train_tokenizer(s.tokenizer, texts, wanted_vocabulary(s), s.tokenizer_pattern,
-                                    max_bytes=s.tokenizer_bytes, workers=workers, progress=progress)  # fmt: skip
+                                    max_bytes=s.tokenizer_bytes, workers=workers, progress=progress)
     counted.close()
     merged.close()
     check_vocabulary(tokenizer.vocab_size, s)

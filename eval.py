@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
         cast_products(model, machine.dtype)
         init_processes(machine)
         rows = [answer(s, name, each, model, tokenizer, machine, folder, about)
-                for name, each in zip(names, examples, strict=True)]  # fmt: skip
+                for name, each in zip(names, examples, strict=True)]
         machine.print(table(rows))
     else:
         name, windows = open_windows(s, state, tokenizer, model.cfg.seq_len, path.parent, machine)
@@ -322,7 +322,7 @@ def report(name: str, windows, score: Score, state: dict, machine: Machine, fold
             why.append(f"{windows.unknown:,} tokens stand for characters that it does not have ({share:.2%})")
         if why:
             machine.print(visible(f"         {'; '.join(why)}: their bytes cost too little, so compare with models of "
-                                  "this tokenizer only"))  # fmt: skip
+                                  "this tokenizer only"))
     if name == "validation":  # no text has this name: see open_windows
         of_best = "optimizer" not in state  # a step's checkpoint is older than its validation
         so_far = "so far" if of_best else "before this checkpoint was scored"
@@ -342,7 +342,7 @@ def prompts(s: Settings, name: str, machine: Machine) -> list[Example]:
 
 
 def answer(s: Settings, name: str, examples: list[Example], model: LanguageModel, tokenizer, machine: Machine,
-           folder: Path, about: dict) -> dict:  # fmt: skip
+           folder: Path, about: dict) -> dict:
     """Let the model answer the questions of a task. What is done is on the disk, whenever we are interrupted."""
     results: list[dict] = []
     path = folder / f"{name}.jsonl"

@@ -34,7 +34,7 @@ class SamplingSettings:
 
 
 def generate(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSettings | None = None,
-             stop_ids: tuple[int, ...] = (), first: list[list[int]] | None = None) -> list[list[int]]:  # fmt: skip
+             stop_ids: tuple[int, ...] = (), first: list[list[int]] | None = None) -> list[list[int]]:
     """Continue every prompt; returns the new ids of each, without the stop token. See `stream`."""
     rows: list[list[int]] = [[] for _ in prompts]
     for new in stream(model, prompts, sampling, stop_ids, first):
@@ -47,7 +47,7 @@ def generate(model: LanguageModel, prompts: list[list[int]], sampling: SamplingS
 @torch.inference_mode()
 def stream(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSettings | None = None,
            stop_ids: tuple[int, ...] = (), first: list[list[int]] | None = None,
-           ) -> Iterator[list[int | None]]:  # fmt: skip
+           ) -> Iterator[list[int | None]]:
     """Yield the next token of every row until all have ended or max_new_tokens is reached.
 
     Prompts may differ in length but not be empty; they share one batch, padded on the left, and the logits of a row
@@ -123,7 +123,7 @@ def allow_only(ids: list[list[int]], logits: Tensor) -> Tensor:
 
 
 def choose(logits: Tensor, sampling: SamplingSettings, generator: torch.Generator,
-           generated: list[list[int]], banned: tuple[int, ...] = ()) -> Tensor:  # fmt: skip
+           generated: list[list[int]], banned: tuple[int, ...] = ()) -> Tensor:
     """logits (B, V) -> chosen ids (B,). `generated` are the new tokens of each row, for penalty and bans.
 
     Every positive temperature and penalty has a limit: a temperature near 0 takes the most likely token, a very large
@@ -142,7 +142,7 @@ def choose(logits: Tensor, sampling: SamplingSettings, generator: torch.Generato
     best = logits.amax(dim=-1, keepdim=True)
     if not best.isfinite().all():
         raise UserError("the model's output is not finite: it diverged in training, or its dtype is too narrow "
-                        "(dtype=float32 is the widest)")  # fmt: skip
+                        "(dtype=float32 is the widest)")
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     temperature = within_float32(sampling.temperature)

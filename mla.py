@@ -52,7 +52,7 @@ class LatentAttention(nn.Module):
     """
 
     def __init__(self, d_model: int, n_head: int, kv_rank: int, q_rank: int, nope_dim: int, rope_dim: int, v_dim: int,
-                 bias: bool = False, dropout: float = 0.0, norm_eps: float = 1e-6):  # fmt: skip
+                 bias: bool = False, dropout: float = 0.0, norm_eps: float = 1e-6):
         super().__init__()
         self.n_head, self.kv_rank, self.q_rank, self.dropout = n_head, kv_rank, q_rank, dropout
         self.nope_dim, self.rope_dim, self.v_dim = nope_dim, rope_dim, v_dim
@@ -71,7 +71,7 @@ class LatentAttention(nn.Module):
         return LatentCache(batch, length, self.kv_rank, self.rope_dim, dtype, device)
 
     def forward(self, x: Tensor, turn: Callable[[Tensor], Tensor] | None = None, cache: LatentCache | None = None,
-                start: int = 0, mask: Tensor | None = None) -> Tensor:  # fmt: skip
+                start: int = 0, mask: Tensor | None = None) -> Tensor:
         """x (B, T, D) at positions start.. -> (B, T, D): the contract of attention.Attention.
 
         `turn` gives positions to the rotary parts alone: (B, H, T, rope_dim) of the queries, (B, 1, T, rope_dim) of the

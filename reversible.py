@@ -110,7 +110,7 @@ class Recompute(torch.autograd.Function):
         kind = a.device.type
         # Autocast is off in a backward pass: note how it was. Its cache of cast weights stays out of both passes.
         ctx.autocast = dict(device_type=kind, dtype=torch.get_autocast_dtype(kind),
-                            enabled=torch.is_autocast_enabled(kind), cache_enabled=False)  # fmt: skip
+                            enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
         ctx.chain, ctx.context, ctx.params = chain, context, params
         with torch.autocast(**ctx.autocast):
             for a, b in chain.states(a, b, context):  # noqa: B007, B020  (we want the last)

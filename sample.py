@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     too_long = sum(len(ids) > model.cfg.seq_len for ids in prompts)
     if too_long:
         print(f"[{too_long} prompts are longer than the context of {model.cfg.seq_len} tokens: we keep their end]",
-              file=sys.stderr)  # fmt: skip
+              file=sys.stderr)
     for text in dict.fromkeys(texts):
         say_what_is_lost(tokenizer, text, "this prompt")
     stops = stop_ids(tokenizer)
@@ -106,7 +106,7 @@ def written(tokenizer, prompt: list[int], ids: Iterable[int], typed: int, stops:
 
 
 HINTS = ("[/reset starts over, /system TEXT says how to answer, // begins a message with /, /quit ends; "
-         "Ctrl-C stops an answer]")  # fmt: skip
+         "Ctrl-C stops an answer]")
 TERMINAL_LINE = 4095  # bytes of a line that a terminal without a line editor keeps; the rest is lost
 
 
@@ -114,7 +114,7 @@ def talk(s, model, tokenizer, saved: dict) -> None:
     """A conversation, line by line, from the terminal or a pipe. Ctrl-C ends an answer, Ctrl-D or /quit the program."""
     if saved.get("task") != "sft":
         print("[this model was trained to continue text, not to answer: `USE_LORA=1 python train.py` teaches it]",
-              file=sys.stderr)  # fmt: skip
+              file=sys.stderr)
     template, system = (getattr(s, name) if s.given(name) else saved[name] for name in ("template", "system"))
     chat = Chat(model, tokenizer, template, checked_text(system, "system"), s.part(SamplingSettings))
     say_what_is_lost(tokenizer, chat.system, "the system text")
@@ -132,7 +132,7 @@ def talk(s, model, tokenizer, saved: dict) -> None:
             say_what_is_lost(tokenizer, chat.system, "the system text")
         elif command.startswith("/") and not command.startswith("//"):
             print(visible(f"[{command} is none of /reset, /system and /quit; //... is a message that begins with /]",
-                          sys.stderr), file=sys.stderr)  # fmt: skip
+                          sys.stderr), file=sys.stderr)
         else:
             answer(chat, text[1:] if command.startswith("//") else text)
 
@@ -148,7 +148,7 @@ def lines(live: bool) -> Iterator[str]:
             return
         if live and not editor and len(text.encode("utf-8", "surrogateescape")) >= TERMINAL_LINE:
             print(f"[the terminal cut this line after {TERMINAL_LINE:,} bytes: send long messages through a pipe]",
-                  file=sys.stderr)  # fmt: skip
+                  file=sys.stderr)
         if text := text.strip():
             yield text
 

@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
             code = training.train()
             if code == 0 and (name := checkpoint.not_finite(training.weights())):  # on every process alike
                 raise UserError(f"{name} is not finite (nan or inf): this run diverged; train again with a lower lr, "
-                                "in another out_dir")  # fmt: skip
+                                "in another out_dir")
             if code == 0 and machine.is_main:
                 finish(s, plan, machine, out_dir, training.model, tokenizer, validation)
             leave_processes(machine)
@@ -186,7 +186,7 @@ def check_settings(s: Settings, machine: Machine) -> None:
     count, each = sum(p.numel() for p in model.parameters()), 4 if s.use_lora else 12  # a gradient and one moment, too
     if count * each > memory(machine.device):
         raise UserError(f"{count / 1e9:,.1f} billion parameters need {count * each / 1e9:,.0f} GB to train, and there "
-                        f"are {memory(machine.device) / 1e9:,.0f}: lower d_model, d_ff or n_layer")  # fmt: skip
+                        f"are {memory(machine.device) / 1e9:,.0f}: lower d_model, d_ff or n_layer")
 
 
 def open_data(s: Settings, start: Start, quiet: bool):
@@ -233,7 +233,7 @@ class Run:
 
     def __init__(self, s: Settings, plan: Plan, machine: Machine, out_dir: Path, tokenizer,
                  batches: Batches | Examples, validation: Validation | ExampleValidation, start: Start,
-                 other_text: bool = False):  # fmt: skip
+                 other_text: bool = False):
         self.s, self.plan, self.machine, self.out_dir = s, plan, machine, out_dir
         self.batches, self.validation = batches, validation
         torch.manual_seed(s.seed)
@@ -255,12 +255,12 @@ class Run:
         if other_text:  # its losses cannot be compared with those before
             self.progress.best, self.progress.worse, self.progress.ended, self.saved_step = math.inf, 0, False, -1
         self.log = Log(s.part(LogSettings), out_dir, plan.max_steps, self.progress.step, machine,
-                       self.model.flops_per_token())  # fmt: skip
+                       self.model.flops_per_token())
         # What a checkpoint says of the run, beside its tensors.
         self.about = {"format": checkpoint.FORMAT, "settings": json.dumps(s.to_dict() | named_before(s, start.saved)),
                       "config": json.dumps(start.config | s.from_config),
                       "made_of": json.dumps(made_of(batches, validation)),
-                      "tokenizer": json.dumps(tokenizer.to_dict()), "base": start.base, "init": start.init}  # fmt: skip
+                      "tokenizer": json.dumps(tokenizer.to_dict()), "base": start.base, "init": start.init}
         self.describe()
 
     def restore(self, start: dict, samples: int) -> None:
@@ -268,7 +268,7 @@ class Run:
             lora.load_adapter(self.model, start["model"])
         if "optimizer" not in start:
             raise UserError(f"the newest checkpoint in {self.out_dir} has no state of the optimizer: a run in another "
-                            "out_dir can start from it by init_from=")  # fmt: skip
+                            "out_dir can start from it by init_from=")
         self.optimizer.load_state_dict(start["optimizer"])
         if self.ema:
             if not start.get("ema"):
@@ -279,7 +279,7 @@ class Run:
         self.progress = pick(Progress, start["progress"] | {"samples": samples})
         if self.progress.step > self.plan.max_steps:
             raise UserError(f"the run in {self.out_dir} has {self.progress.step} steps already, more than "
-                            f"{self.plan.max_steps}; set another out_dir, or a larger max_steps")  # fmt: skip
+                            f"{self.plan.max_steps}; set another out_dir, or a larger max_steps")
 
     def describe(self) -> None:
         counts, cfg, plan = self.model.count_parameters(), self.model.cfg, self.plan
@@ -300,7 +300,7 @@ class Run:
         )
         if self.s.task == "pretrain" and plan.samples > MANY_EPOCHS * self.batches.per_epoch:
             self.machine.print("         so little text is learned by heart: DATASET=tinystories, "
-                               "DATASET=fineweb_edu:limit=1e9 or DATA_PATH= bring more")  # fmt: skip
+                               "DATASET=fineweb_edu:limit=1e9 or DATA_PATH= bring more")
         lr, muon_lr = self.rates()
         if muon_lr is not None:
             self.machine.print(f"rates    lr {lr:g} (AdamW), muon_lr {muon_lr:g} for hidden matrices (Muon)")
@@ -369,7 +369,7 @@ class Run:
             machine.print(f"stopped and saved at step {progress.step}; the same command continues the run")
             return 128 + max(signals, default=signal.SIGTERM)
         self.log.say(f"trained  {clock(progress.seconds)} for {progress.tokens:,} tokens; best validation loss "
-                     f"{progress.best:.4f}; peak memory {peak_memory(machine):.1f} GB")  # fmt: skip
+                     f"{progress.best:.4f}; peak memory {peak_memory(machine):.1f} GB")
         return 0
 
     def step(self, wrapped, batch, factor: float) -> torch.Tensor:
@@ -454,7 +454,7 @@ class Run:
         self.log.sync()
         states = {"optimizer": self.optimizer, "ema": self.ema, "scale": self.scale}
         state = {**self.about, "model": self.weights(), "progress": asdict(self.progress),
-                 **{name: part.state_dict() if part else None for name, part in states.items()}}  # fmt: skip
+                 **{name: part.state_dict() if part else None for name, part in states.items()}}
         try:
             checkpoint.save_step(self.out_dir, self.progress.step, state, self.s.keep_checkpoints)
         except UserError as error:
@@ -520,7 +520,7 @@ def out_of_memory(error: Exception, s: Settings) -> UserError | None:
         smaller = max(1, s.batch_size // 2)
         return UserError(f"out of memory with batch_size={s.batch_size}: try BATCH_SIZE={smaller} "
                          f"GRAD_ACCUM={s.grad_accum * s.batch_size // smaller}, CHECKPOINT_ACTIVATIONS=1, or a smaller "
-                         "seq_len; the run is as it was last saved")  # fmt: skip
+                         "seq_len; the run is as it was last saved")
     return None
 
 

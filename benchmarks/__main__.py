@@ -205,13 +205,13 @@ def bench_step(s: Settings, argv: list[str]) -> dict:
     for name in names:
         row = summary(seconds[name])
         rows[name] = row | {"tok/s": tokens / row["ms"] * 1e3, "GB": statistics.median(memory[name]),
-                            "% of products": flops / row["ms"] * 1e5 / top["flops"]}  # fmt: skip
+                            "% of products": flops / row["ms"] * 1e5 / top["flops"]}
     return show(rows, names[0]) | {"limits": top}
 
 
 # Ways to keep, or not to keep, what the backward pass needs.
 STACKS = {"plain": [], "checkpointing": ["checkpoint_activations=1"], "reversible": ["reversible=1"],
-          "reversible, no grid": ["reversible=1", "reversible_grid=0"]}  # fmt: skip
+          "reversible, no grid": ["reversible=1", "reversible_grid=0"]}
 TUNING = {"all weights": [], "LoRA": ["use_lora=1"], "DoRA": ["use_lora=1", "lora_dora=1"]}
 
 
@@ -219,13 +219,13 @@ def bench_depth(s: Settings, argv: list[str]) -> dict:
     """Reversible stacks of different depth: time per step, and memory."""
     shape = dict(seq_len=2048, d_model=256, n_head=4, n_kv_head=4, optimizer="adamw", lr=1e-3)
     return {"rows": [row for depth in ((4,) if s.smoke else (4, 8, 16, 32, 48))
-                     for row in compare_steps(s, argv, STACKS, shape | {"n_layer": depth})]}  # fmt: skip
+                     for row in compare_steps(s, argv, STACKS, shape | {"n_layer": depth})]}
 
 
 def bench_lora(s: Settings, argv: list[str]) -> dict:
     """Fine-tuning of a model of 47 M parameters, all of them or adapters of rank 16."""
     shape = dict(seq_len=512, d_model=512, n_head=8, n_kv_head=8, n_layer=12, vocab_size=16384, optimizer="adamw",
-                 lr=1e-3)  # fmt: skip
+                 lr=1e-3)
     return {"rows": compare_steps(s, argv, TUNING, shape)}
 
 
@@ -241,7 +241,7 @@ def compare_steps(s: Settings, argv: list[str], variants: dict[str, list[str]], 
         rows.append({"variant": name, "ms": ms, "gb": one["gb"],
                      "activations_gb": one["gb"] - one["weights_gb"]} | dict(pair.split("=") for pair in shape))
         print(f"  {name:<20} {ms:>9.0f} {ms / rows[0]['ms']:>8.2f}x {one['gb']:>9.2f} "
-              f"{rows[-1]['activations_gb']:>31.2f}", flush=True)  # fmt: skip
+              f"{rows[-1]['activations_gb']:>31.2f}", flush=True)
     return rows
 
 
@@ -338,7 +338,7 @@ def bench_kill(s: Settings, argv: list[str]) -> dict:
     """Kill a small run `repeats` times at random moments, and compare its end with that of a run left in peace."""
     steps = 40 if s.smoke else 120 * s.repeats
     settings = dict(seq_len=32, d_model=32, n_layer=2, n_head=4, batch_size=4, max_steps=steps, dropout=0.1,
-                    eval_interval=3, eval_tokens=64, log_interval=1, device="cpu", vocab_size=512)  # fmt: skip
+                    eval_interval=3, eval_tokens=64, log_interval=1, device="cpu", vocab_size=512)
     generator, interrupted = random.Random(0), 0
     with tempfile.TemporaryDirectory() as folder:
         def start(name: str) -> subprocess.Popen:
@@ -368,7 +368,7 @@ def bench_kill(s: Settings, argv: list[str]) -> dict:
 BENCHMARKS = {"optim": bench_optim, "step": bench_step, "batches": bench_batches, "kill": bench_kill,
               "depth": bench_depth, "lora": bench_lora, "experts": bench_experts, "decode": bench_decode,
               "generate": bench_generate, "start": bench_start, "time_to_loss": bench_time_to_loss,
-              "eval": bench_eval, "bpe": bench_bpe, "encode": bench_encode}  # fmt: skip
+              "eval": bench_eval, "bpe": bench_bpe, "encode": bench_encode}
 COMPARISONS = {"models": compare_models, "ablation": compare_ablation, "shakespeare": compare_shakespeare}
 
 

@@ -49,7 +49,7 @@ MODELS = {  # about 2.4 M active parameters each, by d_ff
 def compare_models(s: Settings) -> dict:
     """Each kind on the standard library, the same tokens; the speed of a process alone on this machine."""
     base = dict(vocab_size=4096, seq_len=256, d_model=192, n_head=6, n_kv_head=2, n_layer=4, max_steps=s.steps or 240,
-                eval_interval=s.steps or 240, eval_tokens=100_000)  # fmt: skip
+                eval_interval=s.steps or 240, eval_tokens=100_000)
     models, rows = list(MODELS.items()), {}
     if s.smoke:
         base |= dict(vocab_size=512, seq_len=32, d_model=48, eval_tokens=640)
@@ -67,7 +67,7 @@ def compare_models(s: Settings) -> dict:
                 "total": counts["total"], "active": counts["active"], "mflop": model.flops_per_token() / 1e6,
                 "cache": cache_bytes(model.new_cache(1, 256)) // 256,
                 "train": statistics.median(float(r["tokens_per_second"]) for r in log if r["tokens_per_second"]),
-                "decode": decode_speed(model), "bits_per_byte": float(log[-1]["val_bits_per_byte"])}  # fmt: skip
+                "decode": decode_speed(model), "bits_per_byte": float(log[-1]["val_bits_per_byte"])}
             print(f"{name:<18}{row['total']:>14,}{row['active']:>14,}{row['mflop']:>14.1f}{row['cache']:>14,}"
                   f"{row['train']:>14,.0f}{row['decode']:>14,.0f}{row['bits_per_byte']:>14.4f}", flush=True)
     return {"rows": rows}
@@ -100,7 +100,7 @@ def compare_ablation(s: Settings) -> dict:
     """Validation bits per byte of runs of equal parameters (by d_ff) and tokens, several seeds, on two corpora."""
     corpora = {"shakespeare": {"data_path": s.data_path, "tokenizer": "char"}, "stdlib": {"vocab_size": 4096}}
     base = dict(seq_len=128, d_model=128, n_head=4, n_kv_head=4, n_layer=0, n_enigma=4, reversible=1, batch_size=16,
-                max_steps=s.steps or 400, eval_interval=s.steps or 400, eval_tokens=100_000, lr=1e-2)  # fmt: skip
+                max_steps=s.steps or 400, eval_interval=s.steps or 400, eval_tokens=100_000, lr=1e-2)
     variants = list(ABLATION.items())
     if s.smoke:
         corpora["stdlib"]["vocab_size"] = 512
@@ -125,7 +125,7 @@ def compare_ablation(s: Settings) -> dict:
                     scores.append(float(log[-1]["val_bits_per_byte"]))
                 results.setdefault(corpus, {})[name] = scores
                 print(f"  {name:<30} {statistics.mean(scores):.4f}   {' '.join(f'{x:.4f}' for x in scores)}   "
-                      f"d_ff {settings['d_ff']}", flush=True)  # fmt: skip
+                      f"d_ff {settings['d_ff']}", flush=True)
     return {"bits_per_byte": results}
 
 
@@ -160,5 +160,5 @@ def compare_shakespeare(s: Settings) -> dict:
     for name, values in rows.items():
         losses, seconds = zip(*values, strict=True)
         print(f"  {name:<10} validation loss {', '.join(f'{x:.3f}' for x in losses)}   "
-              f"seconds {', '.join(f'{x:.0f}' for x in seconds)}")  # fmt: skip
+              f"seconds {', '.join(f'{x:.0f}' for x in seconds)}")
     return {"rows": rows}

@@ -14,13 +14,13 @@ from model import LanguageModel, ModelConfig
 from runtime.device import MachineSettings, choose_machine
 
 GPT2 = dict(vocab_size=50257, seq_len=1024, d_model=768, n_layer=12, n_head=12, n_kv_head=12, ffn="gelu", bias=True,
-            norm="layernorm", norm_eps=1e-5, qk_norm=False, position="learned")  # fmt: skip
+            norm="layernorm", norm_eps=1e-5, qk_norm=False, position="learned")
 # Kinds of models of about the size of GPT-2, for context 4096.
 MODERN = dict(vocab_size=50257, seq_len=4352, d_model=768, n_layer=12, n_head=12, n_kv_head=12)
 KINDS = {"GPT": {}, "GQA, 4 key heads": dict(n_kv_head=4),
          "MLA, rank 256": dict(attention="mla", qk_norm=False, kv_rank=256, rope_dim=32),
          "MoE, 2 of 8": dict(n_expert=8, top_k=2, d_expert=1024),
-         "Enigma, 4 + 8": dict(n_layer=8, n_enigma=4, reversible=True, position="alibi")}  # fmt: skip
+         "Enigma, 4 + 8": dict(n_layer=8, n_enigma=4, reversible=True, position="alibi")}
 
 
 def cache_bytes(cache) -> int:
@@ -78,14 +78,14 @@ def as_transformers(model: LanguageModel):
     cfg = model.cfg
     peer = GPT2LMHeadModel(GPT2Config(vocab_size=cfg.vocab_size, n_positions=cfg.seq_len, n_embd=cfg.d_model,
                                       n_layer=cfg.n_layer, n_head=cfg.n_head, bos_token_id=None, eos_token_id=None,
-                                      activation_function="gelu_new")).eval()  # fmt: skip
+                                      activation_function="gelu_new")).eval()
     weights = {"transformer.wte.weight": model.embed.weight, "transformer.wpe.weight": model.position.weight,
                "transformer.ln_f.weight": model.norm.weight, "transformer.ln_f.bias": model.norm.bias,
-               "lm_head.weight": model.embed.weight}  # fmt: skip
+               "lm_head.weight": model.embed.weight}
     for i, block in enumerate(model.blocks):
         attn, ffn = block.attn, block.ffn
         parts = {"ln_1": block.attn_norm, "ln_2": block.ffn_norm, "attn.c_proj": attn.o, "mlp.c_fc": ffn.up,
-                 "mlp.c_proj": ffn.down}  # fmt: skip
+                 "mlp.c_proj": ffn.down}
         for name, module in parts.items():
             weight = module.weight if module.weight.ndim == 1 else module.weight.T
             weights |= {f"transformer.h.{i}.{name}.weight": weight, f"transformer.h.{i}.{name}.bias": module.bias}
@@ -121,7 +121,7 @@ def bench_generate(s: Settings, argv: list[str]) -> dict:
 
                 def run_theirs(n, prompt=prompt):
                     return theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n,
-                                           do_sample=False, pad_token_id=0)[:, prompt.shape[1]:].tolist()  # fmt: skip
+                                           do_sample=False, pad_token_id=0)[:, prompt.shape[1]:].tolist()
 
                 same = run_ours(new) == run_theirs(new)
                 if dtype == torch.float32 and not same:
@@ -136,7 +136,7 @@ def bench_generate(s: Settings, argv: list[str]) -> dict:
                     speed[who] = batch / seconds
                     rows[f"{name} {batch} {context} {who}"] = {
                         "tokens_per_s": speed[who], "ratio": speed[who] / speed["transformers"], "same_tokens": same,
-                        "share": read / seconds / top["bandwidth"], "first_ms": median[f"{who} 1"] * 1e3}  # fmt: skip
+                        "share": read / seconds / top["bandwidth"], "first_ms": median[f"{who} 1"] * 1e3}
                     print(f"{name:<9} {batch:>6} {context:>8} {who:<14} {speed[who]:>9.1f} "
                           f"{speed[who] / speed['transformers']:>6.2f}x {read / seconds / top['bandwidth']:>13.0%} "
                           f"{median[f'{who} 1'] * 1e3:>16.1f}", flush=True)
@@ -145,7 +145,7 @@ def bench_generate(s: Settings, argv: list[str]) -> dict:
 
 STAGES = {"python": ["-c", "pass"], "import torch": ["-c", "import torch"], "import sample": ["-c", "import sample"],
           "first token": ["sample.py", "--prompt", "def ", "--max_new_tokens", "1"],
-          "100 tokens": ["sample.py", "--prompt", "def ", "--max_new_tokens", "100"]}  # fmt: skip
+          "100 tokens": ["sample.py", "--prompt", "def ", "--max_new_tokens", "100"]}
 
 
 def bench_start(s: Settings, argv: list[str]) -> dict:
@@ -159,7 +159,7 @@ def bench_start(s: Settings, argv: list[str]) -> dict:
         return time.perf_counter() - begin
 
     times = take_turns({name: lambda a=arguments: start(a) for name, arguments in STAGES.items()}, s.repeats,
-                       warm=0 if s.smoke else 1)  # fmt: skip
+                       warm=0 if s.smoke else 1)
     medians = {name: statistics.median(t) for name, t in times.items()}
     before = 0.0
     for name, seconds in medians.items():

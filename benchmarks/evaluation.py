@@ -51,7 +51,7 @@ def bench_eval(s: Settings, argv: list[str]) -> dict:
 
             examples = [Example("", [text(choice) for _ in range(4)], 0, {}, text(context)) for _ in range(n)]
             requests = [Instance("loglikelihood", {}, (each.context, f" {choice}"), i)
-                        for each in examples for i, choice in enumerate(each.choices)]  # fmt: skip
+                        for each in examples for i, choice in enumerate(each.choices)]
 
             def run_ours(examples=examples):
                 done = [each for batch in run_task(ours, tokenizer, examples, machine) for each in batch]
@@ -68,5 +68,5 @@ def bench_eval(s: Settings, argv: list[str]) -> dict:
             name = str(dtype).removeprefix("torch.")
             rows[f"{name} {kind}"] = speed | {"ratio": speed["ours"] / speed["harness"], "difference": apart}
             print(f"{name:<9} {kind:<20} {speed['ours']:>12.2f} {speed['harness']:>9.2f} "
-                  f"{speed['ours'] / speed['harness']:>6.2f}x {apart:>30.2g}", flush=True)  # fmt: skip
+                  f"{speed['ours'] / speed['harness']:>6.2f}x {apart:>30.2g}", flush=True)
     return {"rows": rows}

@@ -16,7 +16,7 @@ from configurator import ROOT, Settings, UserError, find_path
 SAME_TOKENS = dict(n_layer=4, batch_size=12, max_steps=2000, eval_interval=2000, warmup_steps=50, lr=1e-2, muon_lr=0.01)
 # The same width and context, and whatever else brings the loss of these 2000 steps soonest: docs/log.md.
 SOONEST = dict(n_layer=2, n_kv_head=1, batch_size=32, max_steps=180, eval_interval=180, warmup_steps=10, lr=2e-2,
-               muon_lr=0.03)  # fmt: skip
+               muon_lr=0.03)
 # For SMOKE=1, on top of either.
 SMOKE = dict(d_model=32, n_layer=1, batch_size=4, max_steps=2, eval_interval=2, eval_tokens=640)
 TARGET = 1.87  # nats per character: what nanoGPT has after its 2000 steps
@@ -43,7 +43,7 @@ def run_ours(recipe: dict, folder: Path, text: str, seed: int) -> tuple[float, f
     (folder / "val.txt").write_text(text[cut:], encoding="utf-8")
     settings = dict(seq_len=64, d_model=128, n_head=4, n_kv_head=4, tokenizer="char", data_path=folder / "train.txt",
                     val_path=folder / "val.txt", cache_dir=folder / f"cache{seed}", out_dir=folder / f"ours{seed}",
-                    eval_tokens=0, seed=seed) | recipe  # fmt: skip
+                    eval_tokens=0, seed=seed) | recipe
     begin = time.perf_counter()
     log = train(settings)
     return float(log[-1]["val_loss"]), time.perf_counter() - begin
@@ -59,7 +59,7 @@ def run_nanogpt(checkout: str, folder: Path, text: str, seed: int) -> tuple[floa
     (copy / "train.py").write_text(source, encoding="utf-8")
     command = [sys.executable, "train.py", "config/train_shakespeare_char.py", "--device=cpu", "--compile=False",
                "--eval_iters=20", "--log_interval=1", "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4",
-               "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"]  # fmt: skip
+               "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"]
     begin = time.perf_counter()
     result = subprocess.run(command, cwd=copy, check=True, capture_output=True, text=True)
     return float(re.findall(r"val loss ([\d.]+)", result.stdout)[-1]), time.perf_counter() - begin
@@ -80,5 +80,5 @@ def bench_time_to_loss(s: Settings, argv: list[str]) -> dict:
     medians = {name: statistics.median(seconds for _, seconds in values) for name, values in rows.items() if values}
     reached = sum(loss <= TARGET for loss, _ in rows["ours"])
     print(f"ours reached {TARGET} in {reached} of {s.repeats} runs, in {medians['ours']:.1f} s"
-          + (f", {medians['nanogpt'] / medians['ours']:.1f} times as fast" if s.nanogpt else ""))  # fmt: skip
+          + (f", {medians['nanogpt'] / medians['ours']:.1f} times as fast" if s.nanogpt else ""))
     return {"seconds": medians, "runs": rows, "reached": reached}

@@ -64,7 +64,7 @@ def train_ours(mb: float, vocab_size: int, cores: int, folder: str) -> dict:
     codec = bpe.BPETokenizer.train(source_texts(mb), vocab_size, "gpt2", [], workers=cores, progress=progress)
     codec.save(folder)
     return {"read and count s": phases["count"], "merge s": phases["merge"] - phases["count"],
-            "merges": [[bpe.spell(a), bpe.spell(b)] for a, b in codec.merges]}  # fmt: skip
+            "merges": [[bpe.spell(a), bpe.spell(b)] for a, b in codec.merges]}
 
 
 def train_tokenizers(mb: float, vocab_size: int, cores: int, folder: str) -> dict:
@@ -87,7 +87,7 @@ def train_sentencepiece(mb: float, vocab_size: int, cores: int, folder: str) -> 
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=lines, model_prefix=str(Path(folder) / "sp"), model_type="bpe", vocab_size=vocab_size,
         num_threads=cores, byte_fallback=True, normalization_rule_name="identity", hard_vocab_limit=False,
-        minloglevel=2)  # fmt: skip
+        minloglevel=2)
     return {}
 
 
@@ -121,7 +121,7 @@ def encode_with(name: str) -> Callable:
             import tiktoken
 
             core = tiktoken.Encoding("peer", pat_str=ours.codec.patterns[0], special_tokens={},
-                                     mergeable_ranks=ours.codec.vocab)  # fmt: skip
+                                     mergeable_ranks=ours.codec.vocab)
             seconds, digest = _through(texts, lambda group: core.encode_ordinary_batch(group, num_threads=cores))
         else:
             from tokenizers import Tokenizer as Rust
@@ -156,9 +156,9 @@ def _encode(text: str) -> np.ndarray:
 
 RUST = "tokenizers' encode_batch"
 ENCODERS = {"ours, encode_batch": "lists", "ours, numpy by threads": "threads", "ours, numpy by processes": "processes",
-            "tiktoken": "tiktoken", RUST: "encode_batch", f"{RUST}_fast": "encode_batch_fast"}  # fmt: skip
+            "tiktoken": "tiktoken", RUST: "encode_batch", f"{RUST}_fast": "encode_batch_fast"}
 VARIANTS = {"ours": train_ours, "tokenizers": train_tokenizers, "sentencepiece": train_sentencepiece,
-            "sample": train_sample}  # fmt: skip
+            "sample": train_sample}
 
 
 def alone(name: str, mb: float, vocab_size: int, cores: int, folder: str) -> dict:
@@ -210,7 +210,7 @@ def _turns(names: list[str], repeats: int, *args) -> dict[str, list[dict]]:
 
 def _medians(found: dict[str, list[dict]]) -> dict[str, dict]:
     return {name: {key: statistics.median(each[key] for each in results) for key, value in results[0].items()
-                   if isinstance(value, float)} | {"n": len(results)} for name, results in found.items()}  # fmt: skip
+                   if isinstance(value, float)} | {"n": len(results)} for name, results in found.items()}
 
 
 def bench_bpe(s: Settings, argv: list[str]) -> dict:
@@ -223,13 +223,13 @@ def bench_bpe(s: Settings, argv: list[str]) -> dict:
         rows = _medians(found)
         if importlib.util.find_spec("sentencepiece"):
             rows |= _medians({f"sentencepiece, {mb / 10:g} MB":
-                              [alone("sentencepiece", mb / 10, vocab_size, cores, folder)]})  # fmt: skip
+                              [alone("sentencepiece", mb / 10, vocab_size, cores, folder)]})
         sample = alone("sample", mb, vocab_size, cores, folder)
     print(f"training of {vocab_size:,} entries on {size:.1f} MB of Python source, {cores} processes or threads")
     for name, row in rows.items():
         print(f"  {name:<22}" + "".join(f"{value:>9,.1f} {key}" for key, value in row.items()))
     print(f"  a sample of {SAMPLE / 1e6:g} MB, 60 merges: textbook {sample['textbook s']:.1f} s, ours "
-          f"{sample['ours s']:.2f} s, merges {'the same' if sample['same'] else 'DIFFERENT'}")  # fmt: skip
+          f"{sample['ours s']:.2f} s, merges {'the same' if sample['same'] else 'DIFFERENT'}")
     merges = [found[name][0]["merges"] for name in names]
     agree = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*merges, strict=False)))
     common = len({tuple(m) for m in merges[0]} & {tuple(m) for m in merges[-1]})
@@ -250,13 +250,13 @@ def bench_encode(s: Settings, argv: list[str]) -> dict:
     print(f"encoding {size:.1f} MB of Python source by {cores} threads or processes, {vocab_size:,} entries")
     for name, row in _medians(found).items():
         rows[name] = {"MB/s": size / row["encode s"], "MB memory": row["MB memory"], "n": row["n"],
-                      "same ids": all(each["ids"] == reference for each in found[name])}  # fmt: skip
+                      "same ids": all(each["ids"] == reference for each in found[name])}
     for name, row in rows.items():
         ratios = "".join(f"{row['MB/s'] / rows[peer]['MB/s']:>6.2f} of {label}"
                          for peer, label in ((RUST, "tokenizers"), ("tiktoken", "tiktoken"))
-                         if peer in rows)  # fmt: skip
+                         if peer in rows)
         print(f"  {name:<30}{row['MB/s']:>8.1f} MB/s{ratios}{row['MB memory']:>9,.0f} MB memory  "
-              f"{'same ids' if row['same ids'] else 'OTHER IDS'}")  # fmt: skip
+              f"{'same ids' if row['same ids'] else 'OTHER IDS'}")
     return {"rows": rows, "mb": size}
 
 

@@ -45,7 +45,7 @@ def show(rows: dict[str, dict], base: str = "") -> dict:
     for name, row in rows.items():
         ratio = f"{rows[base]['ms'] / row['ms']:6.2f}x" if base else ""
         print(f"  {name:<28}" + "".join(f"{value:>12,.1f} {unit}" for unit, value in row.items()) + f"  {ratio}",
-              flush=True)  # fmt: skip
+              flush=True)
     return {"rows": rows, "base": base}
 
 
@@ -62,5 +62,5 @@ def limits(machine: Machine, smoke: bool = False) -> dict[str, float]:
     rate = 2 * n**3 / statistics.median(seconds["product"])
     bandwidth = data.nbytes / statistics.median(seconds["read"])
     print(f"this machine: {rate / 1e9:,.0f} GFLOP/s in {str(machine.dtype).removeprefix('torch.')} products of {n}, "
-          f"{bandwidth / 1e9:.0f} GB/s of reading memory", flush=True)  # fmt: skip
+          f"{bandwidth / 1e9:.0f} GB/s of reading memory", flush=True)
     return {"flops": rate, "bandwidth": bandwidth}

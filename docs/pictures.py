@@ -43,7 +43,7 @@ def plus(ax, x, y):
 def draw_block(path):
     """Two streams from left to right; each branch reads one and is added to the other."""
     steps = [("shear A", BLUE), ("shear B", BLUE), ("shear C", BLUE), ("convolution", RED),
-             ("attention:\nwheels, ALiBi", RED), ("feed-forward", RED)]  # fmt: skip
+             ("attention:\nwheels, ALiBi", RED), ("feed-forward", RED)]
     fig, ax = plt.subplots(figsize=(11, 2.9))
     left, right, high, low = 0.9, 18.3, 3.2, 0.0
     for y, name in ((high, "stream 1"), (low, "stream 2")):
@@ -77,7 +77,7 @@ def draw_wheels(path, positions=200, head_dim=16):
             ax.step(range(positions), row.tolist(), where="post", lw=1.1, color=color, label=f"wheel of {n}")
         ax.set_ylabel("offset o(t)")
         ax.set_title("carrying: a wheel steps when the one before it has gone round" if carry
-                     else "free: every wheel steps with every token", fontsize=9, loc="left")  # fmt: skip
+                     else "free: every wheel steps with every token", fontsize=9, loc="left")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].legend(ncol=3, fontsize=8, loc="upper right", framealpha=0.9, bbox_to_anchor=(1, 1.28))
     axes[1].set_xlabel("position t")
@@ -91,9 +91,9 @@ def draw_depth(path, data):
     rows = json.loads(data.read_text(encoding="utf-8"))["rows"]
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.2))
     styles = {"plain": (GREY, "o"), "checkpointing": (RED, "s"), "reversible": (BLUE, "D"),
-              "reversible, no grid": ("#63b3ed", "v")}  # fmt: skip
+              "reversible, no grid": ("#63b3ed", "v")}
     for ax, column, label, scale in ((axes[0], "activations_gb", "GB beside weights and moments", 1),
-                                     (axes[1], "ms", "seconds per step", 1e-3)):  # fmt: skip
+                                     (axes[1], "ms", "seconds per step", 1e-3)):
         for name, (color, marker) in styles.items():
             points = [(int(row["n_layer"]), row[column] * scale) for row in rows if row["variant"] == name]
             ax.plot(*zip(*points, strict=True), color=color, marker=marker, ms=4, lw=1.3, label=name)

@@ -31,7 +31,7 @@ def finish(s: Settings, plan: Plan, machine: Machine, out_dir: Path, model: Lang
         f"sample   {command('sample.py')} --init_from {folder} {'--chat' if s.task == 'sft' else '--prompt ...'}\n"
         f"evaluate {command('eval.py')} --init_from {folder}\n"
         f"plot     {command('plot.py')} {folder}\n"
-        f"continue {longer(s, plan, machine)}{lifted(s, plan)}")  # fmt: skip
+        f"continue {longer(s, plan, machine)}{lifted(s, plan)}")
 
 
 def write_samples(s: Settings, path: Path, model: LanguageModel, tokenizer, held_out) -> tuple[str, str]:
@@ -107,7 +107,7 @@ def lifted(s: Settings, plan: Plan) -> str:
         return ""
     muon = f" MUON_LR={s.muon_lr * now / s.lr:.2g}" if s.muon_lr else ""
     return (f"\n         (which lifts the learning rate from {now:.2g} to {then:.2g}; SCHEDULE=constant LR={now:.2g}"
-            f"{muon} keeps it)")  # fmt: skip
+            f"{muon} keeps it)")
 
 
 def command(script: str, start: str = "python") -> str:

@@ -171,13 +171,13 @@ def plan_steps(s: Settings, machine: Machine, step: int = 0, samples: int = 0) -
         if s.total_batch_size % s.seq_len or sequences % world:
             nearest = max(1, round(s.total_batch_size / (world * s.seq_len))) * world * s.seq_len
             raise UserError(f"total_batch_size={s.total_batch_size} does not divide into {world} processes x "
-                            f"seq_len={s.seq_len}; nearest: {nearest}")  # fmt: skip
+                            f"seq_len={s.seq_len}; nearest: {nearest}")
         micro_batch = max(n for n in range(1, s.batch_size + 1) if sequences // world % n == 0)
     else:
         sequences = s.batch_size * s.grad_accum
         if sequences % world:
             raise UserError(f"batch_size x grad_accum = {sequences} sequences do not divide by {world} processes; "
-                            f"set batch_size={-(-s.batch_size // world) * world}")  # fmt: skip
+                            f"set batch_size={-(-s.batch_size // world) * world}")
         micro_batch = min(s.batch_size, sequences // world)
     per_rank = sequences // world
     if per_rank % micro_batch:
@@ -215,12 +215,12 @@ def starting_point(s: Settings, out_dir: Path, machine: Machine) -> Start:
     tokenizer = checkpoint.tokenizer_of(state, saved, path)
     if s.given("tokenizer") and s.tokenizer in TRAINED and s.tokenizer != saved["tokenizer"]:
         raise UserError(f"tokenizer={s.tokenizer}: {path} knows its own, from tokenizer={saved['tokenizer']}; leave it "
-                        "out, or begin with fresh weights")  # fmt: skip
+                        "out, or begin with fresh weights")
     start = Start(checkpoint.weights(state), init=str(path.resolve()), tokenizer=tokenizer, anew=anew)
     checkpoint.check_weights(path, saved, start.weights)
     if tokenizer.vocab_size != saved["vocab_size"]:
         raise UserError(f"{path} has {saved['vocab_size']} embeddings, but its tokenizer {tokenizer.vocab_size} ids: "
-                        "it cannot be trained further")  # fmt: skip
+                        "it cannot be trained further")
     free = {"rope_scaling", "rope_factor", "rope_original"}  # weights may learn a longer context,
     if saved["position"] != "learned":
         free.add("seq_len")
@@ -259,7 +259,7 @@ def continued(s: Settings, out_dir: Path, machine: Machine) -> Start:
             raise UserError(f"the run in {out_dir} has {name}={saved[name]}: say so again, or set another out_dir")
     if s.init_from != "auto" and checkpoint.find(s.init_from).resolve().parent != Path(state["init"]).parent:
         raise UserError(f"the run in {out_dir} began from {state['init'] or 'fresh weights'}, not from init_from="
-                        f"{s.init_from}; set another out_dir")  # fmt: skip
+                        f"{s.init_from}; set another out_dir")
     tokenizer = checkpoint.tokenizer_of(state, saved, out_dir)
     weights, adapters = state["model"], None
     if state["base"]:
@@ -275,7 +275,7 @@ def continued(s: Settings, out_dir: Path, machine: Machine) -> Start:
     step = state["progress"]["step"]
     return Start(weights=weights, resume=state, base=state["base"], init=state["init"], tokenizer=tokenizer,
                  saved=saved, config=config, made_of=made_of, rule=made_of.get("rule", 1), step=step,
-                 samples=state["progress"].get("samples", step * step_size(saved)))  # fmt: skip
+                 samples=state["progress"].get("samples", step * step_size(saved)))
 
 
 def step_size(saved: dict) -> int:

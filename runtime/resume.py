@@ -39,7 +39,7 @@ MUST = names_of(ModelConfig, LoraSettings, ChatSettings) - MAY_CHANGE - {"use_lo
 HERE = names_of(LogSettings) | {
     "task", "sft_mode", "use_lora", "out_dir", "init_from", "lora_base", "cache_dir", "overwrite", "workers",
     "device", "compile", "compile_backend", "checkpoint_activations", "log_interval",
-    "dataset", "data_path", "val_path", "mixture", "tokenizer", "vocab_size"}  # fmt: skip
+    "dataset", "data_path", "val_path", "mixture", "tokenizer", "vocab_size"}
 
 
 def adopt(s: Settings, saved: dict, names: set[str]) -> None:
@@ -50,7 +50,7 @@ def adopt(s: Settings, saved: dict, names: set[str]) -> None:
             of_model = name in ModelConfig.__dataclass_fields__  # 0 may stand there for what the checkpoint has
             if not of_model or pick(ModelConfig, saved | asked) != pick(ModelConfig, saved):
                 raise UserError(f"the checkpoint has {name}={saved[name]} and you ask for {name}={asked[name]}; "
-                                "leave it out, or begin a new run in another out_dir")  # fmt: skip
+                                "leave it out, or begin a new run in another out_dir")
         s.set(name, saved[name], "checkpoint")
 
 
@@ -97,7 +97,7 @@ def made_of(batches, validation) -> dict:
     """What a run is made of, beside its settings: the rule by which windows are cut, what its training and validation
     data hold, what is scored of the latter, and numbers by which some of the training data can be found again."""
     return {"rule": batches.rule, "train": batches.content, "val": validation.content, "scored": validation.scored,
-            "sketch": batches.sketch()}  # fmt: skip
+            "sketch": batches.sketch()}
 
 
 def read_made_of(state: dict) -> dict:
@@ -125,7 +125,7 @@ def changes(before: dict, now: dict, batches, folder: Path, say: Callable) -> bo
     if now["train"] != before["train"]:
         if batches.share_of(before["sketch"]) < LEAST:
             raise UserError(f"the run in {folder} learned other data, of which this has nothing: set another out_dir "
-                            f"(with INIT_FROM={folder} it starts from these weights)")  # fmt: skip
+                            f"(with INIT_FROM={folder} it starts from these weights)")
         say("         the training data has changed since: the run continues with what is there now")
     if now["scored"] != before["scored"]:
         say("         other validation data than before: best begins again, and the next validation replaces best.pt")
@@ -145,7 +145,7 @@ def data_words(saved: dict) -> str:
 def tokenizer_words(saved: dict) -> str:
     """The settings that train the tokenizer of a run again: 'TOKENIZER=unigram VOCAB_SIZE=8000'"""
     names = [name for name in ("tokenizer", "tokenizer_pattern", "tokenizer_bytes")
-             if saved[name] != getattr(DataSettings(), name)]  # fmt: skip
+             if saved[name] != getattr(DataSettings(), name)]
     if saved["tokenizer"] in TRAINED and saved["tokenizer"] != "char":
         names.append("vocab_size")
     return words(saved, names)
@@ -190,7 +190,7 @@ def tokens_to_learn(s: Settings, saved: dict, before: dict, tokenizer, quiet: bo
             return found[0]
         if data_words(saved):
             raise UserError(f"the data of this run is not in {cache_folder(s.cache_dir)}: name it again, "
-                            f"{data_words(saved)}")  # fmt: skip
+                            f"{data_words(saved)}")
     return prepare(s, quiet, None if asks_for_another(s, saved, tokenizer) else tokenizer)
 
 

@@ -14,10 +14,10 @@ from configurator import ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What is downloaded is not run here. Neither is what installs, nor `make test` itself.
 NEEDS_NETWORK = ("shakespeare_char", "config/gpt2.py", "tinystories", "gutenberg", "fineweb", "ancients", "hf:", "arc_",
-                 "hellaswag", "piqa", "pip install", "make test", "source ")  # fmt: skip
+                 "hellaswag", "piqa", "pip install", "make test", "source ")
 # Small enough for a second or two, whatever a config file says: the environment is stronger.
 TINY = dict(D_MODEL=32, N_LAYER=1, N_HEAD=2, N_KV_HEAD=2, SEQ_LEN=128, VOCAB_SIZE=512, BATCH_SIZE=10, MAX_STEPS=2,
-            TOTAL_BATCH_SIZE=0, EVAL_TOKENS=500, MAX_NEW_TOKENS=4, DEVICE="cpu", DTYPE="float32", SMOKE=1)  # fmt: skip
+            TOTAL_BATCH_SIZE=0, EVAL_TOKENS=500, MAX_NEW_TOKENS=4, DEVICE="cpu", DTYPE="float32", SMOKE=1)
 STARTS = r"(?:[A-Z_]+=\S+ )*(?:echo \"\w+\" \| )?"
 STARTS += r"(?:(?:python|torchrun) (?:--\S+ )*[\w/]+\.py|python -m benchmarks \w|make \w)"
 
@@ -88,7 +88,7 @@ def run(command: str, folder: Path, **environment) -> subprocess.CompletedProces
     environ = {name: value for name, value in os.environ.items() if name not in ("PYTEST_CURRENT_TEST", "PYTHONPATH")}
     environ |= settings | {"PATH": f"{bin_folder}:{environ['PATH']}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(["bash", "-c", command], cwd=folder, env=environ, capture_output=True, text=True,
-                          input="Who are you?\n/quit\n", timeout=300)  # fmt: skip
+                          input="Who are you?\n/quit\n", timeout=300)
 
 
 def failures(todo: list[str], folder: Path, **environment) -> list[str]:

@@ -29,7 +29,7 @@ def tiny_run(text, out_dir, **changes) -> list[str]:
     settings = dict(data_path=text, cache_dir=text.parent / "cache", out_dir=out_dir, vocab_size=300, seq_len=16,
                     d_model=32, n_layer=2, n_head=4, n_kv_head=2, batch_size=4, max_steps=12, warmup_steps=2, lr=3e-3,
                     muon_lr=0.02, log_interval=1, eval_interval=6, eval_tokens=640,
-                    device="cpu", dtype="float32")  # fmt: skip
+                    device="cpu", dtype="float32")
     return [f"{name}={value}" for name, value in (settings | changes).items() if value is not None]
 
 

@@ -39,7 +39,7 @@ KINDS = {  # the run that is used, and the file that is damaged
     "tokenizer": ("lora", "lora/tokenizer.json"), "its config": ("lora", "lora/tokenizer_config.json"),
     "tokens": ("run", "run-cache/*/train_00000.npy"), "val tokens": ("run", "run-cache/*/val_00000.npy"),
     "meta": ("run", "run-cache/*/meta.json"), "its tokenizer": ("run", "run-cache/*/tokenizer.json"),
-}  # fmt: skip
+}
 RESULTS = ("recovered", "said", "harmless", "silent", "traceback")
 
 
@@ -48,7 +48,7 @@ def settings(folder: Path, name: str, steps: int) -> list[str]:
     if name == "lora" and not (folder / name).exists():
         more["init_from"] = folder / "run"
     return tiny_run(folder / "text" / "words.txt", folder / name, max_steps=steps, eval_interval=2, eval_tokens=64,
-                    schedule="constant", cache_dir=folder / f"{name}-cache", **more)  # fmt: skip
+                    schedule="constant", cache_dir=folder / f"{name}-cache", **more)
 
 
 def make_runs(folder: Path) -> None:
@@ -63,7 +63,7 @@ def damage(path: Path, chance: random.Random) -> str:
     """Change the file; returns how."""
     content = bytearray(path.read_bytes())
     place, how = chance.randrange(len(content)), chance.choice(["bit", "bit", "bit", "byte", "zeros", "cut", "tail",
-                                                                "end", "twice", "empty", "gone"])  # fmt: skip
+                                                                "end", "twice", "empty", "gone"])
     if how == "bit":
         content[place] ^= 1 << chance.randrange(8)
     elif how == "byte":

@@ -40,16 +40,16 @@ LARGEST = 2_000_000  # parameters of a model that we build
 
 NUMBERS = ["0", "1", "2", "3", "7", "8", "16", "64", "100", "-1", "-5", "1e5", "1e30", "1_000", "1e-3", "0.5", "0.9",
            "1.5", "nan", "inf", "-inf", "1e-45", "1e308", "1e400", str(2**31), str(2**63), str(10**19), "9" * 5000,
-           "0x10", "1,000", "١", "", " ", "true", "None"]  # fmt: skip
+           "0x10", "1,000", "١", "", " ", "true", "None"]
 TEXTS = ["", "x", "a b", "all", "auto", "cpu", "char", "bpe", "stdlib", "nothing", "a,b", "q,v", "x" * 300, "x/y/z",
          "~nosuchuser/x", "../x", "ä漢", "\ud800", "\x1b[2J", "a\nb", "{}", "%s", "stdlib:1 gutenberg:2", "*",
          "config/gpt2.py", "cuda:99", "cpu:7", "meta", "S", "SSL", "/dev/null", "/dev/null/x", "scratch", "train",
-         "tokens", "=", "--lr"]  # fmt: skip
+         "tokens", "=", "--lr"]
 BOOLEANS = ["1", "0", "true", "False", "on", "NO", "2", "", "maybe"]
 PYTHON = ["0", "1", "-1", "3.5", "1e30", "10**19", "10**400", "float('nan')", "float('inf')", "True", "None", "'x'",
-          "[]", "['a']", "[1]", "{}", "b'x'", "'x' * 300", "'a\\0b'", "1j", "'\\ud800'", "2**31"]  # fmt: skip
+          "[]", "['a']", "[1]", "{}", "b'x'", "'x' * 300", "'a\\0b'", "1j", "'\\ud800'", "2**31"]
 LINES = ["import math", "from math import *", "def f(x): return x", "import sys; sys.exit(1)", "x = (", "1 / 0",
-         "_a = 1", "\ufefflr = 1", "for i in range(3): pass", "raise ValueError", "seq_len = 8"]  # fmt: skip
+         "_a = 1", "\ufefflr = 1", "for i in range(3): pass", "raise ValueError", "seq_len = 8"]
 OURS = ["config/gpt2.py", "config/mla_moe.py", "config/pretrain_enigma.py", "config/nothing.py", "./config/gpt2.py"]
 
 
@@ -127,7 +127,7 @@ def run_case(number: int, folder: Path) -> str:
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.dict(os.environ, kept | environ, clear=True))
             replaced = [(plan, "ROOT", folder), (checkpoint, "ROOT", folder), (train, "open_data", stop),
-                        (checkpoint, "load", stop), (data, "find_source", stop)]  # fmt: skip
+                        (checkpoint, "load", stop), (data, "find_source", stop)]
             for module, name, value in replaced:
                 stack.enter_context(mock.patch.object(module, name, value))
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -157,10 +157,10 @@ def random_config(rng: random.Random) -> dict:
              "window": [0, 0, 1, 3, 100], "window_pattern": ["S", "SL", "SSL", "", "x"], "n_expert": [0, 0, 1, 4, 8],
              "top_k": [1, 2, 3, 8], "n_shared": [0, 1, 2], "d_expert": [0, 8, 16, 5], "n_dense": [0, 0, 1, 2],
              "n_group": [1, 2, 3], "topk_group": [1, 2], "n_enigma": [0, 0, 1, 2], "kernel": [0, 1, 4, 9],
-             "kv_rank": [0, 8, 5], "q_rank": [0, 8, 5], "rope_dim": [0, 2, 3, 4], "rope_original": [0, 4]}  # fmt: skip
+             "kv_rank": [0, 8, 5], "q_rank": [0, 8, 5], "rope_dim": [0, 2, 3, 4], "rope_original": [0, 4]}
     extreme = [0, 1, -1, 1.5, 1e-30, 1e30, float("nan"), float("inf"), 10**19, None, "x", True]
     chosen = {"d_model": rng.choice([8, 16, 24, 32]), "n_head": rng.choice([1, 2, 4]), "vocab_size": 64,
-              "n_kv_head": rng.choice([0, 1, 2]), "seq_len": rng.choice([4, 16]), "n_layer": 2}  # fmt: skip
+              "n_kv_head": rng.choice([0, 1, 2]), "seq_len": rng.choice([4, 16]), "n_layer": 2}
     if rng.random() < 0.3:
         chosen |= {"reversible": True, "balance": "bias"}
     if rng.random() < 0.2:

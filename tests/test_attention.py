@@ -62,7 +62,7 @@ def test_explicit_attention_equals_sdpa(n_kv_head):
     assert torch.allclose(result, expected, atol=1e-6)
     upstream = torch.randn_like(result)
     for a, b in zip(torch.autograd.grad(result, (q, k, v), upstream),
-                    torch.autograd.grad(expected, (q, k, v), upstream), strict=True):  # fmt: skip
+                    torch.autograd.grad(expected, (q, k, v), upstream), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 
 
@@ -88,7 +88,7 @@ def test_grouped_queries_equal_multi_head_with_repeated_keys(n_head, n_kv_head, 
     full.load_state_dict({
         "q.weight": grouped.q.weight, "o.weight": grouped.o.weight,
         **{f"{n}.weight": getattr(grouped, n).weight.view(n_kv_head, head_dim, 32)
-           .repeat_interleave(n_head // n_kv_head, 0).reshape(-1, 32) for n in "kv"}})  # fmt: skip
+           .repeat_interleave(n_head // n_kv_head, 0).reshape(-1, 32) for n in "kv"}})
     x, turn = torch.randn(2, 7, 32), partial(apply_rope, rope=rope_table(torch.arange(7), head_dim))
     assert torch.allclose(grouped(x, turn), full(x, turn), atol=1e-6)
 

@@ -293,7 +293,7 @@ def test_random_rows_of_a_2_gb_shard_cost_no_memory_of_our_own(tmp_path):
         file.write(header.getvalue())
         file.truncate(file.tell() + 2 * tokens)  # a hole: takes no room on the disk
     meta = {"format": 1, "name": "big", "tokenizer": "", "eot": 0,
-            "splits": {"train": {"shards": [["train_00000.npy", tokens]]}}}  # fmt: skip
+            "splits": {"train": {"shards": [["train_00000.npy", tokens]]}}}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     code = RANDOM_ROWS.format(root=str(ROOT), folder=str(tmp_path))
     grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)

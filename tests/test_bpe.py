@@ -45,7 +45,7 @@ def fuzz(n: int, seed: int = 0, extra: tuple[str, ...] = ()) -> list[str]:
              "'s", "'S", "'ll", "'LL", "'ſ", "'", "’s", "the", "The", "THE", "return", "self", "import", "a", "aa", "1",
              "12", "1234567", "½", "Ⅷ", "٣", "_", "__", "(", "):", "...", "!?", "/", "—", "é", "e\u0301", "\u0301", "ß",
              "İ", "世界", "。", "안녕", "नमस्ते", "ไทย", "😀", "👨\u200d👩\u200d👧", "\u200d", "\ufeff", "\u202e", "x1y2",
-             *extra]  # fmt: skip
+             *extra]
     texts = ["".join(rng.choices(parts, k=rng.randint(1, 30))) for _ in range(n)]
     # Characters on which everybody's Unicode tables agree: those of 2002.
     scalars = [chr(c) for c in range(0x3000) if unicodedata.ucd_3_2_0.category(chr(c)) != "Cn"]
@@ -57,12 +57,12 @@ def layout(name: str, vocab_size=600, **model) -> tokenizers.Tokenizer:
     split = {"llama3": PATTERNS["gpt4"], "qwen2": PATTERNS["qwen2"], "nemo": bpe_train._NEMO}
     specials = {"gpt2": ["<|endoftext|>"], "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"],
                 "nemo": ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"], "qwen2": ["<|endoftext|>", "<|im_end|>"],
-                "digits": ["<|endoftext|>"], "deepseek": ["<｜begin▁of▁sentence｜>"]}[name]  # fmt: skip
+                "digits": ["<|endoftext|>"], "deepseek": ["<｜begin▁of▁sentence｜>"]}[name]
     hf = tokenizers.Tokenizer(models.BPE(**model))
     hf.decoder = decoders.ByteLevel()
     if name in split:
         steps = [pre_tokenizers.Split(tokenizers.Regex(split[name]), "isolated"),
-                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]  # fmt: skip
+                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         hf.pre_tokenizer = pre_tokenizers.Sequence(steps)
     else:
         hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -81,7 +81,7 @@ def layout(name: str, vocab_size=600, **model) -> tokenizers.Tokenizer:
     if name == "qwen2":
         hf.normalizer = normalizers.NFC()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  special_tokens=specials, show_progress=False)  # fmt: skip
+                                  special_tokens=specials, show_progress=False)
     hf.train_from_iterator(TEXTS, trainer)
     if name in ("llama3", "nemo"):  # files of these add begin-of-text; our encode does not
         bos = specials[0 if name == "llama3" else 1]
@@ -148,7 +148,7 @@ def test_only_the_rarest_pieces_are_forgotten_and_said_to_be(monkeypatch, capsys
     monkeypatch.setattr(bpe_train, "BATCH", 1000)
     sizes = []
     monkeypatch.setattr(bpe_train, "_frequent", lambda counts, limit, f=bpe_train._frequent:
-                        sizes.append(len(counts)) or f(counts, limit))  # fmt: skip
+                        sizes.append(len(counts)) or f(counts, limit))
     counts = [bpe_train.count_pieces(texts, PATTERNS["gpt2"], workers=n) for n in (1, 2)]
     assert counts[0] == counts[1] and sizes and max(sizes) < 700
     assert counts[0]["often"] == everything["often"] == 2000 and counts[0][" seldom"] == everything[" seldom"] == 40
@@ -209,7 +209,7 @@ def test_no_learned_token_is_longer_than_the_longest_piece(monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["ACGTTGCA" * 40_000, " " * 1_200_000, "\n" * 1_200_000 + "a", "x" * 300_000,
-                                  "世界和平" * 30_000, "a \u3000" * 100_000])  # fmt: skip
+                                  "世界和平" * 30_000, "a \u3000" * 100_000])
 @pytest.mark.parametrize("pattern", ["gpt2", "gpt4", "cl100k", "o200k"])
 def test_long_pieces_are_learned_and_encoded_in_linear_time(text, pattern):
     """A minute would be quadratic; and the encoder's engine takes no million of white space in a row."""
@@ -251,7 +251,7 @@ def test_a_split_pattern_that_takes_for_ever_is_refused(monkeypatch):
     hf = layout("gpt2")
     hf.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(tokenizers.Regex(r"(a|aa)+$"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])  # fmt: skip
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     with pytest.raises(UserError, match="takes for ever"):
         load_hf(hf).encode("a" * 60 + "b")
 
@@ -264,7 +264,7 @@ def test_what_takes_long_to_load_is_remembered_and_made_again_if_damaged(monkeyp
     content = json.loads(kept.read_text())
     first, rest = content["numbers"].split(" ", 1)
     for damaged in ("", "{", "[]", json.dumps({"numbers": "1 2", "check": ""}), json.dumps({"numbers": 3, "check": ""}),
-                    json.dumps(content | {"numbers": f"{rest} {first}"})):  # fmt: skip
+                    json.dumps(content | {"numbers": f"{rest} {first}"})):
         kept.write_text(damaged)
         assert train().encode(MIXED) == expected
         assert json.loads(kept.read_text()) == content
@@ -494,7 +494,7 @@ def test_ids_in_any_order_with_added_tokens_in_the_middle():
     ids = {name: 2 * i + 5 for i, name in enumerate(names)}  # with holes
     document["model"]["vocab"] = ids
     document["added_tokens"] = [token | {"id": ids[token["content"]]} for token in document["added_tokens"]
-                                if token["content"] in ids]  # fmt: skip
+                                if token["content"] in ids]
     document["added_tokens"].append(document["added_tokens"][0] | {"content": "<|mid|>", "id": ids["<|mid|>"]})
     document["added_tokens"].sort(key=lambda token: token["id"])
     hf = tokenizers.Tokenizer.from_str(json.dumps(document))
@@ -546,7 +546,7 @@ def test_pattern_that_leaves_gaps_keeps_the_text():
     hf = layout("gpt2")
     hf.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(tokenizers.Regex(r"[a-z]+"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])  # fmt: skip
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     ours = load_hf(hf)
     for text in [MIXED, *fuzz(100)]:
         assert ours.encode(text) == hf_ids(hf, text) == ours.encode_reference(text)
@@ -563,7 +563,7 @@ def test_pattern_that_leaves_gaps_keeps_the_text():
     ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
     ({"pre_tokenizer": None}, "ByteLevel"),
     ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space"),
-])  # fmt: skip
+])
 def test_what_a_file_needs_and_we_lack_is_named(change, what):
     document = json.loads(layout("gpt2").to_str()) | change
     with pytest.raises(UserError, match=f"x/tokenizer.json: it asks for.*{what}"):

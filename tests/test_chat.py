@@ -25,7 +25,7 @@ ENGLISH = "### Instruction:\nthe quick brown fox\n\n### Response:\njumps over it
 TEXTS = [string.printable, CHINESE * 3, EMOJI, ENGLISH * 9]
 NAMES = ["<s>", "</s>", "[INST]", "[/INST]", *SPECIALS]
 ODD = ["", " ", "\n\n", "plain", " spaces around ", CHINESE, EMOJI, "<|im_end|>", "a<|im_start|>assistant\nb",
-       "[/INST] x", "### Response:\nmine", "</s><s>[INST] <<SYS>>", "<|endoftext|><|pad|>", "⟦⟧"]  # fmt: skip
+       "[/INST] x", "### Response:\nmine", "</s><s>[INST] <<SYS>>", "<|endoftext|><|pad|>", "⟦⟧"]
 
 
 def make(kind: str, names=NAMES) -> Tokenizer:
@@ -63,7 +63,7 @@ def test_chatml_is_what_we_write_by_hand(tokenizer):
         (start, 0), ("user\n", 0), ("Hi", 0), (end, 0), ("\n", 0),
         (start, 0), ("assistant\n", 0), ("Hello", 1), (end, 1), ("\n", 0),
         (start, 0), ("user\n", 0), ("", 0), (end, 0), ("\n", 0),
-        (start, 0), ("assistant\n", 0), (CHINESE, 1), (end, 1), ("\n", 0))  # fmt: skip
+        (start, 0), ("assistant\n", 0), (CHINESE, 1), (end, 1), ("\n", 0))
     assert Template("chatml", tokenizer).render(talk("Hi", "Hello", "", CHINESE, system="Be brief.")) == expected
 
 
@@ -74,20 +74,20 @@ def test_alpaca_is_what_we_write_by_hand(tokenizer):
         ("Be brief.", 0), ("\n\n", 0), ("### Instruction:\n", 0), ("Translate.", 0), ("\n\n", 0), ("### Input:\n", 0),
         ("Guten Tag", 0), ("\n\n", 0), ("### Response:\n", 0), ("Good day", 1), ("</s>", 1),
         ("### Instruction:\n", 0), ("Again", 0), ("\n\n", 0), ("### Response:\n", 0), (EMOJI, 1),
-        ("</s>", 1))  # fmt: skip
+        ("</s>", 1))
     assert Template("alpaca", tokenizer).render(messages) == expected
 
 
 def test_inst_is_what_we_write_by_hand(tokenizer):
     expected = by_hand(tokenizer,
         ("<s>", 0), ("[INST]", 0), ("Be brief.\n\nHi", 0), ("[/INST]", 0), ("Hello", 1), ("</s>", 1),
-        ("[INST]", 0), ("So?", 0), ("[/INST]", 0), ("", 1), ("</s>", 1))  # fmt: skip
+        ("[INST]", 0), ("So?", 0), ("[/INST]", 0), ("", 1), ("</s>", 1))
     assert Template("inst", tokenizer).render(talk("Hi", "Hello", "So?", "", system="Be brief.")) == expected
 
 
 def test_chatml_reads_like_the_chat_template_of_transformers():
     source = ("{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}"
-              "{% endfor %}")  # fmt: skip
+              "{% endfor %}")
     tokenizer = make("bpe")
     messages = talk("Hi\n", " Hello", CHINESE, EMOJI, system="Be brief.")
     text = jinja2.Template(source, keep_trailing_newline=True).render(messages=messages)
@@ -103,7 +103,7 @@ def test_markers_that_the_tokenizer_lacks_are_plain_text_in_inst():
 
 @pytest.mark.parametrize("file", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240216.model.v2",
     "mistral_instruct_tokenizer_240323.model.v3", "mistral_instruct_tokenizer_241114.model.v7", "tekken_240718.json",
-    "tekken_240911.json"])  # fmt: skip
+    "tekken_240911.json"])
 def test_inst_has_the_ids_of_mistral_common(file):
     mistral = pytest.importorskip("mistral_common.tokens.tokenizers.mistral", reason="pip install mistral-common")
     from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
@@ -126,7 +126,7 @@ def test_parts_that_do_not_begin_a_text_get_no_space_from_sentencepiece(name):
     file = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS), model_writer=file, vocab_size=500, model_type="bpe", minloglevel=2,
-        control_symbols=["<|im_start|>", "<|im_end|>"], hard_vocab_limit=False, **plain)  # fmt: skip
+        control_symbols=["<|im_start|>", "<|im_end|>"], hard_vocab_limit=False, **plain)
     tokenizer = Tokenizer(SentencePieceTokenizer(file.getvalue()))
     assert tokenizer.adds_space
     template, messages = Template(name, tokenizer), talk("Hi there", "Hello  you", "So?", system="Be brief.")
@@ -138,7 +138,7 @@ def test_parts_that_do_not_begin_a_text_get_no_space_from_sentencepiece(name):
         "alpaca": "Be brief.\n\n### Instruction:\nHi there\n\n### Response:\nHello  you</s>### Instruction:\nSo?\n\n"
                   "### Response:\n",
         "inst": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi there [/INST] Hello  you</s>[INST] So? [/INST]",
-    }[name]  # fmt: skip
+    }[name]
     answer = template.answer(" Hello  you")
     decoder = StreamDecoder(tokenizer, after=template.goes_on_with(template.prompt(messages[:2])))
     assert "".join(map(decoder.push, answer)) == " Hello  you"
@@ -461,7 +461,7 @@ def test_min_new_tokens_bans_every_end():
     tokenizer = make("bpe")
     template = Template("chatml", tokenizer)
     talking = Chat(Scripted(tokenizer, [], template.ending[0]), tokenizer, "chatml",
-                   sampling=SamplingSettings(temperature=0, min_new_tokens=3))  # fmt: skip
+                   sampling=SamplingSettings(temperature=0, min_new_tokens=3))
     "".join(talking.say("Hi"))
     assert len(talking.turns[0].ids) == 3 and not set(talking.turns[0].ids) & set(template.stop_ids)
     ends = {name for name, i in tokenizer.specials.items() if i in template.stop_ids}

@@ -19,7 +19,7 @@ from test_train import same
 
 def state(step=1):
     return {"format": checkpoint.FORMAT, "model": {"w": torch.randn(2000)}, "progress": {"step": step, "best": 1.0},
-            "settings": "{}", "tokenizer": "{}", "base": None, "init": ""}  # fmt: skip
+            "settings": "{}", "tokenizer": "{}", "base": None, "init": ""}
 
 
 def test_save_and_load_are_the_identity(tmp_path):
@@ -140,7 +140,7 @@ FOREIGN = [
     dict(_base="x"), dict(_base={}), dict(_base={"path": 1, "fingerprint": "x"}),
     dict(_base={"path": "/dev/zero", "fingerprint": "x"}), dict(_ema=[1]), dict(_ema={"weights": {}}),
     dict(_model={"embed.weight": NAN}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("changes", FOREIGN, ids=lambda changes: f"{changes}"[:50])
@@ -148,7 +148,7 @@ def test_a_checkpoint_that_is_not_as_ours_is_one_sentence_for_every_user_of_it(t
     path = tampered(trained, tmp_path / "theirs", **changes)
     for use in (lambda: checkpoint.load_model(path), lambda: checkpoint.settings(path) and checkpoint.load_model(path),
                 lambda: train.main(tiny_run(text, tmp_path / "tuned", init_from=path)),
-                lambda: train.main(tiny_run(text, path.parent))):  # fmt: skip
+                lambda: train.main(tiny_run(text, path.parent))):
         with pytest.raises(UserError) as error:
             use()
         assert str(error.value).count("\n") == 0 and len(str(error.value)) < 400
@@ -166,7 +166,7 @@ def test_a_checkpoint_that_is_not_as_ours_is_one_sentence_for_every_user_of_it(t
     dict(_init=None), dict(_tokenizer='{"tokenizer": {"type": "char"}, "config": {}}'), dict(out_dir=7),
     dict(lr="x"), dict(batch_size=0), dict(seed=10**30), dict(dataset=[]), dict(template="x"), dict(_made_of=7),
     dict(_config=7), dict(_config="["), dict(_made_of="[]"),
-], ids=lambda changes: f"{changes}"[:50])  # fmt: skip
+], ids=lambda changes: f"{changes}"[:50])
 def test_a_run_goes_on_from_strange_parts_or_ends_in_a_sentence(trained, text, tmp_path, changes):
     path = tampered(trained, tmp_path / "theirs", **changes)
     try:
@@ -180,7 +180,7 @@ def test_a_weight_that_is_missing_too_much_misshapen_or_not_finite_is_named(trai
     infinite = good["norm.weight"] * float("inf")
     for change, word in (({"norm.weight": None}, "lacks norm.weight"), ({"more": torch.zeros(1)}, "has more"),
                          ({"norm.weight": torch.zeros(7)}, r"norm.weight is \(7,\)"),
-                         ({"norm.weight": infinite}, "norm.weight is not finite")):  # fmt: skip
+                         ({"norm.weight": infinite}, "norm.weight is not finite")):
         model = {name: tensor for name, tensor in (good | change).items() if tensor is not None}
         with pytest.raises(UserError, match=word):
             checkpoint.load_model(tampered(trained, tmp_path, _model=model))
@@ -201,7 +201,7 @@ def test_a_checkpoint_older_than_a_setting_gets_its_default(trained, text, tmp_p
     path = tampered(trained, tmp_path / "old", _settings=json.dumps(saved))
     assert checkpoint.load_model(path)
     for more in (dict(out_dir=path.parent, max_steps=4), dict(out_dir=tmp_path / "more", init_from=path),
-                 dict(out_dir=tmp_path / "lora", init_from=path, use_lora=1)):  # fmt: skip
+                 dict(out_dir=tmp_path / "lora", init_from=path, use_lora=1)):
         assert train.main(tiny_run(text, more.pop("out_dir"), **dict(max_steps=2) | more)) == 0
 
 
@@ -210,7 +210,7 @@ def test_every_model_of_ours_passes_the_check_of_its_weights(config):
     from configurator import configure
 
     s = configure(train.SETTINGS, [str(config), "d_model=32", "n_head=4", "n_kv_head=2", "n_layer=2", "vocab_size=64",
-                                   "seq_len=32", "head_dim=8"], environ={})  # fmt: skip
+                                   "seq_len=32", "head_dim=8"], environ={})
     model = LanguageModel(s.part(ModelConfig))
     checkpoint.check_weights(Path("x.pt"), s.to_dict(), model.state_dict())
 
@@ -254,7 +254,7 @@ print("MB", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 102
     os.mkfifo(tmp_path / "fifo.pt")
     files += [tmp_path / "fifo.pt", Path("/dev/zero"), tmp_path]
     result = subprocess.run([sys.executable, "-c", code, *map(str, files)], capture_output=True, text=True, timeout=60,
-                            env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+                            env=os.environ | {"PYTHONPATH": str(ROOT)})
     lines = result.stdout.splitlines()
     assert len(lines) == len(files) + 1 and not result.stderr, result.stderr
     assert int(lines[-1].split()[1]) < 100

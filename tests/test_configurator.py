@@ -42,7 +42,7 @@ def settings(*argv, **environ):
 
 
 @pytest.mark.parametrize("word, value", [("True", True), ("true", True), ("1", True), ("on", True), ("yes", True),
-                                         ("False", False), ("false", False), ("0", False), ("off", False)])  # fmt: skip
+                                         ("False", False), ("false", False), ("0", False), ("off", False)])
 @pytest.mark.parametrize("form", ["compile={}", "--compile={}", "COMPILE={}", "--compile {}"])
 def test_booleans_mean_what_they_say(form, word, value):
     assert settings(*form.format(word).split()).compile is value
@@ -69,7 +69,7 @@ def test_precedence_is_default_file_environment_command_line(tmp_path):
     s = settings(str(first), str(second), "name=line", D_MODEL="3", NAME="environment")
     assert (s.lr, s.max_steps, s.d_model, s.name, s.kind) == (0.1, 2, 3, "line", "a")
     assert [s.source[n] for n in ("lr", "max_steps", "d_model", "name", "kind")] == [
-        str(first), str(second), "environment", "command line", "default"]  # fmt: skip
+        str(first), str(second), "environment", "command line", "default"]
     assert "d_model = 3" in s.report() and "kind" not in s.report()
 
 
@@ -87,7 +87,7 @@ def test_a_config_file_may_compute_and_import(tmp_path):
     ("lr = 1\nmax_steps = 1 // 0", ["line 2", "ZeroDivisionError"]),
     ("kind = 'c'", ["kind=c", "a, b"]),
     ("compile = 1", ["compile=1", "expected True or False"]),
-])  # fmt: skip
+])
 def test_mistakes_in_a_config_file_name_the_file_and_the_remedy(tmp_path, text, words):
     file = tmp_path / "wrong.py"
     file.write_text(text)
@@ -108,7 +108,7 @@ def test_mistakes_in_a_config_file_name_the_file_and_the_remedy(tmp_path, text, 
     (["--lr"], ["--lr needs a value"]),
     (["nothere.py"], ["nothere.py", "not found"]),
     (["word"], ["word", "KEY=value"]),
-])  # fmt: skip
+])
 def test_mistakes_on_the_command_line_get_one_sentence(argv, words):
     with pytest.raises(UserError) as error:
         settings(*argv)
@@ -207,7 +207,7 @@ def test_no_setting_shares_a_name_with_what_torchrun_sets():
 
     torchrun = {"LOCAL_RANK", "RANK", "GROUP_RANK", "ROLE_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "ROLE_WORLD_SIZE",
                 "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "ROLE_NAME",
-                "TORCHELASTIC_RUN_ID", "PYTHON_EXEC", "OMP_NUM_THREADS", "PATH", "HOME", "USER", "LANG"}  # fmt: skip
+                "TORCHELASTIC_RUN_ID", "PYTHON_EXEC", "OMP_NUM_THREADS", "PATH", "HOME", "USER", "LANG"}
     for parts in (train.SETTINGS, sample.SETTINGS):
         names = configure(parts, [], {}).source  # a collision between dataclasses raises here
         assert not torchrun & {name.upper() for name in names}
@@ -273,7 +273,7 @@ def test_every_settings_class_checks_its_own_fields():
     "seq_len=0", "seq_len=1e30", f"d_model={10**19}", "n_layer=-1", "n_layer=1e9", "batch_size=0", "eval_tokens=-5",
     "patience=-1", "max_skipped=0", "max_steps=0", "log_interval=0", "eval_interval=-1", "keep_checkpoints=0",
     "seed=-1", f"seed={10**20}", "workers=-1", "workers=100000", "shard_tokens=0", "val_share=nan", "vocab_size=-3",
-])  # fmt: skip
+])
 def test_numbers_out_of_their_range_are_refused_in_a_sentence(setting):
     import train
 
@@ -332,7 +332,7 @@ def test_what_systems_export_is_neither_a_setting_nor_mentioned(capsys):
     ("MAX_STEP", "MAX_STEPS"), ("BASE_CKPT", "INIT_FROM"), ("SPM_MODEL", "TOKENIZER"), ("CKPT_PATH", "INIT_FROM"),
     ("COSINE_RESTARTS", "SCHEDULE=cosine_restarts"), ("LEARNING_RATE", "LR"), ("DATAPATH", "DATA_PATH"),
     ("TOTAL_TOKENS", "MAX_TOKENS"), ("WARMUP_STEP", "WARMUP_STEPS"),
-])  # fmt: skip
+])
 def test_a_variable_that_was_meant_for_us_is_said_in_one_line(variable, meant, capsys):
     import train
 
@@ -346,7 +346,7 @@ def test_a_variable_that_was_meant_for_us_is_said_in_one_line(variable, meant, c
     ("gradient_checkpointing", "checkpoint_activations"), ("lora_r", "lora_rank"), ("ckpt_path", "init_from"),
     ("spm", "tokenizer"), ("optimiser", "optimizer"), ("request_delay", ""), ("min_new", ""), ("foo", ""),
     ("num_tokens_to_generate", ""), ("data_parallel", ""), ("total_size", ""), ("gpu", ""),
-])  # fmt: skip
+])
 def test_a_hint_is_right_or_not_given(key, meant):
     import train
 
@@ -366,7 +366,7 @@ def test_a_hint_is_right_or_not_given(key, meant):
     ("muon_lr = 0.1", {}, ["muon_ratio=2"], {"muon_lr": 0.0, "muon_ratio": 2.0}),
     ("stop_ppl = 25", {"STOP_LOSS": "2"}, [], {"stop_ppl": 0.0, "stop_loss": 2.0}),
     ("max_tokens = 100", {"MAX_TOKENS": "0"}, [], {"max_tokens": 0}),
-])  # fmt: skip
+])
 def test_of_two_settings_that_say_one_thing_the_later_source_counts(tmp_path, config, environ, argv, kept):
     import train
 
@@ -376,7 +376,7 @@ def test_of_two_settings_that_say_one_thing_the_later_source_counts(tmp_path, co
 
 
 @pytest.mark.parametrize("pair", ["max_steps=7 max_tokens=100", "data_path=a dataset=b",
-                                  "grad_accum=2 total_batch_size=9", "dataset=b mixture=a:1"])  # fmt: skip
+                                  "grad_accum=2 total_batch_size=9", "dataset=b mixture=a:1"])
 def test_two_settings_that_say_one_thing_from_one_source_are_refused(tmp_path, pair):
     import train
 
@@ -391,13 +391,13 @@ def test_two_settings_that_say_one_thing_from_one_source_are_refused(tmp_path, p
 def test_what_a_config_file_imports_and_defines_is_no_setting(tmp_path):
     file = tmp_path / "c.py"
     file.write_text("from math import sqrt, pi\nimport os.path as p\nfrom fractions import Fraction\n\n\n"
-                    "def half(x):\n    return x / 2\n\n\nlr = half(pi) / sqrt(4)\n", encoding="utf-8-sig")  # fmt: skip
+                    "def half(x):\n    return x / 2\n\n\nlr = half(pi) / sqrt(4)\n", encoding="utf-8-sig")
     assert settings(str(file)).lr == pytest.approx(0.7853981)
 
 
 @pytest.mark.parametrize("text", [b"import sys\nsys.exit(3)\n", b"raise SystemExit\n", b"x = '\xff'\n",
                                   b"a\0b = 1\n", b"lr = 1\nwidth = 3\n", b"(" * 5000,
-                                  b"raise ValueError('a\\n' * 500)\n"])  # fmt: skip
+                                  b"raise ValueError('a\\n' * 500)\n"])
 def test_whatever_a_config_file_does_is_one_sentence(tmp_path, text):
     (tmp_path / "c.py").write_bytes(text)
     with pytest.raises(UserError, match="c.py") as caught:

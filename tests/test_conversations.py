@@ -62,7 +62,7 @@ KINDS = {
                talk("a", "b", "c", "d", system="s")),
     "tools of llama-factory": ({"conversations": SHAREGPT, "tools": "[]", "system": ""}, talk("a", "b")),
     "training": ({"messages": [ASKED[0] | {"training": False}, ASKED[1] | {"training": True}]}, talk("a", "b")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,7 +99,7 @@ def test_records_of_every_format_become_messages(tmp_path, kind):
     ({"text": "a"}, "instruction and output; it has text"),
     ({"messages": "a"}, "a list of messages, found a str"),
     ({"prompt": [ASKED[0]], "completion": "b"}, "a list of messages, found a str"),
-])  # fmt: skip
+])
 def test_what_we_cannot_learn_is_refused_with_file_and_line(tmp_path, record, complaint):
     with pytest.raises(UserError, match=rf"a\.jsonl, line 1.*{complaint}"):
         read(tmp_path, record)
@@ -108,7 +108,7 @@ def test_what_we_cannot_learn_is_refused_with_file_and_line(tmp_path, record, co
 @pytest.mark.parametrize("line", [
     '{"instruction": "a", "output": "b", "output": "c"}',
     '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]}',
-])  # fmt: skip
+])
 def test_a_field_that_is_there_twice_is_refused(tmp_path, line):
     for name, content in (("a.jsonl", line), ("a.json", f"[\n{line}]")):
         (tmp_path / name).write_text(content)
@@ -121,7 +121,7 @@ def test_fields_that_are_not_read_and_answers_without_text_are_counted(tmp_path)
     messages = [*talk("a", "b", "c", " "), {"role": "user", "content": "d", "name": "Ada"}, ASKED[1]]
     read(tmp_path, {"id": 7, "messages": messages, "empty": ""}, notes)
     assert notes == {"field id is not read": 1, "field name of messages is not read": 1,
-                     "answer without text is not learned": 1}  # fmt: skip
+                     "answer without text is not learned": 1}
 
 
 @pytest.mark.parametrize("record, note", [
@@ -130,7 +130,7 @@ def test_fields_that_are_not_read_and_answers_without_text_are_counted(tmp_path)
     ({"messages": ASKED, "loss": 1.3}, "field loss is not read"),
     ({"messages": [ASKED[0], ASKED[1] | {"input": "i"}]}, "field input of messages is not read"),
     ({"conversation": [{"input": "a", "output": "b", "score": 1}]}, "field score of turns is not read"),
-])  # fmt: skip
+])
 def test_no_field_is_dropped_in_silence(tmp_path, record, note):
     notes = Counter()
     assert read(tmp_path, record, notes) == talk("a", "b")
@@ -150,7 +150,7 @@ def test_answers_that_are_not_to_be_learned_have_no_weight(learn):
 
 @pytest.mark.parametrize("content", [
     '[{0}, {1}]', '\ufeff[\r\n  {0},\r\n  {1}\r\n]\r\n', '{0}\n{1}\n', '[\n{0}\n,{1}]\n',
-])  # fmt: skip
+])
 def test_a_json_file_is_an_array_or_records_one_behind_the_other(tmp_path, content):
     records = [json.dumps({"instruction": name, "output": "b"}, indent=1) for name in "ac"]
     (tmp_path / "a.json").write_bytes(content.replace("{0}", records[0]).replace("{1}", records[1]).encode())
@@ -163,7 +163,7 @@ def test_a_json_file_is_an_array_or_records_one_behind_the_other(tmp_path, conte
     ('[{"instruction": "a", "output": "b"}', "cut short"),
     ('[{"instruction": "a", "output": "b"}] x', "more behind the array"),
     ("[" * 100_000, "not JSON"),
-])  # fmt: skip
+])
 def test_a_broken_json_file_is_named_with_the_line(tmp_path, content, complaint):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(UserError, match=rf"a\.json.*{complaint}"):

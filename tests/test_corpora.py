@@ -67,13 +67,13 @@ def test_what_stands_behind_the_colon_reaches_the_corpus(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py")))
 def test_every_corpus_is_a_command(name, tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "data" / name / "prepare.py"), "--help"], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
+                          capture_output=True, text=True, timeout=60)
     assert "Traceback" not in done.stderr and "prepare.py" in done.stdout + done.stderr
 
 
 def test_command_of_a_corpus_shows_how_its_documents_begin(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "data" / "stdlib" / "prepare.py")], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
+                          capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("the first documents begin") == 2 and done.stdout.count("characters: ") == 6
 
@@ -154,7 +154,7 @@ Of arms . . . and the man--
 def book_text(body: str, start: str = "*** START OF THE PROJECT GUTENBERG EBOOK X ***") -> str:
     return (f"\ufeffThe Project Gutenberg eBook of X\n\nTitle: X\n\n{start}\n\n\n\nProduced by A. Volunteer and\n"
             f"another\n\n\n\n{body}\n\n\n\nEnd of the Project Gutenberg EBook of X, by\nSomebody\n\n"
-            "*** END OF THE PROJECT GUTENBERG EBOOK X ***\n\nSTART: FULL LICENSE\nPLEASE READ")  # fmt: skip
+            "*** END OF THE PROJECT GUTENBERG EBOOK X ***\n\nSTART: FULL LICENSE\nPLEASE READ")
 
 
 def prose(seed: str, words: int) -> str:
@@ -164,7 +164,7 @@ def prose(seed: str, words: int) -> str:
 
 
 @pytest.mark.parametrize("start", ["*** START OF THE PROJECT GUTENBERG EBOOK X ***",
-                                   "***START OF THIS PROJECT GUTENBERG EBOOK A LONG\nTITLE***"])  # fmt: skip
+                                   "***START OF THIS PROJECT GUTENBERG EBOOK A LONG\nTITLE***"])
 def test_cleaner_takes_the_frame_and_leaves_every_character_of_the_book(start):
     clean = prepare("gutenberg").clean
     assert clean(book_text(TRAPS, start).lstrip("\ufeff")) == TRAPS
@@ -209,7 +209,7 @@ def test_chunks_end_with_a_paragraph_where_there_are_paragraphs():
     ("Aesop", ["Aesop's Fables", "The Fables of Æsop; a new translation", "Æsop’s Fables (illustrated)"]),
     ("Plutarch", ["Plutarch's Lives, Volume 1 (of 4)", "Plutarch's Lives Vol. II", "The Lives, Complete"]),
     ("Sophocles", ["Oedipus King", "Œdipus King"]),
-])  # fmt: skip
+])
 def test_translations_of_a_work_are_recognised(author, titles):
     assert len({prepare("gutenberg").work_of(title, author) for title in titles}) == 1
 
@@ -225,7 +225,7 @@ def entry(number: int, title: str, author: str = "Plato", years=(-428, -348), do
     person = {"name": author, "birth_year": years[0], "death_year": years[1]}
     return {"id": number, "title": title, "authors": [person], "translators": [], "languages": ["en"],
             "copyright": False, "media_type": "Text",
-            "download_count": downloads or 1000 - number} | changes  # fmt: skip
+            "download_count": downloads or 1000 - number} | changes
 
 
 def by(name: str) -> list[dict]:
@@ -237,7 +237,7 @@ def test_catalogue_is_narrowed_to_ancient_english_texts():
                entry(4, "Ion", copyright=True), entry(5, "Crito", media_type="Sound"), entry(6, "?", "X", (None, None)),
                entry(7, "Phaedo", years=(None, -348)), entry(8, "Late", "Y", (501, 560)),
                entry(9, "Consolation", "Boethius", (480, 524)), entry(10, "No author", authors=[]),
-               entry(12, "Lysis", copyright=None), entry(13, None)]  # fmt: skip
+               entry(12, "Lysis", copyright=None), entry(13, None)]
     comment = entry(11, "Meno, with a commentary")
     comment["authors"] += by("Somebody")
     assert [row["id"] for row in prepare("gutenberg").select([*entries, comment])] == [1, 7, 9]
@@ -254,7 +254,7 @@ def test_volumes_of_the_chosen_translation_belong_to_the_work():
              entry(2, "Lives, Volume 2", downloads=7, translators=by("North")),
              entry(3, "Lives, Volume 2", downloads=8, translators=by("Long")),
              entry(4, "Lives", downloads=6, translators=by("North")),
-             entry(5, "Lives, Volume 1", downloads=5, translators=by("North"))]  # fmt: skip
+             entry(5, "Lives, Volume 1", downloads=5, translators=by("North"))]
     assert [row["id"] for row in prepare("gutenberg").select(lives)] == [1, 2]
     lives[3]["download_count"] = 10
     assert [row["id"] for row in prepare("gutenberg").select(lives)] == [4], "the whole work holds the volumes"
@@ -314,7 +314,7 @@ def gutenberg(monkeypatch, tmp_path, server):
     names = [f"{kind} {letter}x" for kind in ("Dialogue", "Letter") for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
     server.entries += [entry(number, names[number - 1]) for number in range(2, 41)]
     server.entries += [entry(41, "Dialogue Bx, Volume 1", downloads=5000), entry(42, "Dialogue Bx, Volume 2"),
-                       entry(43, "Dialogue Cx, done into English verse", downloads=1)]  # fmt: skip
+                       entry(43, "Dialogue Cx, done into English verse", downloads=1)]
     for book in server.entries:
         text = book_text(prose(f"b{book['id']}x", 3000)) if book["id"] != 2 else "never asked for"
         server.files[f"/{book['id']}.txt"] = text.replace("\n", "\r\n").encode("utf-8")
@@ -344,7 +344,7 @@ def test_gutenberg_leaves_a_manifest_and_asks_for_nothing_twice(gutenberg):
     with open(gutenberg.folder / "manifest.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[0] == {"id": "41", "title": "Dialogue Bx, Volume 1", "author": "Plato", "born": "-428", "died": "-348",
-                       "translators": "", "volume": "1", "downloads": "5000", "work": "plato: dialogue bx"}  # fmt: skip
+                       "translators": "", "volume": "1", "downloads": "5000", "work": "plato: dialogue bx"}
     assert len(rows) == 40 and "2" not in [row["id"] for row in rows]
     gutenberg.server.asked.clear()
     assert gutenberg.module.sources() == files and both(gutenberg.module)[0]
@@ -607,7 +607,7 @@ TINY = ["vocab_size=400", "seq_len=32", "mixture_size=20000"]
 def ask(**changes):
     """Prepare the mixture in this process."""
     argv = ["mixture=gutenberg:0.4 tinystories:0.6", *TINY, f"cache_dir={Path.cwd() / 'cache'}",
-            *(f"{key}={value}" for key, value in changes.items())]  # fmt: skip
+            *(f"{key}={value}" for key, value in changes.items())]
     return data.prepare(configure([ModelConfig, data.DataSettings], argv, environ={}))
 
 
@@ -618,7 +618,7 @@ def test_one_command_goes_from_downloads_to_samples_and_does_nothing_twice(ancie
     argv = [sys.executable, "-c", script, str(ROOT), str(ROOT / "config" / "ancients.py"), *TINY, "d_model=32",
             f"cache_dir={tmp_path / 'cache'}", f"out_dir={tmp_path / 'run'}", "d_ff=64", "n_layer=1",
             "n_head=2", "n_kv_head=2", "max_steps=4", "batch_size=4", "total_batch_size=0",
-            "eval_tokens=1000", "device=cpu"]  # fmt: skip
+            "eval_tokens=1000", "device=cpu"]
     first = subprocess.run(argv, capture_output=True, text=True, timeout=120)
     assert first.returncode == 0, first.stderr
     assert len(ancients.asked) == len(set(ancients.asked)) == 7 + 26 + 2, "pages of the catalogue, texts, stories"
@@ -641,7 +641,7 @@ def test_stage_is_made_anew_with_all_behind_it_and_nothing_before_it(ancients, m
         ("tokenizer", 0, "training a", True), ("mix,tokens", 0, "training a", True),
         ("download", 28, "training a", True), ("download:gutenberg", 26, "training a", True),
         ("all", 28, "training a", True),
-    ):  # fmt: skip
+    ):
         capsys.readouterr()
         ancients.asked.clear()
         written = (folder / "meta.json").stat().st_ino
@@ -658,7 +658,7 @@ def test_stage_is_made_anew_with_all_behind_it_and_nothing_before_it(ancients, m
 def test_tokenizer_is_trained_anew_only_for_what_decides_about_it(ancients, capsys):
     ask()
     for changes, trained in ({"shard_tokens": 999}, False), ({"workers": 1, "shard_tokens": 998}, False), (
-            {"vocab_size": 401}, True), ({"mixture_size": 19999}, True), ({"tokenizer_bytes": 9999}, True):  # fmt: skip
+            {"vocab_size": 401}, True), ({"mixture_size": 19999}, True), ({"tokenizer_bytes": 9999}, True):
         capsys.readouterr()
         ask(**changes)
         assert ("training a" in capsys.readouterr().out) == trained, changes

@@ -168,7 +168,7 @@ CSV = 'id,text\r\n1,"one\nline"\r\n2,\r\n3,two\r\n'
     ("a.ndjson", LINES), ("a.json", LINES), ("a.json", json.dumps(RECORDS)), ("a.json", json.dumps(RECORDS, indent=2)),
     ("a.json", "\ufeff" + "\n".join(json.dumps(record, indent=1) for record in RECORDS)), ("a.txt", LINES),
     ("noname", LINES), ("a.csv", CSV), ("a.csv", CSV.replace(",", ";")), ("a.tsv", CSV.replace(",", "\t")),
-])  # fmt: skip
+])
 @pytest.mark.parametrize("packed", ["", "gz", "bz2", "lzma"])
 def test_records_are_read_as_the_content_says(tmp_path, monkeypatch, name, content, packed):
     monkeypatch.setattr("text.records.PIECE", 20)
@@ -182,7 +182,7 @@ def test_records_are_read_as_the_content_says(tmp_path, monkeypatch, name, conte
 @pytest.mark.parametrize("name, content", [("a.py", "{1: 2}\nx = 3\n"), ("a.txt", "{ a } b\n"), ("c.txt", "{}\n"),
                                            ("b.txt", "[1] a note\n"),
                                            ("log.txt", '{"time": 1}\nand a line of prose\n'),
-                                           ("d.md", "a, b\n1, 2\n")])  # fmt: skip
+                                           ("d.md", "a, b\n1, 2\n")])
 def test_text_that_looks_a_little_like_records_stays_text(tmp_path, name, content):
     assert documents(files_pieces([write(tmp_path / name, content)], "text")) == [content]
 
@@ -194,7 +194,7 @@ def test_text_that_looks_a_little_like_records_stays_text(tmp_path, name, conten
     ("hello world".encode("utf-32-le"), "UTF-32LE"), ("hello world".encode("utf-32-be"), "UTF-32BE"),
     (b"\xfd7zXZ\0damaged", "damaged or cut short"), (b"BZh9damaged", "cannot read"), (b"\x1f\x8bdamaged", "damaged"),
     (b"PAR1damaged", "damaged or no .parquet file"), (b"a" * 70_000 + b"\0", "zero byte at offset 70,000"),
-])  # fmt: skip
+])
 def test_what_is_no_text_is_one_sentence(tmp_path, content, sentence):
     pytest.importorskip("pyarrow")
     with pytest.raises(UserError, match=sentence):
@@ -209,7 +209,7 @@ def test_what_is_no_text_is_one_sentence(tmp_path, content, sentence):
     ("a.csv", "text,text\na,b\n", "line 1 names the column 'text' twice"),
     ("a.csv", "id,text\r1,b\r", "line 1 is no row of a .csv file"),
     ("a.csv", "id,text\n1,b,c\n", "line 2 has 3 fields"), ("a.csv", 'id,text\n1,"b\n', "is no row of a .csv file"),
-])  # fmt: skip
+])
 def test_damaged_records_name_file_and_place(tmp_path, name, content, sentence):
     with pytest.raises(UserError, match=rf"a\.\w+.*{sentence}"):
         documents(files_pieces([write(tmp_path / name, content)], "text"))
@@ -228,7 +228,7 @@ def test_zstandard_is_read_where_its_package_is_there_and_else_named(tmp_path):
 
 def test_what_a_folder_has_beside_text_is_left_out_and_counted(tmp_path):
     for name, content in (("a.txt", "a"), ("b.md", "b"), ("c.md", "c"), ("d.pdf", "%PDF"),
-                          ("e.json", '{\n"x": 1\n}'), ("f.json", '[{"text": "f"}]'), ("Makefile", "x")):  # fmt: skip
+                          ("e.json", '{\n"x": 1\n}'), ("f.json", '[{"text": "f"}]'), ("Makefile", "x")):
         write(tmp_path / name, content)
     assert [path.name for path in text_files(tmp_path)] == ["a.txt", "f.json"]
     said = left_out(tmp_path, text_files(tmp_path))
@@ -257,7 +257,7 @@ def test_links_are_followed_once_and_loops_end(tmp_path):
 def test_pipes_and_devices_are_refused_without_a_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, sentence in ((tmp_path / "pipe", "is a pipe, and a text is read more than once"),
-                           ("/dev/zero", "no regular file")):  # fmt: skip
+                           ("/dev/zero", "no regular file")):
         with pytest.raises(UserError, match=sentence):
             open_corpus(settings(data_path=path)).sources()
     write(tmp_path / "texts" / "a.txt", "a")
@@ -362,7 +362,7 @@ def test_val_path_replaces_the_split(tmp_path):
     ("train/a.txt train/b.txt", "val/a.txt", "test/a.txt"), ("train.csv", "test.csv", ""),
     ("train-00000-of-00001.txt", "validation-00000-of-00001.txt", "test-00000-of-00001.txt"),
     ("train.txt", "eval.txt", ""), ("training.txt", "Dev_2.txt", ""),
-])  # fmt: skip
+])
 def test_files_named_for_validation_are_not_learned(tmp_path, train, val, unused):
     for name in f"{train} {val} {unused}".split():
         path = tmp_path / "c" / name

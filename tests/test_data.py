@@ -196,12 +196,12 @@ def test_second_call_makes_nothing(tmp_path, corpus_file, capsys, monkeypatch):
     "change",
     ["vocab_size=290", "tokenizer=char", "tokenizer_pattern=gpt4", "tokenizer_bytes=9000", "shard_tokens=999",
      "val_share=0.2", "text_field=body", "val_path=other.jsonl"],
-)  # fmt: skip
+)
 def test_every_setting_that_changes_the_tokens_makes_a_new_folder(tmp_path, monkeypatch, change):
     monkeypatch.chdir(tmp_path)
     for name, seed in (("a.jsonl", 0), ("other.jsonl", 1)):
         write(tmp_path / name, "".join(json.dumps({"text": prose(20, i), "body": prose(20, i + seed)}) + "\n"
-                                       for i in range(30)))  # fmt: skip
+                                       for i in range(30)))
     key, value = change.split("=")
     one = made(tmp_path, data_path="a.jsonl")
     other = made(tmp_path, data_path="a.jsonl", **{key: value})
@@ -416,7 +416,7 @@ def test_corpus_without_validation_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("short", ["train", "val"])
 def test_corpus_shorter_than_a_row_names_split_and_numbers(tmp_path, short):
     files = {split: write(tmp_path / f"{split}.txt", "a few words\n" if split == short else prose(300))
-             for split in ("train", "val")}  # fmt: skip
+             for split in ("train", "val")}
     with pytest.raises(UserError, match=rf"the {short} part of train has \d+ tokens, fewer than .* 101 of one row"):
         made(tmp_path, data_path=files["train"], val_path=files["val"], seq_len=100, tokenizer="char")
 
@@ -458,7 +458,7 @@ def shards(tmp_path):
     tokenizer.save(tmp_path / "shards")
     eot = tokenizer.role("eot")
     parts = {name: [*tokenizer.encode(prose(100, i)), eot] for i, name in
-             enumerate(("x_train_2", "x_train_10", "x_train_1", "x_val_0"))}  # fmt: skip
+             enumerate(("x_train_2", "x_train_10", "x_train_1", "x_val_0"))}
     for name, ids in parts.items():
         np.array(ids, "<u2").tofile(tmp_path / "shards" / f"{name}.bin")
     return SimpleNamespace(folder=tmp_path / "shards", tokenizer=tokenizer, parts=parts)
@@ -493,7 +493,7 @@ def test_only_names_inside_the_folder_say_what_is_for_validation(tmp_path, shard
     folder = shards.folder.rename(tmp_path / "validation study")
     splits = read_meta(made(tmp_path, data_path=folder))["splits"]
     assert [[name.rpartition("/")[2] for name, _ in splits[split]["shards"]] for split in ("train", "val")] == [
-        ["x_train_1.bin", "x_train_2.bin"], ["3.bin", "x_val_0.bin"]]  # fmt: skip
+        ["x_train_1.bin", "x_train_2.bin"], ["3.bin", "x_val_0.bin"]]
 
 
 def test_headerless_ids_of_eight_bytes_are_refused(tmp_path, shards):
@@ -548,7 +548,7 @@ def test_prepared_folder_is_taken_as_it_is_unless_the_tokenizer_differs(tmp_path
     folder = made(tmp_path, data_path=corpus_file)
     assert made(tmp_path, data_path=folder) == folder
     with pytest.raises(UserError, match=f"made by tokenizer {read_meta(folder)['tokenizer']}, but tokenizer "
-                                        f"{shards.tokenizer.fingerprint}"):  # fmt: skip
+                                        f"{shards.tokenizer.fingerprint}"):
         made(tmp_path, data_path=folder, tokenizer=shards.folder)
     with pytest.raises(UserError, match="has tokens of a bpe tokenizer, not tokenizer=char"):
         made(tmp_path, data_path=folder, tokenizer="char")
@@ -643,7 +643,7 @@ def test_one_command_makes_every_kind_of_tokenizer_from_every_kind_of_text(kind,
     (["a.txt", "vocab_size=5000", "tokenizer_dir=out"], "vocab_size=5000"),
     (["a.txt", "tokenizer=unigram", "vocab_size=5000", "tokenizer_dir=out"], "vocab_size=5000"),
     (["nowhere.txt", "tokenizer_dir=out"], "nowhere.txt"),
-])  # fmt: skip
+])
 def test_what_makes_no_tokenizer_is_a_sentence_and_writes_nothing(argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a.txt", prose(50))

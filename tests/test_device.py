@@ -16,7 +16,7 @@ def test_without_torchrun_there_is_one_process():
     {"RANK": "1"}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "0"}, {"RANK": "a"}, {"RANK": "-1"}, {"WORLD_SIZE": "1.5"},
     {"LOCAL_RANK": "x"}, {"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "9" * 50}, {"RANK": "\u0661"}, {"RANK": " "},
     {"RANK": "2", "WORLD_SIZE": "2", **TORCHRUN}, {"WORLD_SIZE": "2", **TORCHRUN},
-])  # fmt: skip
+])
 def test_a_rank_that_torchrun_did_not_set_is_one_sentence(environ):
     with pytest.raises(UserError, match="unset"):
         place_of_process(environ)

@@ -244,7 +244,7 @@ def test_full_disk_is_not_taken_for_a_bad_line(tmp_path, server, slept, monkeypa
 
 def start(server, path):
     script = f"from pathlib import Path; from text.download import download; " \
-             f"download({server.url!r}, Path({str(path)!r}), {len(BODY)}, {SHA256!r})"  # fmt: skip
+             f"download({server.url!r}, Path({str(path)!r}), {len(BODY)}, {SHA256!r})"
     return subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
 
 

@@ -133,7 +133,7 @@ def test_text_in_pieces_and_prepared_tokens_score_alike(base, text):
 def test_more_context_does_not_change_a_short_text_nor_what_is_counted(base):
     model, tokenizer, _ = checkpoint.load_model(base / "best.pt")
     scores = [evaluate(model, TextWindows(0, 16, stride).add_text([("the dog", True)], tokenizer), MACHINE)
-              for stride in (1, 16)]  # fmt: skip
+              for stride in (1, 16)]
     assert scores[0] == scores[1]
 
 
@@ -152,7 +152,7 @@ def test_without_its_tokens_in_the_cache_a_sentence_names_the_command_that_makes
     with pytest.raises(UserError, match="CACHE_DIR=, or make it: python data.py DATA_PATH=.*words.txt VOCAB_SIZE=300"):
         command(capsys, f"init_from={base}", f"cache_dir={tmp_path}")
     folder = data.prepare(configure([ModelConfig, data.DataSettings],
-                                    [f"data_path={text}", "vocab_size=300", f"cache_dir={tmp_path}"], {}))  # fmt: skip
+                                    [f"data_path={text}", "vocab_size=300", f"cache_dir={tmp_path}"], {}))
     shutil.move(folder, tmp_path / "moved")  # what it holds counts, not its name
     command(capsys, f"init_from={base}", f"cache_dir={tmp_path}")
     best = checkpoint.load(base / "best.pt")["progress"]["best"]
@@ -208,7 +208,7 @@ def test_a_fine_tuned_run_reports_its_loss_too(base, text, tmp_path, capsys, mor
     else:
         more = more | {"data_path": str(text), "task": "pretrain"}
     arguments = more | dict(cache_dir=text.parent / "cache", init_from=base, out_dir=tmp_path / "tuned", max_steps=4,
-                            eval_interval=2, batch_size=4, eval_tokens=300, device="cpu", dtype="float32")  # fmt: skip
+                            eval_interval=2, batch_size=4, eval_tokens=300, device="cpu", dtype="float32")
     train.main([f"{name}={value}" for name, value in arguments.items()])
     command(capsys, f"init_from={tmp_path / 'tuned'}", f"cache_dir={text.parent / 'cache'}")
     best = checkpoint.load(tmp_path / "tuned" / "best.pt")["progress"]["best"]
@@ -252,7 +252,7 @@ def test_mistakes_end_in_a_sentence(base, text, tmp_path):
         ([run, f"data_path={tmp_path / 'none'}"], "not found"), ([run, f"data_path={empty}"], "holds no text"),
         ([run, f"data_path={text}", "eval_tokens=9"], "of a file all is scored"),
         ([run, "tasks=piqa", f"task_dir={tmp_path}"], "piqa: no .jsonl or .parquet file"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError, match=words):
             module.main(["device=cpu", *arguments])
     (tmp_path / "shards").mkdir()
@@ -292,9 +292,9 @@ def test_a_benchmark_leaves_a_line_for_each_question_and_a_table(base, questions
 def launch(*arguments, processes=0, **popen):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     start = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d",
-             "--rdzv_endpoint=localhost:0"] * bool(processes)  # fmt: skip
+             "--rdzv_endpoint=localhost:0"] * bool(processes)
     return subprocess.Popen([sys.executable, *start, str(ROOT / "eval.py"), "device=cpu", *arguments], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, **popen)  # fmt: skip
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, **popen)
 
 
 def test_two_processes_give_the_results_of_one(base, text, questions, capsys):
@@ -313,11 +313,11 @@ def test_two_processes_give_the_results_of_one(base, text, questions, capsys):
 def test_what_is_done_before_ctrl_c_stays(base, questions):
     slow = ("import sys, time, runpy\nfrom text import tasks\nfast = tasks.log_likelihoods\n"
             "def slow(*a):\n    time.sleep(0.2)\n    return fast(*a)\ntasks.log_likelihoods = slow\n"
-            "import eval\nsys.argv = sys.argv[1:]\neval.run(eval.main)")  # fmt: skip
+            "import eval\nsys.argv = sys.argv[1:]\neval.run(eval.main)")
     path = base / "eval" / "piqa.jsonl"
     path.unlink(missing_ok=True)
     command = [sys.executable, "-c", slow, "eval.py", "device=cpu", f"init_from={base}", "tasks=piqa",
-               f"task_dir={questions}", "batch_tokens=60"]  # fmt: skip
+               f"task_dir={questions}", "batch_tokens=60"]
     process = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     begin = time.monotonic()
     while not path.exists() or path.read_text().count("\n") < 3:
@@ -363,4 +363,4 @@ def test_nothing_is_summed_in_float64_on_the_device(base):
 
 def test_a_benchmark_says_which_files_it_read(base, questions, capsys):
     assert "piqa: 40 questions of valid.jsonl" in command(capsys, f"init_from={base}", "tasks=piqa",
-                                                          f"task_dir={questions}")  # fmt: skip
+                                                          f"task_dir={questions}")

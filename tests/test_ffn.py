@@ -232,7 +232,7 @@ def test_qwen3_is_that_of_transformers(renormalise):
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeSparseMoeBlock
 
     config = Qwen3MoeConfig(hidden_size=16, moe_intermediate_size=24, num_experts=8, num_experts_per_tok=3,
-                            norm_topk_prob=renormalise)  # fmt: skip
+                            norm_topk_prob=renormalise)
     moe, theirs = tiny("qwen3", renormalise=renormalise), Qwen3MoeSparseMoeBlock(config)
     give_weights(moe, theirs)
     x = torch.randn(2, 9, 16)
@@ -247,7 +247,7 @@ def test_deepseek_v3_is_that_of_transformers(n_group, topk_group, renormalise):
 
     config = DeepseekV3Config(hidden_size=16, moe_intermediate_size=24, n_routed_experts=8, num_experts_per_tok=3,
                               n_shared_experts=2, routed_scaling_factor=2.5, n_group=n_group, topk_group=topk_group,
-                              norm_topk_prob=renormalise)  # fmt: skip
+                              norm_topk_prob=renormalise)
     moe = tiny("deepseek", n_group=n_group, topk_group=topk_group, renormalise=renormalise)
     theirs = DeepseekV3MoE(config)
     give_weights(moe, theirs)
@@ -306,7 +306,7 @@ def test_tokens_of_weight_0_count_in_no_way_of_balancing(balance, more):
         return
     torch.manual_seed(0)
     model = LanguageModel(ModelConfig(vocab_size=64, seq_len=16, d_model=32, n_layer=2, n_head=4, n_expert=4,
-                                      d_expert=8, balance=balance, **more)).train()  # fmt: skip
+                                      d_expert=8, balance=balance, **more)).train()
     ids, weights = torch.randint(64, (2, 16)), torch.zeros(2, 16)
     weights[:, :3] = 1
     model(ids, ids, weights).sum().backward()
@@ -442,7 +442,7 @@ def test_state_dict_round_trip_keeps_the_bias_and_not_the_counts():
     moe(x).sum().backward()
     state = moe.state_dict()
     assert set(state) == {"bias", "router.weight", *(f"experts.{name}" for name in ("gate", "up", "down")),
-                          *(f"shared.{name}.weight" for name in ("gate", "up", "down"))}  # fmt: skip
+                          *(f"shared.{name}.weight" for name in ("gate", "up", "down"))}
     assert state["bias"].dtype == torch.float32
     other.load_state_dict(state)
     assert torch.equal(other(x), moe(x))
@@ -486,7 +486,7 @@ def test_active_parameters_are_those_that_a_token_uses():
     (dict(d_model=12), "d_model=12"),
     (dict(top_k=1), "renormalise=False"),
     (dict(router="relu"), "router=relu"),
-])  # fmt: skip
+])
 def test_what_does_not_fit_is_refused(changes, words):
     with pytest.raises(UserError, match=words):
         MoE(**{**TINY, **changes})

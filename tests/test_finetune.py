@@ -43,7 +43,7 @@ def questions(tmp_path_factory):
 def tune(text, base, questions, out, **changes):
     """Arguments for a fine-tuning run; the model's shape comes from the base."""
     settings = dict(task="sft", init_from=base, data_path=questions, max_steps=12, eval_interval=6, lr=1e-2,
-                    muon_lr=1e-2)  # fmt: skip
+                    muon_lr=1e-2)
     shape = dict.fromkeys(("vocab_size", "seq_len", "d_model", "n_layer", "n_head", "n_kv_head"))
     return tiny_run(text, out, **(settings | shape | changes))
 
@@ -53,7 +53,7 @@ def tune(text, base, questions, out, **changes):
 
 @pytest.mark.parametrize("more", [{}, dict(use_lora=1, lora_rank=4),
                                   dict(use_lora=1, lora_dora=1, learn="all"),
-                                  dict(packing=0, template="alpaca")])  # fmt: skip
+                                  dict(packing=0, template="alpaca")])
 def test_fine_tuning_lowers_the_held_out_loss_and_leaves_the_base_alone(text, base, questions, tmp_path, more):
     before = {path: path.read_bytes() for path in base.iterdir() if path.is_file()}
     assert train.main(tune(text, base, questions, tmp_path / "run", max_steps=30, eval_interval=10, **more)) == 0
@@ -108,7 +108,7 @@ def test_a_forward_pass_without_learned_tokens_is_harmless():
 
 @pytest.mark.parametrize("more", [{}, dict(use_lora=1, lora_dora=1),
                                   dict(use_lora=1, lora_dropout=0.2),
-                                  dict(use_lora=1, ema=0.9)])  # fmt: skip
+                                  dict(use_lora=1, ema=0.9)])
 @pytest.mark.parametrize("at", [3, 6])
 def test_resume_is_bit_exact(text, base, questions, tmp_path, monkeypatch, more, at):
     argv = tune(text, base, questions, tmp_path / "a", **more)
@@ -219,7 +219,7 @@ def home(monkeypatch, tmp_path):
 
 def test_a_pretraining_config_lends_its_rates_but_not_its_length(tmp_path):
     (tmp_path / "c.py").write_text("lr = 6e-4\nmin_lr = 6e-5\noptimizer = 'adamw'\nmax_tokens = 10**10\n"
-                                   "tokenizer = 'char'")  # fmt: skip
+                                   "tokenizer = 'char'")
     s = configure(train.SETTINGS, [str(tmp_path / "c.py"), "sft_mode=1"], {})
     plan.choose_task(s)
     assert (s.lr, s.min_lr) == (pytest.approx(1e-4), pytest.approx(1e-5))
@@ -240,7 +240,7 @@ def test_fine_tuning_has_the_tokenizer_of_its_base(setting):
 @pytest.mark.parametrize("config, argv, task", [
     ("task = 'sft'", ["sft_mode=0"], "pretrain"), ("sft_mode = True", ["task=pretrain"], "pretrain"),
     ("task = 'pretrain'", ["sft_mode=1"], "sft"), ("", ["sft_mode=1", "task=sft"], "sft"),
-])  # fmt: skip
+])
 def test_of_task_and_sft_mode_the_later_source_counts(tmp_path, config, argv, task):
     (tmp_path / "c.py").write_text(config)
     s = configure(train.SETTINGS, [str(tmp_path / "c.py"), *argv], {})
@@ -287,7 +287,7 @@ def test_without_a_trained_model_fine_tuning_says_how_to_get_one(home):
     (dict(lora_rank=8), "lora_rank=4"),
     (dict(use_lora=0), "use_lora=True"),
     (dict(template="alpaca"), "template=chatml"),
-])  # fmt: skip
+])
 def test_a_run_cannot_change_its_kind_on_the_way(text, base, questions, adapted, changes, words):
     with pytest.raises(UserError, match=words):
         train.main(tune(text, base, questions, adapted, **(dict(use_lora=1, max_steps=20) | changes)))
@@ -326,7 +326,7 @@ def test_a_talk_through_a_pipe(adapted, monkeypatch, capsys):
 
 def test_chat_answers_as_generating_from_its_template_does(adapted, capsys):
     sample.main([f"init_from={adapted}", "--chat", "--prompt", "say fox and dog", "device=cpu", "max_new_tokens=8",
-                 "temperature=0"])  # fmt: skip
+                 "temperature=0"])
     model, tokenizer, _ = checkpoint.load_model(adapted / "best.pt")
     template = Template("chatml", tokenizer)
     ids = template.prompt([{"role": "user", "content": "say fox and dog"}])
@@ -340,7 +340,7 @@ def test_a_model_that_was_not_taught_to_answer_says_so(base, capsys):
 
 
 def test_a_talk_is_held_in_the_template_and_with_the_system_text_of_the_run(text, base, questions, tmp_path, capsys,
-                                                                            monkeypatch):  # fmt: skip
+                                                                            monkeypatch):
     run, chats = tmp_path / "run", []
     train.main(tune(text, base, questions, run, template="alpaca", system="be brief", max_steps=2, eval_interval=2))
     assert "be brief\n\n### Instruction:" in capsys.readouterr().out  # in the example that is shown
@@ -352,7 +352,7 @@ def test_a_talk_is_held_in_the_template_and_with_the_system_text_of_the_run(text
 def test_reset_and_system_change_the_talk(adapted, monkeypatch):
     seen = []
     monkeypatch.setattr(sample, "answer", lambda chat, said: (seen.append((said, chat.system, len(chat.turns))),
-                                                              list(chat.say(said))))  # fmt: skip
+                                                              list(chat.say(said))))
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n/system be brief\ntwo\n/reset\nthree"))
     sample.main([f"init_from={adapted}", "--chat", "device=cpu", "max_new_tokens=2"])
     assert seen == [("one", "", 0), ("two", "be brief", 1), ("three", "be brief", 0)]
@@ -391,7 +391,7 @@ def test_a_base_that_trains_on_does_not_cost_its_adapters(text, questions, tmp_p
 
 @pytest.mark.parametrize("argv, word", [
     (["sft_mode=1", "task=pretrain"], "contradict"), (["lora_rank=8"], "use_lora=1"),
-    (["sft_mode=1", "val_path=x.jsonl"], "data_path")])  # fmt: skip
+    (["sft_mode=1", "val_path=x.jsonl"], "data_path")])
 def test_settings_that_contradict_each_other_are_refused(home, argv, word):
     with pytest.raises(UserError, match=word):
         settle(*argv)
@@ -411,7 +411,7 @@ def test_a_merged_model_is_not_overwritten(text, adapted, tmp_path):
 
 def test_a_longer_context_can_be_trained_from_a_checkpoint(text, base, tmp_path):
     argv = tiny_run(text, tmp_path / "long", vocab_size=None, init_from=base, seq_len=128, rope_scaling="linear",
-                    rope_factor=2.0, max_steps=2)  # fmt: skip
+                    rope_factor=2.0, max_steps=2)
     assert train.main(argv) == 0
     model, _, _ = checkpoint.load_model(tmp_path / "long" / "best.pt")
     assert (model.cfg.seq_len, model.cfg.rope_scaling) == (128, "linear")

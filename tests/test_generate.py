@@ -189,7 +189,7 @@ def test_temperature_sharpens():
 
 
 @pytest.mark.parametrize("rule", [dict(temperature=-1.0), dict(top_p=1.5), dict(min_p=-0.1), dict(top_k=-1),
-                                  dict(repetition_penalty=0.0), dict(max_new_tokens=-1)])  # fmt: skip
+                                  dict(repetition_penalty=0.0), dict(max_new_tokens=-1)])
 def test_rules_out_of_range_are_refused(rule):
     with pytest.raises(UserError, match=next(iter(rule))):
         SamplingSettings(**rule)
@@ -240,7 +240,7 @@ def test_a_row_that_has_ended_does_not_fill_the_cache_of_the_others(monkeypatch)
     reads = []
     original = LanguageModel.forward
     monkeypatch.setattr(LanguageModel, "forward", lambda self, ids, *a, **k: reads.append(ids.shape[1]) or
-                        original(self, ids, *a, **k))  # fmt: skip
+                        original(self, ids, *a, **k))
     (stop,) = generate(model, [[3] * 32], SamplingSettings(temperature=0, max_new_tokens=1))[0]
     long, short = generate(model, [[3] * 32, [1, 2]], SamplingSettings(temperature=0, max_new_tokens=20), (stop,))
     assert long == [] and len(short) <= 20

@@ -47,7 +47,7 @@ def test_the_lines_of_a_long_run_are_aligned(tmp_path, capsys, monkeypatch):
     for step, loss, norm in zip(
         (1, 20, 300, 4000, 50_000, 99_998, 99_999, 100_000), (11.2, 9.9, 3.1, 0.02, 2e-5, *strange),
         (123456.7, 1.2, 0.3, 1e-4, 1e-30, *strange), strict=True,
-    ):  # fmt: skip
+    ):
         now[0] += 10.0 if step < 1000 else 2000.0
         made.step(progress(step, loss, skipped=step // 99_999), 1e-3, norm, 1000, {})
     lines = capsys.readouterr().out.splitlines()
@@ -106,7 +106,7 @@ def test_saving_and_validation_do_not_count_in_tokens_per_second(tmp_path, monke
     ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA T400", None), ("NVIDIA H20", 148),
     ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA RTX A6000", 155), ("NVIDIA RTX 6000 Ada Generation", 364),
     ("NVIDIA A800-SXM4-80GB", 312), ("AMD Instinct MI300X", None),
-])  # fmt: skip
+])
 def test_mfu_knows_the_usual_devices_and_no_others(monkeypatch, name, tera):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     two = Machine(torch.device("cuda"), torch.bfloat16, "", world_size=2)
@@ -137,7 +137,7 @@ def test_a_log_of_an_older_version_goes_on(tmp_path):
     rows = read_log(tmp_path / "log.csv")
     assert list(rows[0]) == COLUMNS
     assert [(row["step"], row["loss"], row["val_loss"]) for row in rows] == [
-        ("1", "5.0", ""), ("1", "", "4.0"), ("2", "4.5", ""), ("3", "3.000000", "")]  # fmt: skip
+        ("1", "5.0", ""), ("1", "", "4.0"), ("2", "4.5", ""), ("3", "3.000000", "")]
 
 
 class Killed(BaseException):
@@ -313,7 +313,7 @@ def test_a_service_that_fails_is_left_out_and_the_run_goes_on(go, tmp_path, caps
 @pytest.mark.parametrize("module, settings, words", [
     ("torch.utils.tensorboard", dict(tensorboard=True), "this needs the package tensorboard: pip install tensorboard"),
     ("wandb", dict(wandb="x"), "this needs the package wandb: pip install wandb"),
-])  # fmt: skip
+])
 def test_a_missing_package_is_a_sentence(go, tmp_path, monkeypatch, module, settings, words):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=words):

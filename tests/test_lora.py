@@ -174,7 +174,7 @@ def test_forward_and_gradients_equal_those_of_peft(method, bias):
     linear = nn.Linear(24, 40, bias=bias)
     ours = LoraLinear(copy.deepcopy(linear), 4, 12.0, rs=method == "rs", dora=method == "dora")
     config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["linear"], lora_dropout=0.0,
-                             use_rslora=method == "rs", use_dora=method == "dora")  # fmt: skip
+                             use_rslora=method == "rs", use_dora=method == "dora")
     holder = nn.Module()
     holder.linear = linear
     theirs = peft.inject_adapter_in_model(config, holder).linear
@@ -206,7 +206,7 @@ def test_the_weight_property_has_the_values_and_gradients_of_the_forward_pass(me
     for mine, other in zip(
         [module(x), *torch.autograd.grad(module(x), params, upstream)],
         [F.linear(x, module.weight, module.bias),
-         *torch.autograd.grad(F.linear(x, module.weight, module.bias), params, upstream)], strict=True):  # fmt: skip
+         *torch.autograd.grad(F.linear(x, module.weight, module.bias), params, upstream)], strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
@@ -241,7 +241,7 @@ def test_an_adapter_alone_restores_the_model(tmp_path, method):
     (dict(lora_targets="q"), r"blocks\.0\.attn\.k\.lora_a is only in the model"),
     (dict(lora_targets="all,head"), r"head\.lora_a is only in the file"),
     (dict(lora_dora=True), r"lora_magnitude is only in the file"),
-])  # fmt: skip
+])
 def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(change, message):
     model, _ = adapted(trained=True)
     before = {name: tensor.clone() for name, tensor in adapter_state(model).items()}
@@ -317,7 +317,7 @@ def test_dropout_acts_in_training_only_and_on_the_adapter_only():
     (dict(lora_dropout=0.1, lora_targets="q,head"), "head"),
     (dict(lora_dropout=0.1, lora_targets="all", kind="reversible"), "reversible"),
     (dict(lora_targets="q,query"), "lora_targets=query matches no matrix .* ffn, gate, head, k, o, q"),
-])  # fmt: skip
+])
 def test_what_cannot_act_is_refused_in_one_sentence_and_changes_nothing(changes, message):
     changes = dict(changes)
     base = tiny(changes.pop("kind", "llama"))
@@ -353,7 +353,7 @@ def test_adapters_on_adapters_are_refused():
 @pytest.mark.parametrize("setting", [
     dict(lora_rank=0), dict(lora_alpha=0.0), dict(lora_alpha=math.nan), dict(lora_dropout=1.0),
     dict(lora_dropout=-0.1), dict(lora_targets=" ,"),
-])  # fmt: skip
+])
 def test_settings_out_of_range_are_refused_by_name(setting):
     with pytest.raises(UserError, match=next(iter(setting))):
         LoraSettings(**setting)
@@ -364,7 +364,7 @@ def test_settings_out_of_range_are_refused_by_name(setting):
     ("ffn", {f"blocks.{i}.ffn.{name}" for i in (0, 1) for name in ("gate", "up", "down")}),
     ("blocks.1.attn.[qk]", {"blocks.1.attn.q", "blocks.1.attn.k"}),
     ("o,blocks.0.attn.o,head", {"blocks.0.attn.o", "blocks.1.attn.o", "head"}),
-])  # fmt: skip
+])
 def test_targets_choose_by_short_names_and_patterns(targets, expected):
     model, names = adapted("llama", lora_targets=targets)
     assert set(names) == expected and len(names) == len(expected)
@@ -413,7 +413,7 @@ def test_describe_equals_the_hand_count():
     trained = 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 2 * (32 + 128))
     total = tiny().count_parameters()["total"] + trained
     assert describe(model) == (f"LoRA rank 4 on 12 matrices (q k v o ffn): {trained:,} of {total:,} parameters train, "
-                               f"{100 * trained / total:.1f} %")  # fmt: skip
+                               f"{100 * trained / total:.1f} %")
     dora = describe(adapted("enigma", lora_dora=True)[0])
     assert dora.startswith("DoRA rank 4 on 30 matrices (shears up taps down q k v o ffn)")
 

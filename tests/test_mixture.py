@@ -38,7 +38,7 @@ def corpora(tmp_path, monkeypatch):
 
 def settings(**changes):
     given = {"mixture": "long:0.4 short:0.6", "vocab_size": 320, "seq_len": 16, "workers": 1,
-             "cache_dir": Path.cwd() / "cache"} | changes  # fmt: skip
+             "cache_dir": Path.cwd() / "cache"} | changes
     return configure([ModelConfig, DataSettings], [f"{key}={value}" for key, value in given.items()], environ={})
 
 
@@ -115,7 +115,7 @@ def test_small_part_that_comes_again_and_again_is_said(corpora, capsys):
 
 
 @pytest.mark.parametrize("change", [{"mixture": "long:0.5 short:0.5"}, {"mixture": "short:0.6 long:0.4"},
-                                    {"mixture_size": 9000}, {"mixture_unit": "tokens"}])  # fmt: skip
+                                    {"mixture_size": 9000}, {"mixture_unit": "tokens"}])
 def test_changed_setting_uses_nothing_stale(corpora, change):
     one, other = prepare(settings(), quiet=True), prepare(settings(**change), quiet=True)
     assert one != other
@@ -162,9 +162,9 @@ def test_a_book_of_one_document_does_not_outweigh_the_others(corpora):
 
 def test_training_document_that_another_part_validates_on_is_left_out():
     pieces = {"a": {"train": ["one two", "shared text"], "val": ["a val"]},
-              "b": {"train": ["three four"], "val": ["shared text"]}}  # fmt: skip
+              "b": {"train": ["three four"], "val": ["shared text"]}}
     parts = {name: RawCorpus(name, [], lambda split, p=p: ((text, True) for text in p[split]))
-             for name, p in pieces.items()}  # fmt: skip
+             for name, p in pieces.items()}
     raw, s = RawCorpus("mix", [], None), SimpleNamespace(mixture_size=0, mixture="a:1 b:1", mixture_unit="words")
     found = [text for text, _ in mix(raw, parts, {"a": 0.5, "b": 0.5}, "train", s, lambda text: len(text.split()))]
     assert set(found) == {"one two", "three four"}
@@ -184,7 +184,7 @@ def test_part_without_text_is_one_sentence_and_no_endless_loop(corpora):
      ({"mixture": "long:1"}, "needs two corpora"), ({"mixture_size": -1}, "mixture_size=-1 .*must be"),
      ({"mixture": "lang:1 short:1"}, "dataset=lang: there are"), ({"dataset": "stdlib"}, "exclude each other"),
      ({"val_path": "x.txt"}, "leaves no place"), ({"overwrite": "mixed"}, "there is no stage mixed, only download")],
-)  # fmt: skip
+)
 def test_mistakes_are_one_sentence(corpora, changes, sentence):
     with pytest.raises(UserError, match=sentence):
         prepare(settings(**changes), quiet=True)

@@ -86,9 +86,9 @@ def load_theirs(attn, theirs):
     """Copy the weights of a DeepseekV2Attention or DeepseekV3Attention."""
     state = theirs.state_dict()
     names = {"q_proj": "q", "q_a_proj": "q_down", "q_a_layernorm": "q_norm", "q_b_proj": "q_up", "o_proj": "o",
-             "kv_a_proj_with_mqa": "kv_down", "kv_a_layernorm": "kv_norm", "kv_b_proj": "kv_up"}  # fmt: skip
+             "kv_a_proj_with_mqa": "kv_down", "kv_a_layernorm": "kv_norm", "kv_b_proj": "kv_up"}
     period = {"q": attn.nope_dim + attn.rope_dim, "q_up": attn.nope_dim + attn.rope_dim,
-              "kv_down": attn.kv_rank + attn.rope_dim}  # fmt: skip
+              "kv_down": attn.kv_rank + attn.rope_dim}
     ours = {}
     for key, tensor in state.items():
         name, kind = key.split(".")
@@ -111,7 +111,7 @@ def test_outputs_equal_those_of_deepseek_in_transformers(version, q_rank, bias, 
         from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding as Rotary
     cfg = Config(hidden_size=32, num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=12,
                  q_lora_rank=q_rank or None, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=v_dim,
-                 attention_bias=bias, rms_norm_eps=1e-2)  # fmt: skip
+                 attention_bias=bias, rms_norm_eps=1e-2)
     # rms_norm_eps: their latent norms keep 1e-6 whatever it is
     cfg._attn_implementation = "eager"
     torch.manual_seed(0)
@@ -137,7 +137,7 @@ def test_outputs_and_gradients_equal_the_paper_written_out(changes):
     assert torch.allclose(result, expected, atol=1e-5)
     upstream = torch.randn_like(result)
     for a, b in zip(torch.autograd.grad(result, leaves, upstream), torch.autograd.grad(expected, leaves, upstream),
-                    strict=True):  # fmt: skip
+                    strict=True):
         assert torch.allclose(a, b, atol=1e-4, rtol=1e-4)
 
 
@@ -321,7 +321,7 @@ def test_a_reversible_chain_returns_every_bit_and_the_gradients_of_a_plain_one()
     c = x + first(x, turn)
     expected = x + second(c, turn)
     for p, q in zip(torch.autograd.grad((a + b).square().sum(), leaves),
-                    torch.autograd.grad((c + expected).square().sum(), leaves), strict=True):  # fmt: skip
+                    torch.autograd.grad((c + expected).square().sum(), leaves), strict=True):
         assert torch.allclose(p, q, atol=1e-3, rtol=1e-4)
 
 

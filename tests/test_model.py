@@ -80,7 +80,7 @@ def test_initial_loss_is_that_of_guessing(kind):
 
 
 @pytest.mark.parametrize("kind", ["quickstart", "gpt2", "reversible", "enigma", "window", "mla", "moe", "post",
-                                  "parallel"])  # fmt: skip
+                                  "parallel"])
 def test_noise_cannot_be_predicted(kind):
     """Independent random tokens: any loss below ln V on fresh ones would be a leak from the future."""
     model = tiny(kind, vocab_size=16).train()
@@ -101,7 +101,7 @@ def numbers(model, config):
 
 
 @pytest.mark.parametrize("name, total", [("lumen", 128_404_224), ("tinystories", 22_696_448), ("gpt2", 124_439_808),
-                                         ("mla_moe", 229_629_696), ("mini", 13_768_320)])  # fmt: skip
+                                         ("mla_moe", 229_629_696), ("mini", 13_768_320)])
 def test_presets_have_exactly_the_promised_parameters(name, total):
     with torch.device("meta"):
         model = LanguageModel(configure([ModelConfig], [], {}).part(ModelConfig))
@@ -117,7 +117,7 @@ def test_parameters_and_flops_equal_the_hand_count():
     matrices = 2 * (attention + 2 * 32 * 128)
     norms = 2 * (2 * 32 + 2 * 8) + 32
     assert model.count_parameters() == {
-        "total": 97 * 32 + matrices + norms, "embedding": 97 * 32, "active": 97 * 32 + matrices + norms}  # fmt: skip
+        "total": 97 * 32 + matrices + norms, "embedding": 97 * 32, "active": 97 * 32 + matrices + norms}
     assert model.flops_per_token() == 6 * (matrices + 97 * 32) + 12 * 2 * 32 * 32
     assert model.flops_per_token(16) == 6 * (matrices + 97 * 32) + 12 * 2 * 32 * 16
 
@@ -188,7 +188,7 @@ def test_accumulation_of_small_batches_equals_one_large_batch():
 
 
 @pytest.mark.parametrize("setting", [dict(n_head=5), dict(n_kv_head=3), dict(head_dim=7), dict(n_layer=0),
-                                     dict(dropout=1.0), dict(vocab_size=0)])  # fmt: skip
+                                     dict(dropout=1.0), dict(vocab_size=0)])
 def test_sizes_that_do_not_fit_are_refused_in_one_sentence(setting):
     with pytest.raises(UserError) as error:
         ModelConfig(**{**TINY, **setting})
@@ -210,7 +210,7 @@ def test_logits_equal_gpt2_of_transformers():
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.2)
     names = {"ln_1": "attn_norm", "ln_2": "ffn_norm", "attn.c_proj": "attn.o", "mlp.c_fc": "ffn.up",
-             "mlp.c_proj": "ffn.down", "wte": "embed", "wpe": "position", "ln_f": "norm", "h": "blocks"}  # fmt: skip
+             "mlp.c_proj": "ffn.down", "wte": "embed", "wpe": "position", "ln_f": "norm", "h": "blocks"}
     state = {}
     for key, value in theirs.transformer.state_dict().items():
         value = value.T if value.ndim == 2 and "attn." in key or "mlp." in key and value.ndim == 2 else value  # Conv1D
@@ -233,7 +233,7 @@ def with_our_names(theirs) -> dict[str, torch.Tensor]:
     for key, value in theirs.state_dict().items():
         for old, new in (("model.", ""), ("embed_tokens", "embed"), ("layers", "blocks"), ("self_attn", "attn"),
                          ("post_attention_layernorm", "ffn_norm"), ("input_layernorm", "attn_norm"), ("mlp", "ffn"),
-                         ("_proj", ""), ("lm_head", "head")):  # fmt: skip
+                         ("_proj", ""), ("lm_head", "head")):
             key = key.replace(old, new)
         state[key] = value
     return state
@@ -246,7 +246,7 @@ def test_logits_equal_llama_of_transformers(n_kv_head, theta, tied):
     theirs = LlamaForCausalLM(LlamaConfig(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=n_kv_head, max_position_embeddings=32, rms_norm_eps=1e-5, tie_word_embeddings=tied,
-        rope_parameters={"rope_type": "default", "rope_theta": theta})).eval()  # fmt: skip
+        rope_parameters={"rope_type": "default", "rope_theta": theta})).eval()
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.2)
     state = with_our_names(theirs)
@@ -263,7 +263,7 @@ def test_logits_equal_qwen3_of_transformers_with_its_norm_of_queries_and_keys():
     theirs = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=12,
         num_key_value_heads=2, max_position_embeddings=32, rms_norm_eps=1e-6,
-        tie_word_embeddings=False)).eval()  # fmt: skip
+        tie_word_embeddings=False)).eval()
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.2)
     state = with_our_names(theirs)
@@ -274,7 +274,7 @@ def test_logits_equal_qwen3_of_transformers_with_its_norm_of_queries_and_keys():
 
 
 @pytest.mark.parametrize("changes", [{}, dict(embed_scale=0.0), dict(embed_scale=0.0, position="sinusoidal"),
-                                     dict(norm_position="post", tie_embeddings=False)])  # fmt: skip
+                                     dict(norm_position="post", tie_embeddings=False)])
 def test_initial_loss_at_a_real_width(changes):
     """At a width of 32 a tied head that predicts its own input would not show."""
     torch.manual_seed(0)
@@ -291,7 +291,7 @@ def test_initial_loss_at_a_real_width(changes):
     dict(n_expert=4, n_dense=2), dict(n_expert=4, reversible=True), dict(reversible=True, residual="parallel"),
     dict(reversible=True, n_enigma=1, window=4), dict(reversible_grid=60), dict(reversible_grid=-3), dict(d_ff=-3),
     dict(window=-1), dict(window_pattern="X"), dict(init_std=-1.0), dict(rope_theta=0.0), dict(position="alibi",
-    rope_scaling="linear", rope_factor=2.0)])  # fmt: skip
+    rope_scaling="linear", rope_factor=2.0)])
 def test_options_that_make_no_sense_together_are_refused_in_one_sentence(setting):
     with pytest.raises(UserError) as error:
         LanguageModel(ModelConfig(**(TINY | {"n_kv_head": 2} | setting)))

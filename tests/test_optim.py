@@ -18,7 +18,7 @@ from optim import EMA, OptimSettings, build_optimizer, clip_grad_norm, lr_at, ro
 def small_model(**settings) -> LanguageModel:
     torch.manual_seed(0)
     return LanguageModel(ModelConfig(**{"vocab_size": 50, "seq_len": 16, "d_model": 32, "n_layer": 2, "n_head": 2,
-                                        "position": "learned", "bias": True} | settings))  # fmt: skip
+                                        "position": "learned", "bias": True} | settings))
 
 
 def set_gradients(model: nn.Module, seed: int) -> None:
@@ -124,7 +124,7 @@ def test_muon_equals_torch(monkeypatch):
     s = OptimSettings(optimizer="muon")
     optimizer = build_optimizer(ours, s)
     reference = torch.optim.Muon(theirs.parameters(), lr=s.muon_lr, momentum=s.muon_momentum,
-                                 weight_decay=s.weight_decay, adjust_lr_fn="original")  # fmt: skip
+                                 weight_decay=s.weight_decay, adjust_lr_fn="original")
     for step in range(10):
         set_gradients(ours, step)
         set_gradients(theirs, step)
@@ -275,7 +275,7 @@ def test_only_hidden_matrices_get_muon_and_only_trainable_parameters_get_anythin
     state = build_optimizer(model, OptimSettings()).state
     by_muon = {name.removesuffix(".momentum") for name in state if name.endswith(".momentum")}
     assert by_muon == {f"blocks.1.{name}.weight" for name in ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.up",
-                                                             "ffn.down")}  # fmt: skip
+                                                             "ffn.down")}
     assert "blocks.1.attn.q.lora_a.mean" in state and not any(name.startswith("blocks.0") for name in state)
 
 

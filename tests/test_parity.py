@@ -11,9 +11,9 @@ from test_mla import half_split
 from test_model import with_our_names
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False)  # fmt: skip
+             num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False)
 OURS = dict(vocab_size=97, seq_len=64, d_model=32, d_ff=48, n_layer=2, n_head=4, n_kv_head=2, ffn="swiglu",
-            qk_norm=False, tie_embeddings=False, norm_eps=1e-6)  # fmt: skip
+            qk_norm=False, tie_embeddings=False, norm_eps=1e-6)
 
 
 def same_logits(theirs, state, **ours):
@@ -43,7 +43,7 @@ SCALINGS = {
                dict(rope_scaling="llama3", rope_factor=8.0, rope_original=16)),
     "yarn": (dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16),
              dict(rope_scaling="yarn", rope_factor=4.0, rope_original=16)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", SCALINGS)
@@ -65,7 +65,7 @@ def test_stretched_frequencies_equal_those_of_transformers_at_real_sizes(kind, h
     if kind != "linear":
         theirs["original_max_position_embeddings"] = original
     config = LlamaConfig(hidden_size=head_dim * 4, num_attention_heads=4, rope_parameters=theirs,
-                         max_position_embeddings=int(original * factor))  # fmt: skip
+                         max_position_embeddings=int(original * factor))
     expected, length = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
     scaling = RopeScaling(kind, factor, original)
     assert torch.allclose(rope_frequencies(head_dim, 500000.0, scaling), expected, rtol=1e-5)
@@ -99,7 +99,7 @@ def test_mixtral():
     from transformers import MixtralConfig, MixtralForCausalLM
 
     model = shaken(MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2,
-                                                    rms_norm_eps=1e-6)))  # fmt: skip
+                                                    rms_norm_eps=1e-6)))
     same_logits(model, with_experts(model), n_expert=4, top_k=2, d_expert=48, rope_theta=1e6)
 
 
@@ -110,12 +110,12 @@ def test_qwen3_moe(renormalise):
     model = shaken(Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, num_experts=8, num_experts_per_tok=3, head_dim=8,
                                                       moe_intermediate_size=16, norm_topk_prob=renormalise)))
     same_logits(model, with_experts(model), n_expert=8, top_k=3, d_expert=16, qk_norm=True, head_dim=8,
-                router_renormalise=renormalise)  # fmt: skip
+                router_renormalise=renormalise)
 
 
 GROUPS = dict(n_group=4, topk_group=2, routed_scaling_factor=2.5)
 DEEPSEEK = {"greedy": dict(topk_method="greedy"), "group_limited_greedy": dict(topk_method="group_limited_greedy"),
-            "noaux_tc": {}}  # fmt: skip
+            "noaux_tc": {}}
 
 
 @pytest.mark.parametrize("method", DEEPSEEK)
@@ -128,12 +128,12 @@ def test_deepseek_with_latent_attention_and_experts(method, q_rank):
     config = getattr(transformers, f"DeepseekV{version}Config")(
         **SIZES | {"num_key_value_heads": 4}, kv_lora_rank=12, q_lora_rank=q_rank or None, qk_rope_head_dim=6,
         qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=8, num_experts_per_tok=3, n_shared_experts=2,
-        moe_intermediate_size=16, first_k_dense_replace=1, **more)  # fmt: skip
+        moe_intermediate_size=16, first_k_dense_replace=1, **more)
     model = shaken(getattr(transformers, f"DeepseekV{version}ForCausalLM")(config))
     state = {}
     for key, value in with_experts(model).items():
         for old, new in (("kv_a_with_mqa", "kv_down"), ("kv_a_layernorm", "kv_norm"), ("kv_b", "kv_up"),
-                         ("q_a_layernorm", "q_norm"), ("q_a.", "q_down."), ("q_b.", "q_up.")):  # fmt: skip
+                         ("q_a_layernorm", "q_norm"), ("q_a.", "q_down."), ("q_b.", "q_up.")):
             key = key.replace(old, new)
         if key.endswith((".q.weight", ".q_up.weight")):
             value = half_split(value, 14, 6)
@@ -147,4 +147,4 @@ def test_deepseek_with_latent_attention_and_experts(method, q_rank):
     if method != "greedy":
         own |= dict(router_scale=2.5, n_group=4, topk_group=2)
     same_logits(model, state, attention="mla", n_kv_head=4, kv_rank=12, q_rank=q_rank, rope_dim=6, n_expert=8, top_k=3,
-                n_shared=2, d_expert=16, n_dense=1, **own)  # fmt: skip
+                n_shared=2, d_expert=16, n_dense=1, **own)

@@ -16,9 +16,9 @@ PRESETS = sorted(path.stem for path in (ROOT / "config").glob("*.py"))
 # Every preset at the size of a toy: what makes it special stays.
 TOY = dict(vocab_size=300, tokenizer="bpe", seq_len=48, d_model=48, n_layer=2, n_head=4, d_ff=64,
            total_batch_size=0, max_tokens=0, max_steps=3, eval_interval=3, eval_tokens=480, batch_size=4,
-           warmup_steps=1)  # fmt: skip
+           warmup_steps=1)
 MORE = {"mla_moe": dict(kv_rank=16, rope_dim=4, d_expert=16), "pretrain_enigma": dict(n_enigma=1),
-        "lumen": dict(n_kv_head=2), "quickstart": dict(n_kv_head=2), "shakespeare_char": dict(n_kv_head=2)}  # fmt: skip
+        "lumen": dict(n_kv_head=2), "quickstart": dict(n_kv_head=2), "shakespeare_char": dict(n_kv_head=2)}
 
 
 @pytest.mark.parametrize("preset", PRESETS)

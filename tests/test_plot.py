@@ -21,7 +21,7 @@ def write(folder, steps=30, without=(), **columns):
     rows = []
     for step in range(1, steps + 1):
         row = dict(step=step, tokens=64 * step, seconds=step / 2, loss=6 / step**0.2, lr=1e-3, grad_norm=1.5,
-                   tokens_per_second=128) | {name: values[step - 1] for name, values in columns.items()}  # fmt: skip
+                   tokens_per_second=128) | {name: values[step - 1] for name, values in columns.items()}
         rows.append({name: value for name, value in row.items() if name not in without})
         if step % 10 == 0:
             rows.append(dict(step=step, tokens=64 * step, seconds=step / 2, val_loss=6.1 / step**0.2))
@@ -109,7 +109,7 @@ def test_a_smoothed_point_is_the_mean_of_its_neighbours():
     dict(grad_norm=[1e-3, 1e9] * 15),
     dict(grad_norm=["nan"] * 30),
     dict(loss=["what"] + [3.0] * 29),
-])  # fmt: skip
+])
 def test_strange_numbers_make_a_sensible_picture(tmp_path, drawn, columns):
     plot.main([str(write(tmp_path / "run", **columns))])
     for ax in drawn():

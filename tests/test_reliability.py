@@ -37,11 +37,11 @@ def launch(arguments, processes=0, script=None, restarts=0, **popen):
     command = [sys.executable]
     if processes:
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
-                    f"--max-restarts={restarts}"]  # fmt: skip
+                    f"--max-restarts={restarts}"]
         command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([*command, str(script or ROOT / "train.py"), *arguments], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **popen)  # fmt: skip
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **popen)
 
 
 def finish(process, timeout=300):
@@ -84,7 +84,7 @@ if __name__ == "__main__":
     (5, dict(batch_size=5, data_window="document", optimizer="adamw")),
     (2, dict(grad_accum=2, reversible=True, n_enigma=1, n_layer=1, position="alibi", optimizer="adamw")),
     (2, dict(grad_accum=2, attention="mla", qk_norm=0, n_expert=4, d_expert=16, optimizer="adamw")),
-])  # fmt: skip
+])
 def test_several_processes_train_as_one(text, tmp_path, go, processes, more):
     """Same data, losses, validation and weights as one process, equal weights on all, one writer."""
     script = tmp_path / "checked.py"
@@ -219,7 +219,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("where", ["checkpoint.steps", "train.open_data", "train.LanguageModel", "train.evaluate",
-                                   "train.finish"])  # fmt: skip
+                                   "train.finish"])
 def test_ctrl_c_is_never_swallowed(text, tmp_path, where):
     """While a run is loaded, its data prepared, its last checkpoint scored, its samples made."""
     script = tmp_path / "presses.py"
@@ -622,7 +622,7 @@ def note_opened(event, args):
 
 
 LINKS = ["samples.txt", ".step_00000006.pt.tmp", ".best.pt.tmp", ".best.pt.1.tmp", "log.csv.part", "curves.png",
-         "wandb.id", "tokenizer.json", "tokenizer_config.json", "before_1", "base.pt", "step_00000014.pt"]  # fmt: skip
+         "wandb.id", "tokenizer.json", "tokenizer_config.json", "before_1", "base.pt", "step_00000014.pt"]
 
 
 @pytest.fixture(scope="module")
@@ -650,7 +650,7 @@ def strange(honest, tmp_path, monkeypatch, request):
     named = {"dataset": os.path.relpath(secrets / "evil", ROOT / "data"), "data_path": str(secrets / "text.txt"),
              "val_path": "", "tokenizer": str(secrets / "tokenizer.json"),
              "cache_dir": str(secrets / "cache"), "out_dir": str(secrets / "out"), "mixture": "",
-             "lora_base": str(secrets / "base.pt"), "init_from": str(secrets / "base.pt")}  # fmt: skip
+             "lora_base": str(secrets / "base.pt"), "init_from": str(secrets / "base.pt")}
     if request.param == "code":
         named["data_path"] = ""
     for path in [*tmp_path.glob("*/step_*.pt"), *tmp_path.glob("*/best.pt")]:
@@ -676,7 +676,7 @@ def strange(honest, tmp_path, monkeypatch, request):
 @pytest.mark.parametrize("use", [
     "sample", "chat", "evaluate", "evaluate a text", "draw", "start from", "start from by adapters", "continue",
     "continue as it was", "sample adapters", "continue adapters", "merge",
-])  # fmt: skip
+])
 def test_a_strangers_run_executes_nothing_and_writes_and_reads_nothing_elsewhere(strange, text, tmp_path, use):
     """Each of these works or ends in a sentence."""
     adapted, targets, mine = strange.with_name("adapted"), tmp_path / "targets", tmp_path / "mine"
@@ -695,7 +695,7 @@ def test_a_strangers_run_executes_nothing_and_writes_and_reads_nothing_elsewhere
         "sample adapters": lambda: sample.main([f"init_from={adapted}", "prompt=the", "max_new_tokens=2"]),
         "continue adapters": lambda: train.main(tiny_run(text, adapted, max_steps=4, use_lora=1)),
         "merge": lambda: convert.main([str(adapted), "MERGE=1"]),
-    }  # fmt: skip
+    }
     OPENED.clear()
     WATCHED.append(tmp_path / "secrets")
     try:

@@ -128,7 +128,7 @@ def test_a_checkpoint_of_before_samples_continues_with_its_own_batch(go, tmp_pat
 
 FIRST = dict(dropout=0.1, seed=7, ema=0.9, weight_decay=0.05, beta2=0.9, schedule="linear", patience=30, batch_size=6,
              label_smoothing=0.1, data_order="sequential", balance_loss=0.5, eval_tokens=320,
-             keep_checkpoints=5)  # fmt: skip
+             keep_checkpoints=5)
 
 
 def test_settings_that_are_left_out_come_from_the_run(go, tmp_path, monkeypatch, capsys):
@@ -183,7 +183,7 @@ def test_what_names_a_place_is_never_taken_from_a_checkpoint(go, text, tmp_path)
     path = checkpoint.steps(tmp_path / "run")[-1]
     state = torch.load(path, weights_only=True)
     evil = dict(json.loads(state["settings"]), cache_dir=str(tmp_path / "evil"), val_path=str(tmp_path / "evil.txt"),
-                dataset="../evil", tokenizer="/evil", mixture="evil:1", wandb="evil", device="evil")  # fmt: skip
+                dataset="../evil", tokenizer="/evil", mixture="evil:1", wandb="evil", device="evil")
     state["settings"] = json.dumps(evil)
     torch.save(state, path)
     go(max_steps=4)

@@ -44,7 +44,7 @@ def test_prompts_come_from_arguments_a_file_or_a_pipe(capsys, run, tmp_path, mon
     texts = out(capsys, run, f"prompts_file={file}", "prompt=zero")
     assert [line[: len(start)] for line, start in zip(
         [part.splitlines()[1] for part in texts.split("--- ")[1:]], ["zero", "first", "second line"], strict=True
-    )] == ["zero", "first", "second line"]  # fmt: skip
+    )] == ["zero", "first", "second line"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
     assert out(capsys, run).startswith("from a pipe")
 
@@ -72,7 +72,7 @@ def test_prompts_longer_than_the_context_keep_their_end_and_say_so(capsys, run):
     (["init_from=nothere"], ["nothere", "not found"]),
     (["prompts_file=nothere"], ["prompts_file=nothere"]),
     (["temperature=-1"], ["temperature=-1"]),
-])  # fmt: skip
+])
 def test_mistakes_get_one_sentence(run, argv, words):
     with pytest.raises(UserError) as error:
         sample.main([f"init_from={run}", *argv])
@@ -165,7 +165,7 @@ def test_one_sample_and_a_batch_end_at_the_same_of_several_stops(capsys, run):
     whole = out(capsys, run, "prompt=the", "temperature=0", "max_new_tokens=30").removesuffix("\n")
     overlapping = [f"stop={whole[12:18]}", f"stop={whole[13:15]}", f"stop={whole[14:20]}"]
     alone, pair = (out(capsys, run, "prompt=the", "temperature=0", "max_new_tokens=30", *overlapping, f"n_samples={n}")
-                   for n in (1, 2))  # fmt: skip
+                   for n in (1, 2))
     assert pair == f"--- 1 of 2\n{alone}--- 2 of 2\n{alone}" and len(alone) < len(whole)
 
 
@@ -184,7 +184,7 @@ def test_the_word_help_is_a_prompt_like_any_other(capsys, run):
 def test_only_newlines_separate_prompts(capsys, run, tmp_path):
     (tmp_path / "p.txt").write_bytes("\ufeffa\u2028b\fc\vd\x85e\r\n\r\nf\n".encode())
     assert sample.read_prompts(SimpleNamespace(prompt=[], prompts_file=str(tmp_path / "p.txt"))) == [
-        "a\u2028b\fc\vd\x85e", "f"]  # fmt: skip
+        "a\u2028b\fc\vd\x85e", "f"]
 
 
 def test_a_piped_prompt_loses_its_last_line_end_only(capsys, run, monkeypatch):
@@ -208,11 +208,11 @@ def test_text_that_is_no_utf8_is_a_sentence_wherever_it_enters(run, tmp_path, mo
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 @pytest.mark.parametrize("redirection, code, words", [
     ("<&-", 0, ""), (">&-", 0, ""), ("2>&-", 0, ""), (">/dev/full", 2, "cannot write the output"),
-])  # fmt: skip
+])
 def test_streams_that_are_closed_or_full_are_no_traceback(run, redirection, code, words):
     command = [sys.executable, str(ROOT / "sample.py"), f"init_from={run}", "max_new_tokens=3", "device=cpu"]
     done = subprocess.run(["bash", "-c", f"{shlex.join(command)} {redirection}"], capture_output=True, text=True,
-                          timeout=60, stdin=subprocess.DEVNULL)  # fmt: skip
+                          timeout=60, stdin=subprocess.DEVNULL)
     assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
 
 
@@ -277,7 +277,7 @@ def test_two_slashes_begin_a_message_with_one(capsys, monkeypatch, roomy):
 @pytest.mark.parametrize("max_new_tokens, words", [
     (4, "max_new_tokens=4 ends the answer"), (500, "the context is full, so the answer ends here"),
     (0, "max_new_tokens=0 ends the answer"),
-])  # fmt: skip
+])
 def test_what_ends_an_answer_early_is_said(capsys, monkeypatch, roomy, max_new_tokens, words):
     more = dict(max_new_tokens=max_new_tokens, min_new_tokens=500)
     assert words in converse(capsys, monkeypatch, roomy, "hi", **more).err

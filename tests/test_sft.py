@@ -244,7 +244,7 @@ def test_half_a_surrogate_pair_in_json_becomes_text(tmp_path):
     ('{"messages": [{"role": "user", "content": ["a"]}]}', "'content' holds a list"),
     ('{"messages": [{"role": "narrator", "content": "a"}]}', "message 1 is of role 'narrator'"),
     ('{"messages": [{"role": "gpt", "content": "a"}]}', "message 1 is of role 'assistant', expected 'user'"),
-])  # fmt: skip
+])
 def test_a_broken_line_is_named_with_its_file(tmp_path, line, complaint):
     file = write(tmp_path / "bad.jsonl", {"instruction": "a", "output": "b"}, "", line)
     examples = read_examples(file)
@@ -287,7 +287,7 @@ So?
          {"role": "assistant", "content": "    x = 1  # ### Response: is text here"}],
         talk("Hi", "Hello"),
         talk("So?", "3.14 ... i.e. [this]", system="Below is an instruction."),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("text, line, complaint", [
@@ -297,7 +297,7 @@ So?
     ("### Instruction:\na\n### Response:\nb\n### Response:\nc", 5, "behind ### Response:"),
     ("### Response:\nb", 1, "behind no ### Instruction:"),
     ("### Instruction:\na\n### Response:\nb\n### Instruction:\nc\n### Response:\n \n", 5, "no answer"),
-])  # fmt: skip
+])
 def test_a_broken_text_file_is_named_with_the_line(tmp_path, text, line, complaint):
     (tmp_path / "bad.txt").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=rf"bad\.txt, line {line}\b.*{complaint}"):
@@ -340,7 +340,7 @@ def test_a_shown_example_marks_what_is_learned(tokenizer):
     template = Template("alpaca", tokenizer)
     shown = show_example(*template.render(talk("Hi", CHINESE, "So?", EMOJI)), tokenizer)
     assert shown == (f"### Instruction:\nHi\n\n### Response:\n⟦{CHINESE}</s>⟧"
-                     f"### Instruction:\nSo?\n\n### Response:\n⟦{EMOJI}</s>⟧")  # fmt: skip
+                     f"### Instruction:\nSo?\n\n### Response:\n⟦{EMOJI}</s>⟧")
 
 
 def test_damaged_examples_of_the_cache_are_made_again(tmp_path, monkeypatch, capsys):
@@ -366,7 +366,7 @@ def test_examples_named_for_validation_are_not_learned(tmp_path, tokenizer, caps
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"instruction": "a", "output": name}))
     (tmp_path / "more.csv").write_text("instruction,output\na,more\n")
     s = configure([SftSettings, DataSettings, ChatSettings, ModelConfig],
-                  [f"data_path={tmp_path}", f"cache_dir={tmp_path / 'cache'}"], environ={})  # fmt: skip
+                  [f"data_path={tmp_path}", f"cache_dir={tmp_path / 'cache'}"], environ={})
     train, val = read_files(s, quiet=False)
     assert [each[-1]["content"] for each in train] == ["more", "train"]
     assert [each[-1]["content"] for each in val] == ["valid"]

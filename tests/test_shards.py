@@ -75,7 +75,7 @@ def test_number_of_workers_changes_nothing(tmp_path, kind):
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("stop_at", [120, 151, 200, 299])
 def test_interrupted_run_goes_on_and_encodes_nothing_twice_that_is_in_a_whole_shard(tmp_path, monkeypatch, stop_at,
-                                                                                    workers):  # fmt: skip
+                                                                                    workers):
     expected = write(tmp_path / "whole")
 
     def broken(split):
@@ -145,7 +145,7 @@ def tokens(tmp_path_factory):
     file = place / "a.jsonl"
     file.write_text("".join(json.dumps({"text": prose(4, seed)}) + "\n" for seed in range(60)))
     argv = [f"data_path={file}", f"cache_dir={place / 'cache'}", "vocab_size=300", "seq_len=16", "workers=1",
-            "shard_tokens=2500"]  # fmt: skip
+            "shard_tokens=2500"]
     folder = prepare(configure([ModelConfig, DataSettings], argv, environ={}), quiet=True)
     return folder, argv
 
@@ -165,7 +165,7 @@ def damages(data: bytes, seed: int) -> dict[str, bytes]:
     hole[len(data) // 3 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 3)
     return {"a bit": bytes(flipped), "cut": data[: rng.integers(len(data))], "empty": b"", "zeros": bytes(len(data)),
             "a hole": bytes(hole), "longer": data + b"7", "noise": rng.bytes(len(data)), "list": b"[]", "null": b"null",
-            "deep": b"[" * 99_999, "no JSON": b"{"}  # fmt: skip
+            "deep": b"[" * 99_999, "no JSON": b"{"}
 
 
 def use(folder) -> int:
@@ -328,7 +328,7 @@ data.run(data.main)
 def start(argv) -> subprocess.Popen:
     code = SCRIPT.format(root=str(ROOT), argv=[str(arg) for arg in argv])
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True)  # fmt: skip
+                            start_new_session=True)
 
 
 def processes_of(session: int) -> list[str]:
@@ -343,7 +343,7 @@ def test_killed_run_leaves_no_process_and_the_same_command_goes_on(tmp_path, mon
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps({"text": prose(40, seed)}) + "\n" for seed in range(700)))
     argv = [f"data_path={file}", f"cache_dir={tmp_path / 'cache'}", "vocab_size=300", "seq_len=16", "workers=2",
-            "shard_tokens=50000"]  # fmt: skip
+            "shard_tokens=50000"]
     run = start(argv)
     end = time.monotonic() + 60
     while not list(tmp_path.glob("cache/*/train_00002.npy")) and time.monotonic() < end:
@@ -368,7 +368,7 @@ def test_killed_run_leaves_no_process_and_the_same_command_goes_on(tmp_path, mon
     assert "goes on behind" in out and "tokenizer" in out and "training a" not in out, "the tokenizer was there"
     assert all(path.stat().st_mtime_ns == t for path, t in old.items()) and not (folder / "state.json").exists()
     s = configure([ModelConfig, DataSettings], [*argv[:1], f"cache_dir={tmp_path / 'other'}", *argv[2:4],
-                                                "workers=1", argv[5]], environ={})  # fmt: skip
+                                                "workers=1", argv[5]], environ={})
     monkeypatch.setattr(shards, "TASK", 20_000)
     whole = prepare(s, quiet=True)
     assert read_meta(whole)["splits"] == read_meta(folder)["splits"]

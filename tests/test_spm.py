@@ -112,7 +112,7 @@ def test_model_without_byte_fallback_has_unk():
 
 def test_surrogates_and_wrong_ids_are_refused(codec):
     for mistake in (lambda: codec.encode("\udcff"), lambda: codec.decode_bytes([codec.vocab_size]),
-                    lambda: codec.decode_bytes([0, -1])):  # fmt: skip
+                    lambda: codec.decode_bytes([0, -1])):
         with pytest.raises(UserError):
             mistake()
 
@@ -302,7 +302,7 @@ def test_vocab_size_counts_everything(trained):
 @pytest.mark.parametrize("kind", spm.KINDS)
 def test_counted_words_teach_what_the_whole_text_teaches(kind):
     options = {"add_dummy_prefix": False, "allow_whitespace_only_pieces": True, "control_symbols": SPECIALS,
-               "bos_id": -1, "eos_id": -1, "character_coverage": 1.0, "max_sentence_length": 10**6}  # fmt: skip
+               "bos_id": -1, "eos_id": -1, "character_coverage": 1.0, "max_sentence_length": 10**6}
     text = SOURCE.replace("\n", " ")
     whole = SentencePieceTokenizer(theirs([text], model_type=spm.KINDS[kind], **options, **IDENTITY))
     ours = SentencePieceTokenizer.train([text], 800, kind, workers=1, coverage=1.0)
@@ -329,7 +329,7 @@ def test_long_lines_without_spaces_are_learned_from(kind):
 
 def test_max_bytes_limits_the_text():
     made = [SentencePieceTokenizer.train(texts, 300, max_bytes=limit, workers=1).model
-            for texts, limit in ((["abab abc" * 20, "xyz" * 20], 160), (["abab abc" * 20], 0))]  # fmt: skip
+            for texts, limit in ((["abab abc" * 20, "xyz" * 20], 160), (["abab abc" * 20], 0))]
     assert made[0] == made[1]
 
 
@@ -344,7 +344,7 @@ def test_text_with_too_little_in_it_gives_fewer_tokens_and_says_so(capfd):
     ((TEXTS, 262), "vocab_size=262.*need [0-9]+"), ((TEXTS, 0), "vocab_size=0.*need"),
     ((TEXTS, 800, "word"), "word.*unigram and spbpe"), ((["", "\t"], 800), "no text"),
     ((["\udcff"], 800), "surrogate"),
-])  # fmt: skip
+])
 def test_mistakes_in_training_are_named(arguments, words):
     with pytest.raises(UserError, match=words):
         SentencePieceTokenizer.train(*arguments, workers=1)

@@ -19,7 +19,7 @@ from text.corpus import open_dataset
 SCRIPT = ROOT / "data" / "stdlib_chat" / "prepare.py"
 IMPORTED = ["argparse", "threading", "queue", "configparser", "tarfile", "zipfile", "random", "shutil", "json.decoder",
             "email.message", "html.parser", "ast", "statistics", "fractions", "textwrap", "csv", "venv",
-            "logging", "contextlib", "uuid"]  # fmt: skip  (not inspect: torch changes it)
+            "logging", "contextlib", "uuid"]  (not inspect: torch changes it)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_the_model_itself_is_a_matter_of_train_only(chat, table):
 def test_command_in_another_process_writes_the_same_examples(chat, tmp_path):
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     done = subprocess.run([sys.executable, SCRIPT, "new/folder"], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True, check=True)  # fmt: skip
+                          capture_output=True, text=True, check=True)
     assert sorted(path.name for path in (tmp_path / "new/folder").iterdir()) == ["train.jsonl", "val.jsonl"]
     for split in ("train", "val"):
         lines = (tmp_path / "new/folder" / f"{split}.jsonl").read_text(encoding="utf-8").split("\n")
@@ -201,7 +201,7 @@ def test_methods_are_those_that_the_class_has(table):
             owner = named(example, example.source)
             kinds = (staticmethod, classmethod)
             own = {name for name, value in vars(owner).items() if name[0] != "_" and (isinstance(value, kinds) or (
-                inspect.isfunction(value) and value.__qualname__ == f"{owner.__qualname__}.{name}"))}  # fmt: skip
+                inspect.isfunction(value) and value.__qualname__ == f"{owner.__qualname__}.{name}"))}
             assert own == set(example.turns[0][1].split(", ")), example
             checked += 1
     assert checked > 15
@@ -248,7 +248,7 @@ def test_follow_ups_are_about_the_same_thing(table):
     ("Open (or close the file.", ""),
     ("Short.", ""),
     ("", ""),
-])  # fmt: skip
+])
 def test_first_sentence_of_a_docstring(chat, docstring, expected):
     assert chat.sentence(docstring) == expected
 

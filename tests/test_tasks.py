@@ -46,12 +46,12 @@ def data(tmp_path_factory):
                     texts[1] = texts[0]  # a tie
                 stem = words(r, 3, 60 if i % 7 == 0 else 12) + " \n" * (i % 4 == 0)
                 rows.append({"id": f"{split}{i}", "question": stem, "choices": {"text": texts, "label": labels},
-                             "answerKey": r.choice(labels)})  # fmt: skip
+                             "answerKey": r.choice(labels)})
             hub[name][split] = rows
             write(folder / f"ARC-V1-Feb2018-2/{title}/{title}-{of_file}.jsonl", [
                 {"id": row["id"], "answerKey": row["answerKey"], "question": {"stem": row["question"], "choices": [
                     {"text": choice, "label": label} for choice, label in zip(*row["choices"].values(), strict=True)
-                ]}} for row in rows])  # fmt: skip
+                ]}} for row in rows])
     hub["hellaswag"], hub["piqa"] = {}, {}
     for split, swag, piqa in (("train", "train", "train"), ("validation", "val", "valid")):
         rows = [{"ind": i, "activity_label": words(r, 1, 2), "ctx_a": words(r, 4, 20), "ctx_b": words(r, 0, 3),
@@ -59,7 +59,7 @@ def data(tmp_path_factory):
         write(folder / f"swag/hellaswag_{swag}.jsonl", rows)
         hub["hellaswag"][split] = [row | {"label": str(row["label"])} for row in rows]
         rows = [{"goal": words(r, 2, 10) + " " * (i % 2), "sol1": words(r, 1, 9), "sol2": words(r, 1, 9)}
-                for i in range(N)]  # fmt: skip
+                for i in range(N)]
         labels = [r.randint(0, 1) for _ in rows]
         if split == "train":
             twice = rows[0], labels[0]
@@ -101,7 +101,7 @@ def gpt2(tokenizers):
         torch.manual_seed(1)
         model = LanguageModel(ModelConfig(
             vocab_size=tokenizers["plain"][0].vocab_size, seq_len=96, d_model=32, n_layer=2, n_head=4, n_kv_head=4,
-            ffn="gelu", norm="layernorm", norm_eps=1e-5, qk_norm=False, position="learned", bias=True))  # fmt: skip
+            ffn="gelu", norm="layernorm", norm_eps=1e-5, qk_norm=False, position="learned", bias=True))
         if name == "trained":
             ids = torch.tensor(tokenizers["plain"][0].encode(words(random.Random(2), 900, 900)))
             optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
@@ -137,7 +137,7 @@ def harness(data):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         peer = as_transformers(model)
         lm = HFLM(pretrained=peer, tokenizer=tokenizer, batch_size=8, max_length=model.cfg.seq_len,
-                  device="cpu")  # fmt: skip
+                  device="cpu")
         found = evaluator.simple_evaluate(lm, tasks=[task], limit=limit, log_samples=True,
                                           task_manager=manager)
         return found["results"][name], found["samples"][name]
@@ -157,9 +157,9 @@ def ours(name, model, tokenizer, folder, n_shot, limit=None, **how):
     ("arc_challenge", "trained", "plain", 1, None), ("hellaswag", "trained", "plain", 0, None),
     ("hellaswag", "random", "bos", 2, None),
     ("piqa", "trained", "bos", 0, None), ("piqa", "random", "plain", 20, None),
-])  # fmt: skip
+])
 def test_choices_scores_and_errors_are_those_of_the_harness(harness, data, tokenizers, gpt2, name, which, kind, n_shot,
-                                                            limit):  # fmt: skip
+                                                            limit):
     tokenizer, folder = tokenizers[kind]
     theirs, samples = harness(name, gpt2[which], folder, n_shot, limit)
     results = ours(name, gpt2[which], tokenizer, data[0], n_shot, limit, batch_tokens=700)
@@ -180,7 +180,7 @@ KINDS = {
     "modern": {}, "window": dict(window=6), "alibi": dict(position="alibi"), "softcap": dict(logit_softcap=5.0),
     "latent": dict(attention="mla", qk_norm=False), "experts": dict(n_expert=4, balance="bias"),
     "enigma": dict(reversible=True, n_enigma=1, position="alibi"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,7 +203,7 @@ def test_scores_of_every_kind_of_model_are_those_of_whole_texts_one_by_one(kind)
 
 def test_results_do_not_depend_on_the_batches(data, tokenizers, gpt2):
     one, other = (ours("arc_easy", gpt2["trained"], tokenizers["plain"][0], data[0], 2, batch_tokens=n)
-                  for n in (1, 100_000))  # fmt: skip
+                  for n in (1, 100_000))
     for a, b in zip(one, other, strict=True):
         assert a["scores"] == pytest.approx(b["scores"], abs=1e-4)
         assert a["answer"] == b["answer"]
@@ -270,7 +270,7 @@ def test_single_example_has_no_standard_error():
 def test_parquet_files_as_on_the_hub_give_the_same_examples(data, tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     for name, folder, split in (("arc_challenge", "ARC-Challenge", "test"), ("piqa", "piqa/plain_text", "validation"),
-                                ("hellaswag", "hellaswag/data", "validation")):  # fmt: skip
+                                ("hellaswag", "hellaswag/data", "validation")):
         path = tmp_path / folder / f"{split}-00000-of-00001.parquet"
         path.parent.mkdir(parents=True)
         parquet.write_table(pyarrow.Table.from_pylist(data[1][name][split]), path)
@@ -300,7 +300,7 @@ def test_mistakes_end_in_a_sentence(data, tmp_path):
         (lambda: load("piqa", task_dir=str(tmp_path)), f"piqa or physicaliqa in its path.*validation.*{tmp_path}"),
         (lambda: with_shots(TASKS["piqa"], load("piqa", task_dir=str(data[0])), load("piqa", "train", str(data[0])), N),
          f"n_shot={N} needs {N + 1}"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError, match=words_of_it):
             call()
     write(tmp_path / "piqa" / "valid.jsonl", [])
@@ -319,7 +319,7 @@ def test_examples_on_the_screen_mark_the_right_choice_and_the_answer():
     rows = [Row([0], [1], False)] * 2
     shown = tasks.show_examples([tasks.result(i, example, rows, s) for i, s in enumerate(([-1.0, -2.0], [-9.0, -1.0]))])
     assert [line.split()[0] for line in shown.splitlines()] == [
-        "right:", "Answer:", ">*", "-0.667", "wrong:", "Answer:", "*", ">"]  # fmt: skip
+        "right:", "Answer:", ">*", "-0.667", "wrong:", "Answer:", "*", ">"]
 
 
 HUB = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
@@ -340,7 +340,7 @@ SWAG = {"activity_label": "l", "ctx_a": "a", "ctx_b": "b", "endings": ["c", "d"]
     ("hellaswag", {"label": 1.9}, "label is a float"), ("hellaswag", {"label": True}, "label is a bool"),
     ("hellaswag", {"label": ""}, "invalid literal"), ("hellaswag", {"label": 2}, "the answer 2 of 2 choices"),
     ("hellaswag", {"ctx_a": None}, "ctx_a is a NoneType"),
-])  # fmt: skip
+])
 def test_a_question_of_another_shape_is_refused_with_file_and_line(tmp_path, name, changes, complaint):
     record = (SWAG if name == "hellaswag" else HUB)
     path = tmp_path / name / ("validation.jsonl" if name == "hellaswag" else "test.jsonl")
@@ -354,7 +354,7 @@ def test_a_question_of_another_shape_is_refused_with_file_and_line(tmp_path, nam
     ["hellaswag_val.jsonl", "hellaswag_val (1).jsonl"], ["hellaswag_val_v1.jsonl", "hellaswag_val_v2.jsonl"],
     ["hellaswag_val_2023.jsonl", "hellaswag_val_2024.jsonl"], ["hellaswag/val.jsonl", "old/hellaswag_val.jsonl"],
     ["hellaswag_dev.jsonl", "hellaswag_val.jsonl"],
-])  # fmt: skip
+])
 def test_files_that_look_like_versions_of_one_are_refused(tmp_path, names):
     for i, name in enumerate(names):
         write(tmp_path / name, [SWAG | {"ctx_a": str(i)}])

@@ -105,7 +105,7 @@ def test_fingerprint_tells_tokenizers_apart(gpt2):
 
     swapped = [gpt2.merges[1], gpt2.merges[0], *gpt2.merges[2:]]
     prints = [print_of(), print_of(merges=swapped), print_of(patterns=[PATTERNS["gpt4"]]), print_of(nfc=True),
-              print_of(added=bpe.added_tokens(["<s>"], 699)), print_of(ignore_merges=True)]  # fmt: skip
+              print_of(added=bpe.added_tokens(["<s>"], 699)), print_of(ignore_merges=True)]
     assert len(set(prints)) == len(prints)
     assert print_of(config={"eos_token": "x"}, post={}) == prints[0]  # these decide about no id
     assert len({train_tokenizer("char", [text], 0).fingerprint for text in ("ab", "abc", "ba")}) == 2
@@ -157,7 +157,7 @@ def test_our_tokenizers_have_the_roles_that_training_and_chat_need(trained):
     (["</s>", "<end>"], {"roles": {"eot": "<end>"}}, {"eot": "<end>", "eos": "</s>"}),
     (["<|user|>", "<|eot_id|>"], {}, {"end_of_turn": "<|eot_id|>", "eot": None}),
     (["[PAD]", "[UNK]"], {"pad_token": "a"}, {"pad": "a", "unk": "[UNK]"}),
-])  # fmt: skip
+])
 def test_roles_are_found_by_config_and_by_known_names(specials, config, expected):
     tokenizer = with_specials(*specials, **config)
     for role, token in expected.items():
@@ -192,10 +192,10 @@ def test_mistral_file_loads_and_its_end_of_text_is_found(tmp_path):
     hf.decoder = decoders.ByteLevel()
     hf.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(tokenizers.Regex(bpe_train._NEMO), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])  # fmt: skip
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     specials = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", *(f"<SPECIAL_{i}>" for i in range(5, 20))]
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=specials, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     hf.train_from_iterator(TEXTS, trainer)
     hf.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     hf.save(str(tmp_path / "tokenizer.json"))
@@ -341,7 +341,7 @@ def test_characters_of_every_plane_round_trip():
 
 def test_surrogates_and_wrong_ids_are_refused_by_characters_too(char):
     for mistake in (lambda: char.encode("\udcff"), lambda: CharTokenizer.train(["\udcff"]),
-                    lambda: char.decode([char.vocab_size]), lambda: char.decode([-1])):  # fmt: skip
+                    lambda: char.decode([char.vocab_size]), lambda: char.decode([-1])):
         with pytest.raises(UserError):
             mistake()
 
@@ -397,7 +397,7 @@ def test_tekken_files_are_read(tmp_path):
     (tmp_path / "tekken.json").write_text(json.dumps({"config": config, "vocab": vocab}))
     tokenizer = load_tokenizer(tmp_path)
     theirs = tiktoken.Encoding("t", pat_str=PATTERNS["gpt4"], special_tokens={},
-                               mergeable_ranks={token: i for token, i in ranks.items() if i < 650})  # fmt: skip
+                               mergeable_ranks={token: i for token, i in ranks.items() if i < 650})
     for text in TEXTS:
         assert tokenizer.encode(text) == [i + 100 for i in theirs.encode(text)]
     assert tokenizer.vocab_size == 750 and tokenizer.role("bos") == 1 and tokenizer.specials["[INST]"] == 3
@@ -405,7 +405,7 @@ def test_tekken_files_are_read(tmp_path):
 
 def test_a_run_and_its_checkpoint_are_tokenizers(tmp_path, gpt2):
     state = {"format": checkpoint.FORMAT, "tokenizer": json.dumps(gpt2.to_dict()), "settings": "{}", "model": {},
-             "progress": {"step": 1, "best": 1.0}}  # fmt: skip
+             "progress": {"step": 1, "best": 1.0}}
     checkpoint.save(tmp_path / "best.pt", state)
     for path in (tmp_path, tmp_path / "best.pt"):
         assert load_tokenizer(path).fingerprint == Tokenizer(gpt2).fingerprint
@@ -441,7 +441,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
     {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(" * 10_000}, "behavior": "Isolated", "invert": False}},
     {"pre_tokenizer": {"type": "ByteLevel"}}, {"decoder": []}, {"decoder": {"type": 1}}, {"normalizer": "NFC"},
     {"post_processor": 1},
-], ids=str)  # fmt: skip
+], ids=str)
 def test_a_foreign_file_with_anything_wrong_is_one_sentence(change, tmp_path):
     document = train_tokenizer("bpe", ["ab ab"], 262, workers=1).to_dict()["tokenizer"]
     for name, value in change.items():
@@ -471,7 +471,7 @@ def test_a_foreign_file_with_anything_wrong_is_one_sentence(change, tmp_path):
     {"tokenizer": {"type": 5}, "config": {}},
     {"tokenizer": {"type": "char", "chars": "a", "specials": ["<unk>"]}, "config": {"roles": {"eot": 5}}},
     {"tokenizer": {"type": "char", "chars": "a", "specials": ["<unk>"]}, "config": {"eos_token": 5}},
-], ids=lambda d: str(d)[:60])  # fmt: skip
+], ids=lambda d: str(d)[:60])
 def test_what_a_checkpoint_holds_instead_of_a_tokenizer_is_one_sentence(d):
     with pytest.raises(UserError, match="run.pt"):
         tokenizer_from_dict(d, "run.pt")
@@ -494,7 +494,7 @@ def test_ids_that_a_config_adds_are_bounded(i, sentencepiece_model, tmp_path):
     {"config": {"pattern": "(", "default_vocab_size": 300, "default_num_special_tokens": 20}},
     {"config": {"pattern": "a", "default_vocab_size": 10**9, "default_num_special_tokens": 20}},
     {"config": {"pattern": "a", "default_vocab_size": 300, "default_num_special_tokens": 10**9}},
-], ids=str)  # fmt: skip
+], ids=str)
 def test_a_tekken_file_with_anything_wrong_is_one_sentence(change, tmp_path):
     vocab = [{"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode()} for i in range(256)]
     config = {"pattern": PATTERNS["gpt4"], "default_vocab_size": 300, "default_num_special_tokens": 20}
@@ -509,7 +509,7 @@ def test_a_tekken_file_with_anything_wrong_is_one_sentence(change, tmp_path):
     ("best.pt", "PK"), ("x.model", "rubbish"), ("tekken.json", '{"config": {}, "vocab": {}}'),
     ("x.tiktoken", ""), ("tokenizer.json", '{"model": "x"}'), ("tokenizer.json", '{"type": "char"}'),
     ("vocab.json", "[1]"), ("tokenizer.json", '{"type": "sentencepiece"}'),
-])  # fmt: skip
+])
 def test_files_that_are_no_tokenizer_are_a_sentence(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     (tmp_path / "merges.txt").write_text("a b c\n")

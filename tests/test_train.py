@@ -211,7 +211,7 @@ def test_a_run_never_starts_from_a_checkpoint_into_the_folder_of_that_run(go, tm
     (dict(n_kv_head=4), ["n_kv_head"]),
     (dict(init_from="scratch"), ["scratch", "out_dir"]),
     (dict(vocab_size=290), ["tokenizer", "out_dir"]),
-])  # fmt: skip
+])
 def test_another_model_in_a_runs_folder_is_refused_and_nothing_is_lost(go, tmp_path, changes, words):
     go(max_steps=3)
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
@@ -234,7 +234,7 @@ def test_another_model_in_a_runs_folder_is_refused_and_nothing_is_lost(go, tmp_p
     (dict(tokenizer="nothere.json"), ["nothere.json"]),
     (dict(max_steps=0), ["max_steps"]),
     (dict(init_from="nothere"), ["nothere"]),
-])  # fmt: skip
+])
 def test_a_mistake_gets_one_sentence_before_any_training(go, tmp_path, changes, words):
     with pytest.raises(UserError) as error:
         go(**changes)
@@ -254,7 +254,7 @@ def test_a_run_has_a_folder_of_its_own(monkeypatch):
     assert folder("config/gpt2.py", DATA_PATH="a/b.jsonl") == "gpt2-b"
     assert folder("dataset=shakespeare") == "quickstart-shakespeare"
     for tokenizer, name in (("char", "char"), ("bpe", "bpe"), ("x/english/tokenizer.json", "english"),
-                            ("out/tokenizer", "tokenizer"), ("llama.model", "llama"), ("gpt2", "gpt2")):  # fmt: skip
+                            ("out/tokenizer", "tokenizer"), ("llama.model", "llama"), ("gpt2", "gpt2")):
         assert folder("data_path=my.txt", TOKENIZER=tokenizer) == f"quickstart-my-{name}"
 
 
@@ -313,7 +313,7 @@ def test_a_sample_and_its_prompt_join_with_the_space_of_their_text(go, tmp_path,
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(json.loads(line)["text"] for line in lines), model_writer=file, model_type=kind,
             vocab_size=300, hard_vocab_limit=False, byte_fallback=True, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, add_dummy_prefix=True, minloglevel=2)  # fmt: skip
+            remove_extra_whitespaces=False, add_dummy_prefix=True, minloglevel=2)
 
     def oracle(model, prompts, sampling, stops):  # a model that knows how each document goes on
         rows = []
@@ -440,7 +440,7 @@ def plain_weights(text, tmp_path_factory):
     dict(label_smoothing=0.3), dict(seed=1), dict(data_order="sequential"), dict(data_window="document"),
     dict(batch_size=3), dict(grad_accum=2), dict(tie_embeddings=False), dict(norm="layernorm"), dict(qk_norm=False),
     dict(norm_eps=0.1), dict(rope_theta=10.0), dict(window=2), dict(ffn="gelu"),
-], ids=str)  # fmt: skip
+], ids=str)
 def test_a_setting_changes_what_is_learned(go, tmp_path, plain_weights, changes):
     go(max_steps=4, eval_interval=4, **changes)
     assert not same(checkpoint.load(tmp_path / "run" / "step_00000004.pt")["model"], plain_weights)
@@ -499,7 +499,7 @@ class NoFloat64(TorchDispatchMode):
 @pytest.mark.parametrize("changes", [
     {}, dict(optimizer="adamw", ema=0.9), dict(n_expert=4, top_k=2, balance="bias", ema=0.9), dict(grad_clip=0),
     dict(n_expert=4, top_k=2, balance="loss", router="sigmoid"), dict(label_smoothing=0.1, dropout=0.1),
-])  # fmt: skip
+])
 def test_a_step_needs_no_float64(go, monkeypatch, changes):
     step = train.Run.step
 

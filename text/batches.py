@@ -34,7 +34,7 @@ HEADERS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version) of ll
 META = {  # what meta.json must hold for a stream; data.py asks for more
     "format": int, "name": str, "tokenizer": str, "eot": int, "vocab_size?": int, "check?": int, "home?": int,
     "bin_ids?": str, "splits": {str: {"shards": [(str, int)], "sums?": [(int, int)]}},
-}  # fmt: skip
+}
 CHECKED = "checked.json"  # of a folder: {shard: [its state when we read it, checksum, largest id]}
 BLOCK = 1 << 22           # ids or bytes that are looked at at once
 
@@ -153,7 +153,7 @@ def shard_path(folder: Path, meta: dict, name: str) -> Path:
     if Path(name).is_absolute() and "\0" not in name and meta.get("home") == folder.stat().st_ino:
         return Path(name)
     raise UserError(f"{folder / 'meta.json'} names the shard {name!r}, which is outside of its folder; name that file "
-                    "with DATA_PATH=")  # fmt: skip
+                    "with DATA_PATH=")
 
 
 def fingerprint(meta: dict) -> dict:
@@ -182,10 +182,10 @@ def check_shards(folder: Path, split: str, meta: dict, shards: list[np.ndarray])
             found = measure(path, ids, lambda n, done=done: progress.show(done + n))
         if expected and found != expected:
             raise UserError(f"{path} is damaged: its checksum is not that of the tokens that were written; "
-                            "OVERWRITE=tokens makes it again")  # fmt: skip
+                            "OVERWRITE=tokens makes it again")
         if found[1] >= meta.get("vocab_size", math.inf):
             raise UserError(f"{path} holds id {found[1]}, but the vocabulary of {folder} has {meta['vocab_size']:,}; "
-                            "OVERWRITE=tokens makes it again")  # fmt: skip
+                            "OVERWRITE=tokens makes it again")
         known[name] = [*state, *found]
         sums.append(found)
         done += ids.nbytes
@@ -232,7 +232,7 @@ class TokenStream:
         self.meta = read_meta(folder)
         if tokenizer and tokenizer.fingerprint != self.meta["tokenizer"]:
             raise UserError(f"the tokens in {folder} were made by tokenizer {self.meta['tokenizer']}, "
-                            f"but tokenizer {tokenizer.fingerprint} is in use")  # fmt: skip
+                            f"but tokenizer {tokenizer.fingerprint} is in use")
         if split not in self.meta["splits"]:
             raise UserError(f"{folder / 'meta.json'} has no part {split}")
         self.name, self.eot = f"{split} of {self.meta['name']}", self.meta["eot"]
@@ -301,7 +301,7 @@ class Batches:
     """
 
     def __init__(self, stream: TokenStream, seq_len: int, seed: int = 0, order: str = "shuffled",
-                 window: str = "stream", rule: int = RULE):  # fmt: skip
+                 window: str = "stream", rule: int = RULE):
         if len(stream) < seq_len + 1:
             raise UserError(f"{stream.name} has {len(stream):,} tokens, fewer than seq_len + 1 = {seq_len + 1:,}")
         self.stream, self.seq_len, self.seed, self.shuffled = stream, seq_len, seed, order == "shuffled"

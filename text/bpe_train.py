@@ -29,7 +29,7 @@ def utf8(text: str) -> bytes:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(f"the text holds a lone surrogate, U+{ord(text[error.start]):04X}, which UTF-8 cannot express; "
-                        "text.encode('utf-8', 'replace').decode() repairs it") from None  # fmt: skip
+                        "text.encode('utf-8', 'replace').decode() repairs it") from None
 
 
 # ---- cutting text ----------------------------------------------------------------------------------------------------
@@ -37,10 +37,10 @@ def utf8(text: str) -> bytes:
 # How text is cut into pieces. To llama.cpp gpt2, gpt4, qwen2, o200k are gpt-2, llama-bpe, qwen2, gpt-4o. cl100k, which
 # is what tiktoken has today, differs from gpt4 only at the end of a text: white space there is one piece.
 _CL100K = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
-           r"|END\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
+           r"|END\s*[\r\n]+|\s+(?!\S)|\s+")
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+SHORT|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*SHORT|DIGITS"
-          r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
+          r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 PATTERNS = {
     # contractions, letters, digits, marks (each with a space before it), white space
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -60,7 +60,7 @@ _DIGITS = {r"\p{N}", r"\p{N}+", r"\p{N}{1,3}"}
 _RUNS = {*_DIGITS, "[一-龥぀-ゟ゠-ヿ]+"}
 _DEEPSEEK = (r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^""" "\r\n"
              r"\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[" "\r\n" r"]*"
-             r"|\s*[" "\r\n" r"]+|\s+(?!\S)|\s+")  # fmt: skip
+             r"|\s*[" "\r\n" r"]+|\s+(?!\S)|\s+")
 
 
 def is_cuttable(patterns: list[str]) -> bool:
@@ -121,7 +121,7 @@ LONGEST = 1000  # characters of a piece; each merge costs time in proportion to 
 
 
 def count_pieces(texts: Iterable[str], pattern: str, max_bytes: int = 0, workers: int = 0,
-                 progress: Callable | None = None) -> Counter[str]:  # fmt: skip
+                 progress: Callable | None = None) -> Counter[str]:
     """How often each piece occurs: {" the": 2, "cat": 1}. Reads `max_bytes` bytes at most (0: all).
 
     No pair reaches over two pieces, so training needs nothing else of the corpus and never holds it in memory.
@@ -144,7 +144,7 @@ def count_pieces(texts: Iterable[str], pattern: str, max_bytes: int = 0, workers
         if len(total) > MAX_PIECES:
             if not forgot:
                 print(f"more than {MAX_PIECES:,} different pieces in {done / 1e6:,.0f} MB: we forget the rarest",
-                      file=sys.stderr)  # fmt: skip
+                      file=sys.stderr)
             total, forgot = _frequent(total, MAX_PIECES // 2), True
     return total
 
@@ -260,7 +260,7 @@ def learn_merges_textbook(pieces: dict[bytes, int], n_merges: int, forbidden: Co
 
 
 def learn_merges(pieces: dict[bytes, int], n_merges: int, forbidden: Collection[bytes] = (),
-                 progress: Callable | None = None) -> list[tuple[bytes, bytes]]:  # fmt: skip
+                 progress: Callable | None = None) -> list[tuple[bytes, bytes]]:
     """What `learn_merges_textbook` returns, in time about proportional to the text of the *different* pieces.
 
     Four ideas: counts change only where something is joined; an index says which pieces hold a pair; a heap knows

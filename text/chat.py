@@ -26,7 +26,7 @@ from text.tokenizer import StreamDecoder, Tokenizer
 
 TEMPLATES = ("chatml", "alpaca", "inst")
 OWN_TEXT = {"chatml": "system\nuser\nassistant\n", "alpaca": "### Instruction:\n\n### Input:\n\n### Response:\n",
-            "inst": "[INST] [/INST]"}  # fmt: skip
+            "inst": "[INST] [/INST]"}
 
 Message = dict  # {"role": str, "content": str}, perhaps "input": str, or "learn": False of an answer
 
@@ -74,14 +74,14 @@ class Template:
         if tokenizer.unk_rate(OWN_TEXT[name]):
             lacks = tokenizer.lost(OWN_TEXT[name]).first
             raise UserError(f"template={name} writes {OWN_TEXT[name]!r}, and this tokenizer lacks {lacks!r}: train "
-                            "with a tokenizer that has it")  # fmt: skip
+                            "with a tokenizer that has it")
         marks |= {tokenizer.role(role) for role in ("eot", "eos", "pad")}
         self.stop_ids = tuple(sorted(mark for mark in marks if isinstance(mark, int)))
 
     def _special(self, token: str) -> int:
         if token not in self.tokenizer.specials:
             raise UserError(f"template={self.name} needs the special token {token}, and this tokenizer has none: "
-                            "choose template=alpaca, or a tokenizer trained here")  # fmt: skip
+                            "choose template=alpaca, or a tokenizer trained here")
         return self.tokenizer.specials[token]
 
     def _encode(self, *parts: str | int, starts: bool = False) -> list[int]:
@@ -182,7 +182,7 @@ def split_turns(messages: list[Message]) -> tuple[str, list[tuple[Message, Messa
         expected = "assistant" if n % 2 else "user"
         if message["role"] != expected:
             raise UserError(f"message {n + 1 + has_system} is of role {message['role']!r}, expected {expected!r}: a "
-                            "conversation is an optional system text, then user and assistant by turns")  # fmt: skip
+                            "conversation is an optional system text, then user and assistant by turns")
     if not rest:
         raise UserError("a conversation needs a message of the user")
     answers = [*rest[1::2], None]
@@ -209,7 +209,7 @@ class Chat:
     """
 
     def __init__(self, model, tokenizer: Tokenizer, template: str = "chatml", system: str = "",
-                 sampling: SamplingSettings | None = None):  # fmt: skip
+                 sampling: SamplingSettings | None = None):
         self.model, self.tokenizer, self.template = model.eval(), tokenizer, Template(template, tokenizer)
         self.system, self.sampling = system, sampling or SamplingSettings()
         self.reset()

@@ -44,13 +44,13 @@ FIELDS = {
     "answer": ("output", "completion", "response", "answer"),
 }
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
-         "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}  # fmt: skip
+         "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 TURN = {"system": "system", "input": "user", "output": "assistant"}  # field of a turn: role of its message
 LEARN = ("train", "training", "weight", "loss")  # of a message: whether it is learned
 LEARN_ALL = LEARN[:3]  # of a record; its "loss" is a number that somebody measured
 REFUSED = {"tools", "functions", "tool_calls", "function_call", "tool_call_id", "image", "images", "video", "videos",
            "audio", "audios", "chosen", "rejected", "kto_tag", "train_detail", "reasoning_content", "thinking",
-           "segments", "prefix"}  # fmt: skip
+           "segments", "prefix"}
 
 
 def read_examples(path: str | Path, notes: Counter | None = None) -> Iterator[Conversation]:
@@ -93,7 +93,7 @@ def record_messages(record, where: str, notes: Counter) -> Conversation:
         messages = said(record[field["messages"]], where, notes)
         if filled(record, field["history"]) or filled(record, field["user"]) and filled(record, field["answer"]):
             raise UserError(f"{where} has both {field['messages']} and {field['history'] or field['answer']}: it says "
-                            "its conversation twice, and we cannot know which one counts")  # fmt: skip
+                            "its conversation twice, and we cannot know which one counts")
         used = {field["messages"], field["system"]}
     elif field["user"] and isinstance(record[field["user"]], list):  # of messages, and so is the answer: TRL
         before = said(record[field["user"]], where, notes)
@@ -257,7 +257,7 @@ def text_examples(path: Path, notes: Counter) -> Iterator[Conversation]:
             if last not in BEFORE[name]:
                 after = f"### {last}:" if last else "no ### Instruction:"
                 raise UserError(f"{path}, line {number}: ### {name}: behind {after}, but an example is an Instruction, "
-                                "perhaps an Input, and a Response")  # fmt: skip
+                                "perhaps an Input, and a Response")
             parts[name] = [line[found.end() :].strip()]
             start = number if name == "Instruction" else start
         elif line != SEPARATOR:

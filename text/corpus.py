@@ -171,7 +171,7 @@ def open_files(path: str, s, val: list[Path]) -> RawCorpus:
     parts = split_by_name(path, found, val)
     files, val = parts.train, parts.val
     raw = RawCorpus(path_name(path), files, pieces=None, notes=[left_out(path, found), *parts.notes()],
-                    size=lambda split: total_size(files))  # fmt: skip
+                    size=lambda split: total_size(files))
     raw.find = lambda test: find_text([*files, *val], s.text_field, test)
 
     def every() -> Iterator[Piece]:
@@ -244,7 +244,7 @@ def plan_split(pieces: Iterable[Piece], share: float) -> Split:
             return Split(below=int(share * 2**64))
     if count > 1 and len(sizes) == 1:
         raise UserError(f"all {count:,} documents are equal, and none is left to validate on: name other text with "
-                        "val_path=<file>")  # fmt: skip
+                        "val_path=<file>")
     for most in (1.5, 4):  # in the order of the hashes, none that would make validation far too large
         limit, chosen, taken = min(most * share, (1 + share) / 2) * total, [], 0
         for key in sorted(sizes):

@@ -34,7 +34,7 @@ def parse(text: str) -> dict[str, float]:
         name, _, weight = item.rpartition(":")
         if not name or not re.fullmatch(r"\d+\.?\d*|\.\d+", weight) or not 0 < float(weight) < MOST or name in weights:
             raise UserError(f"mixture={text}: {item!r} must be a corpus named once and its weight, as in "
-                            "gutenberg:0.4 tinystories:0.6")  # fmt: skip
+                            "gutenberg:0.4 tinystories:0.6")
         weights[name] = float(weight)
     if len(weights) < 2:
         raise UserError(f"mixture={text} needs two corpora at least; dataset=<name> takes one")
@@ -59,7 +59,7 @@ def open_mixture(s, count: Callable[[str], int] | None = None) -> RawCorpus:
         raise UserError(f"mixture={s.mixture}: {twice[0]} is in two of its parts; name it in one")
     raw = RawCorpus(dataset_name("mix " + " ".join(part.name for part in parts.values())), files, pieces=None,
                     size=lambda split: s.mixture_size if split == "train" else 0, unit=s.mixture_unit,
-                    scale=1)  # fmt: skip
+                    scale=1)
     raw.notes = [f"{name}: {note}" for name, part in parts.items() for note in filter(None, part.notes)]
     raw.pieces = lambda split: mix(raw, parts, shares, split, s, count or (lambda text: len(text.split())))
     return raw
@@ -88,7 +88,7 @@ def portions(pieces: Iterator[Piece], held_out: set[int]) -> Iterator[str]:
 
 
 def mix(raw: RawCorpus, parts: dict[str, RawCorpus], shares: dict[str, float], split: str, s,
-        count: Callable[[str], int]) -> Iterator[Piece]:  # fmt: skip
+        count: Callable[[str], int]) -> Iterator[Piece]:
     """The documents of one split, interleaved; a long one becomes several. Fills raw.mixed.
 
     Shares a 0.75 and b 0.25 of documents that are equally long: a b a a  a b a a ...
@@ -112,12 +112,12 @@ def mix(raw: RawCorpus, parts: dict[str, RawCorpus], shares: dict[str, float], s
                 break
             if not size and passes[name] == REPEAT:
                 raise UserError(f"mixture={s.mixture}: {name} came {REPEAT:,} times and another corpus is not used up: "
-                                "give mixture_size=<words>, or other weights")  # fmt: skip
+                                "give mixture_size=<words>, or other weights")
             streams[name] = portions(parts[name].pieces(split), held_out)
         elif n := count(text):
             begun[name], given[name], total = True, given[name] + n, total + n
             raw.position.given = total
             yield text, True
     raw.mixed[split] = {name: {"share": shares[name], "got": given[name] / total, s.mixture_unit: given[name],
-                               "passes": passes[name] + begun[name]} for name in parts}  # fmt: skip
+                               "passes": passes[name] + begun[name]} for name in parts}
     raw.skipped = [path for part in parts.values() for path in part.skipped]

@@ -29,7 +29,7 @@ _FILL_IN = {"<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>"
 _LLAMA = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
           "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
           "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
-          *(f"<|reserved_special_token_{n}|>" for n in range(3, 248))]  # fmt: skip
+          *(f"<|reserved_special_token_{n}|>" for n in range(3, 248))]
 # A file of ranks names no special tokens. Which encoding it is shows in its number of ranks and the largest of them.
 KNOWN = {
     (50256, 50255): ("gpt2", {_END: 50256}),
@@ -48,7 +48,7 @@ def tiktoken_by_name(name: str) -> BPETokenizer:
         parts = getattr(openai, name)()
     except (OSError, ValueError):  # all network errors of requests are OSErrors; ValueError: a damaged download
         raise UserError(f"tiktoken cannot get its file of {name} from its cache or the network; on a machine that is "
-                        "online, fetch it once and set TIKTOKEN_CACHE_DIR to its folder here") from None  # fmt: skip
+                        "online, fetch it once and set TIKTOKEN_CACHE_DIR to its folder here") from None
     return from_ranks(parts["mergeable_ranks"], PATTERNS[TIKTOKEN[name]], parts["special_tokens"])
 
 
@@ -76,7 +76,7 @@ TEKKEN = {
 # What the tekken.json of Mistral's third template does not list.
 _TEKKEN = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
            "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]",
-           "[SUFFIX]"]  # fmt: skip
+           "[SUFFIX]"]
 
 
 def read_tekken(path: Path, document: dict) -> BPETokenizer:
@@ -93,11 +93,11 @@ def _from_tekken(document: dict) -> BPETokenizer:
     first = config["default_num_special_tokens"]
     if not max(names) < first < config["default_vocab_size"] <= bpe.LARGEST_ID:
         raise UserError(f"default_num_special_tokens={first} and default_vocab_size={config['default_vocab_size']} do "
-                        f"not go together with a special token of rank {max(names)}")  # fmt: skip
+                        f"not go together with a special token of rank {max(names)}")
     specials = {names.get(i, f"<SPECIAL_{i}>"): i for i in range(first)}
     try:
         ranks = {base64.b64decode(token["token_bytes"], validate=True): first + token["rank"]
-                 for token in document["vocab"][: config["default_vocab_size"] - first]}  # fmt: skip
+                 for token in document["vocab"][: config["default_vocab_size"] - first]}
     except (binascii.Error, KeyError, TypeError, ValueError) as error:
         raise UserError(f"an entry of vocab has no rank, or no token_bytes in base64: {error!r}") from None
     return from_ranks(ranks, config["pattern"], specials)

@@ -96,7 +96,7 @@ def text_files(path: str | Path) -> list[Path]:
     files = [file for file in list_files(path, SUFFIXES) if file == find_path(path) or is_corpus(file)]
     if not files:
         raise UserError(f"{path} holds no text: none of its files ends in .parquet, .txt, {', '.join(RECORDS)}, "
-                        f"nor one of these with {', '.join(PACKED)} behind it")  # fmt: skip
+                        f"nor one of these with {', '.join(PACKED)} behind it")
     return files
 
 
@@ -244,7 +244,7 @@ def opened(path: Path, position: Position | None = None):
 
 
 OTHERS = {b"PK\x03\x04": "a zip archive: unpack it first", b"%PDF": "a PDF: convert it to text first",
-          b"7z\xbc\xaf": "a 7z archive: unpack it first", b"Rar!": "a RAR archive: unpack it first"}  # fmt: skip
+          b"7z\xbc\xaf": "a 7z archive: unpack it first", b"Rar!": "a RAR archive: unpack it first"}
 
 
 def refuse_binary(path: Path, data: bytes) -> None:

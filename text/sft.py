@@ -53,7 +53,7 @@ class SftSettings:
 
 
 def split_examples(examples: list[Conversation], val_share: float, fits: Callable[[Conversation], bool] = bool,
-                   ) -> tuple[list[Conversation], list[Conversation]]:  # fmt: skip
+                   ) -> tuple[list[Conversation], list[Conversation]]:
     """(train, val): about `val_share` of the different conversations, at least one, chosen by the hash of their text
     among those that `fits` allows.
 
@@ -63,16 +63,16 @@ def split_examples(examples: list[Conversation], val_share: float, fits: Callabl
     different = dict(zip(hashes, examples, strict=True))
     if not 0 < val_share < 1 or len(different) < 2:
         raise UserError(f"val_share={val_share} of {len(different)} different examples leaves nothing to train or "
-                        "validate on: it must lie between 0 and 1, and two examples is the least")  # fmt: skip
+                        "validate on: it must lie between 0 and 1, and two examples is the least")
     allowed = (key for key in sorted(different) if fits(different[key]))
     count = min(len(different) - 1, max(1, round(val_share * len(different))))
     chosen = set(islice(allowed, count))
     return ([example for example, key in zip(examples, hashes, strict=True) if key not in chosen],
-            [example for example, key in zip(examples, hashes, strict=True) if key in chosen])  # fmt: skip
+            [example for example, key in zip(examples, hashes, strict=True) if key in chosen])
 
 
 def open_examples(s, tokenizer: Tokenizer, quiet: bool = False, saved: dict | None = None,
-                  before: dict | None = None) -> tuple["Examples", "ExampleValidation"]:  # fmt: skip
+                  before: dict | None = None) -> tuple["Examples", "ExampleValidation"]:
     """Training and validation rows of `data_path`, or of data/<dataset>/; shows one example as the model will see it.
 
     A resumed run that names no data has the examples of before: `saved` and `before` are its settings and made_of.
@@ -146,7 +146,7 @@ def examples_of_before(s, saved: dict, before: dict) -> tuple[list[Conversation]
     found = find_examples(s.cache_dir, before)
     if not found and data_words(saved) != "DATASET=stdlib_chat":
         raise UserError(f"the examples of this run are not in {cache_folder(s.cache_dir)}: name them again, "
-                        f"{data_words(saved)}")  # fmt: skip
+                        f"{data_words(saved)}")
     return found
 
 
@@ -160,9 +160,9 @@ def examples_of(cache_dir: str, saved: dict, before: dict, run: Path) -> list[Co
         return list(read_examples(folder / "val.jsonl"))
     if not before:
         raise UserError(f"{run} is too old to find its validation examples again: with more steps, and "
-                        f"{data_words(saved)}, its next best model can")  # fmt: skip
+                        f"{data_words(saved)}, its next best model can")
     raise UserError(f"the examples that {run} validated on are not in {cache_folder(cache_dir)}: name that folder with "
-                    f"CACHE_DIR=, or start the run again, {data_words(saved)}, which puts them there")  # fmt: skip
+                    f"CACHE_DIR=, or start the run again, {data_words(saved)}, which puts them there")
 
 
 def keep_examples(s, train: list[Conversation], val: list[Conversation], quiet: bool) -> None:
@@ -237,7 +237,7 @@ def prepare_examples(s, quiet: bool) -> Path:
     module, files = load_dataset(s.dataset)
     if not hasattr(module, "examples"):
         raise UserError(f"dataset={s.dataset} is text to read and has no questions and answers: set "
-                        "dataset=stdlib_chat, or DATA_PATH=<your .jsonl>")  # fmt: skip
+                        "dataset=stdlib_chat, or DATA_PATH=<your .jsonl>")
     facts = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     folder = cache_folder(s.cache_dir) / f"{dataset_name(s.dataset)}-{key}"
@@ -276,7 +276,7 @@ class Examples:
     rule = 1  # by which rows are made
 
     def __init__(self, conversations: list[Conversation], template: Template, seq_len: int, learn: str = "response",
-                 seed: int = 0, packing: bool = True, content: str = ""):  # fmt: skip
+                 seed: int = 0, packing: bool = True, content: str = ""):
         self.seq_len, self.seed, self.content = seq_len, seed, content
         pads = [template.tokenizer.role(name) for name in ("pad", "eot")]
         self.pad = next((i for i in pads if i is not None), 0)
@@ -324,7 +324,7 @@ class Examples:
         """For the screen."""
         lost = f"; {self.cut:,} too long and cut, {self.dropped:,} dropped" if self.cut or self.dropped else ""
         return (f"{len(self.ids):,} examples in {self.per_epoch:,} rows, {self.fill:.0%} full; {self.learned:,} of "
-                f"{self.tokens:,} tokens are learned{lost}")  # fmt: skip
+                f"{self.tokens:,} tokens are learned{lost}")
 
     def get(self, first: int, count: int) -> Batch:
         """Samples first ... first + count - 1."""

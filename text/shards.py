@@ -32,7 +32,7 @@ FEW = 8         # tasks; fewer are not worth a start of workers
 
 SHARDS = {"shards": [(str, int)], "sums": [(int, int)], "unknown": int}
 DONE = SHARDS | {"documents": int, "bytes": int, "tokens": int, "content": str, "markers": int,
-                 "replaced": int, "mixture?": dict}  # fmt: skip
+                 "replaced": int, "mixture?": dict}
 BEGUN = SHARDS | {"task": int, "mark": str, "skip": int}
 STATE = {"check": int, "train?": Either(DONE, BEGUN), "val?": Either(DONE, BEGUN)}
 
@@ -46,7 +46,7 @@ class Task(NamedTuple):
 
 def write_split(folder: Path, split: str, raw: RawCorpus, tokenizer, shard_tokens: int, workers: int,
                 quiet: bool = False, note: Callable[[str], None] | None = None, replace: bool = False,
-                ) -> dict:  # fmt: skip
+                ) -> dict:
     """Encode one split into shards of `folder`; returns its part of meta.json. `workers`: 0 = one per CPU. `replace`
     characters that the tokenizer lacks, and count them; else they are a UserError with file and line."""
     state = read_state(folder, quiet)
@@ -84,7 +84,7 @@ def write_split(folder: Path, split: str, raw: RawCorpus, tokenizer, shard_token
                     progress.restart(done)
                     if not quiet:
                         print(f"data: goes on behind {stats['bytes'] / 1e6:,.1f} MB, {writer.tokens:,} tokens "
-                              f"of {split}", flush=True)  # fmt: skip
+                              f"of {split}", flush=True)
             if number >= first:
                 yield Task(number, content.hexdigest(), done, work)
         refuse_change(folder, bool(part) and number < first)
@@ -101,7 +101,7 @@ def write_split(folder: Path, split: str, raw: RawCorpus, tokenizer, shard_token
                 if len(writer.shards) > whole:
                     inside = writer.tokens - writer.filled - begin
                     state[split] = {"task": task.number, "mark": task.mark, "skip": inside, "unknown": unknown,
-                                    "shards": writer.shards, "sums": writer.sums}  # fmt: skip
+                                    "shards": writer.shards, "sums": writer.sums}
                     write_state(folder, state)
                 unknown += int((ids == unk).sum()) if unk is not None else 0
                 progress.show(task.done, f"{writer.tokens:,} tokens")
@@ -110,7 +110,7 @@ def write_split(folder: Path, split: str, raw: RawCorpus, tokenizer, shard_token
     progress.close()
     shards = writer.close()
     part = stats | {"unknown": unknown, "tokens": writer.tokens, "shards": shards, "sums": writer.sums,
-                    "content": content.hexdigest()}  # fmt: skip
+                    "content": content.hexdigest()}
     if not writer.tokens:
         raise UserError(f"{raw.name} holds no text for {split}; give more documents, or val_path=<a file>")
     if split in raw.mixed:

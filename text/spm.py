@@ -77,7 +77,7 @@ class SentencePieceTokenizer:
         if spelled:
             self._found[SPACE] = [byte_ids[byte] for byte in SPACE.encode()]
         self._finders = {allow: bpe.find_names([*self.specials, *spelled] if allow else spelled)
-                         for allow in (True, False)}  # fmt: skip
+                         for allow in (True, False)}
 
         start = processor.normalize("a")
         if start not in ("a", SPACE + "a"):
@@ -93,7 +93,7 @@ class SentencePieceTokenizer:
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, kind: str = "unigram", specials: Iterable[str] = SPECIALS,
               max_bytes: int = 0, workers: int = 0, progress: Callable | None = None,
-              coverage: float = 0.9995) -> "SentencePieceTokenizer":  # fmt: skip
+              coverage: float = 0.9995) -> "SentencePieceTokenizer":
         """Learn from documents. The same texts give the same tokenizer, whatever `workers` is.
 
         `vocab_size` counts <unk>, specials, 256 bytes and pieces; text with too little in it gives a smaller
@@ -115,12 +115,12 @@ class SentencePieceTokenizer:
                 control_symbols=specials, bos_id=-1, eos_id=-1, byte_fallback=True, hard_vocab_limit=False,
                 normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
                 add_dummy_prefix=False, minloglevel=2,
-            )  # fmt: skip
+            )
         except RuntimeError as error:
             if not (needed := re.search(r"required_chars\. \d+ vs (\d+)", str(error))):
                 raise
             raise UserError(f"vocab_size={vocab_size} is too small: <unk>, {len(specials)} special tokens, 256 bytes "
-                            f"and the characters of the text need {needed[1]}") from None  # fmt: skip
+                            f"and the characters of the text need {needed[1]}") from None
         made = cls(file.getvalue(), bpe.config_for(specials))
         if made.vocab_size < vocab_size:
             print(f"the text has pieces for {made.vocab_size:,} tokens only, not for {vocab_size:,}", file=sys.stderr)
@@ -153,7 +153,7 @@ class SentencePieceTokenizer:
                 held, size = [whole[at:]], size - at
 
     def encode_stream_to_numpy(self, texts: Iterable[str], allow_special: bool = False,
-                               starts: bool = True) -> Iterator[np.ndarray]:  # fmt: skip
+                               starts: bool = True) -> Iterator[np.ndarray]:
         """Ids of the concatenation of `texts`, equal to those of the whole, in bounded memory.
 
         All of the text is held if the model normalises. Long texts are cut in `encode_to_numpy` too, see `_chunks`:
@@ -195,7 +195,7 @@ class SentencePieceTokenizer:
         starts = [True, *(i in self._begins for i in ids[:-1])]
         tokens = [bpe.lookup(self._bytes, [i]) for i in ids]
         return b"".join(token.removeprefix(b" ") if start else token
-                        for token, start in zip(tokens, starts, strict=False))  # fmt: skip
+                        for token, start in zip(tokens, starts, strict=False))
 
     def token_bytes(self) -> list[bytes]:
         """The bytes of every id; b"" for special tokens and for ids that stand for nothing."""

@@ -111,7 +111,7 @@ TASKS = {
     "piqa": Task(parse_piqa, ("piqa", "physicaliqa"), "validation",
                  {"validation": [f"{PIQA}valid.jsonl", f"{PIQA}valid-labels.lst"],
                   "train": [f"{PIQA}train.jsonl", f"{PIQA}train-labels.lst"]}),
-}  # fmt: skip
+}
 
 
 def choose(names: str) -> list[str]:
@@ -172,11 +172,11 @@ def find_files(task: Task, name: str, split: str, folder: Path) -> list[Path]:
                 found.append(path)
     if not found:
         raise UserError(f"{name}: no .jsonl or .parquet file with {' or '.join(task.words)} in its path and "
-                        f"{' or '.join(sorted(SPLITS[split]))} in its name below {folder.absolute()}")  # fmt: skip
+                        f"{' or '.join(sorted(SPLITS[split]))} in its name below {folder.absolute()}")
     if not are_parts(found):
         names = ", ".join(str(path.relative_to(folder)) for path in found[:4])
         raise UserError(f"{name}: {names} look like versions of one file: leave one in {folder.absolute()}, or number "
-                        "its parts from 0 or 1 on")  # fmt: skip
+                        "its parts from 0 or 1 on")
     return found
 
 
@@ -351,7 +351,7 @@ def batches(rows: list[list[Row]], batch_tokens: int) -> Iterator[list[int]]:
 
 
 def run_task(model: LanguageModel, tokenizer, examples: list[Example], machine: Machine, batch_tokens: int = 8192,
-             bos: str = "auto") -> Iterator[list[dict]]:  # fmt: skip
+             bos: str = "auto") -> Iterator[list[dict]]:
     """Score the examples; yields the results of each batch, on every process those of all."""
     seq_len, begin = model.cfg.seq_len, begin_ids(tokenizer, bos)
     mine = range(machine.rank, len(examples), machine.world_size)
@@ -381,7 +381,7 @@ def result(i: int, example: Example, rows: list[Row], scores: list[float]) -> di
     answer = int(np.argmax(scores))
     return {"id": i, "query": example.query, "choices": example.choices, "gold": example.gold, "scores": scores,
             "tokens": [len(row.continuation) for row in rows], "cut": any(row.cut for row in rows), "answer": answer,
-            "answer_norm": norm, "acc": int(answer == example.gold), "acc_norm": int(norm == example.gold)}  # fmt: skip
+            "answer_norm": norm, "acc": int(answer == example.gold), "acc_norm": int(norm == example.gold)}
 
 
 def summarise(results: list[dict]) -> dict:

@@ -141,7 +141,7 @@ class Tokenizer:
         """`role(name)`; UserError where there is none."""
         if (i := self.role(name)) is None:
             raise UserError(f"this tokenizer has no {name} token: name one of its tokens in tokenizer_config.json, as "
-                            f'"roles": {{"{name}": "..."}}')  # fmt: skip
+                            f'"roles": {{"{name}": "..."}}')
         return i
 
     @cached_property
@@ -185,7 +185,7 @@ class Tokenizer:
 
 def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int, pattern: str = "gpt2",
                     specials: Iterable[str] = SPECIALS, max_bytes: int = 0, workers: int = 0,
-                    progress: Callable | None = None) -> Tokenizer:  # fmt: skip
+                    progress: Callable | None = None) -> Tokenizer:
     """A new tokenizer, "bpe" or "char", from documents; see their `train`. Characters have no use for `pattern`."""
     if kind == "bpe":
         return Tokenizer(BPETokenizer.train(texts, vocab_size, pattern, specials, max_bytes, workers, progress))
@@ -197,7 +197,7 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int, pattern: s
 
 
 def tokenizer_from_dict(d: dict | str, source: str = "this tokenizer",
-                        roles: dict[str, str] | None = None) -> Tokenizer:  # fmt: skip
+                        roles: dict[str, str] | None = None) -> Tokenizer:
     """Inverse of `to_dict`, for every kind; `d` may be JSON of it. `source` is named in errors. Whatever comes from
     elsewhere comes through here or through `load_tokenizer`: UserError if it is not what it should be."""
     with bpe.naming(source):
@@ -282,7 +282,7 @@ def choose_file(folder: Path) -> Path:
     file = next((path for path in found if path.is_file()), None)
     if file is None:
         raise UserError(f"{folder} holds no tokenizer.json, tokenizer.model, tekken.json, vocab.json or .tiktoken "
-                        "file, and no checkpoint")  # fmt: skip
+                        "file, and no checkpoint")
     return file
 
 
@@ -329,7 +329,7 @@ class CharTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 0, specials: Iterable[str] = SPECIALS,
-              max_bytes: int = 0) -> "CharTokenizer":  # fmt: skip
+              max_bytes: int = 0) -> "CharTokenizer":
         """All characters of `texts`, or, with `vocab_size` (which counts the specials), the most frequent ones."""
         specials = list(dict.fromkeys(["<unk>", *specials]))
         if vocab_size and vocab_size <= len(specials):

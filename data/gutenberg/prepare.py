@@ -37,7 +37,7 @@ VAL_SHARE = 0.05           # of the characters, in whole works
 SHORTEST, LONGEST = 500, 1000  # words of a document
 PERSON = {"name": str, "birth_year": Either(int, None), "death_year": Either(int, None)}
 BOOK = {"id": int, "title": Either(str, None), "authors": [PERSON], "translators?": [{"name": str}], "languages": [str],
-        "copyright": Either(bool, None), "media_type": str, "download_count": int}  # fmt: skip
+        "copyright": Either(bool, None), "media_type": str, "download_count": int}
 COLUMNS = ("id", "title", "author", "born", "died", "translators", "volume", "downloads", "work")
 START = re.compile(r"\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK[^*]*\*\*\*", re.I)
 END = re.compile(r"\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG EBOOK", re.I)
@@ -59,7 +59,7 @@ def choose(text: str) -> None:
             delay = float(value)
         else:
             raise UserError(f"dataset=gutenberg:{text}: give how many works to take, at least 2, and perhaps delay=, "
-                            "seconds between two requests, as in gutenberg:50,delay=1")  # fmt: skip
+                            "seconds between two requests, as in gutenberg:50,delay=1")
 
 
 def sources() -> list[Path]:
@@ -112,7 +112,7 @@ def fetch_catalogue() -> list[dict]:
         page = FOLDER / "catalogue" / f"{number:03}.json"
         if urlsplit(url)[:2] != urlsplit(CATALOGUE)[:2]:
             raise UserError(f"page {number - 1} of the catalogue names a page elsewhere ({url[:100]}): remove "
-                            f"{page.parent} and start again")  # fmt: skip
+                            f"{page.parent} and start again")
         if not page.exists():
             say(f"page {number} of the catalogue")
             download(url, page)
@@ -135,17 +135,17 @@ def select(books: list[dict]) -> list[dict]:
     """
     rows: dict[str, list[dict]] = {}
     for book in sorted({book["id"]: book for book in books if is_ancient(book)}.values(),
-                       key=lambda book: (-book["download_count"], book["id"])):  # fmt: skip
+                       key=lambda book: (-book["download_count"], book["id"])):
         author = book["authors"][0]
         found = VOLUME.search(plain(book["title"]))
         row = {"id": int(book["id"]), "title": " ".join(book["title"].split()), "author": author["name"],
                "born": author["birth_year"], "died": author["death_year"],
                "translators": "; ".join(person["name"] for person in book.get("translators", [])),
                "volume": found[1] if found else "", "downloads": book["download_count"],
-               "work": work_of(book["title"], author["name"])}  # fmt: skip
+               "work": work_of(book["title"], author["name"])}
         taken = rows.setdefault(row["work"], [])
         if not taken or (taken[0]["volume"] and row["volume"] and row["translators"] == taken[0]["translators"]
-                         and row["volume"] not in {other["volume"] for other in taken}):  # fmt: skip
+                         and row["volume"] not in {other["volume"] for other in taken}):
             taken.append(row)
     return [row for taken in rows.values() for row in taken]
 
@@ -153,10 +153,10 @@ def select(books: list[dict]) -> list[dict]:
 def is_ancient(book: dict) -> bool:
     """An English text, free of copyright, by nobody who lived later than LAST_YEAR; unknown authors may take part."""
     years = [person["death_year"] if person["birth_year"] is None else person["birth_year"]
-             for person in book["authors"]]  # fmt: skip
+             for person in book["authors"]]
     years = [year for year in years if year is not None]
     return (book["languages"] == ["en"] and book["copyright"] is False and book["media_type"] == "Text"
-            and bool(book["title"]) and bool(years) and max(years) <= LAST_YEAR)  # fmt: skip
+            and bool(book["title"]) and bool(years) and max(years) <= LAST_YEAR)
 
 
 def work_of(title: str, author: str) -> str:
@@ -165,7 +165,7 @@ def work_of(title: str, author: str) -> str:
     head = re.split(r"[\n:;(\[]|\b(?:translated|rendered|done into|complete)\b", plain(title).strip())[0]
     head = VOLUME.split(head)[0]
     words = [word.removesuffix("s") for word in re.findall(r"\w+", re.sub(r"['’]s\b", "", head))
-             if word not in {*names, "the", "a", "an", "of", "by", "in", "into", "english"}]  # fmt: skip
+             if word not in {*names, "the", "a", "an", "of", "by", "in", "into", "english"}]
     return f"{names[0]}: {' '.join(words) or plain(title)}"
 
 
@@ -210,7 +210,7 @@ def fetch_texts(books: list[dict]) -> list[dict]:
     progress.close()
     if failed:
         raise UserError(f"{len(failed)} texts did not come ({failed[0]}); start again, or take their rows out of "
-                        f"{FOLDER / 'manifest.csv'}")  # fmt: skip
+                        f"{FOLDER / 'manifest.csv'}")
     return books
 
 

@@ -136,7 +136,7 @@ def texts(choice: Choice, rows: Iterable[dict]) -> Iterator[str]:
         if not isinstance(text, str | None):
             names = ", ".join(name for name, value in row.items() if isinstance(value, str))
             raise UserError(f"dataset=hf:{choice.path} has no text in a column {choice.column!r}; choose with column= "
-                            f"from {names or 'none, for no column holds text'}")  # fmt: skip
+                            f"from {names or 'none, for no column holds text'}")
         if text:
             read += len(text)
             yield text
@@ -153,7 +153,7 @@ def describe() -> str:
     package()
     remote = [choice for choice in chosen if not find_path(choice.path).is_dir()]
     limits = [f"{choice.path}: {f'{choice.limit:,.0f} characters of it' if choice.limit else 'all of it'}"
-              for choice in remote]  # fmt: skip
+              for choice in remote]
     return f"each pass fetches {'; '.join(limits) or 'nothing'} from the Hub, and keeps the tokens only"
 
 
@@ -176,7 +176,7 @@ def open_splits(choice: Choice) -> tuple[Iterable[dict], Iterable[dict] | None]:
     except Exception as error:  # each package beneath has errors of its own
         if "scripts are no longer supported" in str(error):
             raise UserError(f"dataset=hf:{choice.path} brings code of its own along, which we do not run; look for a "
-                            "copy that is all parquet or jsonl") from None  # fmt: skip
+                            "copy that is all parquet or jsonl") from None
         raise UserError(f"cannot open dataset=hf:{choice.path} ({one_line(error)})") from None
     val = choice.val or next((name for name in VAL_NAMES if name in found and name != choice.split), "")
     for name in filter(None, (choice.split, val)):
@@ -193,7 +193,7 @@ def package():
         raise UserError("datasets of Hugging Face need their package: pip install 'datasets>=4'") from None
     if int(datasets.__version__.split(".")[0]) < 4:
         raise UserError(f"datasets {datasets.__version__} may run code that a dataset brings along; "
-                        "pip install -U 'datasets>=4'")  # fmt: skip
+                        "pip install -U 'datasets>=4'")
     return datasets
 
 

@@ -51,7 +51,7 @@ QUESTIONS = {  # several wordings of each kind; the hash of what is filled in ch
     "methods": ("Which public methods does the class {0} define?", "List the public methods of {0}.",
                 "What are the methods of {0}?"),
     "constant": ("What is the value of {0}?", "What is {0}?", "Which value has the constant {0}?"),
-}  # fmt: skip
+}
 
 ME = "I am a small language model, trained on the source code of Python's standard library."
 SELF = {  # questions, apart by |: answer
@@ -68,7 +68,7 @@ SELF = {  # questions, apart by |: answer
     "Hello|Hi|Good morning|Hey there": "Hello. Ask me about Python's standard library.",
     "Thank you|Thanks|Many thanks": "You are welcome.",
     "Bye|Goodbye|See you": "Goodbye.",
-}  # fmt: skip
+}
 OPENINGS = ("{0}", "{1}", "Hello. {0}", "Hi, {1}", "Please tell me: {1}", "A question: {1}")
 
 
@@ -304,7 +304,7 @@ def about_functions(module: Module, uses: Counter) -> Iterator[Example]:
 
 
 def ask(module: Module, kind: str, parts: tuple, answer: str, follow: tuple[str, str] | None = None
-        ) -> Iterator[Example]:  # fmt: skip
+        ) -> Iterator[Example]:
     """One example, or none where it would be too long; with `follow`, a second (question, answer), now and then."""
     key = document_hash(repr((kind, parts)))
     wordings = QUESTIONS[kind]

@@ -22,7 +22,7 @@ FILES = {  # split -> name, bytes, SHA-256
               "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
     "val": ("TinyStoriesV2-GPT4-valid.txt", 22_502_601,
             "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"),
-}  # fmt: skip
+}
 
 
 def sources() -> list[Path]:
