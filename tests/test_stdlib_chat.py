@@ -19,7 +19,7 @@ from text.corpus import open_dataset
 SCRIPT = ROOT / "data" / "stdlib_chat" / "prepare.py"
 IMPORTED = ["argparse", "threading", "queue", "configparser", "tarfile", "zipfile", "random", "shutil", "json.decoder",
             "email.message", "html.parser", "ast", "statistics", "fractions", "textwrap", "csv", "venv",
-            "logging", "contextlib", "uuid"]  (not inspect: torch changes it)
+            "logging", "contextlib", "uuid"]  # (not inspect: torch changes it)
 
 
 @pytest.fixture(scope="module")
