@@ -54,6 +54,7 @@ from configurator import (
     write_path,
 )
 from model import ModelConfig
+from runtime.checkpoint import find_tokenizer
 from runtime.files import Either, Progress, locked, read_json, require_file, show_line, visible, write_json, writing
 from text import spm
 from text.batches import FORMAT, META, TokenStream, header_dtype, open_shard, read_meta, write_meta
@@ -196,7 +197,7 @@ def existing_tokenizer(s):
     if s.tokenizer not in TIKTOKEN and not find_path(s.tokenizer).exists():
         raise UserError(f"tokenizer={s.tokenizer} is none of {', '.join((*TRAINED, *TIKTOKEN))}, nor a file or "
                         "folder that exists")
-    return load_tokenizer(s.tokenizer)
+    return find_tokenizer(s.tokenizer)
 
 
 def text_decides(raw: RawCorpus, hashes: list[str], s) -> list:

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 
-from configurator import ROOT, Settings, UserError, check, find_path, pick, tell
+from configurator import ROOT, Settings, UserError, check, find_path, need, pick, tell
 from lora import LoraSettings, adapter_state, fingerprint, inject, load_adapter, merge
 from model import LanguageModel, ModelConfig, shapes_only
 from runtime.files import Either, locked, mismatch, replacing, require_file, unless_empty, visible, write_text, writing
-from text.tokenizer import Tokenizer, tokenizer_from_dict
+from text.tokenizer import Tokenizer, kind_of, load_tokenizer, tokenizer_file, tokenizer_from_dict
 
 FORMAT = 2
 
@@ -376,10 +376,25 @@ def find(where: str | Path = "", root: Path | None = None) -> Path:
     path = find_path(where)
     if not path.is_dir():
         return path
-    for candidate in (path / "best.pt", *reversed(steps(path))):
-        if candidate.is_file():
-            return candidate
-    raise UserError(f"{path} holds no checkpoint")
+    found = checkpoints(path)
+    need(found, f"{path} holds no checkpoint")
+    return found[0]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those of a run's folder: the best, then the newest and the older ones."""
+    best = folder / "best.pt"
+    return [path for path in (best, *reversed(steps(folder))) if path.is_file()]
+
+
+def find_tokenizer(where: str | Path) -> Tokenizer:
+    """The tokenizer that the user names: its file or folder, an encoding of tiktoken, a checkpoint, or a run."""
+    path = find_path(where)
+    if path.is_dir() and not tokenizer_file(path):
+        path = next(iter(checkpoints(path)), path)
+    if path.is_file() and kind_of(path) == "checkpoint":
+        return tokenizer_from_dict(load(path, "meta")["tokenizer"], str(path))
+    return load_tokenizer(where)
 
 
 def weights(state: dict) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from model import LanguageModel, ModelConfig
 from runtime import checkpoint
 from runtime.files import writing
 from test_train import same
+from text.tokenizer import train_tokenizer
 
 
 def state(step=1):
@@ -343,6 +344,17 @@ def test_find_prefers_best_then_newest_and_the_newest_run(tmp_path):
         checkpoint.find(tmp_path / "empty")
     with pytest.raises(UserError, match="train.py"):
         checkpoint.find(root=tmp_path / "empty")
+
+
+def test_a_run_its_checkpoint_and_a_tokenizer_s_files_are_tokenizers(tmp_path):
+    tokenizer = train_tokenizer("char", ["ab"], 0)
+    checkpoint.save(tmp_path / "run" / "best.pt", state() | {"tokenizer": json.dumps(tokenizer.to_dict())})
+    tokenizer.save(tmp_path / "files")
+    for name in ("run", "run/best.pt", "files", "files/tokenizer.json"):
+        assert checkpoint.find_tokenizer(tmp_path / name).fingerprint == tokenizer.fingerprint
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(UserError, match="holds no tokenizer.json"):
+        checkpoint.find_tokenizer(tmp_path / "nothing")
 
 
 def test_a_failed_write_takes_away_the_folder_that_it_made_and_no_other(tmp_path):

@@ -18,7 +18,6 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 import bpe
 from bpe import PATTERNS, SPECIALS, BPETokenizer
 from configurator import UserError
-from runtime import checkpoint
 from text import bpe_train
 from text.ranks import KNOWN, TIKTOKEN
 from text.tokenizer import (
@@ -401,14 +400,6 @@ def test_tekken_files_are_read(tmp_path):
     for text in TEXTS:
         assert tokenizer.encode(text) == [i + 100 for i in theirs.encode(text)]
     assert tokenizer.vocab_size == 750 and tokenizer.role("bos") == 1 and tokenizer.specials["[INST]"] == 3
-
-
-def test_a_run_and_its_checkpoint_are_tokenizers(tmp_path, gpt2):
-    state = {"format": checkpoint.FORMAT, "tokenizer": json.dumps(gpt2.to_dict()), "settings": "{}", "model": {},
-             "progress": {"step": 1, "best": 1.0}}
-    checkpoint.save(tmp_path / "best.pt", state)
-    for path in (tmp_path, tmp_path / "best.pt"):
-        assert load_tokenizer(path).fingerprint == Tokenizer(gpt2).fingerprint
 
 
 def test_a_split_that_keeps_what_matches_is_the_same_as_isolating(gpt2):

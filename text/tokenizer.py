@@ -1,6 +1,6 @@
 """One interface over all kinds of tokenizers: loaded by their file, asked for roles, known by a fingerprint.
 
-    tokenizer = load_tokenizer("out/quickstart")        # the file says which kind it is
+    tokenizer = load_tokenizer("my_tokenizer")          # its content says which kind it is
     ids = tokenizer.encode("To be, or not to be")
     tokenizer.decode(ids), tokenizer.role("eot"), tokenizer.fingerprint
 
@@ -21,7 +21,7 @@ import numpy as np
 
 import bpe
 from bpe import SPECIALS, BPETokenizer
-from configurator import UserError, find_path
+from configurator import UserError, find_path, need
 from runtime.files import read_json, require_file, write_json
 from text import bpe_train, spm
 from text.ranks import TIKTOKEN, read_ranks, read_tekken, tiktoken_by_name
@@ -218,7 +218,8 @@ def tokenizer_from_dict(d: dict | str, source: str = "this tokenizer",
 
 
 def load_tokenizer(path: str | Path, pattern: str = "", roles: dict[str, str] | None = None) -> Tokenizer:
-    """Read a tokenizer: a file, a folder that holds one, a run's folder or checkpoint, or tiktoken's encoding by name.
+    """Read a tokenizer: a file, a folder that holds one, or tiktoken's encoding by name. A run or a checkpoint has one,
+    too: `runtime.checkpoint.find_tokenizer`.
 
     What a file is shows in its content and not in its name: tokenizer.json (ours of every kind, or Hugging Face's),
     GPT-2's vocab.json with merges.txt beside it, Mistral's tekken.json, tiktoken's ranks (also Llama 3's
@@ -230,12 +231,10 @@ def load_tokenizer(path: str | Path, pattern: str = "", roles: dict[str, str] | 
         return Tokenizer(tiktoken_by_name(name), roles)
     if pattern and pattern not in bpe.PATTERNS:
         raise UserError(f"pattern={pattern} is none of {', '.join(bpe.PATTERNS)}")
-    path = choose_file(path) if path.is_dir() else require_file(path)
-    kind = kind_of(path)
-    if kind == "checkpoint":
-        from runtime.checkpoint import load  # it imports this file, and nobody else needs torch here
-
-        return tokenizer_from_dict(load(path).get("tokenizer"), str(path), roles)
+    file = tokenizer_file(path) if path.is_dir() else require_file(path)
+    need(file, f"{path} holds no tokenizer.json, tokenizer.model, tekken.json, vocab.json or .tiktoken file")
+    path, kind = file, kind_of(file)
+    need(kind != "checkpoint", f"{path} is a checkpoint: a tokenizer's file is expected here")
     if kind == "sentencepiece":
         return Tokenizer(SentencePieceTokenizer.load(path), roles)
     if kind == "ranks":
@@ -264,9 +263,9 @@ def kind_of(path: Path) -> str:
     return "sentencepiece"
 
 
-def choose_file(folder: Path) -> Path:
-    """The file of a folder that says most: a SentencePiece model has what its tokenizer.json leaves out, and ranks do
-    not have the special tokens that tokenizer.json has."""
+def tokenizer_file(folder: Path) -> Path | None:
+    """The tokenizer's file of a folder, None if it has none. A SentencePiece model has what its tokenizer.json leaves
+    out, and ranks do not have the special tokens that tokenizer.json has."""
     models = [path for path in sorted(folder.glob("*.model*")) if path.is_file() and path.name[0] != "."]
     kinds = {path: kind_of(path) for path in [*models, *sorted(folder.glob("*.tiktoken"))]}
     pieces = [path for path, kind in kinds.items() if kind == "sentencepiece"]
@@ -277,13 +276,7 @@ def choose_file(folder: Path) -> Path:
             raise UserError(f"{folder} holds several tokenizers: {names}; name the file that you mean")
     known = [folder / name for name in ("tokenizer.json", "tekken.json", "vocab.json")]
     ranks = [path for path, kind in kinds.items() if kind == "ranks"]
-    steps = sorted(folder.glob("step_*.pt"), reverse=True)
-    found = [*pieces, *known, *ranks, folder / "best.pt", *steps]
-    file = next((path for path in found if path.is_file()), None)
-    if file is None:
-        raise UserError(f"{folder} holds no tokenizer.json, tokenizer.model, tekken.json, vocab.json or .tiktoken "
-                        "file, and no checkpoint")
-    return file
+    return next((path for path in [*pieces, *known, *ranks] if path.is_file()), None)
 
 
 def _read_gpt2(path: Path, names: dict[str, int], pattern: str) -> BPETokenizer:
