@@ -39,8 +39,8 @@ import numpy as np
 import regex
 import tiktoken
 
-from configurator import ROOT, UserError, run
-from runtime.files import Either, mismatch, read_json, write_json
+from configurator import ROOT, UserError, run, write_path
+from runtime.files import Either, mismatch, read_json, write_json, writing
 from text.bpe_train import (
     _ORDER,
     _VISIBLE,
@@ -619,21 +619,23 @@ def read_config(path: Path) -> dict:
 
 
 def main() -> None:
-    """`data.py` makes every kind of tokenizer; this is its command for one kind, with other names."""
-    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer on text that data.py reads.")
-    parser.add_argument("files", nargs="+", help="files, folders, corpora of data/")
-    parser.add_argument("--vocab_size", default="4096", help="bytes, merges and specials together")
+    """Train on text files. `data.py` with TOKENIZER_DIR= also reads corpora, trains the other kinds and profiles."""
+    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer.")
+    parser.add_argument("files", nargs="+", help="text files, .jsonl, .parquet, or folders of them")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="bytes, merges and specials together")
     parser.add_argument("--pattern", default="gpt2", help=f"how text is cut into pieces: {', '.join(PATTERNS)}")
-    parser.add_argument("--max_bytes", default="0", help="stop reading after so many bytes (0: read all)")
-    parser.add_argument("--workers", default="0", help="processes that count (0: one per CPU)")
+    parser.add_argument("--max_bytes", type=int, default=0, help="bytes of text to read at most; 0: all")
+    parser.add_argument("--workers", type=int, default=0, help="processes that count; 0: one per CPU")
     parser.add_argument("--out", required=True, help="folder for tokenizer.json")
-    parser.add_argument("--profile", action="store_true", help="train in one process and show where the time goes")
     args = parser.parse_args()
-    import data  # it imports this file
+    from text.records import files_pieces, text_files  # only this command reads files
 
-    data.main([*args.files, "tokenizer=bpe", f"tokenizer_dir={args.out}", f"vocab_size={args.vocab_size}",
-               f"tokenizer_pattern={args.pattern}", f"tokenizer_bytes={args.max_bytes}", f"workers={args.workers}",
-               f"profile={args.profile}"])
+    texts = (text for name in args.files for text, _ in files_pieces(text_files(name), "text"))
+    tokenizer = BPETokenizer.train(texts, args.vocab_size, args.pattern, max_bytes=args.max_bytes, workers=args.workers)
+    folder = write_path(args.out)
+    with writing(folder, "; --out <folder> names another"):
+        tokenizer.save(folder)
+    print(f"{folder / 'tokenizer.json'}: {tokenizer.vocab_size:,} tokens")
 
 
 if __name__ == "__main__":

@@ -24,82 +24,39 @@ import json
 import os
 import pstats
 import sys
-import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain, takewhile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal
 
 import numpy as np
 
 from configurator import (
-    Amount,
-    Count,
-    Range,
-    Share,
     UserError,
     cache_folder,
-    check_fields,
     configure,
     find_path,
     pick,
     run,
-    shown,
-    tell,
     write_path,
 )
 from model import ModelConfig
 from runtime.checkpoint import find_tokenizer
-from runtime.files import Either, Progress, locked, read_json, require_file, show_line, visible, write_json, writing
-from text import spm
-from text.batches import FORMAT, META, TokenStream, header_dtype, open_shard, read_meta, write_meta
-from text.corpus import RawCorpus, import_dataset, is_dataset, open_corpus, open_dataset
+from runtime.files import Either, Progress, locked, read_json, require_file, say, visible, working, write_json, writing
+from text.batches import FORMAT, TokenStream, header_dtype, open_shard, read_meta, write_meta
+from text.corpus import TRAINED, DataSettings, RawCorpus, forced, import_dataset, is_dataset, open_corpus, open_dataset
 from text.download import set_aside
 from text.mixture import open_mixture, parse
 from text.ranks import TIKTOKEN
 from text.records import SEPARATOR, Parts, files_pieces, list_files, path_name, reading, split_by_name, text_files
-from text.shards import write_split
+from text.shards import PREPARED, write_split
 from text.tokenizer import load_tokenizer, train_tokenizer
 
-TRAINED = ("bpe", "char", *spm.KINDS)  # tokenizers that are trained on the corpus
-STAGES = ("download", "mix", "tokenizer", "tokens", "train")  # of a run, in this order
-PART = {"documents": int, "bytes": int, "unknown": int, "tokens": int, "content": str, "shards": [(str, int)],
-        "sums?": [(int, int)], "lost?": str,
-        "mixture?": {str: {"share": float, "got": float, "passes": int}}}
-PREPARED = META | {"vocab_size": int, "tokenizer_sum?": int, "trained": str, "skipped": int,
-                   "splits": {"train": PART, "val": PART}}
 OFTEN = 4  # passes over a part of a mixture; more are worth a word
-
-
-@dataclass
-class DataSettings:
-    dataset: str = "stdlib"     # corpus: a folder of data/ that has a prepare.py, as in hf:a/b with its choice
-    data_path: str = ""         # text of your own instead: .txt, .jsonl, .gz, .parquet, folder, token shards
-    val_path: str = ""          # validation data; without it, files of data_path named val, or a part of its text
-    val_share: Share = 0.05     # share of data_path that is kept for validation
-    text_field: str = "text"    # field of a .jsonl record or column of a .parquet file with the text; * = all strings
-    tokenizer: str = "bpe"      # bpe, char, unigram, spbpe: trained on the text; or a file, folder, or tiktoken name
-    tokenizer_pattern: str = "gpt2"  # how bpe splits text into words before it merges: a name of bpe.PATTERNS
-    tokenizer_bytes: Amount = 1_000_000_000  # bytes of training text, at most, that the tokenizer is trained on
-    shard_tokens: Count = 33_554_432  # tokens per file: 64 MB of uint16
-    mixture: str = ""           # corpora by weight instead of dataset, as in "gutenberg:0.4 tinystories:0.6"
-    mixture_unit: Literal["words", "tokens"] = "words"  # what the weights are shares of
-    mixture_size: Amount = 0    # words or tokens to train on; 0 = until every corpus was used up once
-    workers: Annotated[int, Range(least=0, most=1024)] = 0  # processes that tokenize; 0 = one per CPU
-    replace_missing: bool = False  # characters that the tokenizer has no bytes for: U+FFFD instead of a refusal
-    bin_dtype: Literal["auto", "uint16", "uint32"] = "auto"  # ids of .bin files without a header
-    overwrite: str = ""         # make again from here: download, download:<corpus>, mix, tokenizer, tokens, train; all
-    cache_dir: str = ""         # folder that keeps the tokens; empty: data/cache beside the scripts
-    data_order: Literal["shuffled", "sequential"] = "shuffled"  # order of the training rows
-    data_window: Literal["stream", "document"] = "stream"  # rows start anywhere, or only where a document does
-
-    def __post_init__(self):
-        check_fields(self)
 
 
 @dataclass
@@ -264,16 +221,6 @@ def is_mixture(s) -> bool:
     return bool(s.mixture and not s.data_path)
 
 
-def forced(s) -> tuple[str, ...]:
-    """The stages that `overwrite` makes again: the first one that it names and all behind it."""
-    names = [] if s.source.get("overwrite") == "checkpoint" else s.overwrite.replace(",", " ").split()
-    names = ["download" if name.startswith("download:") else name for name in names]
-    if unknown := set(names) - {*STAGES, "all"}:
-        raise UserError(f"overwrite={shown(s.overwrite)}: there is no stage {min(unknown)}, only {', '.join(STAGES)} "
-                        "and all")
-    return STAGES[0 if "all" in names else min(map(STAGES.index, names)) :] if names else ()
-
-
 OWN_ID = uuid.uuid4().hex
 
 
@@ -295,7 +242,7 @@ class Again:
     in the cache, and the others take it as it is, however late they come."""
 
     def __init__(self, s, cache: Path):
-        self.stages, self.path, self.launch = forced(s), cache / ".overwritten.json", launch_id()
+        self.stages, self.path, self.launch = forced(s.overwrite), cache / ".overwritten.json", launch_id()
         self.is_set = bool(self.stages)
 
     def noted(self) -> list[str]:
@@ -566,33 +513,7 @@ def refuse_wide(path: Path, vocab_size: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Around the work: the folder, the lock, what the user sees
-
-
-ELSEWHERE = "; cache_dir=<folder> puts it elsewhere"
-
-
-@contextmanager
-def working(folder: Path, quiet: bool):
-    """Make the folder, and be the only process that works on it. Those who wait show how far the one at work is."""
-    live, shown = sys.stderr.isatty(), 0.0  # when the last line was shown
-
-    def wait(note: str) -> None:
-        nonlocal shown
-        if not shown:
-            say(f"data: waiting for the process that prepares {folder}", quiet)
-        if not shown or (note and not quiet and time.monotonic() - shown > (0 if live else 10)):
-            shown = time.monotonic()
-            if note and not quiet:
-                show_line(note, live)
-
-    with writing(folder, ELSEWHERE), locked(folder / ".lock", wait) as note:
-        yield note
-
-
-def say(text: str, quiet: bool) -> None:
-    if text and not quiet:
-        tell(text)
+# What the user sees
 
 
 def summary(folder: Path) -> str:

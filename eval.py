@@ -40,7 +40,7 @@ from configurator import (
     find_path,
     run,
 )
-from data import DataSettings, prepare
+from data import prepare
 from model import LanguageModel, ModelConfig
 from runtime import checkpoint
 from runtime.device import Machine, MachineSettings, choose_machine, init_processes, leave_processes
@@ -48,6 +48,7 @@ from runtime.files import Progress, own_file, own_folder, visible, write_json, w
 from runtime.resume import data_words, find_tokens, read_made_of, tokenizer_words
 from text.batches import TokenStream, Validation
 from text.chat import ChatSettings, Template
+from text.corpus import DataSettings
 from text.records import Position, files_pieces, text_files, total_size
 from text.sft import SftSettings, examples_of, held_out_rows
 from text.shards import rest_of_document

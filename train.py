@@ -38,7 +38,6 @@ from configurator import (
     pick,
     run,
 )
-from data import DataSettings
 from eval import evaluate
 from ffn import update_balance
 from lora import LoraSettings
@@ -73,6 +72,7 @@ from runtime.plan import (
 from runtime.resume import changes, made_of, named_before, tokens_to_learn
 from text.batches import Batches, Prefetcher, TokenStream, Validation
 from text.chat import ChatSettings
+from text.corpus import DataSettings
 from text.sft import Examples, ExampleValidation, SftSettings, open_examples
 
 

@@ -49,7 +49,7 @@ from benchmarks.recipe import bench_time_to_loss
 from benchmarks.text import bench_bpe, bench_encode
 from benchmarks.timing import TINY, limits, show, summary, take_turns, timed
 from configurator import ROOT, Batch, Count, Settings, Size, UserError, check_fields, configure, find_path, run
-from data import DataSettings, prepare
+from data import prepare
 from ffn import FeedForward, MoE
 from lora import LoraSettings, inject
 from model import LanguageModel, ModelConfig
@@ -57,6 +57,7 @@ from optim import OptimSettings, build_optimizer, clip_grad_norm, roles
 from runtime import checkpoint
 from runtime.device import MachineSettings, choose_machine, peak_memory
 from text.batches import Batches, TokenStream
+from text.corpus import DataSettings
 
 
 @dataclass

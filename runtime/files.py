@@ -387,6 +387,29 @@ def show_line(line: str, live: bool) -> None:
         tell(line, sys.stderr)
 
 
+@contextmanager
+def working(folder: Path, quiet: bool):
+    """Make the folder, and be the only process that works on it. Those who wait show how far the one at work is."""
+    live, shown = sys.stderr.isatty(), 0.0  # when the last line was shown
+
+    def wait(note: str) -> None:
+        nonlocal shown
+        if not shown:
+            say(f"data: waiting for the process that prepares {folder}", quiet)
+        if not shown or (note and not quiet and time.monotonic() - shown > (0 if live else 10)):
+            shown = time.monotonic()
+            if note and not quiet:
+                show_line(note, live)
+
+    with writing(folder, "; cache_dir=<folder> puts it elsewhere"), locked(folder / ".lock", wait) as note:
+        yield note
+
+
+def say(text: str, quiet: bool) -> None:
+    if text and not quiet:
+        tell(text)
+
+
 def clock(seconds: float) -> str:
     """75 -> '1:15', 3700 -> '1:01:40', 100,000 -> '1d 03h'"""
     minutes, seconds = divmod(round(seconds), 60)

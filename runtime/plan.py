@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configurator import ROOT, Settings, UserError, tell, write_path
-from data import TRAINED, forced
 from lora import LoraSettings, fingerprint
 from model import ModelConfig
 from optim import OptimSettings
@@ -17,7 +16,7 @@ from runtime.device import Machine, attempt
 from runtime.files import writing
 from runtime.resume import HERE, MUST, OUTSIDE, adopt, follow, names_of, read_made_of, read_part
 from text.batches import RULE
-from text.corpus import dataset_name
+from text.corpus import TRAINED, dataset_name, forced
 from text.tokenizer import Tokenizer, load_tokenizer
 
 # Fine-tuning starts from weights that are good already; where nothing is said, its steps are fewer and smaller.
@@ -194,7 +193,7 @@ def starting_point(s: Settings, out_dir: Path, machine: Machine) -> Start:
 
     The shape of the model comes from the checkpoint; a setting that contradicts it is refused.
     """
-    anew = "train" in forced(s) and not attempt()
+    anew = "train" in forced(s.overwrite) and not attempt()
     existing = [] if anew else checkpoint.steps(out_dir)
     if existing and s.init_from == "scratch":
         raise UserError(f"{out_dir} holds a run, and init_from=scratch would overwrite it; set another out_dir")

@@ -12,13 +12,15 @@ from dataclasses import fields
 from pathlib import Path
 
 from configurator import RIVALS, Settings, UserError, cache_folder, pick
-from data import PREPARED, TRAINED, DataSettings, forced, prepare
+from data import prepare
 from lora import LoraSettings
 from model import ModelConfig
 from runtime.files import mismatch, visible
 from runtime.log import LogSettings
 from text.batches import RULE, fingerprint, read_meta
 from text.chat import ChatSettings
+from text.corpus import TRAINED, DataSettings, forced
+from text.shards import PREPARED
 
 OUTSIDE = ("environment", "command line")  # of a config file
 
@@ -184,7 +186,7 @@ def tokens_to_learn(s: Settings, saved: dict, before: dict, tokenizer, quiet: bo
     `saved`, `before` and `tokenizer` are of the checkpoint: its settings, made_of, and the tokenizer that its weights
     know; {}, {} and None for a run that begins with fresh weights.
     """
-    if before and not names_data(s) and not forced(s):
+    if before and not names_data(s) and not forced(s.overwrite):
         found = find_tokens(s.cache_dir, tokenizer, {split: before[split] for split in ("train", "val")})
         if found:
             return found[0]

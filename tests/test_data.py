@@ -17,11 +17,13 @@ import pytest
 
 import data
 from configurator import ROOT, UserError, configure
-from data import DataSettings, prepare
+from data import prepare
 from model import ModelConfig
-from runtime.files import fcntl
+from runtime import files
+from runtime.files import fcntl, working
 from text import shards as sharding
 from text.batches import CHECKED, Batches, TokenStream, Validation, read_meta
+from text.corpus import TRAINED, DataSettings
 from text.tokenizer import load_tokenizer, train_tokenizer
 
 WORDS = "the cat sat on a mat and then it ran away from the big red dog because of a long loud noise".split()
@@ -365,10 +367,10 @@ def test_one_that_waits_shows_how_far_the_one_at_work_is_unless_it_is_to_be_quie
             busy(note)
         yield lambda text: None
 
-    monkeypatch.setattr(data, "locked", locked)
-    monkeypatch.setattr(data.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(files, "locked", locked)
+    monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
     for quiet in (False, True):
-        with data.working(tmp_path, quiet):
+        with working(tmp_path, quiet):
             pass
         out, error = capsys.readouterr()
         assert out.count("waiting for the process") == (0 if quiet else 1)
@@ -620,7 +622,7 @@ def test_another_end_of_text_makes_other_tokens(tmp_path):
 # Only a tokenizer
 
 
-@pytest.mark.parametrize("kind", data.TRAINED)
+@pytest.mark.parametrize("kind", TRAINED)
 def test_one_command_makes_every_kind_of_tokenizer_from_every_kind_of_text(kind, tmp_path, capsys):
     write(tmp_path / "a.txt", "\ufeff" + "the cat\r\nsat on\r\na mat " * 30)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a \\u4e16 dog", "id": "QQQ"}\n' * 30))

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from configurator import UserError, configure
-from data import DataSettings, prepare
+from data import prepare
 from model import ModelConfig
 from text import mixture
 from text.batches import TokenStream, read_meta
-from text.corpus import RawCorpus
+from text.corpus import DataSettings, RawCorpus
 from text.mixture import mix, open_mixture, parse
 from text.tokenizer import load_tokenizer
 

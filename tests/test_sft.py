@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from configurator import UserError, configure
-from data import DataSettings
 from model import ModelConfig
 from test_chat import BLOCKS, CHINESE, EMOJI, make, model_for, talk
 from text.chat import TEMPLATES, ChatSettings, Template
+from text.corpus import DataSettings
 from text.sft import (
     Examples,
     ExampleValidation,

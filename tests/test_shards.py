@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from configurator import ROOT, UserError, configure
-from data import DataSettings, prepare
+from data import prepare
 from model import ModelConfig
 from text import batches, shards
 from text.batches import CHECKED, TokenStream, fingerprint, read_meta, write_meta
-from text.corpus import RawCorpus
+from text.corpus import DataSettings, RawCorpus
 from text.shards import write_split
 from text.tokenizer import train_tokenizer
 

@@ -24,8 +24,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated, Literal
 
-from configurator import ROOT, UserError, run
+from configurator import ROOT, Amount, Count, Range, Share, UserError, check_fields, run, shown
 from runtime.files import Progress, file_state, is_first_process, require_file, visible
 from text.download import download as download  # what most prepare.py need
 from text.records import (
@@ -41,7 +42,45 @@ from text.records import (
     total_size,
 )
 
+TRAINED = ("bpe", "char", "unigram", "spbpe")  # tokenizers that are trained on the corpus
+STAGES = ("download", "mix", "tokenizer", "tokens", "train")  # of a run, in this order
 FEW = 20          # fewer documents than this expected in val: choose them by size, not by hash alone
+
+
+@dataclass
+class DataSettings:
+    dataset: str = "stdlib"     # corpus: a folder of data/ that has a prepare.py, as in hf:a/b with its choice
+    data_path: str = ""         # text of your own instead: .txt, .jsonl, .gz, .parquet, folder, token shards
+    val_path: str = ""          # validation data; without it, files of data_path named val, or a part of its text
+    val_share: Share = 0.05     # share of data_path that is kept for validation
+    text_field: str = "text"    # field of a .jsonl record or column of a .parquet file with the text; * = all strings
+    tokenizer: str = "bpe"      # bpe, char, unigram, spbpe: trained on the text; or a file, folder, or tiktoken name
+    tokenizer_pattern: str = "gpt2"  # how bpe splits text into words before it merges: a name of bpe.PATTERNS
+    tokenizer_bytes: Amount = 1_000_000_000  # bytes of training text, at most, that the tokenizer is trained on
+    shard_tokens: Count = 33_554_432  # tokens per file: 64 MB of uint16
+    mixture: str = ""           # corpora by weight instead of dataset, as in "gutenberg:0.4 tinystories:0.6"
+    mixture_unit: Literal["words", "tokens"] = "words"  # what the weights are shares of
+    mixture_size: Amount = 0    # words or tokens to train on; 0 = until every corpus was used up once
+    workers: Annotated[int, Range(least=0, most=1024)] = 0  # processes that tokenize; 0 = one per CPU
+    replace_missing: bool = False  # characters that the tokenizer has no bytes for: U+FFFD instead of a refusal
+    bin_dtype: Literal["auto", "uint16", "uint32"] = "auto"  # ids of .bin files without a header
+    overwrite: str = ""         # make again from here: download, download:<corpus>, mix, tokenizer, tokens, train; all
+    cache_dir: str = ""         # folder that keeps the tokens; empty: data/cache beside the scripts
+    data_order: Literal["shuffled", "sequential"] = "shuffled"  # order of the training rows
+    data_window: Literal["stream", "document"] = "stream"  # rows start anywhere, or only where a document does
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+def forced(overwrite: str) -> tuple[str, ...]:
+    """The stages that a run makes again: the first one that `overwrite` names and all behind it."""
+    names = overwrite.replace(",", " ").split()
+    names = ["download" if name.startswith("download:") else name for name in names]
+    if unknown := set(names) - {*STAGES, "all"}:
+        raise UserError(f"overwrite={shown(overwrite)}: there is no stage {min(unknown)}, only {', '.join(STAGES)} "
+                        "and all")
+    return STAGES[0 if "all" in names else min(map(STAGES.index, names)) :] if names else ()
 
 
 @dataclass
@@ -189,14 +228,14 @@ def open_files(path: str, s, val: list[Path]) -> RawCorpus:
 
     def pieces(split: str) -> Iterator[Piece]:
         if not plan:
-            plan.append(plan_split(shown(every(), raw, total_size(files)), s.val_share))
+            plan.append(plan_split(show_progress(every(), raw, total_size(files)), s.val_share))
         return split_pieces(every(), plan[0], split)
 
     raw.pieces = pieces
     return raw
 
 
-def shown(pieces: Iterator[Piece], raw: RawCorpus, size: int) -> Iterator[Piece]:
+def show_progress(pieces: Iterator[Piece], raw: RawCorpus, size: int) -> Iterator[Piece]:
     """The pieces, while a line shows how far the pass over them is."""
     progress = Progress("choosing validation text", size, "MB", 1e6, quiet=not is_first_process())
     try:

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from configurator import UserError, cache_folder, check_fields
-from data import say, working
-from runtime.files import read_json, replacing, visible, write_json
+from runtime.files import read_json, replacing, say, visible, working, write_json
 from runtime.resume import data_words, digest, names_data
 from text.batches import permute, round_keys
 from text.chat import Template

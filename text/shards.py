@@ -22,7 +22,7 @@ import bpe
 from configurator import UserError, tell
 from runtime.files import Either, Progress, read_json, write_json
 from runtime.workers import in_order
-from text.batches import ShardWriter, measure, meta_check, open_shard, shard_path
+from text.batches import META, ShardWriter, measure, meta_check, open_shard, shard_path
 from text.corpus import RawCorpus
 from text.records import SEPARATOR, Piece
 from text.tokenizer import Head
@@ -35,6 +35,12 @@ DONE = SHARDS | {"documents": int, "bytes": int, "tokens": int, "content": str, 
                  "replaced": int, "mixture?": dict}
 BEGUN = SHARDS | {"task": int, "mark": str, "skip": int}
 STATE = {"check": int, "train?": Either(DONE, BEGUN), "val?": Either(DONE, BEGUN)}
+
+PART = {"documents": int, "bytes": int, "unknown": int, "tokens": int, "content": str, "shards": [(str, int)],
+        "sums?": [(int, int)], "lost?": str,
+        "mixture?": {str: {"share": float, "got": float, "passes": int}}}
+PREPARED = META | {"vocab_size": int, "tokenizer_sum?": int, "trained": str, "skipped": int,
+                   "splits": {"train": PART, "val": PART}}
 
 
 class Task(NamedTuple):
