@@ -19,7 +19,7 @@ ever joined across its borders, and inside them happened just what happens when 
   2. a token whose own bytes do not encode to it never appears (`BPETokenizer._core` builds on it).
 """
 
-import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
+import runtime.screen  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
 
 import argparse
 import hashlib
@@ -39,8 +39,9 @@ import numpy as np
 import regex
 import tiktoken
 
-from configurator import ROOT, UserError, run, write_path
+from configurator import ROOT, UserError, write_path
 from runtime.files import Either, mismatch, read_json, write_json, writing
+from runtime.screen import run
 from text.bpe_train import (
     _ORDER,
     _VISIBLE,

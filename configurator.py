@@ -18,30 +18,16 @@ it may compute and import modules, but every public name that it leaves must be 
 not a setting silently ignored. Values from outside are parsed by the field's type and never evaluated.
 """
 
-import os
-import signal
-import sys
-
-
-def leave_quietly(number: int, frame) -> None:
-    """Ctrl-C while a script is imported or cleared up, where nothing is to be saved."""
-    os._exit(128 + number)
-
-
-HERE = os.path.dirname(os.path.abspath(__file__))
-if os.path.dirname(os.path.abspath(sys.argv[0])) in (HERE, os.path.join(HERE, "benchmarks")):  # a script of ours
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # which main() gets back: see run
-        signal.signal(signal.SIGINT, leave_quietly)
-
 import ast
 import dataclasses
 import difflib
-import errno
 import functools
 import inspect
 import json
 import math
+import os
 import re
+import sys
 import traceback
 import types
 import typing
@@ -92,98 +78,6 @@ def need(ok, sentence: str) -> None:
     """UserError(sentence) unless `ok`. The sentence is made in any case: nothing in it may fail or take time."""
     if not ok:
         raise UserError(sentence)
-
-
-def run(main) -> None:
-    """Run a script's `main()`. A UserError, or an output that cannot be written, becomes one sentence and exit code 2;
-    Ctrl-C is exit code 130. Anything else is a bug of ours and keeps its traceback."""
-    script = Path(sys.argv[0]).name
-    rank = os.environ.get("RANK") or "0"
-    where = f"{script} [rank {rank}]" if rank != "0" else script
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by who started us, as in `python sample.py <&-`
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
-    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to stop
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")  # as arguments are decoded; who reads it refuses such text
-    if signal.getsignal(signal.SIGINT) == leave_quietly:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        code = main()
-        sys.stdout.flush()
-        if unsaid:
-            raise unsaid[0]
-        signal.signal(signal.SIGINT, leave_quietly)  # while Python clears up
-        leave(code)
-    except UserError as error:
-        tell(f"\n{where}: {error}", sys.stderr)
-        leave(2)
-    except KeyboardInterrupt:
-        tell(f"\n{script}: interrupted", sys.stderr)
-        leave(130)
-    except MemoryError as error:
-        reason = str(error) or "there is no more"
-        tell(f"\n{script}: out of memory ({reason}); files on the disk are whole. Smaller sizes or WORKERS=1 need less",
-             sys.stderr)
-        leave(2)
-    except BrokenPipeError:  # the reader of our pipe went away (`| head`): not an error
-        leave(0)
-    except OSError as error:
-        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG):
-            raise
-        # Files of ours say it themselves: this is what we print.
-        tell(f"\n{where}: cannot write the output: {error.strerror}", sys.stderr)
-        leave(2)
-
-
-def leave(code: int | None) -> None:
-    """Exit. What a full disk or a closed pipe did not take is dropped: Python would try it again, and complain."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    for last in leaving:
-        last(code or 0)
-    sys.exit(code)
-
-
-leaving: list[typing.Callable[[int], None]] = []  # what `leave` calls last, with the exit code
-
-
-def visible(text: str, stream: typing.TextIO | None = None) -> str:
-    """Text from a model, a file or a stranger's settings for the screen: on a terminal control characters show as
-    escapes (they could clear it, or type for the user); a pipe gets the text as it is. `stream`: stdout, if not given.
-
-    >>> visible("a\\x1b[2Jb\\n")  ->  'a\\\\x1b[2Jb\\n'
-    """
-    if not (stream or sys.stdout).isatty():
-        return text
-    return "".join(c if is_harmless(c) else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-unsaid: list[OSError] = []  # why the output is not complete
-
-
-def put(text: str, stream: typing.TextIO | None = None, end: str = "\n") -> None:
-    """Print at once. A full disk behind the screen is no reason to lose work: `run` speaks of it at the end."""
-    try:
-        print(text, file=stream, end=end, flush=True)
-    except OSError as error:
-        if stream is not sys.stderr:
-            unsaid.append(error)
-
-
-def tell(text: str, stream: typing.TextIO | None = None) -> None:
-    """Print at once what others may have written."""
-    put(visible(text, stream), stream)
-
-
-def is_harmless(character: str) -> bool:
-    """Nothing that a terminal obeys, nor what turns the direction of writing; the joiners of emoji are fine."""
-    return character in "\n\t\u200c\u200d" or character.isprintable() or character.isspace() and character >= "\xa0"
 
 
 def write_path(path: str | Path) -> Path:
@@ -355,7 +249,7 @@ def configure(parts: list[type], argv: list[str] | None = None, environ=None, do
         for name, meant in nearly_settings(settings, environ).items():
             setting, equals, value = meant.partition("=")
             hint = f"did you mean {setting.upper()}{equals}{value}?"
-            tell(f"note: {name} in the environment is no setting; {hint}", sys.stderr)
+            print(f"note: {shown(name)} in the environment is no setting; {hint}", file=sys.stderr)
     return settings
 
 

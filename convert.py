@@ -5,17 +5,18 @@
     python convert.py out/a-lora MERGE=1 LORA_BASE=out/a              # where the base is now, if it has moved
 """
 
-import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
+import runtime.screen  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
 
 import json
 import sys
 from pathlib import Path
 
-from configurator import UserError, run, write_path
+from configurator import UserError, write_path
 from lora import LoraLinear, merged_state
 from model import ModelConfig
 from runtime import checkpoint
 from runtime.files import own_folder, unless_empty
+from runtime.screen import run
 
 USAGE = "python convert.py RUN [TARGET] MERGE=1 [LORA_BASE=CHECKPOINT]"
 

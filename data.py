@@ -16,7 +16,7 @@ and times spare us reading the files each time: what changes a file but none of 
 train has a folder of its own, so it outlives an interruption, and a change of shard_tokens.
 """
 
-import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
+import runtime.screen  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
 
 import cProfile
 import hashlib
@@ -35,18 +35,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from configurator import (
-    UserError,
-    cache_folder,
-    configure,
-    find_path,
-    pick,
-    run,
-    write_path,
-)
+from configurator import UserError, cache_folder, configure, find_path, pick, write_path
 from model import ModelConfig
 from runtime.checkpoint import find_tokenizer
-from runtime.files import Either, Progress, locked, read_json, require_file, say, visible, working, write_json, writing
+from runtime.files import Either, locked, read_json, require_file, working, write_json, writing
+from runtime.screen import ProgressLine, run, say, visible
 from text.batches import FORMAT, TokenStream, header_dtype, open_shard, read_meta, write_meta
 from text.corpus import TRAINED, DataSettings, RawCorpus, forced, import_dataset, is_dataset, open_corpus, open_dataset
 from text.download import set_aside
@@ -185,7 +178,7 @@ def content_hashes(sources: list, cache: Path, quiet: bool) -> list[str]:
     with working(cache, quiet) as note:
         hashes = known()
         unread = [source for source, each in zip(sources, find(hashes), strict=True) if each is None]
-        progress = Progress("reading files", sum(size for _, size, *_ in unread), "MB", 1e6, quiet, note)
+        progress = ProgressLine("reading files", sum(size for _, size, *_ in unread), "MB", 1e6, quiet, note)
         done = 0
         for path, *state in unread:
             digest = hashlib.blake2b(digest_size=16)
@@ -333,7 +326,7 @@ def build(folder: Path, raw: RawCorpus, sources: list, decides: list, tokenizer,
     splits = {}
     for split in ("val", "train"):
         if shards:
-            progress = Progress(f"reading {split}", 0, "MB", 1e6, quiet, note)
+            progress = ProgressLine(f"reading {split}", 0, "MB", 1e6, quiet, note)
             splits[split] = count_shards(shards[split], tokenizer, s.bin_dtype, progress)
         else:
             splits[split] = write_split(folder, split, raw, tokenizer, s.shard_tokens, s.workers, quiet, note,
@@ -392,8 +385,8 @@ def training_progress(raw: RawCorpus, max_bytes: int, quiet: bool, note: Callabl
     """Shows how far the training of a tokenizer is: first it counts the text, then it merges."""
     whole = raw.size("train")
     limited = 0 < max_bytes < whole
-    count = Progress("tokenizer reads", max_bytes if limited else whole, raw.unit, raw.scale, quiet, note)
-    merge = Progress("tokenizer merges", 0, "", 1, quiet, note)
+    count = ProgressLine("tokenizer reads", max_bytes if limited else whole, raw.unit, raw.scale, quiet, note)
+    merge = ProgressLine("tokenizer merges", 0, "", 1, quiet, note)
 
     def show(phase: str, done: int, total: int) -> None:
         if phase == "count":
@@ -471,7 +464,7 @@ def shard_files(path: str | Path) -> list[Path]:
     return [file.absolute() for file in list_files(path, suffixes) if file.suffix in suffixes]
 
 
-def count_shards(files: list[Path], tokenizer, bin_dtype: str, progress: Progress) -> dict:
+def count_shards(files: list[Path], tokenizer, bin_dtype: str, progress: ProgressLine) -> dict:
     """Read all ids once, to know that the tokenizer has them and how many bytes they stand for."""
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     shards, content, done = [], hashlib.blake2b(digest_size=16), 0
@@ -537,8 +530,8 @@ def only_tokenizer(inputs: list[str], s) -> str:
     if s.tokenizer not in TRAINED:
         raise UserError(f"tokenizer_dir= is for a tokenizer that is trained: tokenizer={', '.join(TRAINED)}")
     texts = (text for each in inputs for text in all_text(each, s))
-    counted = Progress("tokenizer reads", 0, "MB", 1e6)
-    merged = Progress("tokenizer merges")
+    counted = ProgressLine("tokenizer reads", 0, "MB", 1e6)
+    merged = ProgressLine("tokenizer merges")
 
     def progress(phase: str, done: int, total: int) -> None:
         if phase == "count":

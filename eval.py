@@ -9,7 +9,7 @@ Results go to the folder eval/ of the run: a summary, and a line for each questi
 numbers mean.
 """
 
-import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
+import runtime.screen  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
 
 import errno
 import hashlib
@@ -38,14 +38,14 @@ from configurator import (
     check_fields,
     configure,
     find_path,
-    run,
 )
 from data import prepare
 from model import LanguageModel, ModelConfig
 from runtime import checkpoint
 from runtime.device import Machine, MachineSettings, choose_machine, init_processes, leave_processes
-from runtime.files import Progress, own_file, own_folder, visible, write_json, write_text, writing
+from runtime.files import own_file, own_folder, write_json, write_text, writing
 from runtime.resume import data_words, find_tokens, read_made_of, tokenizer_words
+from runtime.screen import ProgressLine, run, visible
 from text.batches import TokenStream, Validation
 from text.chat import ChatSettings, Template
 from text.corpus import DataSettings
@@ -113,7 +113,7 @@ def evaluate(model: LanguageModel, windows: Validation, machine: Machine, batch_
     was_training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
-    progress = Progress("validation", len(windows), "windows", quiet=not machine.is_main)
+    progress = ProgressLine("validation", len(windows), "windows", quiet=not machine.is_main)
     progress.last = progress.start  # a log is told of what takes ten seconds, not one
     for first in range(machine.rank * batch_size, len(windows), machine.world_size * batch_size):
         batch = [t.to(machine.device) for t in windows.get(first, batch_size)]
@@ -266,7 +266,7 @@ def open_windows(s: Settings, state: dict, tokenizer, seq_len: int, run: Path, m
         if s.source["eval_tokens"] in ("environment", "command line"):
             raise UserError("eval_tokens is for validation text; of a file all is scored: leave it out")
         files, position = text_files(s.data_path), Position()
-        progress = Progress("reading text", total_size(files), "MB", 1e6, quiet=not machine.is_main)
+        progress = ProgressLine("reading text", total_size(files), "MB", 1e6, quiet=not machine.is_main)
         text.add_text(files_pieces(files, s.text_field, position), tokenizer, lambda: progress.show(position.now()))
         progress.close()
         if not text.tokens:
@@ -348,7 +348,7 @@ def answer(s: Settings, name: str, examples: list[Example], model: LanguageModel
     results: list[dict] = []
     path = folder / f"{name}.jsonl"
     with writing(folder, ""), own_file(path) if machine.is_main else nullcontext() as file:
-        progress = Progress(name, len(examples), "questions", quiet=not machine.is_main)
+        progress = ProgressLine(name, len(examples), "questions", quiet=not machine.is_main)
         for done in run_task(model, tokenizer, examples, machine, s.batch_tokens, s.bos):
             results += done
             if machine.is_main:

@@ -7,7 +7,7 @@
 Needs matplotlib: pip install matplotlib
 """
 
-import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
+import runtime.screen  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
 
 import math
 import sys
@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError, check_fields, configure, find_path, run, visible, write_path
+from configurator import UserError, check_fields, configure, find_path, write_path
 from runtime import checkpoint
 from runtime.files import optional, replacing
 from runtime.log import read_log
+from runtime.screen import run, visible
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito 2008
 STYLES = ["-", "--", ":", "-."]  # of every seven more runs

@@ -8,18 +8,18 @@
     python sample.py --init_from out/gpt2 --n_samples 3 --temperature 0
 """
 
-import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
+import runtime.screen  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
 
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from configurator import Count, UserError, check_fields, configure, find_path, run
+from configurator import Count, UserError, check_fields, configure, find_path
 from generate import SamplingSettings, generate, stream
 from runtime import checkpoint
 from runtime.device import MachineSettings, choose_machine
-from runtime.files import visible
+from runtime.screen import run, visible
 from text.chat import Chat, ChatSettings, before_stop
 from text.tokenizer import StreamDecoder
 

@@ -10,7 +10,7 @@
 The same command again continues the run. Ctrl-C saves and stops.
 """
 
-import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
+import runtime.screen  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
 
 import json
 import math
@@ -25,19 +25,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import lora
-from configurator import (
-    Amount,
-    Batch,
-    Count,
-    NotNegative,
-    Settings,
-    Size,
-    UserError,
-    check_fields,
-    configure,
-    pick,
-    run,
-)
+from configurator import Amount, Batch, Count, NotNegative, Settings, Size, UserError, check_fields, configure, pick
 from eval import evaluate
 from ffn import update_balance
 from lora import LoraSettings
@@ -55,7 +43,6 @@ from runtime.device import (
     memory,
     peak_memory,
 )
-from runtime.files import clock
 from runtime.finish import finish, lifted
 from runtime.log import Log, LogSettings
 from runtime.plan import (
@@ -70,6 +57,7 @@ from runtime.plan import (
     starting_point,
 )
 from runtime.resume import changes, made_of, named_before, tokens_to_learn
+from runtime.screen import clock, run
 from text.batches import Batches, Prefetcher, TokenStream, Validation
 from text.chat import ChatSettings
 from text.corpus import DataSettings

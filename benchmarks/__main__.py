@@ -23,7 +23,7 @@
 Peers run in the same call, in turn with ours, so that a machine whose speed drifts slows both. Figures are medians.
 """
 
-import configurator  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
+import runtime.screen  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
 
 import contextlib
 import importlib.util
@@ -48,7 +48,7 @@ from benchmarks.evaluation import bench_eval
 from benchmarks.recipe import bench_time_to_loss
 from benchmarks.text import bench_bpe, bench_encode
 from benchmarks.timing import TINY, limits, show, summary, take_turns, timed
-from configurator import ROOT, Batch, Count, Settings, Size, UserError, check_fields, configure, find_path, run
+from configurator import ROOT, Batch, Count, Settings, Size, UserError, check_fields, configure, find_path
 from data import prepare
 from ffn import FeedForward, MoE
 from lora import LoraSettings, inject
@@ -56,6 +56,7 @@ from model import LanguageModel, ModelConfig
 from optim import OptimSettings, build_optimizer, clip_grad_norm, roles
 from runtime import checkpoint
 from runtime.device import MachineSettings, choose_machine, peak_memory
+from runtime.screen import run
 from text.batches import Batches, TokenStream
 from text.corpus import DataSettings
 

@@ -20,10 +20,11 @@ from pathlib import Path
 
 import torch
 
-from configurator import ROOT, Settings, UserError, check, find_path, need, pick, tell
+from configurator import ROOT, Settings, UserError, check, find_path, need, pick
 from lora import LoraSettings, adapter_state, fingerprint, inject, load_adapter, merge
 from model import LanguageModel, ModelConfig, shapes_only
-from runtime.files import Either, locked, mismatch, replacing, require_file, unless_empty, visible, write_text, writing
+from runtime.files import Either, locked, mismatch, replacing, require_file, unless_empty, write_text, writing
+from runtime.screen import tell, visible
 from text.tokenizer import Tokenizer, kind_of, load_tokenizer, tokenizer_file, tokenizer_from_dict
 
 FORMAT = 2

@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from configurator import UserError, check_fields, leaving, shown, tell
+from configurator import UserError, check_fields, shown
+from runtime.screen import leaving, tell
 from runtime.workers import watch_parent
 
 

@@ -16,7 +16,6 @@ import errno
 import importlib
 import json
 import os
-import shutil
 import stat
 import sys
 import time
@@ -27,8 +26,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
 
-from configurator import UserError, put, tell
-from configurator import visible as visible  # what the screen gets of others' text
+from configurator import UserError
+from runtime.screen import say, show_line, tell
 
 try:
     import fcntl
@@ -208,6 +207,24 @@ def is_still_at(path: Path, handle: int) -> bool:
         return False
 
 
+@contextmanager
+def working(folder: Path, quiet: bool):
+    """Make the folder, and be the only process that works on it. Those who wait show how far the one at work is."""
+    live, shown = sys.stderr.isatty(), 0.0  # when the last line was shown
+
+    def wait(note: str) -> None:
+        nonlocal shown
+        if not shown:
+            say(f"data: waiting for the process that prepares {folder}", quiet)
+        if not shown or (note and not quiet and time.monotonic() - shown > (0 if live else 10)):
+            shown = time.monotonic()
+            if note and not quiet:
+                show_line(note, live)
+
+    with writing(folder, "; cache_dir=<folder> puts it elsewhere"), locked(folder / ".lock", wait) as note:
+        yield note
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading what may be wrong
 
@@ -316,104 +333,3 @@ def optional(module: str, package: str, why: str = "this") -> ModuleType:
         return importlib.import_module(module)
     except ImportError:
         raise UserError(f"{why} needs the package {package}: pip install {package}") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the user sees meanwhile
-
-
-def is_first_process() -> bool:
-    """Whether we are the process of a launch that speaks: the others would say the same."""
-    return os.environ.get("RANK", "0") in ("", "0")
-
-
-class Progress:
-    """How far something is, on stderr: one live line on a terminal, elsewhere a line every ten seconds.
-
-        progress = Progress("tokens", total=size, unit="MB", scale=1e6)
-        progress.show(done)               # "tokens: 3 of 12 MB, 1.5 MB/s, 0:06 left"
-        progress.close()
-
-    What takes less than a second shows nothing. `note` also gets each line, for those who wait at a lock.
-    """
-
-    def __init__(self, what: str, total: float = 0, unit: str = "", scale: float = 1, quiet: bool = False,
-                 note: Callable[[str], None] | None = None):
-        self.what, self.total, self.unit, self.scale, self.quiet, self.note = what, total, unit, scale, quiet, note
-        self.live, self.shown = sys.stderr.isatty(), False
-        self.restart(0)
-
-    def restart(self, done: float) -> None:
-        """`done` was there before: the rate begins now."""
-        self.begin, self.start = done, time.monotonic()
-        self.last = self.start - (9.0 if not self.live else -0.5)  # the first line comes after a second
-
-    def line(self, done: float, more: str = "") -> str:
-        seconds = max(time.monotonic() - self.start, 1e-9)
-        rate = (done - self.begin) / seconds
-        size = f"{done / self.scale:,.0f}"
-        if self.total:
-            size += f" of {self.total / self.scale:,.0f}"
-        parts = [f"{self.what}: {size} {self.unit}".rstrip(), f"{rate / self.scale:,.1f} {self.unit}/s"]
-        if rate > 0 and self.total > done:
-            parts.append(f"{clock((self.total - done) / rate)} left")
-        return ", ".join([*parts, more] if more else parts)
-
-    def show(self, done: float, more: str = "") -> None:
-        """Call it as often as you like: most calls show nothing."""
-        now = time.monotonic()
-        if now - self.last < (0.2 if self.live else 10):
-            return
-        self.last, line = now, self.line(done, more)
-        if self.note:
-            self.note(line)
-        if not self.quiet:
-            show_line(line, self.live)
-            self.shown = True
-
-    def close(self) -> None:
-        """Clear the live line."""
-        if self.live and self.shown:
-            show_line("", live=True)
-        self.shown = False
-
-
-def show_line(line: str, live: bool) -> None:
-    """On stderr: live, in place of the one before and as wide as the terminal; else as a line of its own."""
-    if live:
-        width = shutil.get_terminal_size().columns - 1
-        put(f"\r{visible(line, sys.stderr)[:width]:<{width}}\r", sys.stderr, end="")
-    else:
-        tell(line, sys.stderr)
-
-
-@contextmanager
-def working(folder: Path, quiet: bool):
-    """Make the folder, and be the only process that works on it. Those who wait show how far the one at work is."""
-    live, shown = sys.stderr.isatty(), 0.0  # when the last line was shown
-
-    def wait(note: str) -> None:
-        nonlocal shown
-        if not shown:
-            say(f"data: waiting for the process that prepares {folder}", quiet)
-        if not shown or (note and not quiet and time.monotonic() - shown > (0 if live else 10)):
-            shown = time.monotonic()
-            if note and not quiet:
-                show_line(note, live)
-
-    with writing(folder, "; cache_dir=<folder> puts it elsewhere"), locked(folder / ".lock", wait) as note:
-        yield note
-
-
-def say(text: str, quiet: bool) -> None:
-    if text and not quiet:
-        tell(text)
-
-
-def clock(seconds: float) -> str:
-    """75 -> '1:15', 3700 -> '1:01:40', 100,000 -> '1d 03h'"""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 24:
-        return f"{hours // 24}d {hours % 24:02}h"
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import UserError, check_fields, put, visible
+from configurator import UserError, check_fields
 from runtime.device import Machine, peak_flops, peak_memory
-from runtime.files import clock, optional, own_file, own_folder, replacing, require_file, write_text
+from runtime.files import optional, own_file, own_folder, replacing, require_file, write_text
+from runtime.screen import clock, put, visible
 
 COLUMNS = ["step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_gb", "val_loss",
            "val_bits_per_byte", "expert_load", "balance", "muon_lr"]

@@ -7,7 +7,7 @@ alone, with the name and the fingerprint of the base that they belong to.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from configurator import ROOT, Settings, UserError, tell, write_path
+from configurator import ROOT, Settings, UserError, write_path
 from lora import LoraSettings, fingerprint
 from model import ModelConfig
 from optim import OptimSettings
@@ -15,6 +15,7 @@ from runtime import checkpoint
 from runtime.device import Machine, attempt
 from runtime.files import writing
 from runtime.resume import HERE, MUST, OUTSIDE, adopt, follow, names_of, read_made_of, read_part
+from runtime.screen import tell
 from text.batches import RULE
 from text.corpus import TRAINED, dataset_name, forced
 from text.tokenizer import Tokenizer, load_tokenizer

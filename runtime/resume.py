@@ -15,8 +15,9 @@ from configurator import RIVALS, Settings, UserError, cache_folder, pick
 from data import prepare
 from lora import LoraSettings
 from model import ModelConfig
-from runtime.files import mismatch, visible
+from runtime.files import mismatch
 from runtime.log import LogSettings
+from runtime.screen import visible
 from text.batches import RULE, fingerprint, read_meta
 from text.chat import ChatSettings
 from text.corpus import TRAINED, DataSettings, forced

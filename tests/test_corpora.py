@@ -612,9 +612,9 @@ def ask(**changes):
 
 
 def test_one_command_goes_from_downloads_to_samples_and_does_nothing_twice(ancients, tmp_path):
-    script = ("import sys, pathlib; sys.path.insert(0, sys.argv.pop(1)); import configurator, train; "
+    script = ("import sys, pathlib; sys.path.insert(0, sys.argv.pop(1)); import runtime.screen, train; "
               "from text import corpus; "
-              "corpus.ROOT = pathlib.Path.cwd(); configurator.run(train.main)")
+              "corpus.ROOT = pathlib.Path.cwd(); runtime.screen.run(train.main)")
     argv = [sys.executable, "-c", script, str(ROOT), str(ROOT / "config" / "ancients.py"), *TINY, "d_model=32",
             f"cache_dir={tmp_path / 'cache'}", f"out_dir={tmp_path / 'run'}", "d_ff=64", "n_layer=1",
             "n_head=2", "n_kv_head=2", "max_steps=4", "batch_size=4", "total_batch_size=0",

@@ -236,7 +236,7 @@ def test_full_disk_is_not_taken_for_a_bad_line(tmp_path, server, slept, monkeypa
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.Progress, "show", full)  # what is called behind each write
+    monkeypatch.setattr(module.ProgressLine, "show", full)  # what is called behind each write
     with pytest.raises(UserError, match=r"cannot write .*a.bin.part \(No space left"):
         download(server.url, tmp_path / "a.bin")
     assert slept == []

@@ -460,9 +460,9 @@ def test_a_full_disk_behind_the_screen_ends_no_run(text, tmp_path, full):
 
 def test_a_full_disk_behind_the_screen_of_several_processes_has_its_exit_code(text, tmp_path):
     script = tmp_path / "full.py"
-    script.write_text("import configurator, os, train\n"
+    script.write_text("import runtime.screen, os, train\n"
                       "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n"
-                      "configurator.run(train.main)\n")
+                      "runtime.screen.run(train.main)\n")
     code, out = finish(launch(tiny_run(text, tmp_path / "run", grad_accum=2), processes=2, script=script))
     assert code == 1 and re.search(r"exitcode *: 2", out), out
     assert checkpoint.load_newest(tmp_path / "run")["progress"]["step"] == 12

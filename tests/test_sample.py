@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
-import configurator
+import runtime.screen
 import sample
 from configurator import ROOT, UserError
-from runtime.files import visible
+from runtime.screen import visible
 from text.tokenizer import train_tokenizer
 
 
@@ -246,7 +246,7 @@ def test_error_sentences_are_escaped_on_a_terminal(monkeypatch):
         raise UserError("no file \x1b]0;owned\x07")
 
     with pytest.raises(SystemExit):
-        configurator.run(main)
+        runtime.screen.run(main)
     assert r"no file \x1b]0;owned\x07" in screen.getvalue() and "\x1b" not in screen.getvalue()
 
 

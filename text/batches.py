@@ -26,7 +26,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from configurator import UserError
-from runtime.files import Progress, file_state, read_json, replacing, require_file, write_json
+from runtime.files import file_state, read_json, replacing, require_file, write_json
+from runtime.screen import ProgressLine
 from text.records import reading
 
 FORMAT = 1  # of meta.json
@@ -171,7 +172,7 @@ def check_shards(folder: Path, split: str, meta: dict, shards: list[np.ndarray])
     part, known = meta["splits"][split], read_checked(folder)
     before, said = dict(known), part.get("sums") or [None] * len(shards)
     sums, done = [], 0
-    progress = Progress(f"checking {split}", sum(ids.nbytes for ids in shards), "MB", 1e6)
+    progress = ProgressLine(f"checking {split}", sum(ids.nbytes for ids in shards), "MB", 1e6)
     for (name, _), ids, expected in zip(part["shards"], shards, said, strict=True):
         path = shard_path(folder, meta, name)
         state = file_state(path)

@@ -26,8 +26,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal
 
-from configurator import ROOT, Amount, Count, Range, Share, UserError, check_fields, run, shown
-from runtime.files import Progress, file_state, is_first_process, require_file, visible
+from configurator import ROOT, Amount, Count, Range, Share, UserError, check_fields, shown
+from runtime.files import file_state, require_file
+from runtime.screen import ProgressLine, is_first_process, run, visible
 from text.download import download as download  # what most prepare.py need
 from text.records import (
     Piece,
@@ -237,7 +238,7 @@ def open_files(path: str, s, val: list[Path]) -> RawCorpus:
 
 def show_progress(pieces: Iterator[Piece], raw: RawCorpus, size: int) -> Iterator[Piece]:
     """The pieces, while a line shows how far the pass over them is."""
-    progress = Progress("choosing validation text", size, "MB", 1e6, quiet=not is_first_process())
+    progress = ProgressLine("choosing validation text", size, "MB", 1e6, quiet=not is_first_process())
     try:
         for piece in pieces:
             yield piece

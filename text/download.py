@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from urllib.parse import urlsplit
 
-from configurator import UserError, tell
-from runtime.files import Progress, is_first_process, locked, show_line
+from configurator import UserError
+from runtime.files import locked
+from runtime.screen import ProgressLine, is_first_process, show_line, tell
 
 PAUSES = (1, 2, 4, 8, 16)  # seconds before each further try, as long as the tries bring nothing new
 LONGEST = 120              # seconds that we wait, at most, when a server says how long
@@ -103,7 +104,7 @@ def fetch(url: str, file: BinaryIO, size: int, sha256: str, by_hand: str, note: 
         file.truncate(0)  # nothing would tell that it is the beginning of the same file
     resumed, anew, best, tries, answer = False, False, 0, 0, Answer(size, "")
     name = url.rsplit("/", 1)[-1]
-    progress = Progress(f"download {name}", size, "MB", 1e6, not is_first_process(), note)
+    progress = ProgressLine(f"download {name}", size, "MB", 1e6, not is_first_process(), note)
     progress.restart(file.seek(0, os.SEEK_END))
     while True:
         resumed = resumed or file.seek(0, os.SEEK_END) > 0
@@ -145,7 +146,7 @@ def plain_words(error: Exception) -> str:
     return str(reason) or type(reason).__name__
 
 
-def receive(url: str, file: BinaryIO, size: int, tag: str, sha256: str, progress: Progress) -> Answer:
+def receive(url: str, file: BinaryIO, size: int, tag: str, sha256: str, progress: ProgressLine) -> Answer:
     """Append to `file` what it lacks of `url`, as far as it comes; a server that cannot resume begins anew."""
     have = file.seek(0, os.SEEK_END)
     headers = {"User-Agent": "nanoEnigma", "Accept-Encoding": "identity"}  # some servers refuse Python's own name
@@ -193,7 +194,7 @@ def receive(url: str, file: BinaryIO, size: int, tag: str, sha256: str, progress
 def file_hash(file: BinaryIO) -> str:
     """SHA-256 in hexadecimal, without reading the file into memory."""
     digest, size = hashlib.sha256(), file.seek(0, os.SEEK_END)
-    progress = Progress("checking the download", size, "MB", 1e6, not is_first_process())
+    progress = ProgressLine("checking the download", size, "MB", 1e6, not is_first_process())
     file.seek(0)
     while block := file.read(1 << 20):
         digest.update(block)

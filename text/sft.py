@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from configurator import UserError, cache_folder, check_fields
-from runtime.files import read_json, replacing, say, visible, working, write_json
+from runtime.files import read_json, replacing, working, write_json
 from runtime.resume import data_words, digest, names_data
+from runtime.screen import say, visible
 from text.batches import permute, round_keys
 from text.chat import Template
 from text.conversations import Conversation, example_files, read_examples

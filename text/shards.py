@@ -19,8 +19,9 @@ from typing import NamedTuple
 import numpy as np
 
 import bpe
-from configurator import UserError, tell
-from runtime.files import Either, Progress, read_json, write_json
+from configurator import UserError
+from runtime.files import Either, read_json, write_json
+from runtime.screen import ProgressLine, tell
 from runtime.workers import in_order
 from text.batches import META, ShardWriter, measure, meta_check, open_shard, shard_path
 from text.corpus import RawCorpus
@@ -65,7 +66,7 @@ def write_split(folder: Path, split: str, raw: RawCorpus, tokenizer, shard_token
     first, skip, unknown = part.get("task", 0), part.get("skip", 0), part.get("unknown", 0)
     unk, content = tokenizer.role("unk"), hashlib.blake2b(digest_size=16)
     stats, head = {"documents": 0, "bytes": 0, "markers": 0, "replaced": 0}, Head()
-    progress = Progress(f"{split} tokens", raw.size(split), raw.unit, raw.scale, quiet, note)
+    progress = ProgressLine(f"{split} tokens", raw.size(split), raw.unit, raw.scale, quiet, note)
 
     def read() -> Iterator[Piece]:
         for text, ends in raw.pieces(split):

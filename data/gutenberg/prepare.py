@@ -25,7 +25,8 @@ if __name__ == "__main__":  # a command finds its own folder only
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import UserError  # noqa: E402
-from runtime.files import Either, Progress, is_first_process, read_json, write_text  # noqa: E402
+from runtime.files import Either, read_json, write_text  # noqa: E402
+from runtime.screen import ProgressLine, is_first_process  # noqa: E402
 from text.corpus import document_hash, download, plan_split, show_dataset  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parent
@@ -197,7 +198,7 @@ def text_of(book: dict) -> Path:
 def fetch_texts(books: list[dict]) -> list[dict]:
     """The same books, when all of them are here. One that does not come does not keep the others from coming."""
     wanted, failed = [book for book in books if not text_of(book).exists()], []
-    progress = Progress("gutenberg", len(wanted), "texts", quiet=not is_first_process())
+    progress = ProgressLine("gutenberg", len(wanted), "texts", quiet=not is_first_process())
     for number, book in enumerate(wanted, 1):
         try:
             download(TEXT.format(id=book["id"]), text_of(book))

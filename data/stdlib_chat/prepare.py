@@ -26,8 +26,9 @@ from typing import NamedTuple
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from configurator import UserError, run  # noqa: E402
+from configurator import UserError  # noqa: E402
 from runtime.files import replacing  # noqa: E402  (as a command, the repository is on the path only now)
+from runtime.screen import run  # noqa: E402
 from text.corpus import document_hash  # noqa: E402
 
 LIMIT = 600        # characters of all messages of an example: about 170 tokens of 3.5 bytes, a context is 256
