@@ -21,7 +21,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -38,6 +37,8 @@ from configurator import (
     check_fields,
     configure,
     find_path,
+    need,
+    pick,
 )
 from data import prepare
 from model import LanguageModel, ModelConfig
@@ -48,9 +49,10 @@ from runtime.resume import data_words, find_tokens, read_made_of, tokenizer_word
 from runtime.screen import ProgressLine, run, visible
 from text.batches import TokenStream, Validation
 from text.chat import ChatSettings, Template
+from text.conversations import Conversation, read_examples
 from text.corpus import DataSettings
 from text.records import Position, files_pieces, text_files, total_size
-from text.sft import SftSettings, examples_of, held_out_rows
+from text.sft import SftSettings, find_examples, held_out_rows, prepare_examples
 from text.shards import rest_of_document
 from text.tasks import (
     TASKS,
@@ -275,9 +277,10 @@ def open_windows(s: Settings, state: dict, tokenizer, seq_len: int, run: Path, m
     if not s.data_path and saved.get("task") == "sft":
         if s.stride:
             raise UserError("stride is for running text, and this run learned examples: leave it out")
-        of_run = SimpleNamespace(**saved | {"eval_tokens": s.eval_tokens, "seed": 0})
-        examples = examples_of(s.cache_dir, saved, before, run)
-        return "validation", held_out_rows(examples, of_run, Template(of_run.template, tokenizer))
+        chat = pick(ChatSettings, saved)
+        rows = held_out_rows(examples_of(s.cache_dir, saved, before, run), Template(chat.template, tokenizer), chat,
+                             packing=saved["packing"], seq_len=seq_len, seed=0, eval_tokens=s.eval_tokens)
+        return "validation", rows
     if s.data_path:
         folder = find_path(s.data_path)
     else:
@@ -311,6 +314,19 @@ def tokens_of(cache_dir: str, saved: dict, before: dict, tokenizer, seq_len: int
             return folder
     raise UserError(f"the text that {run} validated on is not in {cache_folder(cache_dir)}: name that folder with "
                     f"CACHE_DIR=, or make it: python data.py {data_words(saved)} {tokenizer_words(saved)}".rstrip())
+
+
+def examples_of(cache_dir: str, saved: dict, before: dict, run: Path) -> list[Conversation]:
+    """The validation examples of a fine-tuning run; `before` as for `tokens_of`."""
+    found, words = before and find_examples(cache_dir, before), data_words(saved)
+    if found:
+        return found[1]
+    if words == "DATASET=stdlib_chat":
+        return list(read_examples(prepare_examples("stdlib_chat", cache_dir, quiet=True) / "val.jsonl"))
+    need(before, f"{run} is too old to find its validation examples again: with more steps, and {words}, its next best "
+                 "model can")
+    raise UserError(f"the examples that {run} validated on are not in {cache_folder(cache_dir)}: name that folder with "
+                    f"CACHE_DIR=, or start the run again, {words}, which puts them there")
 
 
 def report(name: str, windows, score: Score, state: dict, machine: Machine, folder: Path, about: dict) -> None:

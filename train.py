@@ -56,7 +56,7 @@ from runtime.plan import (
     set_aside,
     starting_point,
 )
-from runtime.resume import changes, made_of, named_before, tokens_to_learn
+from runtime.resume import changes, examples_to_learn, made_of, named_before, tokens_to_learn
 from runtime.screen import clock, run
 from text.batches import Batches, Prefetcher, TokenStream, Validation
 from text.chat import ChatSettings
@@ -181,7 +181,10 @@ def open_data(s: Settings, start: Start, quiet: bool):
     """(tokenizer, training samples, validation windows) of the task; a corpus is prepared first where it must be."""
     if s.task == "sft":
         s.set("vocab_size", start.tokenizer.vocab_size, "tokenizer")
-        return start.tokenizer, *open_examples(s, start.tokenizer, quiet, start.saved, start.made_of)
+        found = examples_to_learn(s, start.saved, start.made_of)
+        return start.tokenizer, *open_examples(
+            start.tokenizer, s.part(DataSettings), s.part(ChatSettings), s.part(SftSettings), seq_len=s.seq_len,
+            seed=s.seed, eval_tokens=s.eval_tokens, found=found, quiet=quiet)
     folder = tokens_to_learn(s, start.saved, start.made_of, start.tokenizer, quiet)
     tokenizer = adopt_tokenizer(s, folder, start)
     stream, held_out = (TokenStream(folder, split, tokenizer) for split in ("train", "val"))

@@ -4,14 +4,13 @@ A checkpoint says what its run is made of: the settings, those of the config fil
 out of a checkpoint never names code or a place: the data is found by what it holds, in our own cache.
 """
 
-import hashlib
 import json
 import shlex
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from configurator import RIVALS, Settings, UserError, cache_folder, pick
+from configurator import RIVALS, Settings, UserError, cache_folder, need, pick
 from data import prepare
 from lora import LoraSettings
 from model import ModelConfig
@@ -21,6 +20,7 @@ from runtime.screen import visible
 from text.batches import RULE, fingerprint, read_meta
 from text.chat import ChatSettings
 from text.corpus import TRAINED, DataSettings, forced
+from text.sft import Split, find_examples
 from text.shards import PREPARED
 
 OUTSIDE = ("environment", "command line")  # of a config file
@@ -197,6 +197,16 @@ def tokens_to_learn(s: Settings, saved: dict, before: dict, tokenizer, quiet: bo
     return prepare(s, quiet, None if asks_for_another(s, saved, tokenizer) else tokenizer)
 
 
+def examples_to_learn(s: Settings, saved: dict, before: dict) -> Split | None:
+    """The examples of before for this start of a fine-tuning run; None if they are to be read. See `tokens_to_learn`"""
+    if not before or names_data(s):
+        return None
+    found, words = find_examples(s.cache_dir, before), data_words(saved)
+    need(found or words == "DATASET=stdlib_chat",
+         f"the examples of this run are not in {cache_folder(s.cache_dir)}: name them again, {words}")
+    return found
+
+
 def asks_for_another(s: Settings, saved: dict, tokenizer) -> bool:
     """Whether this start wants a tokenizer that is not the checkpoint's."""
     if tokenizer is None or s.tokenizer not in TRAINED:
@@ -204,8 +214,3 @@ def asks_for_another(s: Settings, saved: dict, tokenizer) -> bool:
     size = s.given("vocab_size") and s.vocab_size not in (saved.get("vocab_size"), tokenizer.vocab_size)
     kind = s.given("tokenizer") and saved.get("tokenizer") in TRAINED and s.tokenizer != saved["tokenizer"]
     return size or kind
-
-
-def digest(*parts) -> str:
-    """A short hash of what JSON can say."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -5,11 +5,12 @@ from collections import Counter
 
 import pytest
 
-import train
-from configurator import UserError, configure
+from configurator import UserError
 from test_chat import Template, make, talk
+from text.chat import ChatSettings
 from text.conversations import read_examples
-from text.sft import Examples, open_examples
+from text.corpus import DataSettings
+from text.sft import Examples, SftSettings, open_examples
 
 ASKED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
@@ -17,6 +18,11 @@ ASKED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 def read(tmp_path, record, notes=None):
     (tmp_path / "a.jsonl").write_text(json.dumps(record), encoding="utf-8")
     return list(read_examples(tmp_path / "a.jsonl", notes))[0]
+
+
+def open_rows(kind, seq_len=256, **data):
+    return open_examples(make(kind), DataSettings(**data), ChatSettings(), SftSettings(), seq_len=seq_len, seed=1337,
+                         eval_tokens=50_000)
 
 
 def unlearned(messages, *answers):
@@ -191,15 +197,14 @@ def test_a_dataset_of_the_hub_or_a_folder_is_read_for_fine_tuning(tmp_path, monk
     (tmp_path / "rows").mkdir()
     records = [json.dumps({"conversations": SHAREGPT[:1] + [{"from": "gpt", "value": str(i)}]}) for i in range(20)]
     (tmp_path / "rows" / "train.jsonl").write_text("\n".join(records))
-    s = configure(train.SETTINGS, ["SFT_MODE=1", f"dataset=hf:{tmp_path / 'rows'}", f"cache_dir={tmp_path}"], {})
-    train_rows, val = open_examples(s, make("bpe"), quiet=True)
-    assert (len(train_rows.conversations), len(val.conversations)) == (19, 1)
+    rows, val = open_rows("bpe", dataset=f"hf:{tmp_path / 'rows'}", cache_dir=str(tmp_path / "cache"))
+    assert (len(rows.conversations), len(val.conversations)) == (19, 1)
 
 
 def test_what_the_files_hold_is_said(tmp_path, capsys):
     records = [{"instruction": f"a{i}", "output": "b", "id": i} for i in range(20)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
-    open_examples(configure(train.SETTINGS, ["SFT_MODE=1", f"data_path={tmp_path}"], {}), make("bpe"))
+    open_rows("bpe", data_path=str(tmp_path), cache_dir=str(tmp_path / "cache"))
     shown = capsys.readouterr().out
     assert "20 of a.jsonl" in shown and "field id is not read (20 times)" in shown
 
@@ -208,14 +213,12 @@ def test_validation_examples_that_are_too_long_are_passed_over(tmp_path):
     """Whichever examples the hash chooses: only those that fit are for validation."""
     records = [{"instruction": f"a{i}", "output": "b" * (500 if i < 19 else 1)} for i in range(21)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
-    s = configure(train.SETTINGS, ["SFT_MODE=1", f"data_path={tmp_path}", "seq_len=64"], {})
-    rows, val = open_examples(s, make("bpe"), quiet=True)
+    rows, val = open_rows("bpe", seq_len=64, data_path=str(tmp_path), cache_dir=str(tmp_path / "cache"))
     assert (len(rows.ids), rows.dropped, len(val.examples.ids), val.examples.dropped) == (1, 19, 1, 0)
 
 
 def test_what_the_tokenizer_loses_of_the_examples_is_said(tmp_path, capsys):
     records = [{"instruction": f"a{i}", "output": "fox \u0416"} for i in range(20)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
-    s = configure(train.SETTINGS, ["SFT_MODE=1", f"data_path={tmp_path}", f"cache_dir={tmp_path / 'cache'}"], {})
-    open_examples(s, make("char"))
+    open_rows("char", data_path=str(tmp_path), cache_dir=str(tmp_path / "cache"))
     assert "in the examples, the tokenizer loses" in capsys.readouterr().out

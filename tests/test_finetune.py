@@ -20,8 +20,9 @@ from test_chat import make, talk
 from test_model import shaken, tiny
 from test_reliability import finish, launch
 from test_train import column, interrupt_at, same
-from text.chat import Template
-from text.sft import Examples, open_examples
+from text.chat import ChatSettings, Template
+from text.corpus import DataSettings
+from text.sft import Examples, SftSettings, open_examples
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +67,8 @@ def test_the_reported_loss_is_that_of_the_answers_alone(text, base, questions, t
     train.main(tune(text, base, questions, tmp_path / "run"))
     model, tokenizer, _ = checkpoint.load_model(tmp_path / "run" / "step_00000012.pt")
     s = configure(train.SETTINGS, tune(text, base, questions, tmp_path / "run"), {})
-    s.set("seq_len", 64, "test")
-    _, held_out = open_examples(s, tokenizer, quiet=True)
+    _, held_out = open_examples(tokenizer, *map(s.part, (DataSettings, ChatSettings, SftSettings)), seq_len=64,
+                                seed=s.seed, eval_tokens=s.eval_tokens, quiet=True)
     template, nats, learned = Template("chatml", tokenizer), 0.0, 0
     for conversation in held_out.conversations:  # one by one, unpacked, by hand
         ids, counts = template.render(conversation)

@@ -4,16 +4,14 @@ import gzip
 import json
 import math
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from configurator import UserError, configure
-from model import ModelConfig
 from test_chat import BLOCKS, CHINESE, EMOJI, make, model_for, talk
-from text.chat import TEMPLATES, ChatSettings, Template
+from text.chat import TEMPLATES, Template
 from text.corpus import DataSettings
 from text.sft import (
     Examples,
@@ -22,7 +20,6 @@ from text.sft import (
     pack,
     prepare_examples,
     read_examples,
-    read_files,
     read_split,
     show_example,
     split_examples,
@@ -349,35 +346,32 @@ def test_damaged_examples_of_the_cache_are_made_again(tmp_path, monkeypatch, cap
     script.write_text("def documents(split): return ()\n"
                       "def examples(split): return [{'instruction': split, 'output': str(i)} for i in range(9)]\n")
     monkeypatch.setattr("text.corpus.ROOT", tmp_path)
-    s = SimpleNamespace(dataset="chat", cache_dir=str(tmp_path / "cache"), data_path="", val_path="")
-    right = {path.name: path.read_bytes() for path in prepare_examples(s, quiet=True).iterdir()}
+    cache = str(tmp_path / "cache")
+    right = {path.name: path.read_bytes() for path in prepare_examples("chat", cache, quiet=True).iterdir()}
     assert sorted(right) == ["hashes.json", "train.jsonl", "val.jsonl"]
     for name, content in right.items():
         for damaged in (b"", content[:-9], content.replace(b"1", b"2"), b"[]"):
-            folder = prepare_examples(s, quiet=True)
+            folder = prepare_examples("chat", cache, quiet=True)
             (folder / name).write_bytes(damaged)
-            prepare_examples(s, quiet=False)
+            prepare_examples("chat", cache, quiet=False)
             assert {path.name: path.read_bytes() for path in folder.iterdir()} == right, (name, damaged)
     assert "its examples are made again" in capsys.readouterr().out
 
 
-def test_examples_named_for_validation_are_not_learned(tmp_path, tokenizer, capsys):
+def test_examples_named_for_validation_are_not_learned(tmp_path, capsys):
     for name in ("train", "valid", "test"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"instruction": "a", "output": name}))
     (tmp_path / "more.csv").write_text("instruction,output\na,more\n")
-    s = configure([SftSettings, DataSettings, ChatSettings, ModelConfig],
-                  [f"data_path={tmp_path}", f"cache_dir={tmp_path / 'cache'}"], environ={})
-    train, val = read_files(s, quiet=False)
+    train, val = read_split(DataSettings(data_path=str(tmp_path)))
     assert [each[-1]["content"] for each in train] == ["more", "train"]
     assert [each[-1]["content"] for each in val] == ["valid"]
     said = capsys.readouterr().out
     assert "validation on valid.jsonl" in said and "not used, by the name: test.jsonl" in said
 
 
-def test_a_validation_file_without_examples_is_refused(tmp_path, tokenizer):
+def test_a_validation_file_without_examples_is_refused(tmp_path):
     lines = [json.dumps({"instruction": f"say {i}", "output": "yes"}) for i in range(4)]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     (tmp_path / "val.jsonl").write_text("")
-    s = configure([SftSettings, DataSettings, ChatSettings, ModelConfig], [f"data_path={tmp_path}"], environ={})
     with pytest.raises(UserError, match="no example left to validate on"):
-        read_split(s, Template("chatml", tokenizer), quiet=True)
+        read_split(DataSettings(data_path=str(tmp_path)))
