@@ -486,8 +486,8 @@ def count_shards(files: list[Path], tokenizer, bin_dtype: str, progress: Progres
             done += some.nbytes
             progress.show(done)
     progress.close()
-    sizes, unk = np.array([len(token) for token in tokenizer.token_bytes()]), tokenizer.role("unk")
-    return {"documents": int(counts[tokenizer.role("eot")]), "bytes": int(counts @ sizes),
+    unk = tokenizer.role("unk")
+    return {"documents": int(counts[tokenizer.role("eot")]), "bytes": int(counts @ tokenizer.token_sizes),
             "unknown": int(counts[unk]) if unk is not None else 0, "tokens": int(counts.sum()),
             "shards": shards, "content": content.hexdigest()}
 

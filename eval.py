@@ -174,8 +174,7 @@ class TextWindows:
         """The documents of prepared tokens, or the first max_tokens of these."""
         ids = stream.read(0, max_tokens or len(stream))
         self.unknown += int((ids == tokenizer.role("unk")).sum()) if tokenizer.role("unk") is not None else 0
-        sizes = np.array([len(token) for token in tokenizer.token_bytes()])
-        self.bytes += int(sizes[ids].sum())
+        self.bytes += int(tokenizer.token_sizes[ids].sum())
         for document in np.split(ids, np.flatnonzero(ids == stream.eot) + 1):
             self.add(document[document != stream.eot])
         return self.sorted()

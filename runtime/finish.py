@@ -76,12 +76,11 @@ def beginnings(stream, tokenizer, count: int, size: int = 40) -> list[list[int]]
     starts = np.union1d([0], ends + 1)
     starts = starts[starts < len(ids)]
     starts = starts[np.unique(np.linspace(0, len(starts) - 1, count).astype(int))]
-    sizes = [len(token) for token in tokenizer.token_bytes()]
     found = []
     for start in starts:
         document = ids[start : start + size].tolist()
         document = document[: document.index(stream.eot)] if stream.eot in document else document
-        long = np.cumsum([sizes[i] for i in document]) <= size
+        long = np.cumsum(tokenizer.token_sizes[document]) <= size
         found.append(document[: max(1, int(long.sum()))])
     return [document for document in found if document]
 

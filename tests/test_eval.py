@@ -36,7 +36,7 @@ class Uniform(torch.nn.Module):
 
     def __init__(self, tokenizer):
         super().__init__()
-        self.sizes = torch.tensor([len(token) for token in tokenizer.token_bytes()])
+        self.sizes = torch.from_numpy(tokenizer.token_sizes)
 
     def forward(self, ids, targets, weights):
         return self.sizes[targets].double() * math.log(256) * weights

@@ -464,8 +464,8 @@ class Validation:
             self.starts = self.starts[np.linspace(0, len(self.starts) - 1, limit).round().astype(np.int64)]
         self.lengths = np.minimum(seq_len + 1, len(stream) - self.starts)
         self.tokens = int((self.lengths - 1).sum())
-        sizes = np.array([len(token) for token in tokenizer.token_bytes()])
-        self.bytes = sum(int(sizes[stream.read(int(start) + 1, seq_len)].sum()) for start in self.starts)
+        ids_of = (stream.read(int(start) + 1, seq_len) for start in self.starts)
+        self.bytes = sum(int(tokenizer.token_sizes[ids].sum()) for ids in ids_of)
 
     def __len__(self) -> int:
         """The number of windows."""

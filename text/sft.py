@@ -298,7 +298,7 @@ class Examples:
         self.rows = pack(lengths, order, seq_len) if packing else [[int(i)] for i in order]
         self.per_epoch, self.tokens = len(self.rows), int(lengths.sum())
         self.fill = self.tokens / (self.per_epoch * seq_len)
-        sizes = np.array([len(token) for token in template.tokenizer.token_bytes()])
+        sizes = template.tokenizer.token_sizes
         self.learned = self.bytes = 0
         for ids, weights in zip(self.ids, self.weights, strict=True):
             self.learned += int(weights[1:].sum())

@@ -121,6 +121,11 @@ class Tokenizer:
         """The bytes of every id, for bits per byte; b"" for special tokens and for ids that stand for nothing."""
         return self.codec.token_bytes()
 
+    @cached_property
+    def token_sizes(self) -> np.ndarray:
+        """How many bytes each id stands for; 0 for special tokens."""
+        return np.array([len(token) for token in self.token_bytes()])
+
     def role(self, name: str) -> int | None:
         """Id of the token that plays a role, a key of ROLES; None where this tokenizer has none."""
         config, named = self.codec.config, self.codec.config.get(f"{name}_token")
