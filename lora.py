@@ -7,7 +7,7 @@
     plain.load_state_dict(merged_state(model))    # or a model that knows nothing of LoRA
 
 A matrix W (out, in) becomes W + scale · B·A, with A (r, in) random and B (out, r) zero at the start, so that training
-begins with the base's own outputs. Only A and B train: what AdamW remembers is as small as they are.
+begins with the base's own outputs. Only A and B train, so the optimizer's state is as small as they are.
 """
 
 import hashlib
@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configurator import BelowOne, Count, Positive, UserError, check_fields
+from configurator import BelowOne, Count, Positive, UserError, check_fields, need
+from runtime.files import misfit
 
 
 @dataclass
@@ -29,14 +30,13 @@ class LoraSettings:
     lora_alpha: Positive = 32.0  # adapters are scaled by lora_alpha / lora_rank
     lora_dropout: BelowOne = 0.0  # dropout on the input of the adapters, in training only
     lora_targets: str = "all,head"  # comma-separated: q, k, v, o, ffn, head, all (but the head), or a glob: blocks.0.*
-    lora_rs: bool = False       # rsLoRA: scale by lora_alpha / √lora_rank, which suits large ranks
+    lora_rs: bool = False       # rsLoRA: scale the adapters by lora_alpha / √lora_rank, which suits large ranks
     lora_dora: bool = False     # DoRA: train the length of each row of the weight separately from its direction
-    lora_base: str = ""         # path of the base checkpoint, if it has moved
+    lora_base: str = ""         # path of the adapters' base checkpoint, if it has moved
 
     def __post_init__(self):
         check_fields(self)
-        if not self.targets():
-            raise UserError("lora_targets names no matrix: set lora_targets=all")
+        need(self.targets(), "lora_targets names no matrix: set lora_targets=all")
 
     def targets(self) -> list[str]:
         """'q, v' -> ['q', 'v']"""
@@ -59,13 +59,15 @@ class LoraLinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.rank, self.dropout = rank, dropout
         self.scale = alpha / (math.sqrt(rank) if rs else rank)
-        new = dict(dtype=torch.float32, device=base.weight.device)
-        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, **new))
-        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **new))
+        device = base.weight.device
+        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=device))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # within 1/sqrt(in), as nn.Linear itself
         self.kept: tuple[nn.Parameter, ...] = ()  # the base's own weight while merged; a tuple, so not a parameter here
-        wide = base.weight.to(torch.promote_types(base.weight.dtype, torch.float32))  # what is combined, as B is 0
-        self.lora_magnitude = nn.Parameter(row_norms(wide).float()) if dora else None
+        self.lora_magnitude = None
+        if dora:
+            wide = base.weight.to(torch.promote_types(base.weight.dtype, torch.float32))  # what is combined, as B is 0
+            self.lora_magnitude = nn.Parameter(row_norms(wide).float())
         self.train(base.training)  # or a model in eval mode would drop out
 
     def combined(self) -> Tensor:
@@ -122,7 +124,7 @@ def row_norms(weight: Tensor) -> Tensor:
     return weight.detach().norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-# ---- putting adapters in ---------------------------------------------------------------------------------------------
+# ---- putting adapters in ----
 
 
 def inject(model: nn.Module, settings: LoraSettings) -> list[str]:
@@ -133,124 +135,118 @@ def inject(model: nn.Module, settings: LoraSettings) -> list[str]:
     head tied to the embedding changes as the head only: lookups stay those of the base.
     Raises UserError for a target that matches nothing, for adapters on adapters, and for dropout where it cannot act.
     """
-    if any(isinstance(module, LoraLinear) for module in model.modules()):
-        raise UserError("the model has LoRA adapters already: start from a base, or merge them into one first")
-    places = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
-    chosen = choose([name for name, _ in places], settings.targets())
-    read = {"head", "router"} & {part for name in chosen for part in name.split(".")}  # by their weight alone
-    if settings.lora_dropout and read:
-        others = "all" if read == {"head"} else "attn"
-        raise UserError(f"lora_dropout={settings.lora_dropout} cannot act on the {min(read)}, whose weight is read as "
-                        f"it is: set lora_targets={others} or lora_dropout=0")
-    if settings.lora_dropout and getattr(model, "chain", None) is not None:
-        raise UserError(f"lora_dropout={settings.lora_dropout}: a reversible model computes every branch again, the "
-                        "same each time; set lora_dropout=0")
+    need(not adapted(model), "the model has LoRA adapters already: start from a base, or merge them into one first")
+    modules = model.named_modules(remove_duplicate=False)
+    linear = {name: module for name, module in modules if isinstance(module, nn.Linear)}
+    chosen = match_targets(list(linear), settings.targets())
+    if settings.lora_dropout:
+        check_dropout(model, chosen, settings.lora_dropout)
     model.requires_grad_(False)
-    adapters: dict[int, LoraLinear] = {}
+    adapters: dict[nn.Module, LoraLinear] = {}
     names = []
-    for name, linear in places:
-        if name in chosen and id(linear) not in adapters:
-            adapters[id(linear)] = LoraLinear(linear, settings.lora_rank, settings.lora_alpha, settings.lora_dropout,
-                                              settings.lora_rs, settings.lora_dora)
+    for name, module in linear.items():
+        if name in chosen and module not in adapters:
+            adapters[module] = LoraLinear(module, rank=settings.lora_rank, alpha=settings.lora_alpha,
+                                          dropout=settings.lora_dropout, rs=settings.lora_rs, dora=settings.lora_dora)
             names.append(name)
-    for name, linear in places:
-        if id(linear) in adapters:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, adapters[id(linear)])
+    for name, module in linear.items():
+        if module in adapters:
+            model.set_submodule(name, adapters[module])
     return names
 
 
-def choose(names: list[str], targets: list[str]) -> set[str]:
+def check_dropout(model: nn.Module, chosen: set[str], dropout: float) -> None:
+    for read, others in (("head", "all"), ("router", "attn")):  # their weight is read, their forward not called
+        names = [name for name in chosen if read in name.split(".")]
+        need(not names, f"lora_dropout={dropout} cannot act on the {read}, whose weight is read as it is: set "
+                        f"lora_targets={others} or lora_dropout=0")
+    need(getattr(model, "chain", None) is None, f"lora_dropout={dropout}: a reversible model computes every branch "
+                                                "again, the same each time; set lora_dropout=0")
+
+
+def match_targets(names: list[str], targets: list[str]) -> set[str]:
     """The names that any target means: 'all' but the head, a part between dots ('q', 'ffn'), or a pattern."""
-    parts = {name: name.split(".") for name in names}
     chosen: set[str] = set()
     for target in targets:
-        if target == "all":
-            found = {name for name in names if "head" not in parts[name]}
-        else:
-            found = {name for name in names if target in parts[name] or fnmatchcase(name, target)}
+        found = set()
+        for name in names:
+            parts = name.split(".")
+            if target in parts or fnmatchcase(name, target) or (target == "all" and "head" not in parts):
+                found.add(name)
         if not found:
-            known = sorted({part for name in names for part in parts[name] if not part.isdigit()})
+            known = {part for name in names for part in name.split(".") if not part.isdigit()}
             raise UserError(f"lora_targets={target} matches no matrix of this model: choose from all, "
-                            f"{', '.join(known)}, or write a pattern such as blocks.0.*")
+                            f"{', '.join(sorted(known))}, or write a pattern: blocks.0.*")
         chosen |= found
     return chosen
 
 
-def adapted(model: nn.Module, every_name: bool = False) -> list[tuple[str, LoraLinear]]:
-    """(name, module) of each adapted matrix, once, or under every name that it has."""
+def adapted(model: nn.Module, every_name: bool = False) -> dict[str, LoraLinear]:
+    """{name: module} of each adapted matrix, once, or under every name that it has."""
     modules = model.named_modules(remove_duplicate=not every_name)
-    return [(name, module) for name, module in modules if isinstance(module, LoraLinear)]
+    return {name: module for name, module in modules if isinstance(module, LoraLinear)}
 
 
-# ---- taking them out -------------------------------------------------------------------------------------------------
+# ---- taking them out ----
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """{"blocks.0.attn.q.lora_a": ..., "blocks.0.attn.q.lora_b": ..., ...}: the adapters themselves, not copies."""
     state = {}
-    for name, module in adapted(model):
+    for name, module in adapted(model).items():
         for key, p in module.named_parameters(recurse=False):
             state[f"{name}.{key}"] = p.detach()
     return state
 
 
 def load_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy a state of `adapter_state` into a model that is adapted the same way.
+    """Copy a state of `adapter_state` into a model that is adapted the same way. Scales are settings, not in there.
 
-    Raises UserError if a name or a shape differs, before anything is changed. Scales are settings, which the caller
-    keeps beside the state.
+    Raises UserError if a name or a shape differs, before anything is changed.
     """
     own = adapter_state(model)
-    if different := sorted(own.keys() ^ state.keys()):
-        where = "the file" if different[0] in state else "the model"
-        raise UserError(f"the adapter does not fit: {different[0]} is only in {where}; use the lora_targets and "
-                        "lora_dora that it was trained with")
-    for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
-            raise UserError(f"the adapter does not fit: {name} is {tuple(state[name].shape)} in the file and "
-                            f"{tuple(tensor.shape)} in the model; use its lora_rank, and its base")
-    if any(module.kept for _, module in adapted(model)):
-        raise ValueError("unmerge the model first: its merged weights are those of the old adapter")
+    wrong = misfit(own, state)
+    need(not wrong, f"the adapter does not fit the model: {wrong}; use the base, rank and targets that it has")
+    for module in adapted(model).values():
+        if module.kept:
+            raise ValueError("unmerge the model first: its merged weights are those of the old adapter")
     for name, tensor in own.items():
         tensor.copy_(state[name])
 
 
 def merge(model: nn.Module) -> None:
     """Every adapted layer becomes a plain product with W' = W + scale · B A (or DoRA's), in place. Twice is once."""
-    for _, module in adapted(model):
+    for module in adapted(model).values():
         module.merge()
 
 
 def unmerge(model: nn.Module) -> None:
     """Undo `merge`: the base comes back bit for bit, as it was kept meanwhile (which takes its memory twice)."""
-    for _, module in adapted(model):
+    for module in adapted(model).values():
         module.unmerge()
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """A state dict with the names and shapes that the model had before `inject`, and the effective weights.
 
-    A head that was tied to the embedding and is adapted is no longer equal to it: such a state belongs in a model with
-    tie_embeddings=False, as a tied one would load either of them into both.
+    An adapted head is no longer tied to the embedding: its state belongs in a model with tie_embeddings=False.
     """
-    modules = dict(adapted(model, every_name=True))
+    modules = adapted(model, every_name=True)
     state = {}
     for key, tensor in model.state_dict().items():
         name, _, kind = key.rpartition(".")
         owner = name.removesuffix(".base")
         if owner not in modules:
             state[key] = tensor
-        elif owner != name:  # the base's own entry; those of the adapter are left out
-            state[f"{owner}.{kind}"] = modules[owner].weight.detach() if kind == "weight" else tensor
+        elif owner != name and kind == "weight":
+            state[f"{owner}.weight"] = modules[owner].weight.detach()
+        elif owner != name:  # a bias; what is the adapter's own is left out
+            state[f"{owner}.{kind}"] = tensor
     return state
 
 
 def fingerprint(state: dict[str, Tensor]) -> str:
-    """16 hex digits of a state dict's names, shapes, dtypes and bytes, in any order and on any device.
-
-    Of a plain model, it says whether an adapter was trained on this base.
-    """
+    """16 hex digits of a state dict's names, shapes, dtypes and bytes: whether an adapter was trained on this base."""
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -263,10 +259,16 @@ def describe(model: nn.Module) -> str:
     """'LoRA rank 16 on 24 matrices (q k v o ffn): 1,234,567 of 50,000,000 parameters train, 2.5 %', adapters included
     in the second number."""
     modules = adapted(model)
-    parts = [[part for part in name.split(".") if not part.isdigit()] for name, _ in modules]
-    kinds = dict.fromkeys("ffn" if "ffn" in part else part[-1] for part in parts)  # a set that keeps the order
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    method = "LoRA" if modules[0][1].lora_magnitude is None else "DoRA"
-    return (f"{method} rank {modules[0][1].rank} on {len(modules)} matrices ({' '.join(kinds)}): "
+    kinds = {}  # a set that keeps the order
+    for name in modules:
+        parts = [part for part in name.split(".") if not part.isdigit()]
+        kinds["ffn" if "ffn" in parts else parts[-1]] = None
+    first = next(iter(modules.values()))
+    method = "LoRA" if first.lora_magnitude is None else "DoRA"
+    total = trained = 0
+    for p in model.parameters():
+        total += p.numel()
+        if p.requires_grad:
+            trained += p.numel()
+    return (f"{method} rank {first.rank} on {len(modules)} matrices ({' '.join(kinds)}): "
             f"{trained:,} of {total:,} parameters train, {100 * trained / total:.1f} %")

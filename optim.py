@@ -1,6 +1,6 @@
 """The optimizer: AdamW and Muon, learning-rate schedules, gradient clipping, and an average of the weights.
 
-    optimizer = build_optimizer(model, OptimSettings())          # after model.to(device)
+    optimizer = Optimizer(model, OptimSettings())                # after model.to(device)
     for step in range(max_steps):
         model(ids, targets).sum().backward()
         norm = clip_grad_norm(model.parameters(), s.grad_clip)   # a tensor: nothing waits for the device
@@ -20,7 +20,8 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from configurator import BelowOne, Count, NotNegative, Positive, Range, Size, UserError, check_fields
+from configurator import BelowOne, Count, NotNegative, Positive, Range, Size, check_fields, need
+from runtime.files import misfit
 
 Decay = Annotated[float, Range(above=0, below=1)]
 PositiveShare = Annotated[float, Range(above=0, most=1)]
@@ -28,18 +29,18 @@ PositiveShare = Annotated[float, Range(above=0, most=1)]
 
 @dataclass
 class OptimSettings:
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for hidden matrices, else AdamW; adamw: AdamW for all
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for hidden matrices, AdamW for the rest; adamw: for all
     lr: Positive = 3e-2         # peak learning rate of AdamW; with optimizer=adamw try 3e-3, less for large models
     muon_lr: NotNegative = 0.0  # peak learning rate of Muon; 0 = lr / muon_ratio, so that lr scales both
     muon_ratio: Positive = 1.5  # muon_lr = lr / muon_ratio, unless muon_lr is set
     min_lr: float = -1.0        # learning rate of the last step, compared with lr; -1 = lr / 10
-    weight_decay: NotNegative = 0.1  # decoupled, times the learning rate; on matrices, not embeddings, norms, biases
+    weight_decay: NotNegative = 0.1  # decoupled weight decay, times the learning rate; for matrices, not embeddings
     beta1: Decay = 0.9          # AdamW: decay rate of the first moment
     beta2: Decay = 0.95         # AdamW: decay rate of the second moment
     eps: NotNegative = 1e-8     # AdamW: added to the root of the second moment
     muon_momentum: Decay = 0.95  # Muon: decay rate of the momentum
     grad_clip: NotNegative = 1.0  # largest global norm of the gradient; 0 = no clipping
-    schedule: Literal["cosine", "cosine_restarts", "linear", "wsd", "constant"] = "cosine"  # shape after the warm-up
+    schedule: Literal["cosine", "cosine_restarts", "linear", "wsd", "constant"] = "cosine"  # lr after the warm-up
     warmup_steps: Size = 30     # steps in which the learning rate rises; at most half of the run
     t0: Count = 2000            # cosine_restarts: steps of the first cycle
     t_mult: Count = 2           # cosine_restarts: factor by which each cycle is longer than the one before
@@ -48,32 +49,32 @@ class OptimSettings:
 
     def __post_init__(self):
         check_fields(self)
-        if self.min_lr < 0 and self.min_lr != -1:
-            raise UserError(f"min_lr={self.min_lr} must not be negative; min_lr=-1 is lr / 10")
+        need(self.min_lr >= 0 or self.min_lr == -1, f"min_lr={self.min_lr} must not be negative; min_lr=-1 is lr / 10")
+        need(self.min_lr <= self.lr, f"min_lr={self.min_lr} is above lr={self.lr}: lower it, or set min_lr=-1")
         self.muon_lr = self.muon_lr or self.lr / self.muon_ratio
-        if self.min_lr > self.lr:
-            raise UserError(f"min_lr={self.min_lr} is above lr={self.lr}: lower it, or set min_lr=-1 for lr / 10")
 
 
-# ---- schedules -------------------------------------------------------------------------------------------------------
+# ---- schedules and clipping ----
 
 
 def lr_at(step: float, s: OptimSettings, max_steps: float) -> float:
     """The factor in [0, 1] that multiplies every peak learning rate in optimizer step `step` (0-based) of a run.
 
-    A run whose steps were of several sizes counts both in steps of the present size: samples seen, and samples planned.
+    The warm-up rises as (step + 1) / (warmup_steps + 1): the first step is not zero, and the peak comes once. Then the
+    factor falls from 1 to min_lr / lr, which the last step, max_steps - 1, has exactly (`constant`, and a run of one
+    step, stay at 1). `cosine_restarts` is SGDR (Loshchilov and Hutter, arXiv 1608.03983): cycles of t0, t0·t_mult, …
+    steps, the last one shortened to end with the run. `wsd` is warm-up, stable, decay (MiniCPM, arXiv 2404.06395).
 
-    It rises as (step + 1) / (warmup_steps + 1), so the first step is not zero and the peak comes once; then falls from
-    1 to min_lr / lr, which the last step, max_steps - 1, has exactly (`constant` stays at 1, and so does a run of one
-    step). `cosine_restarts` is SGDR (Loshchilov and Hutter, arXiv 1608.03983): cycles of t0, t0·t_mult, … steps, of
-    which the last is cut to end with the run. `wsd` is warm-up, stable, decay (MiniCPM, arXiv 2404.06395).
+    A run whose step size has changed counts both arguments in steps of the present size.
     """
     warmup, last = min(s.warmup_steps, max_steps // 2), max_steps - 1
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if s.schedule == "constant" or max_steps <= 1:
         return 1.0
-    low = 0.1 if s.min_lr < 0 else s.min_lr / s.lr
+    low = s.min_lr / s.lr
+    if s.min_lr < 0:
+        low = 0.1
     if step >= last:
         return low
     start, length = warmup, last - warmup  # of the fall
@@ -81,21 +82,15 @@ def lr_at(step: float, s: OptimSettings, max_steps: float) -> float:
         length = min(length, max(1, round(s.decay_share * max_steps)))
         start = last - length
     elif s.schedule == "cosine_restarts":
-        start, length = cycle_at(step, warmup, s.t0, s.t_mult)
+        length = s.t0
+        while step >= start + length:
+            start, length = start + length, length * s.t_mult
         length = min(length, last - start)
     done = max(0, step - start) / length
-    high = (1 + math.cos(math.pi * done)) / 2 if s.schedule.startswith("cosine") else 1 - done
+    high = 1 - done
+    if s.schedule.startswith("cosine"):
+        high = (1 + math.cos(math.pi * done)) / 2
     return low + (1 - low) * high
-
-
-def cycle_at(step: int, start: int, length: int, t_mult: int) -> tuple[int, int]:
-    """First step and length of the cycle that holds `step`: cycle_at(700, 100, 400, 2) -> (500, 800)."""
-    while step >= start + length:
-        start, length = start + length, length * t_mult
-    return start, length
-
-
-# ---- gradient norm ---------------------------------------------------------------------------------------------------
 
 
 def clip_grad_norm(params: Iterable[Tensor], max_norm: float) -> Tensor:
@@ -113,56 +108,58 @@ def clip_grad_norm(params: Iterable[Tensor], max_norm: float) -> Tensor:
     return norm
 
 
-# ---- AdamW -----------------------------------------------------------------------------------------------------------
+# ---- AdamW ----
 
 
-def adamw_scalars(t: Tensor, lr: float, decay: float, s: OptimSettings, finite: Tensor | None) -> Tensor:
-    """The five numbers of an AdamW step, (5,) fp32 on t's device: keep, w1, w2, eps, size.
+def adamw_scalars(t: Tensor, lr: float, weight_decay: float, s: OptimSettings, finite: Tensor | None) -> Tensor:
+    """What `adamw` needs for its step number t = 1, 2, … (0-D): (5,) fp32 on t's device.
 
-    t (0-D) counts this step. The bias corrections 1 - beta^t are folded into eps and size, which saves two passes.
-    Where `finite` is False the numbers are those of a step that changes nothing.
+    Where `finite` is False they make a step that changes nothing.
     """
     bias1 = -torch.expm1(t * math.log(s.beta1))  # 1 - beta1^t without cancellation
     bias2_root = (-torch.expm1(t * math.log(s.beta2))).sqrt()
-    one = torch.ones_like(bias1)
-    size = lr * bias2_root / bias1
-    scalars = torch.stack((one * (1 - lr * decay), one * (1 - s.beta1), one * (1 - s.beta2), s.eps * bias2_root, size))
+    one, zero = torch.ones_like(bias1), torch.zeros_like(bias1)
+    scalars = torch.stack((one * (1 - lr * weight_decay), one * (1 - s.beta1), one * (1 - s.beta2),
+                           s.eps * bias2_root, lr * bias2_root / bias1))
     if finite is not None:
-        scalars = torch.where(finite, scalars, torch.stack((one, 0 * one, 0 * one, one, 0 * one)))
+        scalars = torch.where(finite, scalars, torch.stack((one, zero, zero, one, zero)))
     return scalars
 
 
-def adamw_formula(p: Tensor, g: Tensor, m: Tensor, v: Tensor, scalars: Tensor, finite: Tensor | None = None) -> None:
-    """One AdamW step in place (Loshchilov and Hutter, arXiv 1711.05101); all tensors of one shape.
+def adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, scalars: Tensor, finite: Tensor | None = None) -> None:
+    """One AdamW step in place (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2); all tensors of one shape:
 
-    Compiled, it is one pass over memory. A non-finite gradient is replaced before it meets a factor of 0, as 0·nan is
-    nan.
+        m <- beta1 · m + (1 - beta1) · g        m^ = m / (1 - beta1^t)
+        v <- beta2 · v + (1 - beta2) · g²       v^ = v / (1 - beta2^t)
+        p <- (1 - lr · weight_decay) · p - lr · m^ / (√v^ + eps)
+
+    The bias corrections are inside `eps` and `lr`, which saves two passes. Compiled, it is one pass over memory.
     """
-    keep, w1, w2, eps, size = scalars.unbind()
+    decayed, one_beta1, one_beta2, eps, lr = scalars.unbind()  # 1 - lr · weight_decay, 1 - beta1, 1 - beta2, …
     if finite is not None:
-        g = torch.where(finite, g, 0.0)
-    m.lerp_(g, w1)
-    v.lerp_(g * g, w2)
-    p.mul_(keep).sub_(size * m / (v.sqrt() + eps))
+        g = torch.where(finite, g, 0.0)  # before it meets a factor of 0: 0 · nan is nan
+    m.lerp_(g, one_beta1)
+    v.lerp_(g * g, one_beta2)
+    p.mul_(decayed).sub_(lr * m / (v.sqrt() + eps))
 
 
 BLOCK = 2**17  # elements per thread: 7 passes over 5 x 512 KiB that come from the cache, not from memory
 
 
 def adamw_blocks(tensors: list[tuple[Tensor, ...]], scalars: list[float]) -> None:
-    """The same step without a compiler, for the CPU, on a list of (p, g, m, v): a block at a time, so that only the
-    first touch reads from memory. 2.5 times faster than the same on whole tensors, which is what torch does by default.
+    """The same step without a compiler, for the CPU, on many (p, g, m, v): a block at a time, so that only the first
+    touch reads from memory. 2.5 times faster than the same on whole tensors, which is what torch does by default.
     """
-    keep, w1, w2, eps, size = scalars
+    decayed, one_beta1, one_beta2, eps, lr = scalars
     for p, g, m, v in blocks(tensors, BLOCK * torch.get_num_threads()):
-        torch._foreach_lerp_(m, g, w1)
-        torch._foreach_mul_(v, 1 - w2)
-        torch._foreach_addcmul_(v, g, g, w2)
+        torch._foreach_lerp_(m, g, one_beta1)
+        torch._foreach_mul_(v, 1 - one_beta2)
+        torch._foreach_addcmul_(v, g, g, one_beta2)
         root = torch._foreach_sqrt(v)
         torch._foreach_add_(root, eps)
-        if keep != 1:
-            torch._foreach_mul_(p, keep)
-        torch._foreach_addcdiv_(p, m, root, -size)
+        if decayed != 1:
+            torch._foreach_mul_(p, decayed)
+        torch._foreach_addcdiv_(p, m, root, -lr)
 
 
 def blocks(tensors: list[tuple[Tensor, ...]], size: int) -> Iterator[tuple[tuple[Tensor, ...], ...]]:
@@ -170,22 +167,22 @@ def blocks(tensors: list[tuple[Tensor, ...]], size: int) -> Iterator[tuple[tuple
 
     Tensors of 5, 1 and 1 elements in blocks of 3: (3), (2, 1), (1).
     """
-    taken, room = [], size
+    block, room = [], size
     for group in tensors:
         cut = [group]
         if group[0].numel() > size:
             cut = zip(*(tensor.view(-1).split(size) for tensor in group), strict=True)
         for pieces in cut:
             if pieces[0].numel() > room:
-                yield tuple(zip(*taken, strict=True))
-                taken, room = [], size
-            taken.append(pieces)
+                yield tuple(zip(*block, strict=True))
+                block, room = [], size
+            block.append(pieces)
             room -= pieces[0].numel()
-    if taken:
-        yield tuple(zip(*taken, strict=True))
+    if block:
+        yield tuple(zip(*block, strict=True))
 
 
-# ---- Muon ------------------------------------------------------------------------------------------------------------
+# ---- Muon ----
 
 
 def orthogonalize(g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -194,9 +191,13 @@ def orthogonalize(g: Tensor, dtype: torch.dtype) -> Tensor:
     Five Newton-Schulz steps with the quintic of Keller Jordan (kellerjordan.github.io/posts/muon), whose slope at zero
     is steep rather than its limit exact: small singular values rise fast, and that is what training needs.
     """
-    multiply_add = torch.addmm if g.ndim == 2 else torch.baddbmm  # beta * first + alpha * second @ third
+    multiply_add = torch.baddbmm  # beta * first + alpha * second @ third
+    if g.ndim == 2:
+        multiply_add = torch.addmm
     tall = g.shape[-2] > g.shape[-1]
-    x = g.to(dtype).mT if tall else g.to(dtype)  # (m, n) with m <= n from here on
+    x = g.to(dtype)
+    if tall:
+        x = x.mT  # (m, n) with m <= n from here on
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT  # (m, m)
@@ -209,28 +210,37 @@ def muon_step(params: list[Tensor], momentum: Tensor, lr: float, s: OptimSetting
               finite: Tensor | None) -> None:
     """One Muon step in place, for N parameters (m, n), or (E, m, n) as experts have: then E matrices each.
 
-    momentum is (N, m, n) or (N, E, m, n). The step has the size lr·sqrt(max(1, m/n)), with which the change of the
-    output does not depend on the shape.
+        momentum <- mu · momentum + (1 - mu) · g            mu = muon_momentum; momentum (N, m, n) or (N, E, m, n)
+        o <- orthogonalize(mu · momentum + (1 - mu) · g)    Nesterov: look one step ahead
+        p <- (1 - lr · weight_decay) · p - lr · sqrt(max(1, m/n)) · o
+
+    With that size of the step, the change of the output does not depend on the shape.
     """
     g = torch.stack([p.grad for p in params])  # like momentum, and our own copy
     m, n = g.shape[-2:]
-    keep, weight, ahead = 1 - lr * s.weight_decay, 1 - s.muon_momentum, s.muon_momentum
+    decayed, one_mu, mu = 1 - lr * s.weight_decay, 1 - s.muon_momentum, s.muon_momentum
     if finite is not None:  # where it is False: no gradient, no look ahead, so an update of zero
         g = torch.where(finite, g, 0.0)
-        keep = torch.where(finite, keep, 1.0)
-        weight = torch.where(finite, weight, 0.0)
-        ahead = torch.where(finite, ahead, 0.0)
-    momentum.lerp_(g, weight)
-    g.lerp_(momentum, ahead)  # Nesterov: look one step ahead
+        decayed = torch.where(finite, decayed, 1.0)
+        one_mu = torch.where(finite, one_mu, 0.0)
+        mu = torch.where(finite, mu, 0.0)
+    momentum.lerp_(g, one_mu)
+    g.lerp_(momentum, mu)
     matrices = g.flatten(0, -3).squeeze(0)  # (m, n) if there is only one: on a CPU a batch of one is slower
     update = orthogonalize(matrices, dtype).view_as(g)
     for p, o in zip(params, update, strict=True):
-        p.mul_(keep).add_(o, alpha=-lr * max(1, m / n) ** 0.5)
+        p.mul_(decayed).add_(o, alpha=-lr * max(1, m / n) ** 0.5)
 
 
-# ---- both together ---------------------------------------------------------------------------------------------------
+def matmul_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it natively, else fp32."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
 
-DECAYED = ("matrix", "head", "adapter")
+
+# ---- both together ----
 
 
 def roles(model: nn.Module) -> dict[str, dict[str, Tensor]]:
@@ -239,12 +249,13 @@ def roles(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     Every trainable parameter is in exactly one of them; a tied head is an embedding.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    found = {role: {} for role in ("matrix", "embed", "head", "adapter", "vector")}
+    found: dict[str, dict[str, Tensor]] = {"matrix": {}, "embed": {}, "head": {}, "adapter": {}, "vector": {}}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         if p.dtype != torch.float32:
             raise ValueError(f"{name} is {p.dtype}: master weights must be fp32, or small updates are rounded away")
+        role = "matrix"
         if p.ndim < 2:
             role = "vector"
         elif "lora_" in name:
@@ -253,58 +264,46 @@ def roles(model: nn.Module) -> dict[str, dict[str, Tensor]]:
             role = "embed"
         elif "head" in name.split("."):
             role = "head"
-        else:
-            role = "matrix"
         found[role][name] = p
     return found
-
-
-def build_optimizer(model: nn.Module, settings: OptimSettings, compile: bool = False) -> "Optimizer":
-    """The optimizer of a bare model (not its DDP or compiled wrapper: names are keys), on the device where it is.
-
-    `compile` makes AdamW's update one pass over memory, for about ten seconds at the first step.
-    """
-    return Optimizer(roles(model), settings, compile)
 
 
 class Optimizer:
     """AdamW, and Muon for hidden matrices. All state is in `state`: plain tensors by the parameter's name.
 
-    `state["applied"]` counts the steps that were not skipped.
+    `state["applied"]` counts the steps that were not skipped. `model` is the bare model, not its DDP or compiled
+    wrapper, as names are keys, and on its device. `compile` makes AdamW's update one pass over memory, for about ten
+    seconds at the first step.
     """
 
-    def __init__(self, found: dict[str, dict[str, Tensor]], settings: OptimSettings, compile: bool = False):
-        self.settings = settings
+    def __init__(self, model: nn.Module, settings: OptimSettings, compile: bool = False):
+        self.settings, found = settings, roles(model)
         self.params = {name: p for group in found.values() for name, p in group.items()}
         if not self.params:
             raise ValueError("the model has no trainable parameter")
         self.device = next(iter(self.params.values())).device
-        matrices = found["matrix"] if settings.optimizer == "muon" else {}
-        decayed = {name for role in DECAYED for name in found[role]}
         self.state = {"applied": torch.zeros((), dtype=torch.int64, device=self.device)}
-        self.adamw = {0.0: [], settings.weight_decay: []}  # decay -> names
+        self.groups: dict[float, list[tuple[Tensor, ...]]] = defaultdict(list)  # AdamW: (p, m, v) by weight decay
+        self.compiled = torch.compile(adamw, dynamic=True) if compile else None
+        decayed = found["matrix"] | found["head"] | found["adapter"]
+        by_muon = found["matrix"] if settings.optimizer == "muon" else {}
+        by_shape: dict[torch.Size, list[str]] = defaultdict(list)  # names of Muon's parameters
         for name, p in self.params.items():
-            if name not in matrices:
-                self.adamw[settings.weight_decay if name in decayed else 0.0].append(name)
-                self.state[f"{name}.mean"], self.state[f"{name}.square"] = torch.zeros_like(p), torch.zeros_like(p)
-        self.stacks = self.stack(matrices)
-        self.compiled = torch.compile(adamw_formula, dynamic=True) if compile else None
-
-    def stack(self, matrices: dict[str, Tensor]) -> list[tuple[list[Tensor], Tensor]]:
-        """[(parameters of one shape, their momentum)]: up to 512 MiB of them are updated by one batched product, on a
-        CPU 64 MiB."""
-        by_shape, stacks = defaultdict(list), []
-        for name, p in matrices.items():
-            by_shape[p.shape].append(name)
-        elements = 2**24 if self.device.type == "cpu" else 2**27
+            if name in by_muon:
+                by_shape[p.shape].append(name)
+                continue
+            m, v = torch.zeros_like(p), torch.zeros_like(p)
+            self.state |= {f"{name}.mean": m, f"{name}.square": v}
+            self.groups[settings.weight_decay if name in decayed else 0.0].append((p, m, v))
+        self.stacks: list[tuple[list[Tensor], Tensor]] = []  # Muon's (parameters of one shape, their momentum),
+        elements = 2**24 if self.device.type == "cpu" else 2**27  # of 64 or 512 MiB: one batched product each
         for shape, names in by_shape.items():
             size = max(1, elements // shape.numel())
             for i in range(0, len(names), size):
                 chunk = names[i : i + size]
                 momentum = torch.zeros(len(chunk), *shape, device=self.device)
-                self.state.update({f"{name}.momentum": x for name, x in zip(chunk, momentum, strict=True)})
-                stacks.append(([matrices[name] for name in chunk], momentum))
-        return stacks
+                self.state |= {f"{name}.momentum": own for name, own in zip(chunk, momentum, strict=True)}
+                self.stacks.append(([self.params[name] for name in chunk], momentum))
 
     @torch.no_grad()
     def step(self, factor: float = 1.0, finite: Tensor | None = None) -> None:
@@ -315,30 +314,26 @@ class Optimizer:
         """
         if missing := [name for name, p in self.params.items() if p.grad is None]:
             raise RuntimeError(f"no gradient for {', '.join(missing)}: is it used in the forward pass?")
-        s, state = self.settings, self.state
+        s = self.settings
         if finite is not None and self.device.type == "cpu":
             if not finite:
                 return
             finite = None
-        state["applied"] += 1 if finite is None else finite
-        for decay, names in self.adamw.items():
-            scalars = adamw_scalars(state["applied"], factor * s.lr, decay, s, finite)
-            tensors = []
-            for name in names:
-                p = self.params[name]
-                tensors.append((p, p.grad.contiguous(), state[f"{name}.mean"], state[f"{name}.square"]))
-            self.step_adamw(tensors, scalars, finite)
+        self.state["applied"] += 1 if finite is None else finite
+        for weight_decay, group in self.groups.items():
+            scalars = adamw_scalars(self.state["applied"], factor * s.lr, weight_decay, s, finite)
+            self.step_adamw([(p, p.grad.contiguous(), m, v) for p, m, v in group], scalars, finite)
         dtype = matmul_dtype(self.device)
         for params, momentum in self.stacks:
             muon_step(params, momentum, factor * s.muon_lr, s, dtype, finite)
 
     def step_adamw(self, tensors: list[tuple[Tensor, ...]], scalars: Tensor, finite: Tensor | None) -> None:
-        """One AdamW step for a list of (parameter, gradient, mean, mean square), by the fastest way there is."""
+        """One AdamW step for a list of (p, g, m, v), by the fastest way there is."""
         if self.device.type == "cpu":
             least = 2**16 if self.compiled else math.inf  # elements; below, a compiled call's 20 us are not worth it
             adamw_blocks([t for t in tensors if t[0].numel() < least], scalars.tolist())
             tensors = [t for t in tensors if t[0].numel() >= least]
-        update = self.compiled or adamw_formula
+        update = self.compiled or adamw
         for p, g, m, v in tensors:  # flat, so that one compiled function serves every shape
             update(p.view(-1), g.view(-1), m.view(-1), v.view(-1), scalars, finite)
 
@@ -354,36 +349,23 @@ class Optimizer:
         restore(self.state, saved, "optimizer state")
 
 
-def matmul_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it natively, else fp32."""
-    if device.type == "cpu":
-        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float32
-
-
 def restore(into: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> None:
-    """Copy saved tensors into those of the same names; a UserError if names or shapes differ, before any is changed."""
-    if different := sorted(into.keys() ^ saved.keys()):
-        where = "the checkpoint" if different[0] in saved else "this run"
-        raise UserError(f"the {what} of the checkpoint does not fit: {different[0]} is only in {where}; "
-                        "continue with the settings of the run, or start a new one")
-    for name, tensor in into.items():
-        if tensor.shape != saved[name].shape:
-            raise UserError(f"the {what} of the checkpoint does not fit: {name} is {tuple(saved[name].shape)} there "
-                            f"and {tuple(tensor.shape)} in this run")
+    """Copy saved tensors into those of the same names; UserError if names or shapes differ, before any is changed."""
+    wrong = misfit(into, saved)
+    need(not wrong, f"the {what} of the checkpoint does not fit this run: {wrong}; resume with the run's own settings, "
+                    "or start a new run")
     for name, tensor in into.items():
         tensor.copy_(saved[name])
 
 
-# ---- fp16 ------------------------------------------------------------------------------------------------------------
+# ---- fp16 ----
 
 
 class LossScale:
     """A factor for the loss that keeps fp16 gradients from vanishing (Micikevicius et al., arXiv 1710.03740).
 
-    It halves after a step whose gradient overflowed, which is skipped, and doubles after 2000 good ones. Lives on the
-    device: nobody waits for it.
+    It halves after a step whose gradient overflowed, which is skipped, and doubles after 2000 good ones. All on the
+    device: the host does not wait.
     """
 
     def __init__(self, device: torch.device, value: float = 2.0**16):
@@ -404,18 +386,18 @@ class LossScale:
         return {"value": self.value, "good": self.good}
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
-        self.value.copy_(saved["value"])
-        self.good.copy_(saved["good"])
+        restore(self.state_dict(), saved, "loss scale")
 
 
-# ---- average of the weights ------------------------------------------------------------------------------------------
+# ---- average of the weights ----
 
 
 class EMA:
-    """An exponential moving average of the trainable parameters, in fp32 (Polyak and Juditsky 1992).
+    """An exponential moving average of the trainable parameters, in fp32 (Polyak and Juditsky 1992):
 
-    average <- d · average + (1 - d) · weights with d = min(decay, (1 + n) / (10 + n)) in update n = 0, 1, …: the first
-    weights, which are noise, are forgotten soon.
+        average <- d · average + (1 - d) · weights      d = min(decay, (1 + n) / (10 + n)) in update n = 0, 1, …
+
+    The first weights, which are noise, are soon forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float):

@@ -30,7 +30,7 @@ from eval import evaluate
 from ffn import update_balance
 from lora import LoraSettings
 from model import LanguageModel, ModelConfig, shapes_only
-from optim import EMA, LossScale, OptimSettings, build_optimizer, clip_grad_norm, lr_at
+from optim import EMA, LossScale, Optimizer, OptimSettings, clip_grad_norm, lr_at
 from runtime import checkpoint
 from runtime.device import (
     Machine,
@@ -234,7 +234,7 @@ class Run:
         if s.use_lora:
             lora.inject(self.model, s.part(LoraSettings))
         self.model.to(machine.device).train()
-        self.optimizer = build_optimizer(self.model, s.part(OptimSettings), wants_compile(s, machine))
+        self.optimizer = Optimizer(self.model, s.part(OptimSettings), wants_compile(s, machine))
         self.ema = EMA(self.model, s.ema) if s.ema else None
         self.scale = LossScale(machine.device) if machine.dtype == torch.float16 else None
         self.progress = Progress()

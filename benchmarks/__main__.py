@@ -53,7 +53,7 @@ from data import prepare
 from ffn import FeedForward, MoE
 from lora import LoraSettings, inject
 from model import LanguageModel, ModelConfig
-from optim import OptimSettings, build_optimizer, clip_grad_norm, roles
+from optim import Optimizer, OptimSettings, clip_grad_norm, roles
 from runtime import checkpoint
 from runtime.device import MachineSettings, choose_machine, peak_memory
 from runtime.screen import run
@@ -138,7 +138,7 @@ def step_ours(s: Settings) -> dict:
     model = LanguageModel(s.part(ModelConfig)).to(machine.device)
     if s.use_lora:
         inject(model, s.part(LoraSettings))
-    optimizer = build_optimizer(model, s.part(OptimSettings))
+    optimizer = Optimizer(model, s.part(OptimSettings))
     ids = torch.randint(s.vocab_size, (s.batch_size, s.seq_len + 1), device=machine.device)
     ids, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
@@ -306,10 +306,10 @@ def bench_optim(s: Settings, argv: list[str]) -> dict:
     candidates = {
         "adamw torch fused": torch_adamw(fused=True),
         "adamw torch default": torch_adamw(),
-        "adamw ours": build_optimizer(model(), adamw).step,
-        "adamw ours compiled": build_optimizer(model(), adamw, compile=True).step,
+        "adamw ours": Optimizer(model(), adamw).step,
+        "adamw ours compiled": Optimizer(model(), adamw, compile=True).step,
         "muon torch": torch.optim.Muon(matrices().parameters(), lr=0.02).step,
-        "muon ours": build_optimizer(matrices(), OptimSettings()).step,
+        "muon ours": Optimizer(matrices(), OptimSettings()).step,
         "clip torch": lambda: torch.nn.utils.clip_grad_norm_(clipped_by_torch.parameters(), 1e6),
         "clip ours": lambda: clip_grad_norm(clipped.parameters(), 1e6),
     }

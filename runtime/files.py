@@ -327,6 +327,20 @@ def mismatch(value, shape, name: str = "") -> str:
     return next((wrong for item, each, at in parts if (wrong := mismatch(item, each, at.lstrip(".")))), "")
 
 
+def misfit(wanted: dict, found: dict) -> str:
+    """How found tensors differ in names or shapes from those `wanted`, '' if they do not; both are {name: tensor}.
+
+    >>> misfit({"a": torch.zeros(2, 3)}, {"a": torch.zeros(6)})  ->  'a is (6,), expected (2, 3)'
+    """
+    if different := sorted(wanted.keys() ^ found.keys()):
+        where = "has" if different[0] in found else "lacks"
+        return f"it {where} {different[0]}"
+    for name, tensor in wanted.items():
+        if tensor.shape != found[name].shape:
+            return f"{name} is {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+    return ""
+
+
 def optional(module: str, package: str, why: str = "this") -> ModuleType:
     """A module of a package that only some need (requirements-extra.txt); its absence is one sentence."""
     try:

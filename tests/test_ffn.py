@@ -7,7 +7,7 @@ import ffn
 from configurator import UserError
 from ffn import ACTIVATIONS, FeedForward, MoE, update_balance
 from model import LanguageModel, ModelConfig
-from optim import OptimSettings, build_optimizer
+from optim import Optimizer, OptimSettings
 from reversible import Branch, Chain
 
 TINY = dict(d_model=16, d_ff=24, n_expert=8, top_k=3)
@@ -455,7 +455,7 @@ def test_the_optimizer_trains_router_experts_and_shared(optimizer):
     before = {name: p.detach().clone() for name, p in moe.named_parameters()}
     x = torch.randn(4, 32, 16)
     target = torch.where(x[..., :1] > 0, x, -2 * x)
-    optimizer = build_optimizer(moe, OptimSettings(optimizer=optimizer, lr=1e-2, muon_lr=0.02, weight_decay=0.0))
+    optimizer = Optimizer(moe, OptimSettings(optimizer=optimizer, lr=1e-2, muon_lr=0.02, weight_decay=0.0))
     losses = []
     for _ in range(60):
         y, balance = moe.balanced(x)

@@ -12,7 +12,7 @@ from torch import nn
 import optim
 from configurator import UserError
 from model import LanguageModel, ModelConfig
-from optim import EMA, OptimSettings, build_optimizer, clip_grad_norm, lr_at, roles
+from optim import EMA, Optimizer, OptimSettings, clip_grad_norm, lr_at, roles
 
 
 def small_model(**settings) -> LanguageModel:
@@ -56,7 +56,7 @@ def torch_adamw(model: nn.Module, s: OptimSettings) -> torch.optim.AdamW:
 def assert_equals_torch(compile: bool = False, steps: int = 100, **sizes) -> None:
     s = OptimSettings(optimizer="adamw", lr=1e-2)
     ours, theirs = small_model(**sizes), small_model(**sizes)
-    optimizer, reference = build_optimizer(ours, s, compile), torch_adamw(theirs, s)
+    optimizer, reference = Optimizer(ours, s, compile), torch_adamw(theirs, s)
     for step in range(steps):
         set_gradients(ours, step)
         set_gradients(theirs, step)
@@ -80,7 +80,7 @@ def test_adamw_formula_equals_torch(monkeypatch):
 
     def formula(tensors, scalars):
         for p, g, m, v in tensors:
-            optim.adamw_formula(p, g, m, v, torch.tensor(scalars), torch.tensor(True))
+            optim.adamw(p, g, m, v, torch.tensor(scalars), torch.tensor(True))
 
     monkeypatch.setattr(optim, "adamw_blocks", formula)
     assert_equals_torch()
@@ -91,20 +91,12 @@ def test_compiled_adamw_equals_torch():
     assert_equals_torch(compile=True, steps=10, d_model=256, n_layer=1)  # 256² is large enough to be compiled
 
 
-def test_blocks_hold_every_element_once_and_in_order():
-    tensors = [(torch.arange(n), -torch.arange(n)) for n in (5, 1, 1, 7, 3)]
-    cut = list(optim.blocks(tensors, 3))
-    assert all(sum(piece.numel() for piece in pieces) <= 3 for pieces, _ in cut)
-    for k in (0, 1):
-        assert torch.equal(torch.cat([x for block in cut for x in block[k]]), torch.cat([t[k] for t in tensors]))
-
-
 def test_decay_shrinks_matrices_but_not_embeddings_norms_and_biases():
     for name in ("adamw", "muon"):
         s = OptimSettings(optimizer=name, lr=0.1, muon_lr=0.1, weight_decay=0.5)
         model = small_model(tie_embeddings=False)
         before = copy.deepcopy(model.state_dict())
-        optimizer = build_optimizer(model, s)
+        optimizer = Optimizer(model, s)
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         optimizer.step()
@@ -122,7 +114,7 @@ def test_muon_equals_torch(monkeypatch):
     ours = nn.ModuleList(nn.Linear(n, m, bias=False) for m, n in ((32, 32), (64, 32), (32, 96)))
     theirs = copy.deepcopy(ours)
     s = OptimSettings(optimizer="muon")
-    optimizer = build_optimizer(ours, s)
+    optimizer = Optimizer(ours, s)
     reference = torch.optim.Muon(theirs.parameters(), lr=s.muon_lr, momentum=s.muon_momentum,
                                  weight_decay=s.weight_decay, adjust_lr_fn="original")
     for step in range(10):
@@ -169,7 +161,7 @@ def test_muon_treats_stacks_and_experts_as_single_matrices():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_optimizer_fits_a_small_model(name):
     model = small_model(position="rope", bias=False)
-    optimizer = build_optimizer(model, OptimSettings(optimizer=name, lr=1e-2))
+    optimizer = Optimizer(model, OptimSettings(optimizer=name, lr=1e-2))
     ids = torch.randint(50, (4, 17))
     for _ in range(60):
         optimizer.zero_grad()
@@ -183,7 +175,7 @@ def test_optimizer_fits_a_small_model(name):
 def test_state_saved_and_loaded_mid_run_continues_bit_exactly(name):
     s = OptimSettings(optimizer=name)
     model = small_model()
-    optimizer = build_optimizer(model, s)
+    optimizer = Optimizer(model, s)
     run_steps(model, optimizer, range(5))
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
@@ -193,7 +185,7 @@ def test_state_saved_and_loaded_mid_run_continues_bit_exactly(name):
     saved = torch.load(file, weights_only=True)
     again = small_model()
     again.load_state_dict(saved["model"])
-    resumed = build_optimizer(again, s)
+    resumed = Optimizer(again, s)
     resumed.load_state_dict(saved["optimizer"])
     run_steps(again, resumed, range(5, 10))
     assert_identical(snapshot(model, optimizer), snapshot(again, resumed))
@@ -201,12 +193,12 @@ def test_state_saved_and_loaded_mid_run_continues_bit_exactly(name):
 
 def test_state_of_another_model_or_optimizer_is_refused():
     s = OptimSettings()
-    optimizer = build_optimizer(small_model(), s)
+    optimizer = Optimizer(small_model(), s)
     before = {name: x.clone() for name, x in optimizer.state_dict().items()}
-    with pytest.raises(UserError, match=r"\(50, 64\) there and \(50, 32\) in this run"):
-        optimizer.load_state_dict(build_optimizer(small_model(d_model=64), s).state_dict())
-    with pytest.raises(UserError, match="is only in the checkpoint"):
-        optimizer.load_state_dict(build_optimizer(small_model(), OptimSettings(optimizer="adamw")).state_dict())
+    with pytest.raises(UserError, match=r"embed.weight.mean is \(50, 64\), expected \(50, 32\)"):
+        optimizer.load_state_dict(Optimizer(small_model(d_model=64), s).state_dict())
+    with pytest.raises(UserError, match="it has blocks.0.attn.k.weight.mean"):
+        optimizer.load_state_dict(Optimizer(small_model(), OptimSettings(optimizer="adamw")).state_dict())
     assert_identical(before, optimizer.state_dict())
 
 
@@ -214,7 +206,7 @@ def test_state_of_another_model_or_optimizer_is_refused():
 def test_a_skipped_step_never_happened(name):
     s = OptimSettings(optimizer=name)
     model, other = small_model(), small_model()
-    optimizer, reference = build_optimizer(model, s), build_optimizer(other, s)
+    optimizer, reference = Optimizer(model, s), Optimizer(other, s)
     for seed in range(4):
         run_steps(other, reference, [seed])
         before = snapshot(model, optimizer)
@@ -237,7 +229,7 @@ def test_the_masked_update_of_a_gpu_changes_nothing_where_not_finite(value):
     before = [x.clone() for x in (p, m, v, momentum)]
     for t in (0, 3):
         scalars = optim.adamw_scalars(torch.tensor(t), s.lr, s.weight_decay, s, finite)
-        optim.adamw_formula(p, p.grad, m, v, scalars, finite)
+        optim.adamw(p, p.grad, m, v, scalars, finite)
         optim.muon_step([p], momentum, s.muon_lr, s, torch.float32, finite)
     for x, y in zip(before, (p, m, v, momentum), strict=True):
         assert torch.equal(x.view(torch.int32), y.view(torch.int32))
@@ -272,7 +264,7 @@ def test_only_hidden_matrices_get_muon_and_only_trainable_parameters_get_anythin
     model = small_model()
     model.blocks[0].requires_grad_(False)
     model.blocks[1].attn.q.lora_a = nn.Parameter(torch.zeros(4, 32))
-    state = build_optimizer(model, OptimSettings()).state
+    state = Optimizer(model, OptimSettings()).state
     by_muon = {name.removesuffix(".momentum") for name in state if name.endswith(".momentum")}
     assert by_muon == {f"blocks.1.{name}.weight" for name in ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.up",
                                                              "ffn.down")}
@@ -281,7 +273,7 @@ def test_only_hidden_matrices_get_muon_and_only_trainable_parameters_get_anythin
 
 def test_a_parameter_without_gradient_is_named():
     model = small_model()
-    optimizer = build_optimizer(model, OptimSettings())
+    optimizer = Optimizer(model, OptimSettings())
     set_gradients(model, 0)
     model.norm.weight.grad = None
     with pytest.raises(RuntimeError, match="norm.weight"):
@@ -290,23 +282,20 @@ def test_a_parameter_without_gradient_is_named():
 
 def test_half_precision_master_weights_are_refused():
     with pytest.raises(ValueError, match="fp32"):
-        build_optimizer(small_model().bfloat16(), OptimSettings())
+        Optimizer(small_model().bfloat16(), OptimSettings())
 
 
 # ---- settings and schedules
 
 
-@pytest.mark.parametrize("setting, choices", [({"optimizer": "sgd"}, "muon, adamw"),
-                                              ({"schedule": "step"}, "cosine, cosine_restarts, linear, wsd, constant")])
-def test_an_unknown_name_is_answered_with_the_choices(setting, choices):
-    with pytest.raises(UserError, match=f"choose one of {choices}"):
-        OptimSettings(**setting)
-
-
-@pytest.mark.parametrize("setting", [{"lr": 0.0}, {"min_lr": 1.0}, {"beta2": 1.0}, {"ema": 1.0}, {"t_mult": 0},
-                                     {"weight_decay": -0.1}])
-def test_a_setting_out_of_range_is_a_sentence(setting):
-    with pytest.raises(UserError, match=next(iter(setting))):
+@pytest.mark.parametrize("setting, words", [
+    ({"optimizer": "sgd"}, "choose one of muon, adamw"), ({"lr": 0.0}, "lr"), ({"min_lr": 1.0}, "min_lr"),
+    ({"schedule": "step"}, "choose one of cosine, cosine_restarts, linear, wsd, constant"), ({"beta2": 1.0}, "beta2"),
+    ({"min_lr": -2.0}, "min_lr"), ({"ema": 1.0}, "ema"), ({"t_mult": 0}, "t_mult"),
+    ({"weight_decay": -0.1}, "weight_decay"),
+])
+def test_a_setting_out_of_range_is_a_sentence(setting, words):
+    with pytest.raises(UserError, match=words):
         OptimSettings(**setting)
 
 
@@ -358,8 +347,6 @@ def test_wsd_is_flat_and_then_falls_in_a_straight_line():
 
 def test_restarts_equal_torch_until_the_last_cycle_which_ends_with_the_run():
     """Cycles of 20, 40, 80 … steps after a warm-up of 10: they start at 10, 30, 70 and 150."""
-    starts = {step: optim.cycle_at(step, 10, 20, 2)[0] for step in (10, 29, 30, 69, 70, 149, 150)}
-    assert starts == {10: 10, 29: 10, 30: 30, 69: 30, 70: 70, 149: 70, 150: 150}
     s = settings("cosine_restarts", t0=20, t_mult=2)
     weight = nn.Parameter(torch.zeros(1))
     reference = torch.optim.SGD([weight], lr=1e-2)
@@ -380,7 +367,7 @@ def test_both_optimizers_follow_the_schedule():
         model = small_model()
         before = copy.deepcopy(model.state_dict())
         set_gradients(model, 0)
-        build_optimizer(model, OptimSettings(weight_decay=0.0)).step(factor)
+        Optimizer(model, OptimSettings(weight_decay=0.0)).step(factor)
         updates.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
     for name, update in updates[0].items():
         torch.testing.assert_close(2 * update, updates[1][name], rtol=1e-3, atol=1e-6, msg=name)
