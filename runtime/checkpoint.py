@@ -6,7 +6,6 @@ so that sampling needs nothing but the file. A run with adapters saves these alo
 """
 
 import io
-import itertools
 import json
 import math
 import os
@@ -23,11 +22,14 @@ import torch
 from configurator import ROOT, Settings, UserError, check, find_path, need, pick
 from lora import LoraSettings, adapter_state, fingerprint, inject, load_adapter, merge
 from model import LanguageModel, ModelConfig, shapes_only
-from runtime.files import Either, locked, mismatch, replacing, require_file, unless_empty, write_text, writing
+from runtime.files import Either, locked, misfit, mismatch, replacing, require_file, unless_empty, write_text, writing
 from runtime.screen import tell, visible
 from text.tokenizer import Tokenizer, kind_of, load_tokenizer, tokenizer_file, tokenizer_from_dict
 
 FORMAT = 2
+ELSEWHERE = "; set another out_dir"
+
+# ---- 1. writing ----
 
 
 def save(path: Path, state: dict) -> None:
@@ -35,7 +37,7 @@ def save(path: Path, state: dict) -> None:
 
     Raises UserError if it cannot be written (disk full, read-only folder); nothing is left behind then.
     """
-    failed: list[OSError] = []  # torch.save hides the reason behind an error of its own
+    failed: list[OSError] = []
     try:
         with replacing(path) as file:
             torch.save(state, Reporting(file, failed))
@@ -47,50 +49,17 @@ def save(path: Path, state: dict) -> None:
 
 
 class Reporting:
-    """A file that writes all it is given, and appends the error to `failed` if it cannot."""
+    """A file for torch.save, which hides the reason of a failed write behind an error of its own: it is in `failed`."""
 
-    def __init__(self, file, failed: list[OSError]):
-        self.file, self.failed = file, failed
+    def __init__(self, file: io.BufferedWriter, failed: list[OSError]):
+        self.file, self.failed, self.flush = file, failed, file.flush
 
     def write(self, data) -> int:
-        rest = memoryview(data).cast("B")
         try:
-            while rest:
-                rest = rest[self.file.write(rest) :]
+            return self.file.write(data)
         except OSError as error:
             self.failed.append(error)
             raise
-        return memoryview(data).nbytes
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-@contextmanager
-def lock(folder: Path):
-    """Two runs in one folder would overwrite each other: the second is refused. The lock dies with its process."""
-
-    def refuse(note: str) -> None:
-        raise UserError(f"another process trains in {folder}; wait for it, or set another out_dir")
-
-    with unless_empty(folder), ExitStack() as stack:
-        with writing(folder, "; set another out_dir"):
-            stack.enter_context(locked(folder / ".lock", refuse))
-        yield
-
-
-def set_aside(folder: Path) -> Path | None:
-    """Move what is in a run's folder into `before_<n>` there, and return that; None if the folder is empty."""
-    found = [path for path in folder.iterdir() if path.name != ".lock" and not path.name.startswith("before_")]
-    if not found:
-        return None
-    names = (folder / f"before_{n}" for n in itertools.count(1))
-    kept = next(name for name in names if not os.path.lexists(name))
-    with writing(folder, "; set another out_dir"):
-        kept.mkdir()
-        for path in found:
-            path.rename(kept / path.name)
-    return kept
 
 
 def save_step(folder: Path, step: int, state: dict, keep: int) -> Path:
@@ -108,10 +77,38 @@ def steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*.pt") if path.is_file())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading: a checkpoint may be damaged, or come from somebody else
+@contextmanager
+def lock(folder: Path):
+    """Two runs in one folder would overwrite each other: the second is refused. The lock dies with its process."""
 
-# What a checkpoint holds beside the optimizer's state; "?" where older files, or best.pt, have nothing.
+    def refuse(note: str) -> None:
+        raise UserError(f"another process trains in {folder}; wait for it, or set another out_dir")
+
+    with unless_empty(folder), ExitStack() as stack:
+        with writing(folder, ELSEWHERE):
+            stack.enter_context(locked(folder / ".lock", refuse))
+        yield
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Move what is in a run's folder into `before_<n>` there, and return that; None if the folder is empty."""
+    found = [path for path in folder.iterdir() if path.name != ".lock" and not path.name.startswith("before_")]
+    if not found:
+        return None
+    n = 1
+    while os.path.lexists(folder / f"before_{n}"):
+        n += 1
+    kept = folder / f"before_{n}"
+    with writing(folder, ELSEWHERE):
+        kept.mkdir()
+        for path in found:
+            path.rename(kept / path.name)
+    return kept
+
+
+# ---- 2. reading and checking: a checkpoint may be damaged, or a stranger's ----
+
+# What a checkpoint holds; "?" where older files, or best.pt, have nothing.
 SHAPE = {"settings": str, "tokenizer": str, "model": {str: torch.Tensor}, "config?": str, "made_of?": str,
          "progress": {"step": int, "best": float, "seconds?": float, "nats?": float, "ended?": bool,
                       "samples?": int, "tokens?": int, "learned?": int, "skipped?": int, "worse?": int},
@@ -128,110 +125,242 @@ class Foreign(Exception):
     """A whole file, but none that we wrote."""
 
 
-def not_ours(path: Path, why: str) -> UserError:
-    return UserError(f"{path} is not a checkpoint of this program: {why}")
+def load(path: str | Path, device: str = "cpu") -> dict:
+    """Read a checkpoint; device "meta" leaves out what is in the tensors.
+
+    Raises UserError if it is missing, damaged, of another kind, or lacks a part.
+    """
+    path = Path(path)
+    need(path.exists(), f"checkpoint {path} not found")
+    try:
+        state = read(path, device)
+        check_parts(state)
+    except (UserError, MemoryError):
+        raise
+    except Foreign as error:
+        raise UserError(f"{path} is not a checkpoint of this program: {error}") from None
+    except Exception as error:  # zipfile and pickle raise almost anything for a wrong byte
+        reason = visible(f"{type(error).__name__} {error}".splitlines()[0])
+        raise UserError(f"checkpoint {path} is damaged ({reason})") from None
+    return {"base": None, "init": ""} | state
 
 
-def does_not_fit(path: Path, why: str) -> UserError:
-    return UserError(f"{path} does not fit its own settings: {why}")
+def check_parts(state) -> None:
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise Foreign(f"its format is not {FORMAT}")
+    if wrong := mismatch(state, SHAPE):
+        raise Foreign(wrong)
+    for name, value in state["progress"].items():
+        if type(value) is int and not 0 <= value <= 10**15:
+            raise Foreign(f"progress.{name} is out of range")
 
 
-def read(path: Path, device: str = "cpu"):
-    """What torch.save wrote; device "meta" leaves out what is in the tensors.
+def read(path: Path, device: str):
+    """What torch.save wrote.
 
     torch.load would check no checksum, would trust the sizes that the file claims, and would build more than tensors,
     numbers, strings, lists and tables of them. Here a file takes no more memory than it has bytes. Raises Foreign, and
     for damage whatever zipfile and pickle raise.
     """
     with open(require_file(path), "rb") as file, zipfile.ZipFile(file) as archive:
-        entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
-        stored = all(entry.file_size == entry.compress_size for entry in archive.infolist())
-        if not stored or sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-            raise ValueError("it would unpack to more than it holds")
+        entries, size = {}, 0
+        for entry in archive.infolist():
+            entries[entry.filename.partition("/")[2]] = entry
+            size += entry.file_size
+            if entry.file_size != entry.compress_size or size > path.stat().st_size:
+                raise ValueError("it would unpack to more than it holds")
+        storages: dict[str, torch.Tensor] = {}
         for name, entry in entries.items():
             if not name.startswith("data/"):
                 archive.read(entry)  # compares the checksum
-        tensors: dict[str, torch.Tensor] = {}
-
-        def tensor_of(name: str, dtype: torch.dtype) -> torch.Tensor:
-            """A storage as a flat tensor, read once."""
-            if name not in tensors:
-                data = torch.empty(entries[name].file_size, dtype=torch.uint8, device=device)
-                if device != "meta" and len(data):
-                    read_into(data, archive, entries[name])
-                tensors[name] = data
-            return tensors[name].view(dtype)
-
-        state = Builder(archive.read(entries["data.pkl"]), tensor_of).load()
-        if device != "meta" and (rest := {name for name in entries if name.startswith("data/")} - tensors.keys()):
-            raise Foreign(f"{min(rest)} belongs to nothing")
+            elif device == "meta":
+                storages[name] = torch.empty(entry.file_size, dtype=torch.uint8, device="meta")
+            else:
+                storages[name] = read_storage(archive, entry)
+        builder = Builder(archive.read(entries["data.pkl"]), storages)
+        state = builder.load()
+        if unused := storages.keys() - builder.used:
+            raise Foreign(f"{min(unused)} belongs to nothing")
         return state
 
 
-def read_into(data: torch.Tensor, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+def read_storage(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> torch.Tensor:
+    data = torch.empty(entry.file_size, dtype=torch.uint8)
     with archive.open(entry) as file:
         whole = memoryview(data.numpy())
         done = 0
         while count := file.readinto(whole[done : done + 2**20]):
             done += count
-        if done < len(whole) or file.read(1):
+        if done < len(whole) or file.read(1):  # the last read compares the checksum
             raise ValueError(f"{entry.filename} is cut short")
+    return data
 
 
 class Builder(pickle.Unpickler):
-    """Builds the state from data.pkl with these three functions and no others."""
+    """Builds the state from data.pkl and the storages ({"data/0": its bytes}) with these functions and no others."""
 
-    def __init__(self, data: bytes, tensor_of):
+    def __init__(self, data: bytes, storages: dict[str, torch.Tensor]):
         for opcode, place, _ in pickletools.genops(data):
             if "PUT" in opcode.name and place is not None and place > len(data):
                 raise Foreign(f"its pickle has a place {place}")  # the unpickler would make room for as many
         super().__init__(io.BytesIO(data))
-        self.tensor_of = tensor_of
+        self.storages, self.used = storages, set()
 
     def find_class(self, module: str, name: str):
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda flat, offset, size, stride, *_: view_of(flat, offset, size, stride)
+            return rebuild_tensor
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
         raise Foreign(f"it asks for {module}.{name}, and a checkpoint is tensors, numbers and text")
 
     def persistent_load(self, found):
         _, dtype, key, *_ = found
-        return self.tensor_of(f"data/{key}", dtype)
+        self.used.add(f"data/{key}")
+        return self.storages[f"data/{key}"].view(dtype)
 
 
-def view_of(flat: torch.Tensor, offset: int, size: tuple, stride: tuple) -> torch.Tensor:
+def rebuild_tensor(flat: torch.Tensor, offset: int, size: tuple, stride: tuple, *_) -> torch.Tensor:
     if math.prod(size) > len(flat):
         raise Foreign(f"a tensor of shape {tuple(size)} has {len(flat)} numbers")
     return flat.as_strided(size, stride, offset)
 
 
-def load(path: str | Path, device: str = "cpu") -> dict:
-    """Read a checkpoint. Raises UserError if it is missing, damaged, of another kind, or lacks a part."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"checkpoint {path} not found")
+def part_of(state: dict, name: str, path: Path, shape=dict):
+    """A part of a checkpoint that is kept as JSON."""
     try:
-        state = read(path, device)
-    except (UserError, MemoryError):
-        raise
-    except Foreign as error:
-        raise not_ours(path, str(error)) from None
-    except Exception as error:  # zipfile and pickle raise almost anything for a wrong byte
-        reason = visible(f"{type(error).__name__} {error}".splitlines()[0])
-        raise UserError(f"checkpoint {path} is damaged ({reason})") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise not_ours(path, f"its format is not {FORMAT}")
-    if wrong := mismatch(state, SHAPE):
-        raise not_ours(path, wrong)
-    for name, value in state["progress"].items():
-        if type(value) is int and not 0 <= value <= 10**15:
-            raise not_ours(path, f"progress.{name} is out of range")
-    state.setdefault("base", None)
-    state.setdefault("init", "")
-    return state
+        content = json.loads(state[name])
+        wrong = mismatch(content, shape, name)
+    except (ValueError, RecursionError) as error:
+        wrong = f"its {name} cannot be read ({error})"
+    need(not wrong, f"{path} is not a checkpoint of this program: {wrong}")
+    return content
+
+
+def saved_settings(state: dict, path: Path, parts: list[type]) -> dict:
+    """The settings of a checkpoint; those of `parts` are typed and complete.
+
+    A run that is older than a setting gets its default: a default says what was done before there was the choice.
+    """
+    saved = part_of(state, "settings", path)
+    table = Settings(parts)
+    for name in table.source.keys() & saved.keys():
+        table.set(name, check(table.part_of[name], name, saved[name], f"the settings in {path}"), "checkpoint")
+    return saved | table.to_dict()
+
+
+def settings(path: Path) -> dict:
+    """The settings of a run, from its checkpoint, without reading the tensors."""
+    return saved_settings(load(path, "meta"), path, [ModelConfig, LoraSettings])
+
+
+def tokenizer_of(state: dict, saved: dict, path: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint, whose settings are `saved`."""
+    try:
+        tokenizer = tokenizer_from_dict(part_of(state, "tokenizer", path, {"tokenizer": dict, "config": dict}))
+    except UserError as error:
+        raise UserError(f"the tokenizer in {path} cannot be used: {error}") from None
+    need(tokenizer.vocab_size <= saved["vocab_size"], f"{path} does not fit its own settings: its tokenizer has "
+         f"{tokenizer.vocab_size} ids, its model {saved['vocab_size']}")
+    return tokenizer
+
+
+def check_weights(path: Path, saved: dict, found: dict[str, torch.Tensor], adapters: dict | None = None) -> None:
+    """UserError if the weights, or the adapters on them, are not those of a model with these settings, or not finite.
+
+    The model is built without memory, and what its settings claim is compared with the file's size before that.
+    """
+    cfg, unfit = pick(ModelConfig, saved), f"{path} does not fit its own settings:"
+    total = sum(tensor.numel() for tensor in found.values())
+    need(cfg.n_layer + cfg.n_enigma <= len(found), f"{unfit} the n_layer there needs more weights than it holds")
+    for name, size in vars(cfg).items():
+        if type(size) is int and name not in ("seq_len", "window", "rope_original"):
+            need(size <= total, f"{unfit} the {name} there needs more weights than it holds")
+    with shapes_only():
+        model = LanguageModel(cfg)
+        wrong = misfit(model.state_dict(), found)
+        if adapters is not None and not wrong:
+            total = sum(tensor.numel() for tensor in adapters.values())
+            need(saved["lora_rank"] <= total, f"{unfit} the lora_rank there is more than it holds")
+            inject(model, pick(LoraSettings, saved))
+            wrong = misfit(adapter_state(model), adapters)
+    need(not wrong, f"{unfit} {wrong}")
+    name = not_finite(found | (adapters or {}))
+    need(not name, f"{path}: {name} is not finite (nan or inf), so its training diverged: take an earlier checkpoint, "
+                   "or train again with a lower lr")
+
+
+def not_finite(found: dict[str, torch.Tensor]) -> str:
+    """The name of a weight that is nan or inf, '' if there is none."""
+    for name, tensor in found.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return name
+    return ""
+
+
+# ---- 3. runs ----
+
+
+def remember(folder: Path) -> None:
+    """Note in our out/ that `folder` is the newest run there: clocks jump, and copies have new dates."""
+    root = ROOT / "out"
+    if folder.resolve().parent == root.resolve():
+        names = [folder.name, *(name for name in newest_names(root) if name != folder.name)]
+        try:
+            write_text(root / ".newest", "\n".join(names[:1000]))
+        except OSError as error:
+            tell(f"cannot write {root / '.newest'} ({error.strerror}): dates will say which run is the newest")
+
+
+def newest_names(root: Path) -> list[str]:
+    """Names of runs, the newest first. They are compared with those of folders, never opened."""
+    path = root / ".newest"
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+
+
+def runs(root: Path | None = None, files: tuple[str, ...] = ("best.pt", "step_*.pt")) -> list[Path]:
+    """The folders in `root` (by default our out/) that hold such files, the newest first: in the order in which they
+    were started last, and then by the dates of their files."""
+    root = root or ROOT / "out"
+    found: dict[Path, float] = {}
+    for pattern in files:
+        for path in root.glob(f"*/{pattern}"):
+            found[path.parent] = max(found.get(path.parent, 0.0), path.stat().st_mtime)
+    order = {name: number for number, name in enumerate(newest_names(root))}
+    return sorted(found, key=lambda folder: (order.get(folder.name, len(order)), -found[folder]))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those of a run's folder: the best, then the newest and the older ones."""
+    return [path for path in (folder / "best.pt", *reversed(steps(folder))) if path.is_file()]
+
+
+def find(where: str | Path = "", root: Path | None = None) -> Path:
+    """A checkpoint file: `where` itself, the best (else the newest) one of folder `where`, or of the newest run.
+
+    Raises UserError if there is none.
+    """
+    if not where:
+        found = runs(root)
+        need(found, "there is no trained model yet: `python train.py` makes one")
+        where = found[0]
+    path = find_path(where)
+    if not path.is_dir():
+        return path
+    found = checkpoints(path)
+    need(found, f"{path} holds no checkpoint")
+    return found[0]
+
+
+def find_tokenizer(where: str | Path) -> Tokenizer:
+    """The tokenizer that the user names: its file or folder, an encoding of tiktoken, a checkpoint, or a run."""
+    path = find_path(where)
+    if path.is_dir() and not tokenizer_file(path):
+        path = next(iter(checkpoints(path)), path)
+    if path.is_file() and kind_of(path) == "checkpoint":
+        return tokenizer_from_dict(load(path, "meta")["tokenizer"], str(path))
+    return load_tokenizer(where)
 
 
 def load_newest(folder: Path, say=tell) -> dict | None:
@@ -254,150 +383,6 @@ def without_steps(folder: Path) -> str:
     return f"{best} is whole: start from it with INIT_FROM={best} in another out_dir"
 
 
-def saved_settings(state: dict, path: Path, parts: list[type]) -> dict:
-    """The settings of a checkpoint; those of `parts` are typed and complete.
-
-    A run that is older than a setting gets its default: a default says what was done before there was the choice.
-    """
-    saved = parsed(state, "settings", path)
-    table = Settings(parts)
-    for name in table.source.keys() & saved.keys():
-        table.set(name, check(table.part_of[name], name, saved[name], f"the settings in {path}"), "checkpoint")
-    return saved | table.to_dict()
-
-
-def settings(path: Path) -> dict:
-    """The settings of a run, from its checkpoint, without reading the tensors."""
-    return saved_settings(load(path, "meta"), path, [ModelConfig, LoraSettings])
-
-
-def tokenizer_of(state: dict, saved: dict, path: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint, whose settings are `saved`."""
-    try:
-        tokenizer = tokenizer_from_dict(parsed(state, "tokenizer", path, {"tokenizer": dict, "config": dict}))
-    except UserError as error:
-        raise UserError(f"the tokenizer in {path} cannot be used: {error}") from None
-    if tokenizer.vocab_size > saved["vocab_size"]:
-        raise does_not_fit(path, f"its tokenizer has {tokenizer.vocab_size} ids, its model {saved['vocab_size']}")
-    return tokenizer
-
-
-def parsed(state: dict, name: str, path: Path, shape=dict) -> dict:
-    """A part of a checkpoint that is kept as JSON."""
-    try:
-        content = json.loads(state[name])
-    except (ValueError, RecursionError) as error:
-        raise not_ours(path, f"its {name} cannot be read ({error})") from None
-    if wrong := mismatch(content, shape, name):
-        raise not_ours(path, wrong)
-    return content
-
-
-def check_weights(path: Path, saved: dict, found: dict[str, torch.Tensor], adapters: dict | None = None) -> None:
-    """UserError if the weights, or the adapters on them, are not those of a model with these settings, or not finite.
-
-    The model is built without memory, and what its settings claim is compared with the file's size before that.
-    """
-    cfg = pick(ModelConfig, saved)
-    total = sum(tensor.numel() for tensor in found.values())
-    if cfg.n_layer + cfg.n_enigma > len(found):
-        raise does_not_fit(path, "the n_layer there needs more weights than it holds")
-    for name, size in vars(cfg).items():
-        if type(size) is int and size > total and name not in ("seq_len", "window", "rope_original"):
-            raise does_not_fit(path, f"the {name} there needs more weights than it holds")
-    with shapes_only():
-        model = LanguageModel(cfg)
-        compare(path, model.state_dict(), found)
-        if adapters is not None:
-            if saved["lora_rank"] > sum(tensor.numel() for tensor in adapters.values()):
-                raise does_not_fit(path, "the lora_rank there is more than it holds")
-            inject(model, pick(LoraSettings, saved))
-            compare(path, adapter_state(model), adapters)
-    if name := not_finite(found | (adapters or {})):
-        raise UserError(f"{path}: {name} is not finite (nan or inf), so its training diverged: take an earlier "
-                        "checkpoint, or train again with a lower lr")
-
-
-def not_finite(found: dict[str, torch.Tensor]) -> str:
-    """The name of a weight that is nan or inf, '' if there is none."""
-    floats = (name for name, tensor in found.items() if tensor.is_floating_point())
-    return next((name for name in floats if not found[name].isfinite().all()), "")
-
-
-def compare(path: Path, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
-    if different := sorted(expected.keys() ^ found.keys()):
-        where = "has" if different[0] in found else "lacks"
-        raise does_not_fit(path, f"it {where} {different[0]}")
-    for name, tensor in expected.items():
-        if tensor.shape != found[name].shape:
-            raise does_not_fit(path, f"{name} is {tuple(found[name].shape)}, expected {tuple(tensor.shape)}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs
-
-
-def remember(folder: Path) -> None:
-    """Note in our out/ that `folder` is the newest run there: clocks jump, and copies have new dates."""
-    root = ROOT / "out"
-    if folder.resolve().parent == root.resolve():
-        names = [folder.name, *(name for name in remembered(root) if name != folder.name)]
-        try:
-            write_text(root / ".newest", "\n".join(names[:1000]))
-        except OSError as error:
-            tell(f"cannot write {root / '.newest'} ({error.strerror}): dates will say which run is the newest")
-
-
-def remembered(root: Path) -> list[str]:
-    """Names of runs, the newest first. They are compared with those of folders, never opened."""
-    path = root / ".newest"
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-
-
-def runs(root: Path | None = None, files: tuple[str, ...] = ("best.pt", "step_*.pt")) -> list[Path]:
-    """The folders in `root` (by default our out/) that hold such files, the newest first: in the order in which they
-    were started last, and then by the dates of their files."""
-    root = root or ROOT / "out"
-    found: dict[Path, float] = {}
-    for path in [path for pattern in files for path in root.glob(f"*/{pattern}")]:
-        found[path.parent] = max(found.get(path.parent, 0.0), path.stat().st_mtime)
-    order = {name: number for number, name in enumerate(remembered(root))}
-    return sorted(found, key=lambda folder: (order.get(folder.name, len(order)), -found[folder]))
-
-
-def find(where: str | Path = "", root: Path | None = None) -> Path:
-    """A checkpoint file: `where` itself, the best (else the newest) one of folder `where`, or of the newest run.
-
-    Raises UserError if there is none.
-    """
-    if not where:
-        where = next(iter(runs(root)), None)
-        if where is None:
-            raise UserError("there is no trained model yet: `python train.py` makes one")
-    path = find_path(where)
-    if not path.is_dir():
-        return path
-    found = checkpoints(path)
-    need(found, f"{path} holds no checkpoint")
-    return found[0]
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Those of a run's folder: the best, then the newest and the older ones."""
-    best = folder / "best.pt"
-    return [path for path in (best, *reversed(steps(folder))) if path.is_file()]
-
-
-def find_tokenizer(where: str | Path) -> Tokenizer:
-    """The tokenizer that the user names: its file or folder, an encoding of tiktoken, a checkpoint, or a run."""
-    path = find_path(where)
-    if path.is_dir() and not tokenizer_file(path):
-        path = next(iter(checkpoints(path)), path)
-    if path.is_file() and kind_of(path) == "checkpoint":
-        return tokenizer_from_dict(load(path, "meta")["tokenizer"], str(path))
-    return load_tokenizer(where)
-
-
 def weights(state: dict) -> dict[str, torch.Tensor]:
     """The weights that a checkpoint ships: averaged ones where the run kept them."""
     averaged = dict(state["ema"]["weights"]) if state.get("ema") else {}
@@ -413,13 +398,12 @@ def load_base(base: dict, folder: Path, moved_to: str = "") -> dict[str, torch.T
     believed of our own runs only: elsewhere a stranger's checkpoint would choose which file we open.
     """
     was = Path(base["path"])
+    paths = [folder / "base.pt"]
+    if was.resolve().is_relative_to((ROOT / "out").resolve()):
+        paths.append(was)
+    paths = [path for path in paths if path.is_file() and not path.is_symlink()]
     if moved_to:
         paths = [find(moved_to)]
-    else:
-        paths = [folder / "base.pt"]
-        if was.resolve().is_relative_to((ROOT / "out").resolve()):
-            paths.append(was)
-        paths = [path for path in paths if path.is_file() and not path.is_symlink()]
     for path in paths:
         found = weights(load(path))
         if fingerprint(found) == base["fingerprint"]:
@@ -435,7 +419,7 @@ def keep_base(path: Path, folder: Path) -> None:
     """A second name for a base beside its adapters, as its own run may replace it. It costs no disk until then, where
     the file system has links."""
     kept = folder / "base.pt"
-    with writing(folder, "; set another out_dir"):
+    with writing(folder, ELSEWHERE):
         kept.unlink(missing_ok=True)
         try:
             os.link(path.resolve(), kept)
@@ -444,18 +428,19 @@ def keep_base(path: Path, folder: Path) -> None:
                 shutil.copyfileobj(source, file)
 
 
-def load_model(path: Path, device="cpu", lora_base: str = ""):
+def load_model(path: Path, device="cpu", lora_base: str = "") -> tuple[LanguageModel, Tokenizer, dict]:
     """(model in eval mode, tokenizer, state) of a checkpoint; adapters are put on their base and merged into it."""
     state = load(path)
     saved = saved_settings(state, path, [ModelConfig, LoraSettings])
-    own = weights(state)
-    base = load_base(state["base"], path.parent, lora_base) if state["base"] else None
-    check_weights(path, saved, base or own, own if base else None)
+    base, adapters = weights(state), None
+    if state["base"]:
+        base, adapters = load_base(state["base"], path.parent, lora_base), base
+    check_weights(path, saved, base, adapters)
     tokenizer = tokenizer_of(state, saved, path)
     model = LanguageModel(pick(ModelConfig, saved))
-    model.load_state_dict(base or own)
-    if base:
+    model.load_state_dict(base)
+    if adapters is not None:
         inject(model, pick(LoraSettings, saved))
-        load_adapter(model, own)
+        load_adapter(model, adapters)
         merge(model)
     return model.to(device).eval(), tokenizer, state
