@@ -40,34 +40,19 @@ from configurator import (
     need,
     pick,
 )
-from data import prepare
 from model import LanguageModel, ModelConfig
 from runtime import checkpoint
 from runtime.device import Machine, MachineSettings, choose_machine, init_processes, leave_processes
 from runtime.files import own_file, own_folder, write_json, write_text, writing
 from runtime.resume import data_words, find_tokens, read_made_of, tokenizer_words
-from runtime.screen import ProgressLine, run, visible
+from runtime.screen import ProgressLine, run
 from text.batches import TokenStream, Validation
-from text.chat import ChatSettings, Template
-from text.conversations import Conversation, read_examples
 from text.corpus import DataSettings
 from text.records import Position, files_pieces, text_files, total_size
-from text.sft import SftSettings, find_examples, held_out_rows, prepare_examples
 from text.shards import rest_of_document
-from text.tasks import (
-    TASKS,
-    Example,
-    begin_ids,
-    cast_products,
-    choose,
-    load,
-    run_task,
-    show_examples,
-    summarise,
-    task_files,
-    with_shots,
-)
-from text.tokenizer import Head, Lost
+from text.tokenizer import Head, Lost, Tokenizer
+
+# train.py imports `evaluate` alone, so what only this command needs is imported where it is used.
 
 
 @dataclass
@@ -135,23 +120,24 @@ def evaluate(model: LanguageModel, windows: Validation, machine: Machine, batch_
 
 
 class TextWindows:
-    """Documents cut into windows for `evaluate`: each starts after a `begin` token, and each of its tokens is predicted
-    once, from up to seq_len tokens before it and, but near the beginning, from at least seq_len - stride.
+    """Documents cut into windows for `evaluate`: each starts after a token that begins a text, and each of its tokens
+    is predicted once, from up to seq_len tokens before it and, but near the beginning, from at least seq_len - stride.
 
     Only tokens of the text count, no end-of-text tokens. `lost` says what the tokenizer loses of the first million
     characters, and `unknown` counts the tokens of characters that it does not have: the model need not guess either, so
     bits per byte come out too low.
     """
 
-    def __init__(self, begin: int, seq_len: int, stride: int = 0):
-        self.begin, self.seq_len, self.stride = begin, seq_len, stride or (seq_len + 1) // 2
+    def __init__(self, tokenizer: Tokenizer, seq_len: int, stride: int = 0, bos: str = "auto"):
+        self.tokenizer, self.seq_len, self.stride = tokenizer, seq_len, stride or (seq_len + 1) // 2
+        self.begin = begin_ids(tokenizer, bos) or [tokenizer.needs("eot")]
         self.rows: list[tuple[np.ndarray, int]] = []  # (ids, predictions that an earlier window has made)
         self.tokens = self.bytes = self.unknown = 0
         self.lost = Lost(0.0, "")
 
-    def add_text(self, pieces: Iterable[tuple[str, bool]], tokenizer, show: Callable = lambda: None) -> "TextWindows":
-        """Documents in pieces, as corpus.py has them. `show` is called after each piece."""
-        unk, head = tokenizer.role("unk"), Head()
+    def add_text(self, pieces: Iterable[tuple[str, bool]], show: Callable = lambda: None) -> "TextWindows":
+        """Documents in pieces, as text/records.py has them. `show` is called after each piece."""
+        head = Head()
 
         def counted() -> Iterator[tuple[str, bool]]:
             for text, ends in pieces:
@@ -163,29 +149,37 @@ class TextWindows:
         documents = counted()
         for text, ends in documents:
             rest = () if ends else rest_of_document(documents)
-            parts = tokenizer.encode_stream_to_numpy(chain([text], rest))
-            ids = np.concatenate([np.zeros(0, np.uint32), *parts])
-            self.unknown += int((ids == unk).sum()) if unk is not None else 0
-            self.add(ids)
-        self.lost = tokenizer.lost(head.text())
+            parts = self.tokenizer.encode_stream_to_numpy(chain([text], rest))
+            self.add(np.concatenate([np.zeros(0, np.uint32), *parts]))
+        self.lost = self.tokenizer.lost(head.text())
         return self.sorted()
 
-    def add_stream(self, stream: TokenStream, tokenizer, max_tokens: int = 0) -> "TextWindows":
+    def add_stream(self, stream: TokenStream, max_tokens: int = 0) -> "TextWindows":
         """The documents of prepared tokens, or the first max_tokens of these."""
         ids = stream.read(0, max_tokens or len(stream))
-        self.unknown += int((ids == tokenizer.role("unk")).sum()) if tokenizer.role("unk") is not None else 0
-        self.bytes += int(tokenizer.token_sizes[ids].sum())
+        self.bytes += int(self.tokenizer.token_sizes[ids].sum())
         for document in np.split(ids, np.flatnonzero(ids == stream.eot) + 1):
             self.add(document[document != stream.eot])
         return self.sorted()
 
     def add(self, ids: np.ndarray) -> None:
         self.tokens += len(ids)
-        self.rows += cut(np.concatenate([[self.begin], ids]), self.seq_len, self.stride)
+        unk = self.tokenizer.role("unk")
+        if unk is not None:
+            self.unknown += int((ids == unk).sum())
+        self.rows += overlapping(np.concatenate([self.begin[:1], ids]), self.seq_len, self.stride)
 
     def sorted(self) -> "TextWindows":
         self.rows.sort(key=lambda row: -len(row[0]))  # those of a batch are about as long
         return self
+
+    def unseen(self) -> str:
+        """What the model does not see of the text, in words; "" if it sees all."""
+        parts = [str(self.lost)] if self.lost.rate else []
+        if self.unknown:
+            share = self.unknown / self.tokens
+            parts.append(f"{self.unknown:,} tokens stand for characters that it does not have ({share:.2%})")
+        return "; ".join(parts)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -202,10 +196,10 @@ class TextWindows:
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.from_numpy(weights)
 
 
-def cut(ids: np.ndarray, seq_len: int, stride: int) -> list[tuple[np.ndarray, int]]:
+def overlapping(ids: np.ndarray, seq_len: int, stride: int) -> list[tuple[np.ndarray, int]]:
     """Windows of seq_len predictions, `stride` apart, and how many predictions of each an earlier one has made.
 
-    >>> cut(np.arange(7), seq_len=4, stride=2)  ->  [([0, 1, 2, 3, 4], 0), ([2, 3, 4, 5, 6], 2)]
+    >>> overlapping(np.arange(7), seq_len=4, stride=2)  ->  [([0, 1, 2, 3, 4], 0), ([2, 3, 4, 5, 6], 2)]
     """
     windows, start, end = [], 0, 1  # ids before `end` are predicted
     while end < len(ids):
@@ -215,41 +209,182 @@ def cut(ids: np.ndarray, seq_len: int, stride: int) -> list[tuple[np.ndarray, in
     return windows
 
 
+def begin_ids(tokenizer: Tokenizer, bos: str = "auto") -> list[int]:
+    """The ids before a text. auto: a begin token if the tokenizer's files say so: Llama's do, GPT-2's do not."""
+    wanted = bos == "yes"
+    if bos == "auto":
+        files = tokenizer.to_dict()
+        post = files["tokenizer"].get("post_processor") or {}
+        steps = [step for each in (post, *post.get("processors", [])) for step in each.get("single", [])]
+        wanted = "SpecialToken" in steps[0] if steps else files["config"].get("add_bos_token", False)
+    return [begin_token(tokenizer)] if wanted else []
+
+
+def begin_token(tokenizer: Tokenizer) -> int:
+    return tokenizer.needs("eot" if tokenizer.role("bos") is None else "bos")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Multiple choice, with the scores of lm-evaluation-harness
+
+
+@dataclass
+class Row:
+    """One choice and its context."""
+
+    context: list[int]
+    continuation: list[int]
+    cut: bool  # whether the context has lost its beginning, so that both have at most seq_len + 1 tokens
+
+
+def to_row(tokenizer: Tokenizer, context: str, choice: str, seq_len: int, begin: list[int]) -> Row:
+    """The harness's rule: white space at the end of the context goes to the continuation, which is what the ids of the
+    whole text have after the context's. Where a token crosses the border, the context still has the tokens that it has
+    alone."""
+    whole = begin + tokenizer.encode(f"{context} {choice}")
+    before = begin + tokenizer.encode(context.rstrip())
+    continuation = whole[len(before) :]
+    if not before:  # nothing to condition on
+        before = [begin_token(tokenizer)]
+    ids = (before + continuation)[-(seq_len + 1) :]
+    border = len(ids) - min(len(continuation), seq_len)  # of a choice that is too long itself, the end counts
+    return Row(ids[:border], ids[border:], cut=len(ids) < len(before) + len(continuation))
+
+
+@torch.inference_mode()
+def log_likelihoods(model: LanguageModel, rows: list[Row], machine: Machine) -> list[float]:
+    """Natural logarithm of the probability of each continuation after its context. Equal contexts are read once, and
+    their choices continue from the cache."""
+    from generate import prefill
+
+    longest = max(len(row.context) for row in rows)
+    if longest + max(len(row.continuation) for row in rows) > model.cfg.seq_len + 1:  # padded, they do not fit
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].context))
+        scores = [0.0] * len(rows)
+        for half in (order[: len(order) // 2], order[len(order) // 2 :]):
+            for i, score in zip(half, log_likelihoods(model, [rows[i] for i in half], machine), strict=True):
+                scores[i] = score
+        return scores
+    length = max(1, *(len(row.continuation) for row in rows))
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    learned = torch.zeros(len(rows), length)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.continuation)] = torch.tensor(row.continuation, dtype=torch.int64)
+        learned[i, : len(row.continuation)] = 1
+    ids, learned = ids.to(machine.device), learned.to(machine.device)
+    with machine.autocast():
+        cache, logits = prefill(model, [row.context for row in rows], length)
+        scores = logits.float().log_softmax(dim=-1).gather(1, ids[:, :1])[:, 0] * learned[:, 0]  # the first tokens
+        if length > 1:
+            scores = scores - model(ids[:, :-1], ids[:, 1:].contiguous(), learned[:, 1:], cache=cache).sum(dim=1)
+    return scores.tolist()
+
+
+def cast_products(model: LanguageModel, dtype: torch.dtype) -> None:
+    """Give the weights of matrix products the dtype that autocast would give them in every pass. A tied head gets
+    a copy; the embedding stays as it is."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, torch.nn.Parameter(p.detach().to(dtype), requires_grad=False))
+
+
+def question_batches(rows: list[list[Row]], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of questions, the longest first; their choices, padded, have at most `batch_tokens` tokens."""
+    sizes = [max(len(row.context) + len(row.continuation) for row in choices) for choices in rows]
+    batch, count = [], 0  # and its choices
+    for i in sorted(range(len(rows)), key=lambda i: -sizes[i]):
+        if batch and (count + len(rows[i])) * sizes[batch[0]] > batch_tokens:
+            yield batch
+            batch, count = [], 0
+        batch.append(i)
+        count += len(rows[i])
+    if batch:
+        yield batch
+
+
+def run_task(model: LanguageModel, tokenizer: Tokenizer, questions: list, machine: Machine, batch_tokens: int = 8192,
+             bos: str = "auto") -> Iterator[list[dict]]:
+    """Score the questions; yields the results of each batch, on every process those of all."""
+    begin = begin_ids(tokenizer, bos)
+    mine = questions[machine.rank :: machine.world_size]
+    rows = []
+    for question in mine:
+        choices = [to_row(tokenizer, question.context, choice, model.cfg.seq_len, begin) for choice in question.choices]
+        rows.append(choices)
+    batches = question_batches(rows, batch_tokens)
+    while machine.any((batch := next(batches, None)) is not None):
+        done = []
+        if batch:
+            flat = [row for i in batch for row in rows[i]]
+            scores = iter(log_likelihoods(model, flat, machine))
+            for i in batch:
+                number = machine.rank + i * machine.world_size
+                done.append(result(number, mine[i], rows[i], [next(scores) for _ in rows[i]]))
+        if machine.world_size > 1:
+            parts = [None] * machine.world_size
+            torch.distributed.all_gather_object(parts, done)
+            done = list(chain.from_iterable(parts))
+        yield done
+
+
+def result(number: int, question, rows: list[Row], scores: list[float]) -> dict:
+    """What is known of one question: `scores` in nats, `answer` by their sum, `answer_norm` by character of the choice.
+    Of equal ones the first counts."""
+    characters = np.array([len(choice) for choice in question.choices], float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        norm = int(np.argmax(np.array(scores) / characters))
+    answer = int(np.argmax(scores))
+    return {"id": number, "query": question.query, "choices": question.choices, "gold": question.gold, "scores": scores,
+            "tokens": [len(row.continuation) for row in rows], "cut": any(row.cut for row in rows), "answer": answer,
+            "answer_norm": norm, "acc": int(answer == question.gold), "acc_norm": int(norm == question.gold)}
+
+
+def summarise(results: list[dict]) -> dict:
+    """Means and their standard errors (of the sample; None for a single question)."""
+    n, summary = len(results), {"n": len(results)}
+    for metric in ("acc", "acc_norm"):
+        mean, error = sum(each[metric] for each in results) / n, None
+        if n > 1:
+            variance = sum((each[metric] - mean) ** 2 for each in results) / (n - 1)
+            error = math.sqrt(variance / n)
+        summary |= {metric: mean, f"{metric}_stderr": error}
+    return summary | {"cut": sum(each["cut"] for each in results)}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 
 def main(argv: list[str] | None = None) -> None:
     s = configure(SETTINGS, argv, doc=__doc__)
-    names = choose(s.tasks)
-    for name in ("data_path", "stride", "eval_tokens"):
-        if names and s.given(name):
-            raise UserError(f"{name} is for text and tasks for questions: ask for one of them at a time")
+    names = []
+    if s.tasks:
+        from text.tasks import task_names
+
+        names = task_names(s.tasks)
+        for name in ("data_path", "stride", "eval_tokens"):
+            need(not s.given(name), f"{name} is for text and tasks for questions: ask for one of them at a time")
     path = checkpoint.find(s.init_from)
     model, tokenizer, state = checkpoint.load_model(path, lora_base=s.lora_base)
     saved = checkpoint.saved_settings(state, path, SETTINGS)
     for name in ("dtype", "batch_size", "eval_tokens"):  # as the run, so that its numbers come out
         if not s.given(name):
-            s.set(name, saved.get(name, getattr(s, name)), "checkpoint")
-    if s.stride > model.cfg.seq_len:
-        raise UserError(f"stride={s.stride} would leave out text: the model's seq_len is {model.cfg.seq_len}")
+            s.set(name, saved[name], "checkpoint")
+    need(s.stride <= model.cfg.seq_len,
+         f"stride={s.stride} would leave out text: the model's seq_len is {model.cfg.seq_len}")
     machine = choose_machine(s.part(MachineSettings))
     model.to(machine.device)
-    machine.print(f"model    {path}, step {state['progress']['step']}\nmachine  {machine.describe()}")
-    about = {"checkpoint": str(path), "step": state["progress"]["step"], "dtype": str(machine.dtype),
-             "data_path": s.data_path, "stride": s.stride, "eval_tokens": s.eval_tokens}
-    folder = path.parent / "eval"
+    step, folder = state["progress"]["step"], path.parent / "eval"
+    machine.print(f"model    {path}, step {step}\nmachine  {machine.describe()}")
+    about = {"checkpoint": str(path), "step": step, "dtype": str(machine.dtype), "data_path": s.data_path,
+             "stride": s.stride, "eval_tokens": s.eval_tokens}
     if machine.is_main:  # now, and not after the work
         with writing(path.parent):
             if not os.access(own_folder(folder), os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    if names:  # files and downloads before the process group: a collective would time out
-        examples = [prompts(s, name, machine) for name in names]
-        cast_products(model, machine.dtype)
-        init_processes(machine)
-        rows = [answer(s, name, each, model, tokenizer, machine, folder, about)
-                for name, each in zip(names, examples, strict=True)]
-        machine.print(table(rows))
+    if names:
+        answer_tasks(s, names, model, tokenizer, machine, folder, about)
     else:
         name, windows = open_windows(s, state, tokenizer, model.cfg.seq_len, path.parent, machine)
         init_processes(machine)
@@ -257,37 +392,29 @@ def main(argv: list[str] | None = None) -> None:
     leave_processes(machine)
 
 
-def open_windows(s: Settings, state: dict, tokenizer, seq_len: int, run: Path, machine: Machine):
+def open_windows(s: Settings, state: dict, tokenizer: Tokenizer, seq_len: int, run: Path, machine: Machine):
     """(name, what `evaluate` scores): any text, prepared tokens, or what the run validated on."""
-    saved = checkpoint.saved_settings(state, run, [DataSettings, ModelConfig, ChatSettings, SftSettings])
-    before = read_made_of(state)
-    begin = (begin_ids(tokenizer, s.bos) or [tokenizer.needs("eot")])[0]
-    text = TextWindows(begin, seq_len, s.stride)
     if s.data_path and not (find_path(s.data_path) / "meta.json").is_file():
-        if s.source["eval_tokens"] in ("environment", "command line"):
-            raise UserError("eval_tokens is for validation text; of a file all is scored: leave it out")
-        files, position = text_files(s.data_path), Position()
+        need(not s.chosen("eval_tokens"), "eval_tokens is for validation text; of a file all is scored: leave it out")
+        text, files, position = TextWindows(tokenizer, seq_len, s.stride, s.bos), text_files(s.data_path), Position()
         progress = ProgressLine("reading text", total_size(files), "MB", 1e6, quiet=not machine.is_main)
-        text.add_text(files_pieces(files, s.text_field, position), tokenizer, lambda: progress.show(position.now()))
+        text.add_text(files_pieces(files, s.text_field, position), lambda: progress.show(position.now()))
         progress.close()
-        if not text.tokens:
-            raise UserError(f"data_path={s.data_path} holds no text")
+        need(text.tokens, f"data_path={s.data_path} holds no text")
         return text_name(s.data_path), text
-    if not s.data_path and saved.get("task") == "sft":
-        if s.stride:
-            raise UserError("stride is for running text, and this run learned examples: leave it out")
-        chat = pick(ChatSettings, saved)
-        rows = held_out_rows(examples_of(s.cache_dir, saved, before, run), Template(chat.template, tokenizer), chat,
-                             packing=saved["packing"], seq_len=seq_len, seed=0, eval_tokens=s.eval_tokens)
-        return "validation", rows
+    name = "validation"
     if s.data_path:
-        folder = find_path(s.data_path)
+        name, folder = text_name(s.data_path), find_path(s.data_path)
     else:
-        folder = tokens_of(s.cache_dir, saved, before, tokenizer, seq_len, run, quiet=not machine.is_main)
+        saved = checkpoint.saved_settings(state, run, [DataSettings, ModelConfig])
+        if saved.get("task") == "sft":
+            need(not s.stride, "stride is for running text, and this run learned examples: leave it out")
+            return name, examples_of(s, state, tokenizer, seq_len, run)
+        folder = tokens_of(s.cache_dir, saved, read_made_of(state), tokenizer, seq_len, run, quiet=not machine.is_main)
     stream = TokenStream(folder, "val", tokenizer)
     if s.stride:
-        return f"{folder.name} by {s.stride}", text.add_stream(stream, tokenizer, s.eval_tokens)
-    name = text_name(s.data_path) if s.data_path else "validation"
+        text = TextWindows(tokenizer, seq_len, s.stride, s.bos)
+        return f"{folder.name} by {s.stride}", text.add_stream(stream, s.eval_tokens)
     return name, Validation(stream, seq_len, tokenizer, s.eval_tokens)
 
 
@@ -297,7 +424,8 @@ def text_name(data_path: str) -> str:
     return f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
 
 
-def tokens_of(cache_dir: str, saved: dict, before: dict, tokenizer, seq_len: int, run: Path, quiet: bool) -> Path:
+def tokens_of(cache_dir: str, saved: dict, before: dict, tokenizer: Tokenizer, seq_len: int, run: Path,
+              quiet: bool) -> Path:
     """The tokens that a run validated on, by what they hold: `before` is its made_of, {} of an older run.
 
     Nothing is looked for where its settings say, as they may be somebody else's.
@@ -306,6 +434,8 @@ def tokens_of(cache_dir: str, saved: dict, before: dict, tokenizer, seq_len: int
     if len({TokenStream(folder, "val").content for folder in found}) == 1:
         return found[0]
     if not data_words(saved):  # the corpus that is learned where nothing is said
+        from data import prepare
+
         default = Settings([DataSettings, ModelConfig])
         default.seq_len, default.cache_dir = seq_len, cache_dir
         folder = prepare(default, quiet, tokenizer)
@@ -315,86 +445,109 @@ def tokens_of(cache_dir: str, saved: dict, before: dict, tokenizer, seq_len: int
                     f"CACHE_DIR=, or make it: python data.py {data_words(saved)} {tokenizer_words(saved)}".rstrip())
 
 
-def examples_of(cache_dir: str, saved: dict, before: dict, run: Path) -> list[Conversation]:
-    """The validation examples of a fine-tuning run; `before` as for `tokens_of`."""
-    found, words = before and find_examples(cache_dir, before), data_words(saved)
+def examples_of(s: Settings, state: dict, tokenizer: Tokenizer, seq_len: int, run: Path):
+    """The rows that a fine-tuning run validated on, found as in `tokens_of`."""
+    from text.chat import ChatSettings, Template
+    from text.conversations import read_examples
+    from text.sft import SftSettings, find_examples, held_out_rows, prepare_examples
+
+    saved = checkpoint.saved_settings(state, run, [DataSettings, ChatSettings, SftSettings])
+    before, words = read_made_of(state), data_words(saved)
+    found = before and find_examples(s.cache_dir, before)
     if found:
-        return found[1]
-    if words == "DATASET=stdlib_chat":
-        return list(read_examples(prepare_examples("stdlib_chat", cache_dir, quiet=True) / "val.jsonl"))
-    need(before, f"{run} is too old to find its validation examples again: with more steps, and {words}, its next best "
-                 "model can")
-    raise UserError(f"the examples that {run} validated on are not in {cache_folder(cache_dir)}: name that folder with "
-                    f"CACHE_DIR=, or start the run again, {words}, which puts them there")
+        examples = found[1]
+    elif words == "DATASET=stdlib_chat":
+        folder = prepare_examples("stdlib_chat", s.cache_dir, quiet=True)
+        examples = list(read_examples(folder / "val.jsonl"))
+    else:
+        need(before, f"{run} is too old to find its validation examples again: with more steps, and {words}, its next "
+                     "best model can")
+        raise UserError(f"the examples that {run} validated on are not in {cache_folder(s.cache_dir)}: name that "
+                        f"folder with CACHE_DIR=, or start the run again, {words}, which puts them there")
+    chat = pick(ChatSettings, saved)
+    return held_out_rows(examples, Template(chat.template, tokenizer), chat, packing=saved["packing"],
+                         seq_len=seq_len, seed=0, eval_tokens=s.eval_tokens)
 
 
 def report(name: str, windows, score: Score, state: dict, machine: Machine, folder: Path, about: dict) -> None:
     machine.print(f"{name}: loss {score.loss:.6f} nats per token, perplexity {score.perplexity:.3f}, "
                   f"{score.bits_per_byte:.6f} bits per byte; {windows.tokens:,} tokens, {windows.bytes:,} bytes")
-    if isinstance(windows, TextWindows):
-        why = [str(windows.lost)] if windows.lost.rate else []
-        if windows.unknown:
-            share = windows.unknown / windows.tokens
-            why.append(f"{windows.unknown:,} tokens stand for characters that it does not have ({share:.2%})")
-        if why:
-            machine.print(visible(f"         {'; '.join(why)}: their bytes cost too little, so compare with models of "
-                                  "this tokenizer only"))
-    if name == "validation":  # no text has this name: see open_windows
+    if isinstance(windows, TextWindows) and (why := windows.unseen()):
+        machine.print(f"         {why}: their bytes cost too little, so compare with models of this tokenizer only")
+    if name == "validation":  # no text has this name: see text_name
         of_best = "optimizer" not in state  # a step's checkpoint is older than its validation
         so_far = "so far" if of_best else "before this checkpoint was scored"
         machine.print(f"         the best of the run {so_far} was {state['progress']['best']:.6f}")
-    values = {"loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
+    values = {"loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte,
+              "tokens": windows.tokens, "bytes": windows.bytes}
     if machine.is_main:
         with writing(folder, ""):
-            write_json(folder / f"{name}.json", about | values | {"tokens": windows.tokens, "bytes": windows.bytes})
+            write_json(folder / f"{name}.json", about | values)
 
 
-def prompts(s: Settings, name: str, machine: Machine) -> list[Example]:
-    """The questions of a task, each with its context; says which files they are from."""
-    examples = load(name, "", s.task_dir, s.cache_dir)[: s.limit or None]
-    files = ", ".join(path.name for path in task_files(name, "", s.task_dir, s.cache_dir))
-    machine.print(f"{name}: {len(examples):,} questions of {files}")
-    return with_shots(TASKS[name], examples, load(name, "train", s.task_dir, s.cache_dir) if s.n_shot else [], s.n_shot)
+def answer_tasks(s: Settings, names: list[str], model: LanguageModel, tokenizer: Tokenizer, machine: Machine,
+                 folder: Path, about: dict) -> None:
+    """Let the model answer the questions of some tasks, and print a table. What is done is on the disk, whenever we are
+    interrupted."""
+    from text.tasks import open_task
 
-
-def answer(s: Settings, name: str, examples: list[Example], model: LanguageModel, tokenizer, machine: Machine,
-           folder: Path, about: dict) -> dict:
-    """Let the model answer the questions of a task. What is done is on the disk, whenever we are interrupted."""
-    results: list[dict] = []
-    path = folder / f"{name}.jsonl"
-    with writing(folder, ""), own_file(path) if machine.is_main else nullcontext() as file:
-        progress = ProgressLine(name, len(examples), "questions", quiet=not machine.is_main)
-        for done in run_task(model, tokenizer, examples, machine, s.batch_tokens, s.bos):
-            results += done
-            if machine.is_main:
-                file.write("".join(map(to_line, done)).encode("utf-8", "replace"))
-            progress.show(len(results))
-        progress.close()
-        summary = {"task": name, "n_shot": s.n_shot} | summarise(results)
-        if machine.is_main:
-            results.sort(key=lambda each: each["id"])
-            write_text(path, "".join(map(to_line, results)))
-            write_json(folder / f"{name}.json", about | summary)
-    machine.print(show_examples(results))
-    return summary
-
-
-def to_line(record: dict) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def table(rows: list[dict]) -> str:
+    tasks = {}
+    for name in names:  # files and downloads before the process group: a collective would time out
+        tasks[name], files = open_task(name, s.n_shot, s.limit, s.task_dir, s.cache_dir)
+        machine.print(f"{name}: {len(tasks[name]):,} questions of {', '.join(path.name for path in files)}")
+    cast_products(model, machine.dtype)
+    init_processes(machine)
     lines = [f"{'task':<14} {'questions':>9} {'shots':>5} {'acc':>15} {'acc_norm':>15}"]
-    for row in rows:
-        cells = []
-        for metric in ("acc", "acc_norm"):
-            error = row[f"{metric}_stderr"]
-            cells.append(f"{row[metric]:.4f} ± {error:.4f}" if error is not None else f"{row[metric]:.4f}")
-        line = f"{row['task']:<14} {row['n']:>9,} {row['n_shot']:>5} {cells[0]:>15} {cells[1]:>15}"
-        if row["cut"]:
-            line += f"  ({row['cut']:,} did not fit into the context)"
-        lines.append(line)
+    for name, questions in tasks.items():
+        results: list[dict] = []
+        path = folder / f"{name}.jsonl"
+        progress = ProgressLine(name, len(questions), "questions", quiet=not machine.is_main)
+        with writing(folder, ""), own_file(path) if machine.is_main else nullcontext() as file:
+            for done in run_task(model, tokenizer, questions, machine, s.batch_tokens, s.bos):
+                results += done
+                if machine.is_main:
+                    file.write(to_lines(done).encode("utf-8", "replace"))
+                progress.show(len(results))
+            progress.close()
+            results.sort(key=lambda each: each["id"])
+            summary = {"task": name, "n_shot": s.n_shot} | summarise(results)
+            if machine.is_main:
+                write_text(path, to_lines(results))
+                write_json(folder / f"{name}.json", about | summary)
+        machine.print(show_answers(results))
+        lines.append(table_row(summary))
+    machine.print("\n".join(lines))
+
+
+def to_lines(records: list[dict]) -> str:
+    return "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records)
+
+
+def show_answers(results: list[dict], count: int = 3) -> str:
+    """The first right and wrong answers, for the screen: * the right choice, > the model's."""
+    lines = []
+    for is_right, title in ((1, "right"), (0, "wrong")):
+        some = [each for each in results if each["acc_norm"] == is_right]
+        for each in some[:count]:
+            lines.append(f"{title}: {each['query'][-300:]}")
+            marks = [""] * len(each["choices"])
+            marks[each["answer_norm"]] += ">"
+            marks[each["gold"]] += "*"
+            for mark, choice, score in zip(marks, each["choices"], each["scores"], strict=True):
+                lines.append(f"  {mark:>2} {score / max(len(choice), 1):8.3f}  {choice}")
     return "\n".join(lines)
+
+
+def table_row(summary: dict) -> str:
+    line = f"{summary['task']:<14} {summary['n']:>9,} {summary['n_shot']:>5}"
+    for metric in ("acc", "acc_norm"):
+        cell, error = f"{summary[metric]:.4f}", summary[f"{metric}_stderr"]
+        if error is not None:
+            cell += f" ± {error:.4f}"
+        line += f" {cell:>15}"
+    if summary["cut"]:
+        line += f"  ({summary['cut']:,} did not fit into the context)"
+    return line
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import torch
 from benchmarks.decode import GPT2, as_transformers
 from benchmarks.timing import TINY, take_turns
 from configurator import Settings, UserError
+from eval import cast_products, run_task
 from model import LanguageModel, ModelConfig
 from runtime.device import MachineSettings, choose_machine
-from text.tasks import Example, cast_products, run_task
+from text.tasks import Question
 from text.tokenizer import train_tokenizer
 
 # Words of the context and of a choice, and how many questions: about as long as those of the tasks.
@@ -49,7 +50,7 @@ def bench_eval(s: Settings, argv: list[str]) -> dict:
             def text(length):
                 return " ".join(r.choices(words, k=r.randint(length * 2 // 3, length * 4 // 3)))
 
-            examples = [Example("", [text(choice) for _ in range(4)], 0, {}, text(context)) for _ in range(n)]
+            examples = [Question(text(context), [text(choice) for _ in range(4)], 0, {}) for _ in range(n)]
             requests = [Instance("loglikelihood", {}, (each.context, f" {choice}"), i)
                         for each in examples for i, choice in enumerate(each.choices)]
 

@@ -19,11 +19,10 @@ import data
 import eval as module
 from configurator import ROOT, UserError, configure
 from conftest import tiny_run
-from eval import Score, TextWindows, cut, evaluate
+from eval import Row, Score, TextWindows, evaluate, log_likelihoods, overlapping
 from model import LanguageModel, ModelConfig
 from runtime import checkpoint, resume
 from runtime.device import MachineSettings, choose_machine
-from text import tasks
 from text.batches import TokenStream
 from text.tokenizer import train_tokenizer
 
@@ -65,7 +64,7 @@ def summary(run, name) -> dict:
 @pytest.mark.parametrize("length, seq_len, stride", [(2, 4, 4), (5, 4, 2), (6, 4, 4), (30, 7, 3), (31, 8, 1)])
 def test_windows_predict_every_token_once_from_enough_context(length, seq_len, stride):
     made = []
-    for row, known in cut(np.arange(length), seq_len, stride):
+    for row, known in overlapping(np.arange(length), seq_len, stride):
         assert len(row) <= seq_len + 1
         made += list(row[known + 1 :])
         assert row[0] == 0 or known >= seq_len - stride  # tokens before the first one that counts
@@ -75,7 +74,7 @@ def test_windows_predict_every_token_once_from_enough_context(length, seq_len, s
 def test_bits_per_byte_do_not_depend_on_the_tokenizer():
     for kind, size in (("bpe", 300), ("bpe", 270), ("char", 0)):
         tokenizer = train_tokenizer(kind, [TEXT], size)
-        windows = TextWindows(tokenizer.role("eot"), 16).add_text([(TEXT, True), ("and a fox", True)], tokenizer)
+        windows = TextWindows(tokenizer, 16).add_text([(TEXT, True), ("and a fox", True)])
         score = evaluate(Uniform(tokenizer), windows, MACHINE, 4)
         assert score.bits_per_byte == pytest.approx(8, abs=1e-9)
         assert windows.bytes == len((TEXT + "and a fox").encode())
@@ -85,18 +84,18 @@ def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary():
     tokenizer = train_tokenizer("bpe", [TEXT], 300)
     model = LanguageModel(ModelConfig(vocab_size=300, seq_len=16, d_model=32, n_layer=1, n_head=4))
     model.embed.weight.data.zero_()  # tied: all logits are equal
-    windows = TextWindows(0, 16).add_text([(TEXT, True)], tokenizer)
+    windows = TextWindows(tokenizer, 16).add_text([(TEXT, True)])
     assert evaluate(model, windows, MACHINE).perplexity == pytest.approx(300, rel=1e-5)
 
 
 def test_score_of_a_text_is_that_of_its_windows_one_by_one(base, text):
     model, tokenizer, _ = checkpoint.load_model(base / "best.pt")
     begin, documents = tokenizer.role("eot"), ["the fox jumps", text.read_text()[:900], "over"]
-    windows = TextWindows(begin, 16, 5).add_text([(each, True) for each in documents], tokenizer)
+    windows = TextWindows(tokenizer, 16, 5).add_text([(each, True) for each in documents])
     nats = tokens = 0
     for document in documents:
         ids = torch.tensor([[begin, *tokenizer.encode(document)]])
-        for row, known in cut(ids[0].numpy(), 16, 5):
+        for row, known in overlapping(ids[0].numpy(), 16, 5):
             row = torch.tensor(row)[None]
             with torch.no_grad():
                 nats += model(row[:, :-1], row[:, 1:].contiguous())[0, known:].double().sum().item()
@@ -124,15 +123,15 @@ def test_text_in_pieces_and_prepared_tokens_score_alike(base, text):
     stream = TokenStream(folder, "val", tokenizer)
     whole = tokenizer.decode(stream.read(0, len(stream) - 1).tolist())
     pieces = [(whole[:500], False), (whole[500:], True)]
-    a = TextWindows(stream.eot, 16).add_text(pieces, tokenizer)
-    b = TextWindows(stream.eot, 16).add_stream(stream, tokenizer)
+    a = TextWindows(tokenizer, 16).add_text(pieces)
+    b = TextWindows(tokenizer, 16).add_stream(stream)
     assert (a.tokens, a.bytes) == (b.tokens, b.bytes)
     assert evaluate(model, a, MACHINE) == evaluate(model, b, MACHINE)
 
 
 def test_more_context_does_not_change_a_short_text_nor_what_is_counted(base):
     model, tokenizer, _ = checkpoint.load_model(base / "best.pt")
-    scores = [evaluate(model, TextWindows(0, 16, stride).add_text([("the dog", True)], tokenizer), MACHINE)
+    scores = [evaluate(model, TextWindows(tokenizer, 16, stride).add_text([("the dog", True)]), MACHINE)
               for stride in (1, 16)]
     assert scores[0] == scores[1]
 
@@ -237,9 +236,9 @@ def test_unknown_characters_are_reported(text, tmp_path, capsys):
 def test_what_normalisation_loses_of_scored_text_is_known(tmp_path):
     tokenizer = train_tokenizer("bpe", ["cafe"], 270)
     tokenizer.codec.nfc = True
-    windows = TextWindows(tokenizer.role("eot"), 8).add_text([("cafe\u0301 ", False), ("cafe", True)], tokenizer)
+    windows = TextWindows(tokenizer, 8).add_text([("cafe\u0301 ", False), ("cafe", True)])
     assert windows.bytes == 11 and windows.unknown == 0 and windows.lost.rate > 0
-    assert TextWindows(0, 8).add_text([("cafe", True)], tokenizer).lost.rate == 0
+    assert TextWindows(tokenizer, 8).add_text([("cafe", True)]).lost.rate == 0
 
 
 def test_mistakes_end_in_a_sentence(base, text, tmp_path):
@@ -311,9 +310,9 @@ def test_two_processes_give_the_results_of_one(base, text, questions, capsys):
 
 
 def test_what_is_done_before_ctrl_c_stays(base, questions):
-    slow = ("import sys, time, runpy\nfrom text import tasks\nfast = tasks.log_likelihoods\n"
-            "def slow(*a):\n    time.sleep(0.2)\n    return fast(*a)\ntasks.log_likelihoods = slow\n"
-            "import eval\nsys.argv = sys.argv[1:]\neval.run(eval.main)")
+    slow = ("import sys, time, runpy\nimport eval\nfast = eval.log_likelihoods\n"
+            "def slow(*a):\n    time.sleep(0.2)\n    return fast(*a)\neval.log_likelihoods = slow\n"
+            "sys.argv = sys.argv[1:]\neval.run(eval.main)")
     path = base / "eval" / "piqa.jsonl"
     path.unlink(missing_ok=True)
     command = [sys.executable, "-c", slow, "eval.py", "device=cpu", f"init_from={base}", "tasks=piqa",
@@ -353,12 +352,12 @@ def test_nothing_is_summed_in_float64_on_the_device(base):
     with pytest.raises(TypeError, match="no float64"):
         torch.zeros(2).as_subclass(AppleTensor).double()
     model.register_forward_hook(lambda module, inputs, output: output.as_subclass(AppleTensor))
-    windows = TextWindows(tokenizer.needs("eot"), model.cfg.seq_len)
-    windows.add_text([("the quick brown fox", True)], tokenizer)
+    windows = TextWindows(tokenizer, model.cfg.seq_len)
+    windows.add_text([("the quick brown fox", True)])
     machine = choose_machine(MachineSettings(device="cpu", dtype="float32"))
     assert math.isfinite(evaluate(model, windows, machine).loss)
-    rows = [tasks.Row([1, 2], [3], False), tasks.Row([1, 2], [3, 4], False)]
-    assert all(map(math.isfinite, tasks.log_likelihoods(model, rows, machine)))
+    rows = [Row([1, 2], [3], False), Row([1, 2], [3, 4], False)]
+    assert all(map(math.isfinite, log_likelihoods(model, rows, machine)))
 
 
 def test_a_benchmark_says_which_files_it_read(base, questions, capsys):

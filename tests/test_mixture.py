@@ -10,10 +10,9 @@ from configurator import UserError, configure
 from data import prepare
 from model import ModelConfig
 from text import mixture
-from text.batches import TokenStream
+from text.batches import TokenStream, read_meta
 from text.corpus import DataSettings, RawCorpus
 from text.mixture import mix, open_mixture, parse
-from text.shards import read_meta
 from text.tokenizer import load_tokenizer
 
 CORPUS = """

@@ -11,10 +11,22 @@ import pytest
 import torch
 
 from configurator import UserError
+from eval import (
+    Row,
+    begin_ids,
+    cast_products,
+    log_likelihoods,
+    question_batches,
+    result,
+    run_task,
+    show_answers,
+    summarise,
+    to_row,
+)
 from model import LanguageModel, ModelConfig
 from runtime.device import MachineSettings, choose_machine
 from text import tasks
-from text.tasks import TASKS, Row, batches, begin_ids, clean, load, log_likelihoods, run_task, summarise, with_shots
+from text.tasks import TASKS, Question, clean, open_task, task_names
 from text.tokenizer import load_tokenizer, train_tokenizer
 
 WORDS = "a cake the dog runs [title] [step] water ice HOT cold.  why? which of these is 1 24 café 水 move".split(" ")
@@ -145,10 +157,13 @@ def harness(data):
     return go
 
 
+def load(name, folder, n_shot=0, limit=0):
+    return open_task(name, n_shot, limit, task_dir=str(folder))[0]
+
+
 def ours(name, model, tokenizer, folder, n_shot, limit=None, **how):
-    examples = load(name, task_dir=str(folder))[:limit]
-    with_shots(TASKS[name], examples, load(name, "train", str(folder)), n_shot)
-    results = [each for done in run_task(model, tokenizer, examples, MACHINE, **how) for each in done]
+    questions = load(name, folder, n_shot, limit or 0)
+    results = [each for done in run_task(model, tokenizer, questions, MACHINE, **how) for each in done]
     return sorted(results, key=lambda each: each["id"])
 
 
@@ -216,7 +231,7 @@ def test_weights_cast_once_score_as_those_that_autocast_casts(kind):
     machine, r = choose_machine(MachineSettings(device="cpu", dtype="bfloat16")), random.Random(0)
     rows = [Row(r.choices(range(50), k=20), r.choices(range(50), k=6), False) for _ in range(8)]
     before = log_likelihoods(model, rows, machine)
-    tasks.cast_products(model, machine.dtype)
+    cast_products(model, machine.dtype)
     assert model.embed.weight.dtype == torch.float32
     assert log_likelihoods(model, rows, machine) == pytest.approx(before, abs=2e-3)
 
@@ -224,7 +239,7 @@ def test_weights_cast_once_score_as_those_that_autocast_casts(kind):
 def test_batches_hold_every_example_once_and_keep_to_their_size():
     r = random.Random(0)
     rows = [[Row([1] * r.randint(1, 60), [1] * r.randint(1, 9), False) for _ in range(4)] for _ in range(50)]
-    found = list(batches(rows, 1000))
+    found = list(question_batches(rows, 1000))
     assert sorted(i for batch in found for i in batch) == list(range(50)) and len(found) < 25
     for batch in found:
         longest = max(len(row.context) + len(row.continuation) for i in batch for row in rows[i])
@@ -232,8 +247,8 @@ def test_batches_hold_every_example_once_and_keep_to_their_size():
 
 
 def test_of_equal_scores_the_first_choice_counts():
-    example = tasks.Example("q", ["ab", "ab", "c"], 1, {})
-    found = tasks.result(0, example, [Row([0], [1], False)] * 3, [-1.0, -1.0, -3.0])
+    example = Question("q", ["ab", "ab", "c"], 1, {})
+    found = result(0, example, [Row([0], [1], False)] * 3, [-1.0, -1.0, -3.0])
     assert (found["answer"], found["answer_norm"], found["acc"]) == (0, 0, 0)
 
 
@@ -255,9 +270,9 @@ def test_a_begin_token_is_added_as_the_files_say_or_as_asked(tokenizers):
 
 def test_white_space_at_the_end_of_a_context_goes_to_the_continuation(tokenizers):
     tokenizer = tokenizers["plain"][0]
-    context, continuation = tasks.encode_pair(tokenizer, "the dog \n", " runs", [])
-    assert tokenizer.decode(context) == "the dog" and tokenizer.decode(continuation) == " \n runs"
-    assert tasks.encode_pair(tokenizer, "", "the dog", [])[0] == [tokenizer.role("eot")]
+    row = to_row(tokenizer, "the dog \n", "runs", 99, [])
+    assert tokenizer.decode(row.context) == "the dog" and tokenizer.decode(row.continuation) == " \n runs"
+    assert to_row(tokenizer, "", "the dog", 99, []).context == [tokenizer.role("eot")]
 
 
 def test_single_example_has_no_standard_error():
@@ -274,7 +289,7 @@ def test_parquet_files_as_on_the_hub_give_the_same_examples(data, tmp_path):
         path = tmp_path / folder / f"{split}-00000-of-00001.parquet"
         path.parent.mkdir(parents=True)
         parquet.write_table(pyarrow.Table.from_pylist(data[1][name][split]), path)
-        for a, b in zip(load(name, task_dir=str(tmp_path)), load(name, task_dir=str(data[0])), strict=True):
+        for a, b in zip(load(name, tmp_path), load(name, data[0]), strict=True):
             assert (a.query, a.choices, a.gold) == (b.query, b.choices, b.gold)
 
 
@@ -289,35 +304,34 @@ def test_files_are_downloaded_once(data, tmp_path, monkeypatch):
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         urls = [f"http://127.0.0.1:{server.server_port}/physicaliqa/valid{end}" for end in (".jsonl", "-labels.lst")]
         monkeypatch.setitem(TASKS["piqa"].urls, "validation", urls)
-        first, second = (load("piqa", cache_dir=str(tmp_path)) for _ in range(2))
+        (first, _), (second, _) = (open_task("piqa", cache_dir=str(tmp_path)) for _ in range(2))
         server.shutdown()
-    assert first == second == load("piqa", task_dir=str(data[0])) and len(asked) == 2
+    assert first == second == load("piqa", data[0]) and len(asked) == 2
 
 
 def test_mistakes_end_in_a_sentence(data, tmp_path):
     for call, words_of_it in (
-        (lambda: tasks.choose("arc_easy,mmlu"), "mmlu.*arc_easy, arc_challenge, hellaswag, piqa"),
-        (lambda: load("piqa", task_dir=str(tmp_path)), f"piqa or physicaliqa in its path.*validation.*{tmp_path}"),
-        (lambda: with_shots(TASKS["piqa"], load("piqa", task_dir=str(data[0])), load("piqa", "train", str(data[0])), N),
-         f"n_shot={N} needs {N + 1}"),
+        (lambda: task_names("arc_easy,mmlu"), "mmlu.*arc_easy, arc_challenge, hellaswag, piqa"),
+        (lambda: load("piqa", tmp_path), f"piqa or physicaliqa in its path.*validation.*{tmp_path}"),
+        (lambda: load("piqa", data[0], n_shot=N), f"n_shot={N} needs {N + 1}"),
     ):
         with pytest.raises(UserError, match=words_of_it):
             call()
     write(tmp_path / "piqa" / "valid.jsonl", [])
     with pytest.raises(UserError, match="valid.jsonl holds no questions"):
-        load("piqa", task_dir=str(tmp_path))
+        load("piqa", tmp_path)
     write(tmp_path / "piqa" / "valid.jsonl", [{"goal": "a", "sol1": "b", "label": 0}])
     with pytest.raises(UserError, match=r"valid.jsonl, line 1 is no example of piqa: .*sol2"):
-        load("piqa", task_dir=str(tmp_path))
+        load("piqa", tmp_path)
     (tmp_path / "piqa" / "valid-labels.lst").write_text("0\n1\n")
     with pytest.raises(UserError, match="has 2 labels for the 1 lines of valid.jsonl"):
-        load("piqa", task_dir=str(tmp_path))
+        load("piqa", tmp_path)
 
 
 def test_examples_on_the_screen_mark_the_right_choice_and_the_answer():
-    example = tasks.Example("Question: q\nAnswer:", ["good", "bad"], 0, {})
+    example = Question("Question: q\nAnswer:", ["good", "bad"], 0, {})
     rows = [Row([0], [1], False)] * 2
-    shown = tasks.show_examples([tasks.result(i, example, rows, s) for i, s in enumerate(([-1.0, -2.0], [-9.0, -1.0]))])
+    shown = show_answers([result(i, example, rows, s) for i, s in enumerate(([-1.0, -2.0], [-9.0, -1.0]))])
     assert [line.split()[0] for line in shown.splitlines()] == [
         "right:", "Answer:", ">*", "-0.667", "wrong:", "Answer:", "*", ">"]
 
@@ -346,7 +360,7 @@ def test_a_question_of_another_shape_is_refused_with_file_and_line(tmp_path, nam
     path = tmp_path / name / ("validation.jsonl" if name == "hellaswag" else "test.jsonl")
     write(path, [record, record | changes])
     with pytest.raises(UserError, match=rf"{path.name}, line 2 is no example of {name}: .*{complaint}"):
-        load(name, task_dir=str(tmp_path))
+        load(name, tmp_path)
 
 
 @pytest.mark.parametrize("names", [
@@ -359,20 +373,20 @@ def test_files_that_look_like_versions_of_one_are_refused(tmp_path, names):
     for i, name in enumerate(names):
         write(tmp_path / name, [SWAG | {"ctx_a": str(i)}])
     with pytest.raises(UserError, match="hellaswag: .* look like versions of one file"):
-        load("hellaswag", task_dir=str(tmp_path))
+        load("hellaswag", tmp_path)
 
 
 def test_numbered_parts_are_read_in_order_unless_they_repeat_a_question(tmp_path):
     for i in range(12):
         write(tmp_path / f"hellaswag_val-{i:02}-of-12.jsonl", [SWAG | {"ctx_a": str(i)}])
     write(tmp_path / "._hellaswag_val-00-of-12.jsonl", [])  # of a Mac
-    assert [each.record["ctx_a"] for each in load("hellaswag", task_dir=str(tmp_path))] == [str(i) for i in range(12)]
+    assert [each.record["ctx_a"] for each in load("hellaswag", tmp_path)] == [str(i) for i in range(12)]
     write(tmp_path / "hellaswag_val-11-of-12.jsonl", [SWAG | {"ctx_a": "3"}])
     with pytest.raises(UserError, match="-11-of-12.jsonl, line 1 is in hellaswag_val-03-of-12.jsonl, too"):
-        load("hellaswag", task_dir=str(tmp_path))
+        load("hellaswag", tmp_path)
 
 
 @pytest.mark.parametrize("names", [",", " ", ", ,"])
 def test_tasks_that_name_nothing_are_refused(names):
     with pytest.raises(UserError, match="names no task"):
-        tasks.choose(names)
+        task_names(names)
