@@ -33,20 +33,18 @@ from itertools import chain, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-
 from configurator import UserError, cache_folder, configure, find_path, pick, write_path
 from model import ModelConfig
 from runtime.checkpoint import find_tokenizer
 from runtime.files import Either, locked, read_json, require_file, working, write_json, writing
 from runtime.screen import ProgressLine, run, say, visible
-from text.batches import FORMAT, TokenStream, header_dtype, open_shard, read_meta, write_meta
+from text.batches import TokenStream
 from text.corpus import TRAINED, DataSettings, RawCorpus, forced, import_dataset, is_dataset, open_corpus, open_dataset
 from text.download import set_aside
 from text.mixture import open_mixture, parse
 from text.ranks import TIKTOKEN
-from text.records import SEPARATOR, Parts, files_pieces, list_files, path_name, reading, split_by_name, text_files
-from text.shards import PREPARED, write_split
+from text.records import SEPARATOR, files_pieces, path_name, reading, text_files
+from text.shards import FORMAT, PREPARED, count_shards, find_shards, read_meta, write_meta, write_split
 from text.tokenizer import load_tokenizer, train_tokenizer
 
 OFTEN = 4  # passes over a part of a mixture; more are worth a word
@@ -123,7 +121,7 @@ def made_by(folder: Path, tokenizer) -> bool:
 
 def find_source(s) -> tuple[RawCorpus, object, dict[str, list[Path]]]:
     """(corpus, its tokenizer or None if one is to be trained, its shards per split if it is made of token ids)"""
-    parts = find_shards(s) if s.data_path else None
+    parts = find_shards(s.data_path, s.val_path) if s.data_path else None
     if is_mixture(s):
         if s.val_path or s.source["dataset"] not in ("default", "checkpoint"):
             raise UserError(f"mixture={s.mixture} leaves no place for dataset= or val_path=; take those or it away")
@@ -340,7 +338,7 @@ def build(folder: Path, raw: RawCorpus, sources: list, decides: list, tokenizer,
             "trained": s.tokenizer if trained else "", "splits": splits,
             "skipped": len(raw.skipped), "settings": asdict(pick(DataSettings, vars(s)))}
     if shards:  # they are not in the folder
-        meta |= {"home": folder.stat().st_ino, "bin_ids": "uint32" if s.bin_dtype == "uint32" else "uint16"}
+        meta |= {"home": folder.stat().st_ino, "bin_ids": s.bin_dtype.replace("auto", "uint16")}
     write_meta(folder, meta)
     names = {name for part in splits.values() for name, _ in part["shards"]}
     for left_over in [folder / "state.json", *folder.glob("*.npy*")]:  # of runs that were killed
@@ -438,71 +436,6 @@ def marker_lines(meta: dict) -> list[str]:
     if markers:
         lines.append(f"{markers:,} times {SEPARATOR} within a line separates nothing and is learned as text")
     return lines
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Token ids that somebody else made
-
-
-def find_shards(s) -> Parts | None:
-    """The files of token ids at `data_path`, split by what their names say; None if it holds text."""
-    root = find_path(s.data_path)
-    files = shard_files(s.data_path)
-    if not files:
-        return None
-    if root.is_dir() and list_files(s.data_path, (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")):
-        raise UserError(f"{s.data_path} holds both text and token ids; keep one of them there, or name a single file")
-    parts = split_by_name(s.data_path, files, shard_files(s.val_path) if s.val_path else [])
-    if not (parts.train and parts.val):
-        raise UserError(f"{s.data_path} has {len(parts.train)} shards to train on, and there are {len(parts.val)} to "
-                        "validate on (those with val in their names, or val_path=<file or folder of shards>)")
-    return parts
-
-
-def shard_files(path: str | Path) -> list[Path]:
-    suffixes = (".npy", ".bin")
-    return [file.absolute() for file in list_files(path, suffixes) if file.suffix in suffixes]
-
-
-def count_shards(files: list[Path], tokenizer, bin_dtype: str, progress: ProgressLine) -> dict:
-    """Read all ids once, to know that the tokenizer has them and how many bytes they stand for."""
-    counts = np.zeros(tokenizer.vocab_size, np.int64)
-    shards, content, done = [], hashlib.blake2b(digest_size=16), 0
-    progress.total = sum(path.stat().st_size for path in files)
-    for path in files:
-        if bin_dtype == "auto":
-            refuse_wide(path, len(counts))
-        ids = open_shard(path, "uint32" if bin_dtype == "uint32" else "uint16")
-        shards.append([str(path), len(ids)])
-        for start in range(0, len(ids), 1 << 22):
-            some = ids[start : start + (1 << 22)]
-            if some.min() < 0 or some.max() >= len(counts):
-                bad = some.min() if some.min() < 0 else some.max()
-                wide = "; bin_dtype=uint16 or uint32 says how wide its ids are" if path.suffix == ".bin" else ""
-                raise UserError(f"{path} holds id {bad}, but tokenizer {tokenizer.fingerprint} has ids 0 ... "
-                                f"{len(counts) - 1}: it is not the one that made them{wide}")
-            content.update(some)
-            counts += np.bincount(some, minlength=len(counts))
-            done += some.nbytes
-            progress.show(done)
-    progress.close()
-    unk = tokenizer.role("unk")
-    return {"documents": int(counts[tokenizer.role("eot")]), "bytes": int(counts @ tokenizer.token_sizes),
-            "unknown": int(counts[unk]) if unk is not None else 0, "tokens": int(counts.sum()),
-            "shards": shards, "content": content.hexdigest()}
-
-
-def refuse_wide(path: Path, vocab_size: int) -> None:
-    """UserError for a .bin file without a header whose ids are more likely uint32 than uint16: read so, all of them
-    are in the vocabulary, so of the uint16 every second one is (nearly) 0."""
-    if path.suffix != ".bin" or header_dtype(path):
-        return
-    ids = np.fromfile(path, "<u4", 1 << 20)
-    if len(ids) > 3 and path.stat().st_size % 8 == 0 and ids.max() < vocab_size and not ids[1::2].any():
-        raise UserError(f"{path} looks like ids of eight bytes: save them as .npy, or as .bin of two or four bytes")
-    if len(ids) > 1 and path.stat().st_size % 4 == 0 and ids.max() < vocab_size:
-        raise UserError(f"{path} looks like ids of four bytes, for every second one of two bytes is about 0: say "
-                        "bin_dtype=uint32, or bin_dtype=uint16 if they are of two")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

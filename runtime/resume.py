@@ -17,11 +17,11 @@ from model import ModelConfig
 from runtime.files import mismatch
 from runtime.log import LogSettings
 from runtime.screen import visible
-from text.batches import RULE, fingerprint, read_meta
+from text.batches import RULE
 from text.chat import ChatSettings
 from text.corpus import TRAINED, DataSettings, forced
 from text.sft import Split, find_examples
-from text.shards import PREPARED
+from text.shards import PREPARED, read_meta, token_content
 
 OUTSIDE = ("environment", "command line")  # of a config file
 
@@ -173,7 +173,7 @@ def find_tokens(cache_dir: str, tokenizer, wanted: dict[str, str]) -> list[Path]
     wanted, folders = wanted | {"tokenizer": tokenizer.fingerprint}, []
     for path in sorted(cache_folder(cache_dir).glob("*/meta.json")):
         try:
-            found = fingerprint(read_meta(path.parent, PREPARED))
+            found = token_content(read_meta(path.parent, PREPARED))
         except UserError:  # a damaged folder, or one of another kind
             continue
         if wanted.items() <= found.items():

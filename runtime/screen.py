@@ -159,7 +159,8 @@ class ProgressLine:
 
     def restart(self, done: float) -> None:
         """`done` was there before: the rate counts from now."""
-        self.begin, self.start = done, time.monotonic()
+        self.begin = self.done = done
+        self.start = time.monotonic()
         self.last = self.start - 9.0  # the first line comes after a second
         if self.live:
             self.last = self.start + 0.5
@@ -189,6 +190,11 @@ class ProgressLine:
         if not self.quiet:
             show_line(line, self.live)
             self.shown = True
+
+    def add(self, more: float) -> None:
+        """`more` is done since the last call."""
+        self.done += more
+        self.show(self.done)
 
     def close(self) -> None:
         """Clear the live line."""

@@ -15,17 +15,15 @@ import torch
 
 from configurator import ROOT, UserError
 from text.batches import (
-    FORMAT,
     Batches,
     Prefetcher,
-    ShardWriter,
     TokenStream,
     Validation,
     document_rows,
-    open_shard,
     permute,
     round_keys,
 )
+from text.shards import FORMAT, ShardWriter, open_shard
 
 EOT = 9
 

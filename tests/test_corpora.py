@@ -21,7 +21,7 @@ import data
 from configurator import ROOT, UserError, configure
 from model import ModelConfig
 from text import corpus
-from text.batches import read_meta
+from text.shards import read_meta
 
 
 def prepare(name: str):

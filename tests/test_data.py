@@ -22,8 +22,9 @@ from model import ModelConfig
 from runtime import files
 from runtime.files import fcntl, working
 from text import shards as sharding
-from text.batches import CHECKED, Batches, TokenStream, Validation, read_meta
+from text.batches import Batches, TokenStream, Validation
 from text.corpus import TRAINED, DataSettings
+from text.shards import CHECKED, read_meta
 from text.tokenizer import load_tokenizer, train_tokenizer
 
 WORDS = "the cat sat on a mat and then it ran away from the big red dog because of a long loud noise".split()
@@ -236,8 +237,8 @@ def test_file_that_changes_while_it_is_read_is_refused(tmp_path, corpus_file, mo
         write(corpus_file, "changed " + prose(2000))
         return cut(*args)
 
-    cut = sharding.cut
-    monkeypatch.setattr(sharding, "cut", slow)
+    cut = sharding.cut_into_jobs
+    monkeypatch.setattr(sharding, "cut_into_jobs", slow)
     with pytest.raises(UserError, match="changed while we read them"):
         made(tmp_path, data_path=corpus_file)
     assert not list(tmp_path.glob("cache/*/meta.json"))
@@ -341,12 +342,12 @@ import data
 from text import shards
 from configurator import configure
 from model import ModelConfig
-cut = shards.cut
+cut = shards.cut_into_jobs
 def slow(*args):
     print("working", flush=True)
     time.sleep({seconds})
     yield from cut(*args)
-shards.cut = slow
+shards.cut_into_jobs = slow
 print(data.prepare(configure([ModelConfig, data.DataSettings], {argv!r}, {{}})), flush=True)
 """
 

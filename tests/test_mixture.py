@@ -10,9 +10,10 @@ from configurator import UserError, configure
 from data import prepare
 from model import ModelConfig
 from text import mixture
-from text.batches import TokenStream, read_meta
+from text.batches import TokenStream
 from text.corpus import DataSettings, RawCorpus
 from text.mixture import mix, open_mixture, parse
+from text.shards import read_meta
 from text.tokenizer import load_tokenizer
 
 CORPUS = """

@@ -14,10 +14,10 @@ import pytest
 from configurator import ROOT, UserError, configure
 from data import prepare
 from model import ModelConfig
-from text import batches, shards
-from text.batches import CHECKED, TokenStream, fingerprint, read_meta, write_meta
+from text import shards
+from text.batches import TokenStream
 from text.corpus import DataSettings, RawCorpus
-from text.shards import write_split
+from text.shards import CHECKED, read_meta, token_content, write_meta, write_split
 from text.tokenizer import train_tokenizer
 
 WORDS = "the cat sat on a mat and then it ran away from the big red dog because of a long loud noise".split()
@@ -30,7 +30,7 @@ def prose(n: int, seed: int = 0) -> str:
 
 @pytest.fixture(autouse=True)
 def small_tasks(monkeypatch):
-    monkeypatch.setattr(shards, "TASK", 2000)
+    monkeypatch.setattr(shards, "JOB", 2000)
     monkeypatch.setattr(shards, "FEW", 2)
     monkeypatch.setattr("text.bpe_train.CHUNK", 2000)
     monkeypatch.setattr(shards.bpe.safe_chunks, "__defaults__", (2000, ()))
@@ -94,7 +94,7 @@ def test_interrupted_run_goes_on_and_encodes_nothing_twice_that_is_in_a_whole_sh
     monkeypatch.setattr(shards, "encode", lambda *args: encoded.append(1) or encode(*args))
     assert write(folder) == expected and shard_bytes(folder) == shard_bytes(tmp_path / "whole")
     assert {name: (folder / name).stat().st_mtime_ns for name in times} == times, "a whole shard was written again"
-    assert len(encoded) == len(list(shards.cut(corpus().pieces("train"), TOKENIZER))) - done["task"]
+    assert len(encoded) == len(list(shards.cut_into_jobs(corpus().pieces("train"), TOKENIZER))) - done["task"]
 
 
 def test_unknown_tokens_are_counted_over_an_interruption(tmp_path):
@@ -206,8 +206,8 @@ def test_damage_is_found_whatever_the_times_say_and_the_sentence_has_the_remedy(
 
 def test_shard_is_read_once_as_long_as_it_is_not_touched(tokens, tmp_path, monkeypatch):
     folder = copy_of(tokens[0], tmp_path)
-    measured, measure = [], batches.measure
-    monkeypatch.setattr(batches, "measure", lambda path, *more: measured.append(path.name) or measure(path, *more))
+    measured, measure = [], shards.measure
+    monkeypatch.setattr(shards, "measure", lambda path, *more: measured.append(path.name) or measure(path, *more))
     use(folder)
     use(folder)
     assert sorted(measured) == sorted(path.name for path in folder.glob("*.npy"))
@@ -226,7 +226,7 @@ def test_folder_from_before_checksums_opens_and_gets_them(tokens, tmp_path):
     (folder / CHECKED).unlink()
     assert use(folder) == use(tokens[0])
     assert {split: part["sums"] for split, part in read_meta(folder)["splits"].items()} == sums
-    assert fingerprint(read_meta(folder)) == fingerprint(read_meta(tokens[0]))
+    assert token_content(read_meta(folder)) == token_content(read_meta(tokens[0]))
 
 
 def test_id_beyond_the_vocabulary_names_the_shard(tokens, tmp_path):
@@ -314,7 +314,7 @@ import sys, time
 sys.path.insert(0, {root!r})
 import data
 from text import shards
-shards.TASK, shards.FEW = 20_000, 2
+shards.JOB, shards.FEW = 20_000, 2
 encode = shards.encode
 def slow(*args):
     time.sleep(0.1)
@@ -365,11 +365,11 @@ def test_killed_run_leaves_no_process_and_the_same_command_goes_on(tmp_path, mon
     run = start(argv)
     out, error = run.communicate(timeout=100)
     assert run.returncode == 0, error
-    assert "goes on behind" in out and "tokenizer" in out and "training a" not in out, "the tokenizer was there"
+    assert "resumes behind" in out and "tokenizer" in out and "training a" not in out, "the tokenizer was there"
     assert all(path.stat().st_mtime_ns == t for path, t in old.items()) and not (folder / "state.json").exists()
     s = configure([ModelConfig, DataSettings], [*argv[:1], f"cache_dir={tmp_path / 'other'}", *argv[2:4],
                                                 "workers=1", argv[5]], environ={})
-    monkeypatch.setattr(shards, "TASK", 20_000)
+    monkeypatch.setattr(shards, "JOB", 20_000)
     whole = prepare(s, quiet=True)
     assert read_meta(whole)["splits"] == read_meta(folder)["splits"]
     assert shard_bytes(whole) == shard_bytes(folder)

@@ -1,4 +1,4 @@
-"""Token ids on disk -> batches: shards, the stream that joins them, training and validation rows, a prefetch thread.
+"""Token ids on disk -> batches: the stream that joins shards, training and validation rows, a prefetch thread.
 
     stream = TokenStream(folder, "train", tokenizer)     # memory-mapped; folder from data.prepare
     batches = Batches(stream, seq_len=256, seed=1)
@@ -10,11 +10,7 @@ changes the data, and a run continues with nothing but the number of samples tha
 """
 
 import hashlib
-import io
-import json
 import math
-import re
-import zlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,201 +22,10 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from configurator import UserError
-from runtime.files import file_state, read_json, replacing, require_file, write_json
-from runtime.screen import ProgressLine
-from text.records import reading
-
-FORMAT = 1  # of meta.json
-HEADERS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version) of llm.c and modded-nanogpt -> dtype of ids
-META = {  # what meta.json must hold for a stream; data.py asks for more
-    "format": int, "name": str, "tokenizer": str, "eot": int, "vocab_size?": int, "check?": int, "home?": int,
-    "bin_ids?": str, "splits": {str: {"shards": [(str, int)], "sums?": [(int, int)]}},
-}
-CHECKED = "checked.json"  # of a folder: {shard: [its state when we read it, checksum, largest id]}
-BLOCK = 1 << 22           # ids or bytes that are looked at at once
+from text.shards import check_shards, open_shard, read_meta, shard_path
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # ids (B, T) int64, targets (B, T) int64, weights (B, T) float32
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shards
-
-
-class ShardWriter:
-    """Cuts a stream of ids into .npy files of `shard_tokens` each: uint16 where the vocabulary fits, else uint32."""
-
-    def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int):
-        self.folder, self.split, self.vocab_size = folder, split, vocab_size
-        self.buffer = np.empty(shard_tokens, np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-        self.filled = self.tokens = 0
-        self.shards: list[list] = []  # [file name, tokens]
-        self.sums: list[list] = []    # [checksum, largest id]
-
-    def write(self, ids: np.ndarray) -> None:
-        if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
-            raise UserError(f"the tokenizer made ids up to {ids.max()}, beyond its vocabulary of {self.vocab_size}")
-        self.tokens += len(ids)
-        while len(ids):
-            some = ids[: len(self.buffer) - self.filled]
-            self.buffer[self.filled : self.filled + len(some)] = some
-            self.filled, ids = self.filled + len(some), ids[len(some) :]
-            if self.filled == len(self.buffer):
-                self.flush()
-
-    def flush(self) -> None:
-        name, ids, header = f"{self.split}_{len(self.shards):05d}.npy", self.buffer[: self.filled], io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(ids))
-        with replacing(self.folder / name) as file:
-            file.write(header.getvalue())
-            file.write(ids.data)
-        self.shards.append([name, self.filled])
-        self.sums.append([zlib.crc32(ids.data, zlib.crc32(header.getvalue())), int(ids.max())])
-        self.filled = 0
-
-    def close(self) -> list[list]:
-        """[[file name, tokens], ...] of all shards."""
-        if self.filled:
-            self.flush()
-        return self.shards
-
-
-def open_shard(path: Path, bin_ids: str = "uint16") -> np.ndarray:
-    """The ids of a file, 1-D and memory-mapped: .npy, .bin of llm.c, or headerless .bin (nanoGPT) of `bin_ids`.
-
-    Raises UserError if the file is missing, or shorter or longer than its header says.
-    """
-    with reading(require_file(path)):
-        try:
-            if path.suffix == ".npy":
-                ids = np.lib.format.open_memmap(path, mode="r")
-            else:
-                dtype = header_dtype(path)
-                length = (int(np.fromfile(path, "<i4", 3)[2]),) if dtype else None  # None: all of the file
-                ids = np.memmap(path, dtype or np.dtype(bin_ids).newbyteorder("<"), "r", 1024 if dtype else 0, length)
-        except OSError:
-            raise
-        except Exception:  # numpy says what is missing or wrong in many ways
-            raise UserError(f"{path} is cut short, or no file of token ids") from None
-    if ids.ndim != 1 or ids.dtype.kind not in "ui":
-        raise UserError(f"{path} holds {ids.ndim}-dimensional {ids.dtype}, expected a row of token ids")
-    if ids.offset + ids.nbytes != path.stat().st_size:
-        raise UserError(f"{path} is longer than the {len(ids):,} ids that its header names: is it written to the end?")
-    return np.asarray(ids)  # a plain view of the mapped file, faster to slice
-
-
-def header_dtype(path: Path) -> str | None:
-    """The dtype that the header of a .bin file says, None where there is no header that we know."""
-    return HEADERS.get(tuple(np.fromfile(path, "<i4", 2).tolist()))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What says what the shards hold
-
-
-def read_meta(folder: Path, shape: dict = META) -> dict:
-    """meta.json of a prepared folder; UserError if it is damaged, changed, or names files that are not its own."""
-    path = folder / "meta.json"
-    remedy = "remove the folder, and the text is tokenized again"
-    meta = read_json(path, shape, remedy)
-    if meta["format"] != FORMAT:
-        raise UserError(f"{path} has format {meta['format']}, expected {FORMAT}; {remedy}")
-    if "check" in meta and meta["check"] != meta_check(meta):
-        raise UserError(f"{path} is damaged: its checksum is that of other content; {remedy}")
-    if meta.get("bin_ids", "uint16") not in ("uint16", "uint32"):
-        raise UserError(f"{path}: bin_ids is {meta['bin_ids']}; {remedy}")
-    for part in meta["splits"].values():
-        for name, _ in part["shards"]:
-            shard_path(folder, meta, name)
-        if len(part.get("sums", part["shards"])) != len(part["shards"]):
-            raise UserError(f"{path} has {len(part['sums'])} checksums for {len(part['shards'])} shards; {remedy}")
-    return meta
-
-
-def write_meta(folder: Path, meta: dict) -> None:
-    """Raises the system's OSError."""
-    write_json(folder / "meta.json", meta | {"check": meta_check(meta)})
-
-
-def meta_check(meta: dict) -> int:
-    rest = {name: value for name, value in meta.items() if name != "check"}
-    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
-
-
-def shard_path(folder: Path, meta: dict, name: str) -> Path:
-    """A shard lies in its folder. Only the folder in which we noted where somebody's shards are may name other places,
-    and not a copy of it: `home` is its inode."""
-    if re.fullmatch(r"\w[\w.-]*", name):
-        return folder / name
-    if Path(name).is_absolute() and "\0" not in name and meta.get("home") == folder.stat().st_ino:
-        return Path(name)
-    raise UserError(f"{folder / 'meta.json'} names the shard {name!r}, which is outside of its folder; name that file "
-                    "with DATA_PATH=")
-
-
-def fingerprint(meta: dict) -> dict:
-    """What the tokens of a folder are: {"tokenizer": ..., "train": hash of its text, "val": ...}; equal for folders
-    that hold the same tokens, wherever they are and whenever they were made."""
-    return {"tokenizer": meta["tokenizer"]} | {split: part["content"] for split, part in meta["splits"].items()}
-
-
-def check_shards(folder: Path, split: str, meta: dict, shards: list[np.ndarray]) -> None:
-    """UserError for a shard whose bytes are not those that were written, or with an id beyond the vocabulary.
-
-    Each file is read once, at about the speed of the disk; CHECKED remembers in which state. A folder from before there
-    were checksums gets them, if it can be written. What changes a file but not its size and times is not seen.
-    """
-    part, known = meta["splits"][split], read_checked(folder)
-    before, said = dict(known), part.get("sums") or [None] * len(shards)
-    sums, done = [], 0
-    progress = ProgressLine(f"checking {split}", sum(ids.nbytes for ids in shards), "MB", 1e6)
-    for (name, _), ids, expected in zip(part["shards"], shards, said, strict=True):
-        path = shard_path(folder, meta, name)
-        state = file_state(path)
-        noted = known.get(name, ())
-        if noted[:-2] == state and expected in (None, noted[-2:]):
-            found = noted[-2:]
-        else:
-            found = measure(path, ids, lambda n, done=done: progress.show(done + n))
-        if expected and found != expected:
-            raise UserError(f"{path} is damaged: its checksum is not that of the tokens that were written; "
-                            "OVERWRITE=tokens makes it again")
-        if found[1] >= meta.get("vocab_size", math.inf):
-            raise UserError(f"{path} holds id {found[1]}, but the vocabulary of {folder} has {meta['vocab_size']:,}; "
-                            "OVERWRITE=tokens makes it again")
-        known[name] = [*state, *found]
-        sums.append(found)
-        done += ids.nbytes
-    progress.close()
-    try:
-        if known != before:
-            write_json(folder / CHECKED, known)
-        if "sums" not in part:
-            part["sums"] = sums
-            write_meta(folder, meta)
-    except OSError:  # the folder cannot be written: we read its shards again next time
-        return
-
-
-def read_checked(folder: Path) -> dict[str, list]:
-    try:
-        return read_json(folder / CHECKED, {str: [int]})
-    except UserError:  # not there, or damaged: then the shards are read again
-        return {}
-
-
-def measure(path: Path, ids: np.ndarray, show: Callable[[int], None] = lambda done: None) -> list[int]:
-    """[CRC-32 of the file, its largest id]; UserError for a negative id."""
-    checksum, largest, done = 0, 0, 0
-    with reading(path), open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            checksum = zlib.crc32(block, checksum)
-    for start in range(0, len(ids), BLOCK):
-        some = ids[start : start + BLOCK]
-        if some.min() < 0:
-            raise UserError(f"{path} holds id {some.min()}; ids begin at 0")
-        largest, done = max(largest, int(some.max())), done + some.nbytes
-        show(done)
-    return [checksum, largest]
 
 
 class TokenStream:

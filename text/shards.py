@@ -1,14 +1,21 @@
-"""Documents -> shards of token ids: by all cores, in order, and resumed where an interruption left them.
+"""Shards: files of token ids, and the meta.json that says what they hold.
 
-    part = write_split(folder, "train", raw, tokenizer, shard_tokens, workers, progress)
+    part = write_split(folder, "train", raw, tokenizer, shard_tokens=1 << 25)    # documents -> shards, by all cores
+    ids = open_shard(folder / "train_00000.npy")                                 # memory-mapped; also .bin of others
+    meta = read_meta(folder)
 
-The text is cut into tasks of about a megabyte, always at the same places. Workers encode them, and this process writes
-what comes back in the order of the text; what is alive at once is bounded. `state.json` notes after each whole shard
-where in the text it ends. A later call reads the text up to there again, which is fast, but does not encode it, and its
-shards are those of an uninterrupted run, byte by byte.
+The text is cut into jobs of about a megabyte, always at the same places. Workers encode the jobs, and this process
+writes their ids in the order of the text, in bounded memory. `state.json` notes after each whole shard where in the
+text it ends. The next call reads the text up to there without encoding it, and its shards are those of an uninterrupted
+run, byte by byte.
 """
 
 import hashlib
+import io
+import json
+import math
+import re
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
@@ -19,173 +26,310 @@ from typing import NamedTuple
 import numpy as np
 
 import bpe
-from configurator import UserError
-from runtime.files import Either, read_json, write_json
-from runtime.screen import ProgressLine, tell
+from configurator import UserError, find_path, need
+from runtime.files import file_state, read_json, replacing, require_file, write_json
+from runtime.screen import ProgressLine, say
 from runtime.workers import in_order
-from text.batches import META, ShardWriter, measure, meta_check, open_shard, shard_path
 from text.corpus import RawCorpus
-from text.records import SEPARATOR, Piece
+from text.records import SEPARATOR, Parts, Piece, list_files, reading, split_by_name
 from text.tokenizer import Head
 
-TASK = 1 << 20  # characters that are encoded together
-FEW = 8         # tasks; fewer are not worth a start of workers
+FORMAT = 1  # of meta.json
+HEADERS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version) of llm.c and modded-nanogpt -> dtype of ids
+HEADER_BYTES = 1024
+BLOCK = 1 << 22           # ids or bytes that are read at once
+CHECKED = "checked.json"  # in a folder: {shard: [its state when we read it, checksum, largest id]}
+REMEDY = "remove the folder, and the text is tokenized again"
 
-SHARDS = {"shards": [(str, int)], "sums": [(int, int)], "unknown": int}
-DONE = SHARDS | {"documents": int, "bytes": int, "tokens": int, "content": str, "markers": int,
-                 "replaced": int, "mixture?": dict}
-BEGUN = SHARDS | {"task": int, "mark": str, "skip": int}
-STATE = {"check": int, "train?": Either(DONE, BEGUN), "val?": Either(DONE, BEGUN)}
-
-PART = {"documents": int, "bytes": int, "unknown": int, "tokens": int, "content": str, "shards": [(str, int)],
-        "sums?": [(int, int)], "lost?": str,
-        "mixture?": {str: {"share": float, "got": float, "passes": int}}}
+SHARDS = {"shards": [(str, int)], "sums?": [(int, int)]}  # [file name, tokens], [checksum, largest id]
+META = {"format": int, "name": str, "tokenizer": str, "eot": int, "vocab_size?": int, "check?": int, "home?": int,
+        "bin_ids?": str, "splits": {str: SHARDS}}  # what meta.json must hold to be read
+PART = SHARDS | {"documents": int, "bytes": int, "unknown": int, "tokens": int, "content": str, "lost?": str,
+                 "mixture?": {str: {"share": float, "got": float, "passes": int}}}
 PREPARED = META | {"vocab_size": int, "tokenizer_sum?": int, "trained": str, "skipped": int,
-                   "splits": {"train": PART, "val": PART}}
+                   "splits": {"train": PART, "val": PART}}  # what data.prepare writes
+
+JOB = 1 << 20  # characters that are encoded together
+FEW = 8        # jobs; fewer are not worth starting workers
 
 
-class Task(NamedTuple):
+# ---- Files of ids ----------------------------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """Cuts a stream of ids into .npy files of `shard_tokens` each: uint16 where the vocabulary fits, else uint32.
+
+    `shards` and `sums` list what is written so far; those of an interrupted writer let this one continue behind them.
+    """
+
+    def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int, shards: list = (),
+                 sums: list = ()):
+        self.folder, self.split, self.vocab_size = folder, split, vocab_size
+        self.buffer = np.empty(shard_tokens, np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        self.filled = 0
+        self.shards, self.sums = list(shards), list(sums)
+        self.tokens = sum(tokens for _, tokens in shards)
+
+    def write(self, ids: np.ndarray) -> None:
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            raise UserError(f"the tokenizer made ids up to {ids.max()}, beyond its vocabulary of {self.vocab_size}")
+        self.tokens += len(ids)
+        while len(ids):
+            some = ids[: len(self.buffer) - self.filled]
+            self.buffer[self.filled : self.filled + len(some)] = some
+            self.filled, ids = self.filled + len(some), ids[len(some) :]
+            if self.filled == len(self.buffer):
+                self.flush()
+
+    def flush(self) -> None:
+        name, ids, header = f"{self.split}_{len(self.shards):05d}.npy", self.buffer[: self.filled], io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(ids))
+        with replacing(self.folder / name) as file:
+            file.write(header.getvalue())
+            file.write(ids.data)
+        self.shards.append([name, self.filled])
+        self.sums.append([zlib.crc32(ids.data, zlib.crc32(header.getvalue())), int(ids.max())])
+        self.filled = 0
+
+    def close(self) -> list[list]:
+        """[[file name, tokens], ...] of all shards."""
+        if self.filled:
+            self.flush()
+        return self.shards
+
+
+def open_shard(path: Path, bin_ids: str = "uint16") -> np.ndarray:
+    """The ids of a file, 1-D and memory-mapped: .npy, .bin of llm.c, or headerless .bin (nanoGPT) of `bin_ids`, where
+    "auto" is uint16.
+
+    Raises UserError if the file is missing, or shorter or longer than its header says.
+    """
+    with reading(require_file(path)):
+        try:
+            if path.suffix == ".npy":
+                ids = np.lib.format.open_memmap(path, mode="r")
+            elif dtype := header_dtype(path):
+                length = int(np.fromfile(path, "<i4", 3)[2])
+                ids = np.memmap(path, dtype, "r", HEADER_BYTES, (length,))
+            else:
+                ids = np.memmap(path, np.dtype(bin_ids.replace("auto", "uint16")).newbyteorder("<"), "r")
+        except OSError:
+            raise
+        except Exception:  # numpy says in many ways what is missing or wrong
+            raise UserError(f"{path} is cut short, or no file of token ids") from None
+    need(ids.ndim == 1 and ids.dtype.kind in "ui",
+         f"{path} holds {ids.ndim}-dimensional {ids.dtype}, expected a row of token ids")
+    need(ids.offset + ids.nbytes == path.stat().st_size,
+         f"{path} is longer than the {len(ids):,} ids that its header names: is it written to the end?")
+    return np.asarray(ids)  # a plain view of the mapped file, faster to slice
+
+
+def header_dtype(path: Path) -> str | None:
+    """The dtype in the header of a .bin file, None without a header that we know."""
+    return HEADERS.get(tuple(np.fromfile(path, "<i4", 2).tolist()))
+
+
+# ---- meta.json -------------------------------------------------------------------------------------------------------
+
+
+def read_meta(folder: Path, shape: dict = META) -> dict:
+    """meta.json of a prepared folder; UserError if it is damaged, changed, or names files that are not its own."""
+    path = folder / "meta.json"
+    meta = read_json(path, shape, REMEDY)
+    need(meta["format"] == FORMAT, f"{path} has format {meta['format']}, expected {FORMAT}; {REMEDY}")
+    need(meta.get("check") in (None, meta_check(meta)),
+         f"{path} is damaged: its checksum is that of other content; {REMEDY}")
+    bin_ids = meta.get("bin_ids", "uint16")
+    need(bin_ids in ("uint16", "uint32"), f"{path}: bin_ids is {bin_ids}; {REMEDY}")
+    for part in meta["splits"].values():
+        for name, _ in part["shards"]:
+            shard_path(folder, meta, name)
+        n_shards = len(part["shards"])
+        n_sums = len(part.get("sums", part["shards"]))
+        need(n_sums == n_shards, f"{path} has {n_sums} checksums for {n_shards} shards; {REMEDY}")
+    return meta
+
+
+def write_meta(folder: Path, meta: dict) -> None:
+    """Raises the system's OSError."""
+    write_json(folder / "meta.json", meta | {"check": meta_check(meta)})
+
+
+def meta_check(meta: dict) -> int:
+    rest = {name: value for name, value in meta.items() if name != "check"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+def token_content(meta: dict) -> dict:
+    """{"tokenizer": its fingerprint, "train": hash of the text, "val": ...}: equal for folders with the same tokens,
+    wherever they are and whenever they were made."""
+    return {"tokenizer": meta["tokenizer"]} | {split: part["content"] for split, part in meta["splits"].items()}
+
+
+def shard_path(folder: Path, meta: dict, name: str) -> Path:
+    """Where a shard is: in its folder. Only a folder that we made for somebody's shards may name other places, and no
+    copy of it: `home` is its inode."""
+    if re.fullmatch(r"\w[\w.-]*", name):
+        return folder / name
+    need(Path(name).is_absolute() and "\0" not in name and meta.get("home") == folder.stat().st_ino,
+         f"{folder / 'meta.json'} names the shard {name!r}, which is outside of its folder; name that file with "
+         "DATA_PATH=")
+    return Path(name)
+
+
+def check_shards(folder: Path, split: str, meta: dict, shards: list[np.ndarray]) -> None:
+    """UserError for a shard whose bytes are not those that were written, or with an id beyond the vocabulary.
+
+    Each file is read once, at about the speed of the disk; CHECKED remembers its state. A folder from before there were
+    checksums gets them if it can be written. What changes a file but neither its size nor its times is not seen.
+    """
+    try:
+        known = read_json(folder / CHECKED, {str: [int]})
+    except UserError:  # not there, or damaged: the shards are read again
+        known = {}
+    part, before, sums = meta["splits"][split], dict(known), []
+    expected = part.get("sums") or [None] * len(shards)
+    progress = ProgressLine(f"checking {split}", sum(ids.nbytes for ids in shards), "MB", 1e6)
+    for (name, _), ids, wanted in zip(part["shards"], shards, expected, strict=True):
+        path = shard_path(folder, meta, name)
+        state, noted = file_state(path), known.get(name, [])
+        if noted[:-2] != state or wanted not in (None, noted[-2:]):
+            noted = [*state, *measure(path, ids, progress)]
+        found = noted[-2:]
+        need(wanted in (None, found), f"{path} is damaged: its checksum is not that of the tokens that were written; "
+                                      "OVERWRITE=tokens makes it again")
+        vocab_size = meta.get("vocab_size", math.inf)
+        need(found[1] < vocab_size, f"{path} holds id {found[1]}, but the vocabulary of {folder} has {vocab_size:,}; "
+                                    "OVERWRITE=tokens makes it again")
+        known[name] = noted
+        sums.append(found)
+    progress.close()
+    try:
+        if known != before:
+            write_json(folder / CHECKED, known)
+        if "sums" not in part:
+            part["sums"] = sums
+            write_meta(folder, meta)
+    except OSError:  # the folder cannot be written: we read its shards again next time
+        return
+
+
+def measure(path: Path, ids: np.ndarray, progress: ProgressLine | None = None) -> list[int]:
+    """[CRC-32 of the file, its largest id]; UserError for a negative id."""
+    checksum = largest = 0
+    with reading(path), open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            checksum = zlib.crc32(block, checksum)
+            if progress:
+                progress.add(len(block))
+    for start in range(0, len(ids), BLOCK):
+        some = ids[start : start + BLOCK]
+        need(some.min() >= 0, f"{path} holds id {some.min()}; ids begin at 0")
+        largest = max(largest, int(some.max()))
+    return [checksum, largest]
+
+
+# ---- Documents -> shards ---------------------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
     number: int
-    mark: str    # hash of the text before it
+    mark: str    # hash of the text up to its end
     done: float  # how much of the corpus was read when it was cut
     work: list[Piece] | np.ndarray  # ids, where only the tokenizer itself knows where to cut
 
 
-def write_split(folder: Path, split: str, raw: RawCorpus, tokenizer, shard_tokens: int, workers: int,
-                quiet: bool = False, note: Callable[[str], None] | None = None, replace: bool = False,
-                ) -> dict:
-    """Encode one split into shards of `folder`; returns its part of meta.json. `workers`: 0 = one per CPU. `replace`
-    characters that the tokenizer lacks, and count them; else they are a UserError with file and line."""
-    state = read_state(folder, quiet)
-    part = state.get(split, {})
-    if "content" in part:  # the whole split was done
-        return part
-    writer = ShardWriter(folder, split, tokenizer.vocab_size, shard_tokens)
-    writer.shards, writer.sums = part.get("shards", []), part.get("sums", [])
-    writer.tokens = sum(tokens for _, tokens in writer.shards)
-    first, skip, unknown = part.get("task", 0), part.get("skip", 0), part.get("unknown", 0)
-    unk, content = tokenizer.role("unk"), hashlib.blake2b(digest_size=16)
-    stats, head = {"documents": 0, "bytes": 0, "markers": 0, "replaced": 0}, Head()
-    progress = ProgressLine(f"{split} tokens", raw.size(split), raw.unit, raw.scale, quiet, note)
+class CountedText:
+    """The pieces of a split on their way to the tokenizer: counted, hashed, and repaired if `replace`."""
 
-    def read() -> Iterator[Piece]:
-        for text, ends in raw.pieces(split):
-            if replace:
-                text, count = tokenizer.repaired(text)
-                stats["replaced"] += count
+    def __init__(self, raw: RawCorpus, split: str, tokenizer, replace: bool):
+        self.raw, self.split, self.tokenizer, self.replace = raw, split, tokenizer, replace
+        self.counts = {"documents": 0, "bytes": 0, "markers": 0, "replaced": 0}
+        self.content, self.head = hashlib.blake2b(digest_size=16), Head()
+
+    def pieces(self) -> Iterator[Piece]:
+        for text, ends in self.raw.pieces(self.split):
+            if self.replace:
+                text, replaced = self.tokenizer.repaired(text)
+                self.counts["replaced"] += replaced
             data = text.encode("utf-8")
-            content.update(data + b"\xff" * ends)  # a byte that UTF-8 never uses marks the end of a document
-            stats["bytes"] += len(data)
-            stats["documents"] += ends
-            head.add(text)
-            stats["markers"] += text.count(SEPARATOR)
+            self.content.update(data)
+            if ends:
+                self.content.update(b"\xff")  # a byte that UTF-8 never uses
+                self.counts["documents"] += 1
+            self.counts["bytes"] += len(data)
+            self.counts["markers"] += text.count(SEPARATOR)
+            self.head.add(text)
             yield text, ends
 
-    def tasks() -> Iterator[Task]:
-        number = -1
-        for number, work in enumerate(cut(read(), tokenizer)):
-            done = raw.done(stats["bytes"])
-            if number == first:
-                refuse_change(folder, part and part["mark"] != content.hexdigest())
-                if part:
-                    progress.restart(done)
-                    if not quiet:
-                        print(f"data: goes on behind {stats['bytes'] / 1e6:,.1f} MB, {writer.tokens:,} tokens "
-                              f"of {split}", flush=True)
-            if number >= first:
-                yield Task(number, content.hexdigest(), done, work)
-        refuse_change(folder, bool(part) and number < first)
+    def jobs(self) -> Iterator[Job]:
+        for number, work in enumerate(cut_into_jobs(self.pieces(), self.tokenizer)):
+            yield Job(number, self.content.hexdigest(), self.raw.done(self.counts["bytes"]), work)
 
-    work_on = partial(encode, tokenizer, np.array([tokenizer.role("eot")], np.uint32))
+
+def write_split(folder: Path, split: str, raw: RawCorpus, tokenizer, shard_tokens: int, workers: int = 0,
+                quiet: bool = False, note: Callable[[str], None] | None = None, replace: bool = False) -> dict:
+    """Encode one split into shards of `folder`; returns its part of meta.json. `workers`: 0 = one per CPU.
+
+    `replace` writes U+FFFD for characters that the tokenizer lacks, and counts them; without it they are a UserError
+    with file and line.
+    """
+    state = read_state(folder, quiet)
+    if "content" in state.get(split, {}):  # the whole split was done
+        return state[split]
+    begun = state.get(split, {"skip": 0, "unknown": 0, "shards": [], "sums": []})
+    skip, unknown, unk = begun["skip"], begun["unknown"], tokenizer.role("unk")
+    writer = ShardWriter(folder, split, tokenizer.vocab_size, shard_tokens, begun["shards"], begun["sums"])
+    text = CountedText(raw, split, tokenizer, replace)
+    progress = ProgressLine(f"{split} tokens", raw.size(split), raw.unit, raw.scale, quiet, note)
+    jobs, encode_job = text.jobs(), partial(encode, tokenizer, np.array([tokenizer.role("eot")], np.uint32))
     try:
-        with closing(in_order(work_on, tasks(), workers, few=FEW)) as encoded:
-            for task, ids in encoded:
-                if isinstance(ids, str):
-                    raise refused(raw, tokenizer, ids)
+        if split in state:
+            job = find_job(jobs, begun["task"], begun["mark"], folder)
+            jobs = chain([job], jobs)
+            progress.restart(job.done)
+            say(f"data: resumes behind {text.counts['bytes'] / 1e6:,.1f} MB, {writer.tokens:,} tokens of {split}",
+                quiet)
+        with closing(in_order(encode_job, jobs, workers, few=FEW)) as encoded:
+            for job, ids in encoded:
                 whole, begin = len(writer.shards), writer.tokens - skip  # where in the split the ids begin
                 writer.write(ids[skip:])
                 skip = 0
                 if len(writer.shards) > whole:
                     inside = writer.tokens - writer.filled - begin
-                    state[split] = {"task": task.number, "mark": task.mark, "skip": inside, "unknown": unknown,
+                    state[split] = {"task": job.number, "mark": job.mark, "skip": inside, "unknown": unknown,
                                     "shards": writer.shards, "sums": writer.sums}
                     write_state(folder, state)
-                unknown += int((ids == unk).sum()) if unk is not None else 0
-                progress.show(task.done, f"{writer.tokens:,} tokens")
+                if unk is not None:
+                    unknown += int(np.count_nonzero(ids == unk))
+                progress.show(job.done, f"{writer.tokens:,} tokens")
     except bpe.Unwritable as error:
-        raise refused(raw, tokenizer, str(error)) from None
+        where = ""
+        if raw.find:
+            where = raw.find(lambda text: tokenizer.repaired(text)[1] > 0)
+        raise UserError(f"{where or raw.name}: {error}; REPLACE_MISSING=1 learns U+FFFD in their place, and counts "
+                        "them") from None
     progress.close()
-    shards = writer.close()
-    part = stats | {"unknown": unknown, "tokens": writer.tokens, "shards": shards, "sums": writer.sums,
-                    "content": content.hexdigest()}
-    if not writer.tokens:
-        raise UserError(f"{raw.name} holds no text for {split}; give more documents, or val_path=<a file>")
+    part = text.counts | {"unknown": unknown, "tokens": writer.tokens, "shards": writer.close(), "sums": writer.sums,
+                          "content": text.content.hexdigest()}
+    need(writer.tokens, f"{raw.name} holds no text for {split}; give more documents, or val_path=<a file>")
     if split in raw.mixed:
         part["mixture"] = raw.mixed[split]
-    lost = tokenizer.lost(head.text())
+    lost = tokenizer.lost(text.head.text())
     if lost.rate:
         part["lost"] = str(lost)
     write_state(folder, state | {split: part})
     return part
 
 
-def refused(raw: RawCorpus, tokenizer, why: str) -> UserError:
-    """What to say of a text with characters that the tokenizer lacks."""
-    where = raw.find(lambda text: tokenizer.repaired(text)[1] > 0) if raw.find else ""
-    return UserError(f"{where or raw.name}: {why}; REPLACE_MISSING=1 learns U+FFFD in their place, and counts them")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# How far an interrupted run came
-
-
-def read_state(folder: Path, quiet: bool = False) -> dict:
-    """{split: its part of meta.json, or where its last whole shard ends}; {} if the file or a shard is damaged."""
-    path = folder / "state.json"
-    if not path.exists():
-        return {}
-    try:
-        state = read_json(path, STATE)
-        if state.pop("check") != meta_check(state):
-            raise UserError(f"{path} is damaged")
-        for part in state.values():
-            if len(part["shards"]) != len(part["sums"]):
-                raise UserError(f"{path} is damaged")
-            for (name, tokens), said in zip(part["shards"], part["sums"], strict=True):
-                shard = shard_path(folder, {}, name)
-                ids = open_shard(shard)
-                if len(ids) != tokens or measure(shard, ids) != said:
-                    raise UserError(f"{shard} is damaged")
-    except UserError as error:
-        if not quiet:
-            tell(f"data: {error}; the tokens are made from the beginning")
-        return {}
-    return state
-
-
-def write_state(folder: Path, state: dict) -> None:
-    write_json(folder / "state.json", state | {"check": meta_check(state)})
-
-
-def refuse_change(folder: Path, changed: bool) -> None:
-    """A stream from elsewhere may be another one now; files are part of the folder's name."""
-    if changed:
-        (folder / "state.json").unlink(missing_ok=True)
-        raise UserError(f"the text is not that of the interrupted run whose shards are in {folder}; start again")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tasks
-
-
-def cut(pieces: Iterator[Piece], tokenizer) -> Iterator[list[Piece] | np.ndarray]:
-    """Short documents in groups of about TASK characters, long ones in parts that have the ids of the whole."""
+def cut_into_jobs(pieces: Iterator[Piece], tokenizer) -> Iterator[list[Piece] | np.ndarray]:
+    """Short documents in groups of about JOB characters, long ones in parts that have the ids of the whole."""
     group, size = [], 0
     for text, ends in pieces:
         if ends:
             group.append((text, True))
             size += len(text)
-        if group and (size >= TASK or not ends):
+        if group and (size >= JOB or not ends):
             yield group
             group, size = [], 0
         if not ends:
@@ -210,14 +354,119 @@ def rest_of_document(pieces: Iterator[Piece]) -> Iterator[str]:
             return
 
 
-def encode(tokenizer, eot: np.ndarray, task: Task) -> np.ndarray | str:
-    """The ids, with end-of-text behind each document that ends here; in two bytes where they fit, for the way back. A
-    sentence for text that the tokenizer cannot write."""
-    work = task.work
-    if isinstance(work, list):
-        try:
-            texts = [(tokenizer.encode_to_numpy(text) if text else eot[:0], eot[:ends]) for text, ends in work]
-        except bpe.Unwritable as error:  # it would not come whole through the pipe of a worker
-            return str(error)
-        work = np.concatenate([part for parts in texts for part in parts])
-    return work.astype(np.uint16 if not len(work) or work.max() < 1 << 16 else np.uint32)
+def encode(tokenizer, eot: np.ndarray, job: Job) -> np.ndarray:
+    """The ids, with end-of-text behind each document that ends here; uint16 where they fit, for the way back."""
+    ids = job.work
+    if isinstance(ids, list):
+        parts = []
+        for text, ends in job.work:
+            if text:
+                parts.append(tokenizer.encode_to_numpy(text))
+            if ends:
+                parts.append(eot)
+        ids = np.concatenate(parts)
+    if ids.max(initial=0) < 1 << 16:
+        return ids.astype(np.uint16)
+    return ids.astype(np.uint32)
+
+
+# ---- How far an interrupted run came ---------------------------------------------------------------------------------
+
+
+def read_state(folder: Path, quiet: bool = False) -> dict:
+    """{split: its part of meta.json, or where its last whole shard ends}; {} if the file or a shard is damaged."""
+    path = folder / "state.json"
+    if not path.exists():
+        return {}
+    try:
+        state = read_json(path, {"check": int})
+        need(state.pop("check") == meta_check(state), f"{path} is damaged")
+        for part in state.values():
+            need(len(part["shards"]) == len(part["sums"]), f"{path} is damaged")
+            for (name, tokens), sums in zip(part["shards"], part["sums"], strict=True):
+                shard = shard_path(folder, {}, name)
+                ids = open_shard(shard)
+                need(len(ids) == tokens and measure(shard, ids) == sums, f"{shard} is damaged")
+    except UserError as error:
+        say(f"data: {error}; the tokens are made from the beginning", quiet)
+        return {}
+    return state
+
+
+def write_state(folder: Path, state: dict) -> None:
+    write_json(folder / "state.json", state | {"check": meta_check(state)})
+
+
+def find_job(jobs: Iterator[Job], number: int, mark: str, folder: Path) -> Job:
+    """The job in which the last whole shard ends. UserError if the text has changed since: a stream from elsewhere may,
+    while files are part of the folder's name."""
+    job = next((job for job in jobs if job.number == number), None)
+    if job is None or job.mark != mark:
+        (folder / "state.json").unlink(missing_ok=True)
+        raise UserError(f"the text is not that of the interrupted run whose shards are in {folder}; start again")
+    return job
+
+
+# ---- Token ids that others made --------------------------------------------------------------------------------------
+
+
+def find_shards(data_path: str, val_path: str) -> Parts | None:
+    """The files of token ids at `data_path`, split by what their names say; None if it holds text."""
+    files = shard_files(data_path)
+    if not files:
+        return None
+    has_text = list_files(data_path, (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet"))
+    need(not (has_text and find_path(data_path).is_dir()),
+         f"{data_path} holds both text and token ids; keep one of them there, or name a single file")
+    parts = split_by_name(data_path, files, shard_files(val_path) if val_path else [])
+    need(parts.train and parts.val,
+         f"{data_path} has {len(parts.train)} shards to train on, and there are {len(parts.val)} to validate on (those "
+         "with val in their names, or val_path=<file or folder of shards>)")
+    return parts
+
+
+def shard_files(path: str | Path) -> list[Path]:
+    suffixes = (".npy", ".bin")
+    return [file.absolute() for file in list_files(path, suffixes) if file.suffix in suffixes]
+
+
+def count_shards(files: list[Path], tokenizer, bin_dtype: str, progress: ProgressLine) -> dict:
+    """Their part of meta.json. Reads all ids once: the tokenizer must have them, and says how many bytes they are."""
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    shards, content = [], hashlib.blake2b(digest_size=16)
+    progress.total = sum(path.stat().st_size for path in files)
+    for path in files:
+        if bin_dtype == "auto":
+            refuse_wide(path, len(counts))
+        ids = open_shard(path, bin_dtype)
+        shards.append([str(path), len(ids)])
+        for start in range(0, len(ids), BLOCK):
+            some = ids[start : start + BLOCK]
+            smallest, largest = int(some.min()), int(some.max())
+            if smallest < 0 or largest >= len(counts):
+                bad = min(smallest, 0) or largest
+                wide = "; bin_dtype=uint16 or uint32 says how wide its ids are" if path.suffix == ".bin" else ""
+                raise UserError(f"{path} holds id {bad}, but tokenizer {tokenizer.fingerprint} has ids 0 ... "
+                                f"{len(counts) - 1}: it is not the one that made them{wide}")
+            content.update(some)
+            counts += np.bincount(some, minlength=len(counts))
+            progress.add(some.nbytes)
+    progress.close()
+    unk = tokenizer.role("unk")
+    return {"documents": int(counts[tokenizer.role("eot")]), "bytes": int(counts @ tokenizer.token_sizes),
+            "unknown": int(counts[unk]) if unk is not None else 0, "tokens": int(counts.sum()),
+            "shards": shards, "content": content.hexdigest()}
+
+
+def refuse_wide(path: Path, vocab_size: int) -> None:
+    """UserError for a .bin file without a header whose ids are more likely uint32 than uint16: read as uint32, all of
+    them are in the vocabulary, so as uint16 every second one is (nearly) 0."""
+    if path.suffix != ".bin" or header_dtype(path):
+        return
+    ids, size = np.fromfile(path, "<u4", 1 << 20), path.stat().st_size
+    if len(ids) < 2 or size % 4 or ids.max() >= vocab_size:
+        return
+    need(len(ids) < 4 or size % 8 or ids[1::2].any(),
+         f"{path} looks like ids of eight bytes: save them as .npy, or as .bin of two or four bytes")
+    raise UserError(f"{path} looks like ids of four bytes, for every second one of two bytes is about 0: say "
+                    "bin_dtype=uint32, or bin_dtype=uint16 if they are of two")
