@@ -24,16 +24,13 @@ import json
 import os
 import pstats
 import sys
-import uuid
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, takewhile
 from pathlib import Path
-from types import SimpleNamespace
 
-from configurator import UserError, cache_folder, configure, find_path, pick, write_path
+from configurator import Settings, UserError, cache_folder, configure, find_path, need, write_path
 from model import ModelConfig
 from runtime.checkpoint import find_tokenizer
 from runtime.files import Either, locked, read_json, require_file, working, write_json, writing
@@ -56,62 +53,243 @@ class OnlyTokenizer:
     profile: bool = False       # with tokenizer_dir: train in one process and show where the time goes
 
 
-def prepare(s, quiet: bool = False, known=None) -> Path:
-    """The folder of tokens that the settings ask for; made now, unless it is there and current.
+def prepare(s: Settings, quiet: bool = False, known=None) -> Path:
+    """The folder of tokens that the settings ask for; made now unless it is there and current.
 
-    `s` holds DataSettings, `vocab_size`, `seq_len` and `source`. Several processes may call this at once: one of them
-    works and the others wait. `known` is the tokenizer of a run that goes on: text that has changed since its start is
-    encoded with it, and not with a new one.
+    Several processes may call this at once: one of them works and the others wait. `known` is the tokenizer of a
+    resumed run: text that has changed since it began is encoded with that one, and not with a new one.
     """
-    # A checkpoint may be older than some of the settings.
-    s = SimpleNamespace(**vars(s) | asdict(pick(DataSettings, vars(s))))
-    folder = find_path(s.data_path)
-    if s.data_path and (folder / "meta.json").is_file():  # it is such a folder itself
+    data, asked_size = s.part(DataSettings), 0  # 0: nobody asked for a size of the vocabulary
+    if s.given("vocab_size"):
+        asked_size = s.vocab_size
+    folder = find_path(data.data_path)
+    if data.data_path and (folder / "meta.json").is_file():  # it is such a folder itself
         meta = read_meta(folder, PREPARED)
-        trained, entries = meta["trained"], meta["vocab_size"]
-        if s.val_path:
-            raise UserError(f"{folder} holds tokens with a validation part of their own: leave val_path out")
-        if trained and s.source["vocab_size"] in ("environment", "command line") and s.vocab_size != entries:
-            raise UserError(f"{folder} holds tokens of a vocabulary of {entries:,}: leave vocab_size out")
-        if s.tokenizer not in TRAINED:
-            TokenStream(folder, "val", existing_tokenizer(s))  # refuses another tokenizer
-        elif s.source["tokenizer"] != "default" and trained and trained != s.tokenizer:
-            raise UserError(f"{folder} has tokens of a {trained} tokenizer, not tokenizer={s.tokenizer}; leave it out")
+        trained, size = meta["trained"], meta["vocab_size"]
+        need(not data.val_path, f"{folder} holds tokens with a validation part of their own: leave val_path out")
+        need(not trained or not s.chosen("vocab_size") or s.vocab_size == size,
+             f"{folder} holds tokens of a vocabulary of {size:,}: leave vocab_size out")
+        if data.tokenizer not in TRAINED:
+            TokenStream(folder, "val", named_tokenizer(data.tokenizer))  # refuses another tokenizer
+        elif s.given("tokenizer"):
+            need(trained in ("", data.tokenizer),
+                 f"{folder} has tokens of a {trained} tokenizer, not tokenizer={data.tokenizer}; leave it out")
     else:
-        cache = cache_folder(s.cache_dir)
-        again = Again(s, cache)
-        put_downloads_aside(s, again, quiet)
-        raw, tokenizer, shards = find_source(s)
-        sources = raw.sources()
-        hashes = content_hashes(sources, cache, quiet)
-        raw.notes += equal_files(raw, hashes)
-        decides = text_decides(raw, hashes, s)
-        folder = token_folder(cache, raw.name, decides, tokenizer, s)
-        if known and not tokenizer and not made_by(folder, known):
-            tokenizer, folder = known, token_folder(cache, raw.name, decides, known, s)
-        if is_current(folder, again, quiet):
-            say(f"data: {folder} is current: downloads, tokenizer and tokens are there", quiet)
-        else:
-            with working(folder, quiet) as note:
-                if not is_current(folder, again, quiet=True):
-                    build(folder, raw, sources, decides, tokenizer, shards, again, s, quiet, note)
-    meta = read_meta(folder, PREPARED)
-    if meta["trained"] not in ("", "char"):
-        check_vocabulary(meta["vocab_size"], s)
+        folder = Preparation(data, asked_size, quiet).folder(known)
+        meta = read_meta(folder, PREPARED)
+    check_vocabulary(meta["trained"], meta["vocab_size"], asked_size)
     for split, part in meta["splits"].items():
         if "lost" in part:
             say(f"data: in the beginning of {split}, {part['lost']}", quiet)
-        if part["tokens"] < s.seq_len + 1:
-            raise UserError(f"the {split} part of {meta['name']} has {part['tokens']:,} tokens, fewer than the "
-                            f"seq_len + 1 = {s.seq_len + 1:,} of one row; give more text or a smaller seq_len")
+        need(part["tokens"] > s.seq_len,
+             f"the {split} part of {meta['name']} has {part['tokens']:,} tokens, fewer than the seq_len + 1 = "
+             f"{s.seq_len + 1:,} of one row; give more text or a smaller seq_len")
     return folder
 
 
-def token_folder(cache: Path, name: str, decides: list, tokenizer, s) -> Path:
-    """Where the tokens of a text are kept; `tokenizer` is None if one is to be trained on it."""
-    made = [tokenizer.fingerprint, tokenizer.role("eot")] if tokenizer else tokenizer_decides(s)
-    made += ["replaced"] if s.replace_missing else []
-    return cache / f"{name}-{cache_key(*decides, *made, s.shard_tokens)}"
+def check_vocabulary(trained: str, size: int, asked_size: int) -> None:
+    """A vocabulary that somebody asked for does not silently become a smaller one."""
+    need(trained in ("", "char") or size >= asked_size,
+         f"vocab_size={asked_size}, but this text gives {size} entries only; set vocab_size={size} or less, or give "
+         "more text")
+
+
+class Preparation:
+    """A corpus on its way into a folder of tokens."""
+
+    def __init__(self, data: DataSettings, asked_size: int, quiet: bool):
+        self.data, self.asked_size, self.quiet, self.cache = data, asked_size, quiet, cache_folder(data.cache_dir)
+        self.overwrite = Overwrite(data.overwrite, self.cache)
+        put_downloads_aside(data, self.overwrite, quiet)
+        self.raw, self.tokenizer, self.shards = find_source(data)  # no tokenizer: one is trained
+        self.sources = self.raw.sources()
+        hashes = content_hashes(self.sources, self.cache, quiet)
+        self.raw.notes += equal_files(self.raw, hashes)
+        # All that decides which documents come out: the content of the files, and how it is read.
+        kinds = ["".join(path.suffixes[-2:]).lower() for path in self.raw.files]
+        dataset = "" if data.data_path else data.dataset
+        self.decides = [FORMAT, hashes, kinds, self.raw.val_files, dataset, data.val_share, data.text_field,
+                        data.bin_dtype]
+        if data.mixture:
+            self.decides += [data.mixture, data.mixture_unit, data.mixture_size]
+        self.training = [data.tokenizer, wanted_size(data, asked_size), data.tokenizer_pattern, data.tokenizer_bytes]
+
+    def folder(self, known=None) -> Path:
+        """The complete folder."""
+        folder = self.folder_for(self.tokenizer)
+        if known and not self.tokenizer and not made_by(folder, known):
+            self.tokenizer, folder = known, self.folder_for(known)
+        if self.is_current(folder, self.quiet):
+            say(f"data: {folder} is current: downloads, tokenizer and tokens are there", self.quiet)
+        else:
+            with working(folder, self.quiet) as note:
+                if not self.is_current(folder, quiet=True):  # another process may have made it
+                    self.build(folder, note)
+        return folder
+
+    def folder_for(self, tokenizer) -> Path:
+        decides = self.decides + self.training
+        if tokenizer:
+            decides = [*self.decides, tokenizer.fingerprint, tokenizer.role("eot")]
+        if self.data.replace_missing:
+            decides.append("replaced")
+        return self.cache / f"{self.raw.name}-{cache_key([*decides, self.data.shard_tokens])}"
+
+    def is_current(self, folder: Path, quiet: bool) -> bool:
+        """Whether the folder is complete and need not be made again."""
+        if not (folder / "meta.json").is_file() or self.overwrite.is_due(folder, "tokens"):
+            return False
+        try:
+            meta = read_meta(folder, PREPARED)
+            refuse_damage(folder, meta.get("tokenizer_sum"))
+            if "home" not in meta:  # shards of ours
+                for split in meta["splits"]:
+                    TokenStream(folder, split)
+        except UserError as error:
+            say(f"data: {str(error).partition(';')[0]}; the tokens are made again", quiet)
+            return False
+        return True
+
+    def build(self, folder: Path, note: Callable[[str], None]) -> None:
+        """Fill the folder. Validation goes first: if there is none, it shows at once."""
+        data, raw, quiet = self.data, self.raw, self.quiet
+        (folder / "meta.json").unlink(missing_ok=True)
+        if self.overwrite.is_due(folder, "tokens"):
+            (folder / "state.json").unlink(missing_ok=True)
+        notes = list(filter(None, raw.notes))
+        if hasattr(raw.module, "describe"):
+            notes.insert(0, raw.module.describe())
+        say("\n".join(f"data: {each}" for each in notes), quiet)
+        tokenizer = self.tokenizer or self.train()
+        need(tokenizer.role("eot") is not None,
+             f"tokenizer={data.tokenizer} has no end-of-text token to put between documents")
+        if data.mixture and data.mixture_unit == "tokens":
+            raw = open_mixture(data, lambda text: len(tokenizer.encode_to_numpy(tokenizer.repaired(text)[0])) + 1)
+        splits = {}
+        for split in ("val", "train"):
+            if self.shards:
+                progress = ProgressLine(f"reading {split}", 0, "MB", 1e6, quiet, note)
+                splits[split] = count_shards(self.shards[split], tokenizer, data.bin_dtype, progress)
+            else:
+                splits[split] = write_split(folder, split, raw, tokenizer, data.shard_tokens, data.workers, quiet,
+                                            note, data.replace_missing)
+        if raw.sources() != self.sources:
+            (folder / "state.json").unlink(missing_ok=True)
+            raise UserError(f"the files of {raw.name} changed while we read them; start again")
+        tokenizer.save(folder)
+        meta = {"format": FORMAT, "name": raw.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.role("eot"),
+                "tokenizer": tokenizer.fingerprint, "tokenizer_sum": tokenizer_sum(folder),
+                "trained": "" if self.tokenizer else data.tokenizer, "splits": splits,
+                "skipped": len(raw.skipped), "settings": asdict(data)}
+        if self.shards:  # they are not in the folder
+            meta |= {"home": folder.stat().st_ino, "bin_ids": data.bin_dtype.replace("auto", "uint16")}
+        write_meta(folder, meta)
+        names = {name for part in splits.values() for name, _ in part["shards"]}
+        for left_over in [folder / "state.json", *folder.glob("*.npy*")]:  # of runs that were killed
+            if left_over.name not in names:
+                left_over.unlink(missing_ok=True)
+        for split in splits:
+            TokenStream(folder, split, tokenizer)  # are they on the disk as we wrote them?
+        self.overwrite.note(folder)
+        say("\n".join(f"data: {line}" for line in remarks(meta)), quiet)
+
+    def train(self):
+        """A tokenizer that has seen the training documents and nothing else; now, or found in its own folder."""
+        folder = self.cache / f"{self.raw.name}-tokenizer-{cache_key(self.decides + self.training)}"
+        with working(folder, self.quiet) as note:
+            tokenizer = None
+            if (folder / "tokenizer.json").is_file() and not self.overwrite.is_due(folder, "tokenizer"):
+                try:
+                    refuse_damage(folder, read_json(folder / "made.json", {"sum": int})["sum"])
+                    tokenizer = load_tokenizer(folder)
+                    say(f"data: {folder} is current", self.quiet)
+                except UserError as error:
+                    say(f"data: {error}; the tokenizer is trained again", self.quiet)
+            if tokenizer is None:
+                tokenizer = self.train_now(note)
+                tokenizer.save(folder)
+                write_json(folder / "made.json", {"sum": tokenizer_sum(folder)})
+                self.overwrite.note(folder)
+        check_vocabulary(self.data.tokenizer, tokenizer.vocab_size, self.asked_size)
+        return tokenizer
+
+    def train_now(self, note: Callable[[str], None]):
+        texts = (text for text, _ in self.raw.pieces("train"))
+        first = next(texts, None)
+        need(first is not None, f"{self.raw.name} holds no text to train on")
+        say(f"data: training a {self.data.tokenizer} tokenizer on {self.raw.name}", self.quiet)
+        whole, limit, done = self.raw.size("train"), self.data.tokenizer_bytes, self.raw.done
+        if 0 < limit < whole:
+            whole, done = limit, float
+        line = ProgressLine("tokenizer reads", whole, self.raw.unit, self.raw.scale, self.quiet, note)
+        return train_new(self.data, self.asked_size, chain([first], texts), self.data.workers, line, done)
+
+
+def train_new(data: DataSettings, asked_size: int, texts: Iterable[str], workers: int, line: ProgressLine,
+              amount: Callable[[int], float] = float):
+    """Train the tokenizer of the settings. `line` shows how much text it has read, `amount(bytes)`, then its merges."""
+
+    def show(phase: str, done: int, total: int) -> None:
+        if phase == "count":
+            line.show(amount(done))
+            return
+        if line.what != "tokenizer merges":
+            line.close()
+            line.what, line.unit, line.scale = "tokenizer merges", "", 1
+            line.restart(done)
+        line.total = total
+        line.show(done)
+
+    tokenizer = train_tokenizer(data.tokenizer, texts, wanted_size(data, asked_size), data.tokenizer_pattern,
+                                max_bytes=data.tokenizer_bytes, workers=workers, progress=show)
+    line.close()
+    return tokenizer
+
+
+def wanted_size(data: DataSettings, asked_size: int) -> int:
+    """Entries of the tokenizer to train; 0 = all characters."""
+    if asked_size or data.tokenizer == "char":
+        return asked_size
+    return ModelConfig.vocab_size
+
+
+def find_source(data: DataSettings) -> tuple[RawCorpus, object, dict[str, list[Path]]]:
+    """(corpus, its tokenizer or None if one is to be trained, its shards per split if it is made of token ids)"""
+    tokenizer = None
+    if data.tokenizer not in TRAINED:
+        tokenizer = named_tokenizer(data.tokenizer)
+    if data.mixture:
+        need(not data.data_path and not data.val_path,
+             f"mixture={data.mixture} leaves no place for data_path= or val_path=; take those or it away")
+        return open_mixture(data), tokenizer, {}
+    parts = find_shards(data.data_path, data.val_path) if data.data_path else None
+    if not parts:
+        return open_corpus(data), tokenizer, {}
+    if tokenizer is None:
+        beside = parts.train[0].parent / "tokenizer.json"
+        need(beside.is_file(), f"{data.data_path} holds token ids, and only their own tokenizer reads them: "
+                               "tokenizer=<its file>")
+        tokenizer = load_tokenizer(beside)
+    files = parts.train + parts.val
+    for folder in {path.parent for path in files}:
+        if (folder / "meta.json").is_file():
+            TokenStream(folder, "val", tokenizer)  # shards of ours: refuses another tokenizer
+    raw = RawCorpus(path_name(data.data_path), files, pieces=None, notes=parts.notes())
+    return raw, tokenizer, {"train": parts.train, "val": parts.val}
+
+
+def named_tokenizer(name: str):
+    """The tokenizer that is not trained: its file or folder, a run's, or an encoding of tiktoken."""
+    need(name in TIKTOKEN or find_path(name).exists(),
+         f"tokenizer={name} is none of {', '.join((*TRAINED, *TIKTOKEN))}, nor a file or folder that exists")
+    return find_tokenizer(name)
+
+
+# ---- what is current -------------------------------------------------------------------------------------------------
+
+
+def cache_key(decides: list) -> str:
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
 
 
 def made_by(folder: Path, tokenizer) -> bool:
@@ -119,181 +297,56 @@ def made_by(folder: Path, tokenizer) -> bool:
     return (folder / "meta.json").is_file() and read_meta(folder)["tokenizer"] == tokenizer.fingerprint
 
 
-def find_source(s) -> tuple[RawCorpus, object, dict[str, list[Path]]]:
-    """(corpus, its tokenizer or None if one is to be trained, its shards per split if it is made of token ids)"""
-    parts = find_shards(s.data_path, s.val_path) if s.data_path else None
-    if is_mixture(s):
-        if s.val_path or s.source["dataset"] not in ("default", "checkpoint"):
-            raise UserError(f"mixture={s.mixture} leaves no place for dataset= or val_path=; take those or it away")
-        return open_mixture(s), None if s.tokenizer in TRAINED else existing_tokenizer(s), {}
-    if not parts:
-        return open_corpus(s), None if s.tokenizer in TRAINED else existing_tokenizer(s), {}
-    beside = parts.train[0].parent / "tokenizer.json"
-    if s.tokenizer in TRAINED and not beside.is_file():
-        raise UserError(f"{s.data_path} holds token ids, and only their own tokenizer reads them: tokenizer=<its file>")
-    tokenizer = load_tokenizer(beside) if s.tokenizer in TRAINED else existing_tokenizer(s)
-    files = parts.train + parts.val
-    for folder in {path.parent for path in files}:
-        if (folder / "meta.json").is_file():
-            TokenStream(folder, "val", tokenizer)  # shards of ours: refuses another tokenizer
-    raw = RawCorpus(path_name(s.data_path), files, pieces=None, notes=parts.notes())
-    return raw, tokenizer, {"train": parts.train, "val": parts.val}
-
-
-def existing_tokenizer(s):
-    """The tokenizer of a file or folder."""
-    if s.tokenizer not in TIKTOKEN and not find_path(s.tokenizer).exists():
-        raise UserError(f"tokenizer={s.tokenizer} is none of {', '.join((*TRAINED, *TIKTOKEN))}, nor a file or "
-                        "folder that exists")
-    return find_tokenizer(s.tokenizer)
-
-
-def text_decides(raw: RawCorpus, hashes: list[str], s) -> list:
-    """All that decides which documents come out: the files' content, and how their names say it is to be read."""
-    kinds = ["".join(path.suffixes[-2:]).lower() for path in raw.files]
-    mixture = [s.mixture, s.mixture_unit, s.mixture_size] if is_mixture(s) else []
-    corpus = "" if s.data_path else s.dataset
-    return [FORMAT, hashes, kinds, raw.val_files, corpus, s.val_share, s.text_field, s.bin_dtype, *mixture]
-
-
 def content_hashes(sources: list, cache: Path, quiet: bool) -> list[str]:
-    """A hash of each file's content. Files are read again only when size or times say that they may have changed; which
-    file had which hash is kept in the cache."""
+    """A hash of each file's content. hashes.json of the cache keeps {path: [bytes, times, hash]}: a file is read again
+    only when its size or times say that it may have changed."""
 
-    def known() -> dict:
+    def known() -> tuple[dict, list[str | None]]:
         try:
-            return read_json(cache / "hashes.json", {str: [Either(str, int)]})
-        except UserError:  # not there, or damaged: then we read the files
-            return {}
+            hashes = read_json(cache / "hashes.json", {str: [Either(str, int)]})
+        except UserError:  # not there, or damaged: we read the files
+            hashes = {}
+        found = []
+        for path, *state in sources:
+            *before, content = hashes.get(path) or [None]
+            found.append(str(content) if before == state else None)
+        return hashes, found
 
-    def find(hashes: dict) -> list[str | None]:
-        noted = [hashes.get(path, ()) for path, *_ in sources]
-        return [str(each[-1]) if each[:-1] == state else None for (_, *state), each in zip(sources, noted, strict=True)]
-
-    found = find(known())
+    hashes, found = known()
     if None not in found:
         return found
     with working(cache, quiet) as note:
-        hashes = known()
-        unread = [source for source, each in zip(sources, find(hashes), strict=True) if each is None]
-        progress = ProgressLine("reading files", sum(size for _, size, *_ in unread), "MB", 1e6, quiet, note)
-        done = 0
-        for path, *state in unread:
+        hashes, found = known()  # another process may have read some
+        unread = [i for i, each in enumerate(found) if each is None]
+        progress = ProgressLine("reading files", sum(sources[i][1] for i in unread), "MB", 1e6, quiet, note)
+        for i in unread:
+            path, *state = sources[i]
             digest = hashlib.blake2b(digest_size=16)
             with reading(Path(path)), open(path, "rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
-                    done += len(block)
-                    progress.show(done)
-            hashes[path] = [*state, digest.hexdigest()]
+                    progress.add(len(block))
+            found[i] = digest.hexdigest()
+            hashes[path] = [*state, found[i]]
         progress.close()
         write_json(cache / "hashes.json", hashes)
-        return find(hashes)
+    return found
 
 
 def equal_files(raw: RawCorpus, hashes: list[str]) -> list[str]:
-    """What to say of files for validation that have the content of one to train on."""
+    """A note on a file for validation that has the content of one to train on."""
     n_train = len(hashes) - raw.val_files
-    found = zip(raw.files[n_train:], hashes[n_train:], strict=True)
-    same = [path.name for path, content in found if content in hashes[:n_train]]
-    return [f"{same[0]} is both training and validation text: a low loss on it will prove nothing"] if same else []
-
-
-def tokenizer_decides(s) -> list:
-    """All that decides, beside the documents, which tokenizer comes out of the training."""
-    return [s.tokenizer, wanted_vocabulary(s), s.tokenizer_pattern, s.tokenizer_bytes]
-
-
-def cache_key(*decides) -> str:
-    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
-
-
-def is_mixture(s) -> bool:
-    return bool(s.mixture and not s.data_path)
-
-
-OWN_ID = uuid.uuid4().hex
-
-
-def launch_id() -> str:
-    """The same for all processes that one torchrun starts, and another for each start."""
-    if not os.environ.get("TORCHELASTIC_RUN_ID"):
-        return OWN_ID
-    launcher = os.getppid()
-    try:  # a number may have belonged to another process before; with the time of its start it has not
-        began = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:  # not Linux
-        began = ""
-    where = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "GROUP_RANK")]
-    return "-".join([*where, str(launcher), began])
-
-
-class Again:
-    """What `overwrite` makes again. The launch decides, no clock: whatever one of its processes has made again is noted
-    in the cache, and the others take it as it is, however late they come."""
-
-    def __init__(self, s, cache: Path):
-        self.stages, self.path, self.launch = forced(s.overwrite), cache / ".overwritten.json", launch_id()
-        self.is_set = bool(self.stages)
-
-    def noted(self) -> list[str]:
-        try:
-            content = read_json(self.path, {"launch": str, "done": [str]}) if self.path.exists() else {}
-        except UserError:  # damaged: nothing was noted
-            content = {}
-        return content["done"] if content.get("launch") == self.launch else []
-
-    def is_due(self, what: str | Path, stage: str) -> bool:
-        return stage in self.stages and str(what) not in self.noted()
-
-    def note(self, what: str | Path) -> None:
-        if self.is_set:
-            with locked(self.path.with_name(".overwritten.lock"), busy=lambda note: None):
-                write_json(self.path, {"launch": self.launch, "done": [*self.noted(), str(what)]})
-
-
-def put_downloads_aside(s, again: Again, quiet: bool) -> None:
-    """Once for a launch: what the corpora have downloaded is fetched again where `overwrite` says so."""
-    if "download" not in again.stages or s.data_path:
-        return
-    wanted = {name.partition(":")[2] for name in s.overwrite.replace(",", " ").split() if name.startswith("download:")}
-    names = list(parse(s.mixture)) if is_mixture(s) else [s.dataset]
-    if unknown := wanted - {name.partition(":")[0] for name in names}:
-        raise UserError(f"overwrite={s.overwrite}: {min(unknown)} is no corpus of this run; it has {', '.join(names)}")
-    for name in filter(is_dataset, names):
-        corpus = name.partition(":")[0]
-        module = import_dataset(corpus)
-        if not hasattr(module, "downloads") or wanted and corpus not in wanted:
-            continue
-        with working(again.path.parent, quiet):
-            if again.is_due(f"download {corpus}", "download"):
-                for path in module.downloads():
-                    set_aside(path)
-                again.note(f"download {corpus}")
-
-
-def is_current(folder: Path, again: Again, quiet: bool) -> bool:
-    """True if the folder is complete and need not be made again."""
-    if not (folder / "meta.json").is_file() or again.is_due(folder, "tokens"):
-        return False
-    try:
-        meta = read_meta(folder, PREPARED)
-        refuse_damage(folder, meta.get("tokenizer_sum"))
-        if "home" not in meta:  # shards of ours
-            for split in meta["splits"]:
-                TokenStream(folder, split)
-    except UserError as error:
-        say(f"data: {str(error).partition(';')[0]}; the tokens are made again", quiet)
-        return False
-    return True
+    for path, content in zip(raw.files[n_train:], hashes[n_train:], strict=True):
+        if content in hashes[:n_train]:
+            return [f"{path.name} is both training and validation text: a low loss on it will prove nothing"]
+    return []
 
 
 def refuse_damage(folder: Path, expected: int | None) -> None:
-    """UserError if the files of the tokenizer that we saved there are not whole. Its roles may be edited."""
+    """UserError if the tokenizer's files that we saved there are not whole. Its roles may be edited."""
     if (folder / "tokenizer_config.json").exists():
         read_json(folder / "tokenizer_config.json")
-    if expected not in (None, tokenizer_sum(folder)):
-        raise UserError(f"{folder / 'tokenizer.json'} is damaged")
+    need(expected in (None, tokenizer_sum(folder)), f"{folder / 'tokenizer.json'} is damaged")
 
 
 def tokenizer_sum(folder: Path) -> int:
@@ -302,144 +355,65 @@ def tokenizer_sum(folder: Path) -> int:
         return zlib.crc32(path.read_bytes())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Making the folder
+class Overwrite:
+    """The stages that `overwrite` makes again. The launch decides, no clock: what one of its processes has made again
+    is noted in the cache, and the others take it as it is, however late they come."""
+
+    def __init__(self, overwrite: str, cache: Path):
+        self.stages, self.path = forced(overwrite), cache / ".overwritten.json"
+
+    def done(self) -> list[str]:
+        try:
+            noted = read_json(self.path, {"launch": str, "done": [str]})
+        except UserError:  # not there, or damaged: nothing was noted
+            return []
+        return noted["done"] if noted["launch"] == launch_id() else []
+
+    def is_due(self, what: str | Path, stage: str) -> bool:
+        return stage in self.stages and str(what) not in self.done()
+
+    def note(self, what: str | Path) -> None:
+        if self.stages:
+            with locked(self.path.with_name(".overwritten.lock"), busy=lambda note: None):
+                write_json(self.path, {"launch": launch_id(), "done": [*self.done(), str(what)]})
 
 
-def build(folder: Path, raw: RawCorpus, sources: list, decides: list, tokenizer, shards: dict, again: Again, s,
-          quiet: bool, note: Callable[[str], None]) -> None:
-    """Fill the folder. Validation goes first, for then it shows at once if there is none."""
-    (folder / "meta.json").unlink(missing_ok=True)
-    if again.is_due(folder, "tokens"):
-        (folder / "state.json").unlink(missing_ok=True)
-    if hasattr(raw.module, "describe"):
-        say(f"data: {raw.module.describe()}", quiet)
-    say("\n".join(f"data: {note}" for note in filter(None, raw.notes)), quiet)
-    trained = tokenizer is None
-    tokenizer = tokenizer or make_tokenizer(raw, decides, again, s, quiet)
-    if tokenizer.role("eot") is None:
-        raise UserError(f"tokenizer={s.tokenizer} has no end-of-text token to put between documents")
-    if is_mixture(s) and s.mixture_unit == "tokens":
-        raw = open_mixture(s, lambda text: len(tokenizer.encode_to_numpy(tokenizer.repaired(text)[0])) + 1)
-    splits = {}
-    for split in ("val", "train"):
-        if shards:
-            progress = ProgressLine(f"reading {split}", 0, "MB", 1e6, quiet, note)
-            splits[split] = count_shards(shards[split], tokenizer, s.bin_dtype, progress)
-        else:
-            splits[split] = write_split(folder, split, raw, tokenizer, s.shard_tokens, s.workers, quiet, note,
-                                        s.replace_missing)
-    if raw.sources() != sources:
-        (folder / "state.json").unlink(missing_ok=True)
-        raise UserError(f"the files of {raw.name} changed while we read them; start again")
-    tokenizer.save(folder)
-    meta = {"format": FORMAT, "name": raw.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.role("eot"),
-            "tokenizer": tokenizer.fingerprint, "tokenizer_sum": tokenizer_sum(folder),
-            "trained": s.tokenizer if trained else "", "splits": splits,
-            "skipped": len(raw.skipped), "settings": asdict(pick(DataSettings, vars(s)))}
-    if shards:  # they are not in the folder
-        meta |= {"home": folder.stat().st_ino, "bin_ids": s.bin_dtype.replace("auto", "uint16")}
-    write_meta(folder, meta)
-    names = {name for part in splits.values() for name, _ in part["shards"]}
-    for left_over in [folder / "state.json", *folder.glob("*.npy*")]:  # of runs that were killed
-        if left_over.name not in names:
-            left_over.unlink(missing_ok=True)
-    for split in splits:
-        TokenStream(folder, split, tokenizer)  # are they on the disk as we wrote them?
-    again.note(folder)
-    say("\n".join(f"data: {line}" for line in [*mixture_lines(meta), *marker_lines(meta)]), quiet)
+def launch_id() -> str:
+    """The same for all processes that one torchrun starts, and another for each start."""
+    names = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "GROUP_RANK")]
+    process = os.getppid() if names[0] else os.getpid()
+    try:  # another process may have had this number before, but not with this time of its start
+        began = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:  # not Linux
+        began = ""
+    return "-".join([*names, str(process), began])
 
 
-def make_tokenizer(raw: RawCorpus, decides: list, again: Again, s, quiet: bool):
-    """Train on the training documents, and on nothing else; or take the one that was trained so before."""
-    key = cache_key(*decides, *tokenizer_decides(s))
-    folder = cache_folder(s.cache_dir) / f"{raw.name}-tokenizer-{key}"
-    with working(folder, quiet) as note:
-        tokenizer = None
-        if (folder / "tokenizer.json").is_file() and not again.is_due(folder, "tokenizer"):
-            try:
-                refuse_damage(folder, read_json(folder / "made.json", {"sum": int})["sum"])
-                tokenizer = load_tokenizer(folder)
-                say(f"data: {folder} is current", quiet)
-            except UserError as error:
-                say(f"data: {error}; the tokenizer is trained again", quiet)
-        if tokenizer is None:
-            texts = (text for text, _ in raw.pieces("train"))
-            first = next(texts, None)
-            if first is None:
-                raise UserError(f"{raw.name} holds no text to train on")
-            say(f"data: training a {s.tokenizer} tokenizer on {raw.name}", quiet)
-            tokenizer = train_tokenizer(s.tokenizer, chain([first], texts), wanted_vocabulary(s), s.tokenizer_pattern,
-                                        max_bytes=s.tokenizer_bytes, workers=s.workers,
-                                        progress=training_progress(raw, s.tokenizer_bytes, quiet, note))
-            tokenizer.save(folder)
-            write_json(folder / "made.json", {"sum": tokenizer_sum(folder)})
-            again.note(folder)
-    check_vocabulary(tokenizer.vocab_size, s)
-    return tokenizer
+def put_downloads_aside(data: DataSettings, overwrite: Overwrite, quiet: bool) -> None:
+    """Once for a launch: what the corpora have downloaded is fetched again where `overwrite` asks for it."""
+    if "download" not in overwrite.stages or data.data_path:
+        return
+    corpora = [data.dataset]
+    if data.mixture:
+        corpora = list(parse(data.mixture))
+    named = data.overwrite.replace(",", " ").split()
+    wanted = {name.partition(":")[2] for name in named if name.startswith("download:")}
+    unknown = wanted - {name.partition(":")[0] for name in corpora}
+    need(not unknown, f"overwrite={data.overwrite}: {min(unknown, default='')} is no corpus of this run; it has "
+                      f"{', '.join(corpora)}")
+    for corpus in filter(is_dataset, corpora):
+        name = corpus.partition(":")[0]
+        module = import_dataset(name)
+        if not hasattr(module, "downloads") or wanted and name not in wanted:
+            continue
+        with working(overwrite.path.parent, quiet):
+            if overwrite.is_due(f"download {name}", "download"):
+                for path in module.downloads():
+                    set_aside(path)
+                overwrite.note(f"download {name}")
 
 
-def training_progress(raw: RawCorpus, max_bytes: int, quiet: bool, note: Callable[[str], None]) -> Callable:
-    """Shows how far the training of a tokenizer is: first it counts the text, then it merges."""
-    whole = raw.size("train")
-    limited = 0 < max_bytes < whole
-    count = ProgressLine("tokenizer reads", max_bytes if limited else whole, raw.unit, raw.scale, quiet, note)
-    merge = ProgressLine("tokenizer merges", 0, "", 1, quiet, note)
-
-    def show(phase: str, done: int, total: int) -> None:
-        if phase == "count":
-            count.show(done if limited else raw.done(done))
-            return
-        if not merge.total:
-            count.close()
-            merge.restart(done)
-        merge.total = total
-        merge.show(done)
-        if done >= total:
-            merge.close()
-
-    return show
-
-
-def wanted_vocabulary(s) -> int:
-    """Entries of the tokenizer to train; 0 = all characters, unless somebody asked for fewer."""
-    return 0 if s.tokenizer == "char" and s.source["vocab_size"] == "default" else s.vocab_size
-
-
-def check_vocabulary(size: int, s) -> None:
-    """A vocabulary that somebody asked for does not silently become a smaller one."""
-    if s.tokenizer != "char" and size < s.vocab_size and s.source["vocab_size"] != "default":
-        raise UserError(f"vocab_size={s.vocab_size}, but this text gives {size} entries only; "
-                        f"set vocab_size={size} or less, or give more text")
-
-
-def mixture_lines(meta: dict) -> list[str]:
-    """What was asked for and what came: "train: gutenberg 40.0 % wanted, 40.1 % got, 1,203 words in 2 passes" """
-    lines = []
-    for split, part in meta["splits"].items():
-        for name, mixed in part.get("mixture", {}).items():
-            unit = "words" if "words" in mixed else "tokens"
-            lines.append(f"{split}: {name} {mixed['share']:.1%} wanted, {mixed['got']:.1%} got, "
-                         f"{mixed[unit]:,} {unit} in {mixed['passes']} passes")
-            if mixed["passes"] > OFTEN:
-                lines.append(f"{name} is small for its share: it comes {mixed['passes']} times; a smaller weight or "
-                             "mixture_size repeats it less")
-    return lines
-
-
-def marker_lines(meta: dict) -> list[str]:
-    """What was learned otherwise than it may look: end-of-text markers within a line, characters that were replaced."""
-    markers, replaced = (sum(part.get(name, 0) for part in meta["splits"].values()) for name in ("markers", "replaced"))
-    lines = []
-    if replaced:
-        lines.append(f"{replaced:,} characters that the tokenizer lacks are U+FFFD now")
-    if markers:
-        lines.append(f"{markers:,} times {SEPARATOR} within a line separates nothing and is learned as text")
-    return lines
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the user sees
+# ---- what the user sees ----------------------------------------------------------------------------------------------
 
 
 def summary(folder: Path) -> str:
@@ -454,46 +428,54 @@ def summary(folder: Path) -> str:
         lines.append(f"{split:8}{part['documents']:>12,}{part['bytes'] / 1e6:>12,.2f}{part['tokens']:>16,}"
                      f"{part['bytes'] / part['tokens']:>14.2f}{part['unknown'] / part['tokens']:>10.2%}")
     begin = tokenizer.decode(TokenStream(folder, "train", tokenizer).read(0, 100).tolist())
-    lines += mixture_lines(meta) + marker_lines(meta)
-    return "\n".join([*lines, "", "it begins: " + json.dumps(begin[:200], ensure_ascii=False)])
+    return "\n".join([*lines, *remarks(meta), "", "it begins: " + json.dumps(begin[:200], ensure_ascii=False)])
 
 
-def only_tokenizer(inputs: list[str], s) -> str:
+def remarks(meta: dict) -> list[str]:
+    """The shares of a mixture, wanted and got; characters that were replaced; end-of-text markers within a line."""
+    lines, markers, replaced = [], 0, 0
+    for split, part in meta["splits"].items():
+        markers, replaced = markers + part.get("markers", 0), replaced + part.get("replaced", 0)
+        for name, mixed in part.get("mixture", {}).items():
+            unit = "words" if "words" in mixed else "tokens"
+            lines.append(f"{split}: {name} {mixed['share']:.1%} wanted, {mixed['got']:.1%} got, "
+                         f"{mixed[unit]:,} {unit} in {mixed['passes']} passes")
+            if mixed["passes"] > OFTEN:
+                lines.append(f"{name} is small for its share: it comes {mixed['passes']} times; a smaller weight or "
+                             "mixture_size repeats it less")
+    if replaced:
+        lines.append(f"{replaced:,} characters that the tokenizer lacks are U+FFFD now")
+    if markers:
+        lines.append(f"{markers:,} times {SEPARATOR} within a line separates nothing and is learned as text")
+    return lines
+
+
+def only_tokenizer(inputs: list[str], s: Settings) -> str:
     """Train a tokenizer on all the text of files, folders and corpora, and write it where the user wants it."""
-    if s.tokenizer not in TRAINED:
-        raise UserError(f"tokenizer_dir= is for a tokenizer that is trained: tokenizer={', '.join(TRAINED)}")
-    texts = (text for each in inputs for text in all_text(each, s))
-    counted = ProgressLine("tokenizer reads", 0, "MB", 1e6)
-    merged = ProgressLine("tokenizer merges")
-
-    def progress(phase: str, done: int, total: int) -> None:
-        if phase == "count":
-            counted.show(done)
-        else:
-            merged.total = total
-            merged.show(done)
-
-    workers = 1 if s.profile else s.workers
-    with cProfile.Profile() if s.profile else nullcontext() as profile:
-        tokenizer = train_tokenizer(s.tokenizer, texts, wanted_vocabulary(s), s.tokenizer_pattern,
-                                    max_bytes=s.tokenizer_bytes, workers=workers, progress=progress)
-    counted.close()
-    merged.close()
-    check_vocabulary(tokenizer.vocab_size, s)
+    data, asked_size = s.part(DataSettings), s.vocab_size if s.given("vocab_size") else 0
+    need(data.tokenizer in TRAINED, f"tokenizer_dir= is for a tokenizer that is trained: {', '.join(TRAINED)}")
+    texts = chain.from_iterable(all_text(each, data.text_field) for each in inputs)
+    line = ProgressLine("tokenizer reads", 0, "MB", 1e6)
+    if s.profile:
+        with cProfile.Profile() as profile:
+            tokenizer = train_new(data, asked_size, texts, 1, line)
+    else:
+        tokenizer = train_new(data, asked_size, texts, data.workers, line)
+    check_vocabulary(data.tokenizer, tokenizer.vocab_size, asked_size)
     folder = write_path(s.tokenizer_dir)
     with writing(folder, "; tokenizer_dir=<folder> names another"):
         tokenizer.save(folder)
-    if profile:
+    if s.profile:
         pstats.Stats(profile).sort_stats("tottime").print_stats(12)
     return f"{folder / 'tokenizer.json'}: {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint}"
 
 
-def all_text(name: str, s) -> Iterator[str]:
+def all_text(name: str, text_field: str) -> Iterator[str]:
     """The text of a corpus of ours, or of a file or folder, without keeping any for validation."""
     if is_dataset(name):
-        pieces = open_dataset(name, s.text_field).pieces("train")
+        pieces = open_dataset(name, text_field).pieces("train")
     else:
-        pieces = files_pieces(text_files(name), s.text_field)
+        pieces = files_pieces(text_files(name), text_field)
     return (text for text, _ in pieces)
 
 
@@ -509,12 +491,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if s.tokenizer_dir:
             print(visible(only_tokenizer(inputs or [s.data_path or s.dataset], s)))
-        elif len(inputs) > 1:
-            raise UserError(f"{', '.join(inputs)}: several inputs are for tokenizer_dir=; mixture= trains on several")
         else:
+            need(len(inputs) < 2, f"{', '.join(inputs)}: several inputs are for tokenizer_dir=; mixture= trains on "
+                                  "several")
             print(visible(summary(prepare(s))))
     except KeyboardInterrupt:
-        print("\ndata.py: interrupted; the same command goes on behind the last whole shard", file=sys.stderr)
+        print("\ndata.py: interrupted; the same command resumes behind the last whole shard", file=sys.stderr)
         return 130
     return 0
 

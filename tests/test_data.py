@@ -188,7 +188,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 
 def test_second_call_makes_nothing(tmp_path, corpus_file, capsys, monkeypatch):
     folder = made(tmp_path, data_path=corpus_file)
-    monkeypatch.setattr(data, "build", None)
+    monkeypatch.setattr(data.Preparation, "build", None)
     assert prepare(settings(tmp_path, data_path=corpus_file)) == folder
     assert "is current" in capsys.readouterr().out
     monkeypatch.chdir(tmp_path)
@@ -262,7 +262,7 @@ def test_what_a_killed_run_left_is_not_believed(tmp_path, corpus_file, monkeypat
 def test_touched_or_moved_text_keeps_its_tokens_and_changed_text_does_not(tmp_path, corpus_file, monkeypatch):
     """The content decides; size and times only spare reading it."""
     folder, stat = made(tmp_path, data_path=corpus_file), corpus_file.stat()
-    monkeypatch.setattr(data, "build", None)
+    monkeypatch.setattr(data.Preparation, "build", None)
     corpus_file.touch()
     assert made(tmp_path, data_path=corpus_file) == folder
     moved = write(tmp_path / "elsewhere" / "my.txt", corpus_file.read_text())
@@ -275,7 +275,7 @@ def test_touched_or_moved_text_keeps_its_tokens_and_changed_text_does_not(tmp_pa
 
 def test_damaged_notes_of_the_cache_cost_a_reading_and_nothing_else(tmp_path, corpus_file, monkeypatch):
     folder = made(tmp_path, data_path=corpus_file)
-    monkeypatch.setattr(data, "build", None)
+    monkeypatch.setattr(data.Preparation, "build", None)
     name = json.dumps(str(corpus_file.resolve()))
     for content in ("", "[]", '{"a": 1}', f"{{{name}: []}}", f'{{{name}: ["x"]}}'):
         (tmp_path / "cache" / "hashes.json").write_text(content)
@@ -288,7 +288,7 @@ def test_overwrite_is_decided_by_the_launch_and_by_no_clock(tmp_path, corpus_fil
     for path in [*folder.iterdir(), *tmp_path.glob("cache/*/tokenizer.json")]:
         os.utime(path, (2e9 + 1e9, 2e9 + 1e9))  # of the year 2065
     for launch in ("one", "two"):
-        monkeypatch.setattr(data, "OWN_ID", launch)
+        monkeypatch.setattr(data, "launch_id", lambda launch=launch: launch)
         old = (folder / "meta.json").stat().st_ino
         for rank in range(3):  # the second and third come when the first is done
             made(tmp_path, data_path=corpus_file, overwrite=stage)
@@ -305,7 +305,7 @@ def test_processes_of_one_torchrun_are_one_launch(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; print(data.launch_id())"
     one, two = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2))
-    assert one == two != "" and alone not in one
+    assert one == two and one.strip() not in ("", alone)
 
 
 def test_marker_within_a_line_is_said_once_with_its_count(tmp_path, capsys):

@@ -130,18 +130,6 @@ def test_changed_corpus_uses_nothing_stale(corpora):
     assert prepare(settings(), quiet=True) != one
 
 
-def test_settings_out_of_a_checkpoint_are_taken(corpora):
-    """As eval.py does; those of an older version lack what came since, and `overwrite` was meant once."""
-    saved = settings(overwrite="all").to_dict()
-    folder = prepare(settings(), quiet=True)
-    old = {name: value for name, value in saved.items() if not name.startswith(("mixture", "workers", "overwrite"))}
-    for values in (saved, old | {"dataset": "short"}):
-        s = SimpleNamespace(**values, source=dict.fromkeys(values, "checkpoint"))
-        one, written = prepare(s, quiet=True), (folder / "meta.json").stat().st_mtime_ns
-        assert prepare(s, quiet=True) == one and (one == folder) == (values is saved)
-    assert (folder / "meta.json").stat().st_mtime_ns == written
-
-
 def test_a_file_may_be_a_part(corpora):
     (corpora / "mine.txt").write_text("".join(f"mine{n} line of mine\n<|endoftext|>\n" for n in range(5000)))
     train, val = texts("train", mixture="mine.txt:1 short:1"), texts("val", mixture="mine.txt:1 short:1")

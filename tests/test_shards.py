@@ -352,7 +352,7 @@ def test_killed_run_leaves_no_process_and_the_same_command_goes_on(tmp_path, mon
     error = run.communicate(timeout=100)[1]
     if how == signal.SIGINT:
         assert run.returncode == 130, error
-        assert error.strip().endswith("the same command goes on behind the last whole shard")
+        assert error.strip().endswith("the same command resumes behind the last whole shard")
         assert "Traceback" not in error
     end = time.monotonic() + 60
     while processes_of(run.pid) and time.monotonic() < end:
