@@ -60,6 +60,7 @@ def run(main) -> None:
     except UserError as error:
         code, said = 2, f"{where}: {error}"
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough: we are leaving
         code, said = 130, f"{script}: interrupted"
     except MemoryError as error:
         reason = str(error) or "there is no more"

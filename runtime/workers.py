@@ -25,7 +25,9 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 
 def cpu_count() -> int:
     """The CPUs that this process may use, which can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def in_order(function: Callable[[Item], Result], items: Iterator[Item], workers: int = 0,
@@ -33,15 +35,18 @@ def in_order(function: Callable[[Item], Result], items: Iterator[Item], workers:
     """(item, function(item)) in the order of the items, by `workers` processes (0: one per CPU).
 
     With one worker, or fewer than `few` items, no process is started. At most 2 `workers` items are ahead of the one
-    that is yielded. Workers that are killed end in a UserError.
+    that is yielded. UserError if a worker is killed.
     """
     workers = workers or cpu_count()
-    head = list(islice(items, few)) if workers > 1 else []
+    head = []
+    if workers > 1:
+        head = list(islice(items, few))
     items = chain(head, items)
     if len(head) < few:
-        yield from ((item, function(item)) for item in items)
+        for item in items:
+            yield item, function(item)
         return
-    # A forked worker need not import our caller's modules again; macOS and Windows have to start afresh.
+    # A forked worker need not import our caller's modules again; macOS and Windows cannot fork safely.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     pool = ProcessPoolExecutor(workers, context, start_worker, (function, os.getpid()))
     waiting: deque = deque()
@@ -51,10 +56,10 @@ def in_order(function: Callable[[Item], Result], items: Iterator[Item], workers:
             if len(waiting) > 2 * workers:
                 done, future = waiting.popleft()
                 yield done, future.result()
-        yield from ((done, future.result()) for done, future in waiting)
+        for done, future in waiting:
+            yield done, future.result()
     except BrokenProcessPool:
-        why = "most likely because the memory was full; WORKERS=1 needs less"
-        raise UserError(f"a worker process was killed, {why}") from None
+        raise UserError("a worker process was killed, perhaps for lack of memory; WORKERS=1 needs less") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
