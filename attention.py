@@ -1,193 +1,148 @@
-"""Attention: rotary positions, ALiBi, grouped-query attention, and its key/value cache.
+"""Attention: grouped-query and latent, with its caches, masks and positions.
 
 Every class takes plain sizes and tensors, so the file can be read and used alone:
 
     attn = Attention(d_model=256, n_head=8, n_kv_head=2, head_dim=32)
-    y = attn(x, turn=partial(apply_rope, rope=rope_table(torch.arange(T), 32)))            # x, y: (B, T, d_model)
+    y = attn(x, turn=rotation(torch.arange(T), 32))            # x, y: (B, T, d_model)
 
-Shapes: B batch, T tokens given, S tokens seen (cached + given), H query heads, K key/value heads, Dh width of a head.
+Shapes: B batch, T new tokens, S tokens seen (cached + new), H query heads, K key/value heads, Dh width of a head.
+Masks are booleans that broadcast to (B, H, T, S); True = may see.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linear import Linear
-
-
-@dataclass
-class RopeScaling:
-    """How rotary wavelengths are stretched for contexts `factor` times longer than the `original` one."""
-
-    kind: str = "none"  # none, linear, yarn, llama3
-    factor: float = 1.0
-    original: int = 0
-
-
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling, device=None) -> Tensor:
-    """(Dh/2,) radians per position: theta^(-2i/Dh), stretched.
-
-    linear    all by the factor (arXiv 2306.15595)
-    llama3    wavelengths above original by the factor, those below original/4 not at all, between them in between
-    yarn      the same idea, by the index of the channel: full turns in the original context from 32 to 1 (2309.00071)
-    """
-    half = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
-    frequency = theta ** (-half / head_dim)
-    if scaling.kind == "none":
-        return frequency
-    if scaling.kind == "linear":
-        return frequency / scaling.factor
-    if scaling.kind == "llama3":
-        turns = scaling.original * frequency / (2 * math.pi)  # in the original context
-        keep = ((turns - 1) / (4 - 1)).clamp(0, 1)
-    else:
-
-        def channel_of(turns: float) -> float:
-            return head_dim * math.log(scaling.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-        first = max(math.floor(channel_of(32)), 0)
-        last = min(math.ceil(channel_of(1)), head_dim - 1)
-        keep = 1 - ((half / 2 - first) / max(last - first, 0.001)).clamp(0, 1)
-    return frequency * keep + frequency / scaling.factor * (1 - keep)
-
-
-def rope_table(positions: Tensor, head_dim: int, theta: float = 10000.0,
-               scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles (RoFormer, arXiv 2104.09864), always fp32.
-
-    positions: (T,) or (B, T) integers -> two tensors (T, Dh/2) or (B, 1, T, Dh/2). Channel pair i turns by
-    position · frequency i. Computed when needed, from integers: a stored table would be rounded by `.to(bfloat16)`.
-    YaRN also makes queries and keys longer, by 1 + ln(factor) / 10.
-    """
-    scaling = scaling or RopeScaling()
-    frequency = rope_frequencies(head_dim, theta, scaling, positions.device)
-    angle = positions[..., None].float() * frequency  # (..., T, Dh/2)
-    if positions.ndim == 2:
-        angle = angle[:, None]  # the same for all heads
-    length = 1 + 0.1 * math.log(scaling.factor) if scaling.kind == "yarn" else 1.0
-    return angle.cos() * length, angle.sin() * length
-
-
-def sinusoids(positions: Tensor, d_model: int) -> Tensor:
-    """positions (...) -> (..., D) fp32: sin and cos of wavelengths from 2π to 10,000 · 2π by turns (1706.03762)."""
-    angle = positions[..., None].float() * rope_frequencies(d_model, 10000.0, RopeScaling(), positions.device)
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
-
-
-def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn x (B, H, T, Dh) by its positions. Pairs are (i, i + Dh/2), the half-split layout of Llama and Qwen.
-
-    A rotation keeps norms, and q(t)·k(s) depends on t - s alone.
-    """
-    cos, sin = rope
-    a, b = x.chunk(2, dim=-1)  # (B, H, T, Dh/2) each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+from ffn import Linear
 
 
 @dataclass
 class Place:
-    """The positions of a forward pass's tokens: computed once by the model, read by every block."""
+    """What every block must know of a forward pass's tokens; the model computes it once."""
 
     positions: Tensor  # (T,) or (B, T): counted from the beginning of each text
-    start: int = 0  # tokens that the cache holds already
-    mask: Tensor | None = None  # (B, 1, T, S), True = may see; None: causal
+    start: int = 0  # tokens in the cache
+    mask: Tensor | None = None  # (B, 1, T, S); None: causal
     turn: Callable[[Tensor], Tensor] | None = None  # gives queries and keys their positions
-    wheels: Tensor | None = None  # the same for Enigma blocks: see enigma.wheel_index
-    balance: list[Tensor] | None = None  # where blocks with experts put their balance loss, if somebody wants it
-    weights: Tensor | None = None  # (B, T): tokens of weight 0 do not count in it
+    wheels: Tensor | None = None  # does so in Enigma blocks: see enigma.wheel_index
+    weights: Tensor | None = None  # (B, T): experts do not count tokens of weight 0
+    balance: list[Tensor] | None = None  # blocks with experts append their balance loss; None: not wanted
+
+
+# ---- Caches: what one layer keeps of the past, allocated once --------------------------------------------------------
 
 
 class KVCache:
-    """Keys and values of one layer, allocated once: 2 · B · K · length · Dh elements."""
+    """Keys and values: shape (B, K, length, Dh), twice."""
 
-    def __init__(self, batch: int, n_kv_head: int, length: int, head_dim: int, dtype: torch.dtype, device):
-        self.k = torch.zeros(batch, n_kv_head, length, head_dim, dtype=dtype, device=device)
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device):
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
 
     def update(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, K, T, Dh) at positions start.. and return all that is there: (B, K, S, Dh) views."""
+        """Write k and v (B, K, T, Dh) at positions start.. and return views of all that is there: (B, K, S, Dh)."""
         end = start + k.shape[2]
         self.k[:, :, start:end] = k
         self.v[:, :, start:end] = v
         return self.k[:, :, :end], self.v[:, :, :end]
 
 
-class WindowCache:
-    """The newest `window` - 1 keys and values of one layer, however long the text is."""
-
-    def __init__(self, batch: int, n_kv_head: int, window: int, head_dim: int, dtype: torch.dtype, device):
-        self.k = torch.zeros(batch, n_kv_head, window - 1, head_dim, dtype=dtype, device=device)
-        self.v = torch.zeros_like(self.k)
+class WindowCache(KVCache):
+    """The newest keys and values, however long the text is: shape (B, K, window - 1, Dh), twice."""
 
     def update(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """k, v (B, K, T, Dh) at positions start.. -> (B, K, S, Dh): what is kept of the past, and them."""
-        past = min(start, self.k.shape[2])
-        result = []
-        for kept, new in ((self.k, k), (self.v, v)):
-            rows = torch.cat((kept[:, :, kept.shape[2] - past :], new), dim=2)
-            length = min(rows.shape[2], kept.shape[2])
-            kept[:, :, kept.shape[2] - length :] = rows[:, :, rows.shape[2] - length :]
-            result.append(rows)
-        return result[0], result[1]
+        """k and v (B, K, T, Dh) at positions start.. -> (B, K, S, Dh): what is kept of the past, and they."""
+        T, length = k.shape[2], self.k.shape[2]
+        k = torch.cat((self.k, k), dim=2)  # (B, K, window - 1 + T, Dh)
+        v = torch.cat((self.v, v), dim=2)
+        self.k.copy_(k[:, :, T:])
+        self.v.copy_(v[:, :, T:])
+        unused = max(0, length - start)  # rows before the first token
+        return k[:, :, unused:], v[:, :, unused:]
+
+
+class LatentCache:
+    """Latents and shared keys side by side, as absorbed attention reads them: shape (B, length, kv_rank + rope_dim)."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device):
+        self.rows = torch.zeros(shape, dtype=dtype, device=device)
+
+    def update(self, rows: Tensor, start: int) -> Tensor:
+        """Write rows (B, T, R) at positions start.. and return a view of all that is there: (B, S, R)."""
+        end = start + rows.shape[1]
+        self.rows[:, start:end] = rows  # in the dtype of the cache
+        return self.rows[:, :end]
+
+
+# ---- Grouped-query attention -----------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
     """Causal self-attention with n_head queries that share n_kv_head keys and values (GQA, arXiv 2305.13245).
 
     n_kv_head = n_head is multi-head attention, n_kv_head = 1 multi-query attention. `qk_norm` normalises q and k per
-    head before the rotation, as Qwen3 does: logits stay bounded, and larger learning rates are stable. `slopes`, one
-    per head, switch ALiBi on. With `window` > 0 a token sees only the last `window`, itself included (2310.06825).
+    head before the rotation, as Qwen3 does: logits stay bounded, and larger learning rates are stable. With a `window`
+    a token sees only the last `window` tokens, itself included (arXiv 2310.06825).
     """
 
     def __init__(self, d_model: int, n_head: int, n_kv_head: int, head_dim: int, bias: bool = False,
                  qk_norm: bool = False, dropout: float = 0.0, norm_eps: float = 1e-6,
-                 slopes: list[float] | None = None, window: int = 0):
+                 alibi: bool = False, window: int = 0):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim, self.dropout = n_head, n_kv_head, head_dim, dropout
-        self.window = window
+        self.n_head, self.n_kv_head, self.head_dim = n_head, n_kv_head, head_dim
+        self.dropout, self.window = dropout, window
         self.q = Linear(d_model, n_head * head_dim, bias=bias)
         self.k = Linear(d_model, n_kv_head * head_dim, bias=bias)
         self.v = Linear(d_model, n_kv_head * head_dim, bias=bias)
         self.o = Linear(n_head * head_dim, d_model, bias=bias)
-        self.q_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
-        self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
-        self.register_buffer("slopes", None if slopes is None else torch.tensor(slopes), persistent=False)  # (H,)
+        self.q_norm = self.k_norm = None
+        if qk_norm:
+            self.q_norm = nn.RMSNorm(head_dim, eps=norm_eps)
+            self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps)
+        slopes = torch.tensor(alibi_slopes(n_head)) if alibi else None  # (H,)
+        self.register_buffer("slopes", slopes, persistent=False)
 
     def new_cache(self, batch: int, length: int, dtype: torch.dtype, device) -> KVCache | WindowCache:
         if 0 < self.window <= length:
-            return WindowCache(batch, self.n_kv_head, self.window, self.head_dim, dtype, device)
-        return KVCache(batch, self.n_kv_head, length, self.head_dim, dtype, device)
+            return WindowCache((batch, self.n_kv_head, self.window - 1, self.head_dim), dtype, device)
+        return KVCache((batch, self.n_kv_head, length, self.head_dim), dtype, device)
 
     def forward(self, x: Tensor, turn: Callable[[Tensor], Tensor] | None = None,
-                cache: KVCache | WindowCache | None = None, start: int = 0,
-                mask: Tensor | None = None) -> Tensor:
+                cache: KVCache | WindowCache | None = None, start: int = 0, mask: Tensor | None = None) -> Tensor:
         """x (B, T, D) at positions start.. -> (B, T, D).
 
         `turn` gives queries and keys (B, H or K, T, Dh) their positions. With a cache, keys and values are appended to
-        it and the past is seen. `mask` (broadcast to B, H, T, S; True = may see) replaces the causal rule.
+        it and the past is seen. `mask` replaces the causal rule.
         """
         B, T, _ = x.shape
+        # 1) project
         q = self.q(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, H, T, Dh)
         k = self.k(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, K, T, Dh)
         v = self.v(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, K, T, Dh)
         if self.q_norm is not None:
             q, k = norm_heads(q, self.q_norm), norm_heads(k, self.k_norm)
+        # 2) rotate
         if turn is not None:
             q, k = turn(q), turn(k)
+        # 3) cache
         if cache is not None:
-            k, v = cache.update(k.to(cache.k.dtype), v.to(cache.v.dtype), start)
+            k, v = cache.update(k.to(cache.k.dtype), v.to(cache.v.dtype), start)  # (B, K, S, Dh)
+        # 4) attend
         if self.window:
             mask = window_mask(T, k.shape[2], self.window, mask, x.device)
-        y = attend(q.to(v.dtype), k.to(v.dtype), v, self.slopes, mask, self.dropout if self.training else 0.0)
-        return self.o(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
+        dropout = self.dropout if self.training else 0.0
+        y = attend(q.to(v.dtype), k.to(v.dtype), v, slopes=self.slopes, mask=mask, dropout=dropout)  # (B, H, T, Dh)
+        # 5) project back
+        return self.o(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))  # (B, T, D)
 
 
 def norm_heads(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """x (B, H, T, Dh) -> each head's channels at root mean square 1 times the gain, in fp32."""
+    """x (..., Dh) -> the same at root mean square 1 times the gain, in fp32."""
     return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps)
 
 
@@ -195,19 +150,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None = None, mask: 
            dropout: float = 0.0) -> Tensor:
     """softmax(q·kᵀ/√Dh + bias)·v: q (B, H, T, Dh) are the last T of the positions of k and v (B, K, S, Dh).
 
-    Causal unless `mask` (see Attention.forward) says otherwise. Without a mask the flash kernels stay usable, with
-    ALiBi too. Returns (B, H, T, Dh).
+    Causal unless `mask` says otherwise. Without a mask the flash kernels stay usable, with ALiBi too.
+    Returns (B, H, T, Dh).
     """
     T, S, Dh = q.shape[2], k.shape[2], q.shape[3]
     if mask is None and use_explicit(q, S, dropout):
         return explicit_attention(q, k, v, slopes)
-    if mask is None and 1 < T < S:  # several new tokens behind a past: causal, shifted by it
-        mask = causal_mask(torch.arange(S - T, S, device=q.device), S)
+    if mask is None and 1 < T < S:  # several new tokens behind a past
+        mask = causal_mask(T, S, q.device)
     scale = Dh**-0.5  # of the true width: the line below may add channels
     if slopes is not None and mask is None and T > 1:
         q, k, v = alibi_channels(q, k, v, slopes)
     elif slopes is not None:
-        bias = alibi_bias(slopes, T, S)[None]  # of four dimensions, or the flash kernel refuses it
+        bias = alibi_bias(slopes, T, S)[None]  # (1, H, T, S): the flash kernel refuses three dimensions
         if mask is not None:
             bias = bias.masked_fill(~mask, float("-inf"))
         mask = bias.to(q.dtype)
@@ -228,7 +183,8 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None = 
         mask = (mask + alibi_bias(slopes, T, T)).to(q.dtype).view(K, H // K, T, T)
     q = (q * Dh**-0.5).reshape(B, K, H // K * T, Dh)  # the group's queries side by side: one product per key head
     scores = (q @ k.mT).view(B, K, H // K, T, T) + mask
-    return (scores.softmax(dim=-1).view(B, K, H // K * T, T) @ v).view(B, H, T, Dh)
+    weights = scores.softmax(dim=-1).view(B, K, H // K * T, T)
+    return (weights @ v).view(B, H, T, Dh)
 
 
 def use_explicit(q: Tensor, length: int, dropout: float) -> bool:
@@ -238,25 +194,254 @@ def use_explicit(q: Tensor, length: int, dropout: float) -> bool:
     return trains_on_cpu and 1 < q.shape[2] == length <= 1024 and not dropout
 
 
-def causal_mask(positions: Tensor, length: int) -> Tensor:
-    """positions (T,) of the queries -> (T, length) booleans: key s may be seen from position t if s <= t."""
-    return torch.arange(length, device=positions.device) <= positions[:, None]
+# ---- Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) -----------------------------------------------------
+
+
+class LatentAttention(nn.Module):
+    """Causal self-attention whose keys and values, of all heads, come from one small vector per token.
+
+    Each token becomes a latent c of kv_rank channels and, as a rotation cannot pass through a matrix, a key r of
+    rope_dim channels that all heads share and that carries the position. Both are all that a cache holds:
+
+        keys of head h    [K_h c ; r]         values    V_h c          K_h (nope_dim, kv_rank), V_h (v_dim, kv_rank)
+
+    A score is q·K_h c + p·r = (K_hᵀ q)·c + p·r, so there are two ways to compute the same: *expand* the latents to
+    keys and values, or *absorb* K_h into the query and V_h into the output, where [c ; r] itself is key and value of
+    all heads.
+
+    A query or key has nope_dim channels without and rope_dim channels with position, a value v_dim. q_rank > 0 makes
+    the queries from a latent of their own, which saves weights, not cache. As in DeepSeek's models, latents are
+    normalised, and only kv_down, q_down and o have biases. `norm_eps` is 1e-6 there, whatever the rest of the model
+    has. In shapes below, R = kv_rank + rope_dim.
+    """
+
+    def __init__(self, d_model: int, n_head: int, kv_rank: int, q_rank: int, nope_dim: int, rope_dim: int, v_dim: int,
+                 bias: bool = False, dropout: float = 0.0, norm_eps: float = 1e-6):
+        super().__init__()
+        self.n_head, self.kv_rank, self.q_rank, self.dropout = n_head, kv_rank, q_rank, dropout
+        self.nope_dim, self.rope_dim, self.v_dim = nope_dim, rope_dim, v_dim
+        if q_rank:
+            self.q_down = Linear(d_model, q_rank, bias=bias)
+            self.q_norm = nn.RMSNorm(q_rank, eps=norm_eps)
+            self.q_up = Linear(q_rank, n_head * (nope_dim + rope_dim), bias=False)
+        else:
+            self.q = Linear(d_model, n_head * (nope_dim + rope_dim), bias=False)
+        self.kv_down = Linear(d_model, kv_rank + rope_dim, bias=bias)  # [latent | shared key]
+        self.kv_norm = nn.RMSNorm(kv_rank, eps=norm_eps)
+        self.kv_up = Linear(kv_rank, n_head * (nope_dim + v_dim), bias=False)  # of each head: [key | value]
+        self.o = Linear(n_head * v_dim, d_model, bias=bias)
+
+    def new_cache(self, batch: int, length: int, dtype: torch.dtype, device) -> LatentCache:
+        return LatentCache((batch, length, self.kv_rank + self.rope_dim), dtype, device)
+
+    def forward(self, x: Tensor, turn: Callable[[Tensor], Tensor] | None = None, cache: LatentCache | None = None,
+                start: int = 0, mask: Tensor | None = None) -> Tensor:
+        """x (B, T, D) at positions start.. -> (B, T, D), called as Attention is.
+
+        `turn` gives positions to the rotary parts alone: (B, H, T, rope_dim) of the queries, (B, 1, T, rope_dim) of the
+        shared key.
+        """
+        B, T, _ = x.shape
+        # 1) project
+        q = self.queries(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, nope_dim + rope_dim)
+        q_nope, q_rope = q.split((self.nope_dim, self.rope_dim), dim=-1)
+        latent, key = self.kv_down(x).split((self.kv_rank, self.rope_dim), dim=-1)  # (B, T, kv_rank), (B, T, rope_dim)
+        latent = norm_heads(latent, self.kv_norm).type_as(key)
+        # 2) rotate
+        if turn is not None:
+            q_rope = turn(q_rope)
+            key = turn(key[:, None])[:, 0]
+        rows = torch.cat((latent, key), dim=-1)  # (B, T, R)
+        # 3) cache
+        if cache is not None:
+            rows = cache.update(rows, start)  # (B, S, R)
+        # 4) attend
+        dropout = self.dropout if self.training else 0.0
+        if start and self.absorbing_is_cheaper(T, rows.shape[1]):
+            y = self.absorbed(q_nope, q_rope, rows, mask, dropout)
+        else:
+            y = self.expanded(q_nope, q_rope, rows, mask, dropout)  # (B, H, T, v_dim)
+        # 5) project back
+        return self.o(y.transpose(1, 2).reshape(B, T, self.n_head * self.v_dim))  # (B, T, D)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, H · (nope_dim + rope_dim)), straight or through the queries' own latent."""
+        if not self.q_rank:
+            return self.q(x)
+        return self.q_up(norm_heads(self.q_down(x), self.q_norm).to(x.dtype))
+
+    def absorbing_is_cheaper(self, T: int, S: int) -> bool:
+        """Multiplications a head of T new tokens that see S: one decoded token absorbs, a long chunk expands."""
+        up = self.kv_rank * (self.nope_dim + self.v_dim)  # a token through kv_up
+        expanded = S * up + T * S * (self.nope_dim + self.rope_dim + self.v_dim)
+        absorbed = T * up + T * S * 2 * (self.kv_rank + self.rope_dim)
+        return absorbed < expanded
+
+    def expanded(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, mask: Tensor | None = None,
+                 dropout: float = 0.0) -> Tensor:
+        """Queries (B, H, T, nope_dim), (B, H, T, rope_dim), rows (B, S, R) -> (B, H, T, v_dim), by keys and values.
+
+        The kernels want one width for all three, or they fall back to T² memory: zeros fill up the narrower.
+        """
+        B, H, _, _ = q_nope.shape
+        latent, key = rows.split((self.kv_rank, self.rope_dim), dim=-1)
+        kv = self.kv_up(latent).view(B, -1, H, self.nope_dim + self.v_dim).transpose(1, 2)
+        k_nope, v = kv.split((self.nope_dim, self.v_dim), dim=-1)  # (B, H, S, nope_dim), (B, H, S, v_dim)
+        q = torch.cat((q_nope, q_rope), dim=-1)  # (B, H, T, nope_dim + rope_dim)
+        k = torch.cat((k_nope, key[:, None].expand(-1, H, -1, -1)), dim=-1)  # (B, H, S, nope_dim + rope_dim)
+        width = q.shape[-1]
+        if self.v_dim < width:
+            v = F.pad(v, (0, width - self.v_dim))
+        elif self.v_dim > width:  # attend divides by the root of the width that it sees: make up for it
+            q = F.pad(q * (self.v_dim / width) ** 0.5, (0, self.v_dim - width))
+            k = F.pad(k, (0, self.v_dim - width))
+        return attend(q, k, v, mask=mask, dropout=dropout)[..., : self.v_dim]
+
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, mask: Tensor | None = None,
+                 dropout: float = 0.0) -> Tensor:
+        """The same as `expanded`, without keys and values: the rows are both, for all heads.
+
+        The heads are H · T queries of a single head, so that no kernel copies the rows per head. The values are whole
+        rows: cutting the last rope_dim channels off the result is cheaper than a copy of the past. Reads kv_up.weight,
+        which LoRA keeps effective.
+        """
+        B, H, T, _ = q_nope.shape
+        S, R = rows.shape[1:]
+        k_up, v_up = self.kv_up.weight.view(H, -1, self.kv_rank).split((self.nope_dim, self.v_dim), dim=1)
+        q = torch.cat((q_nope @ k_up, q_rope), dim=-1).reshape(B, 1, H * T, R)
+        if mask is None and T > 1:
+            mask = causal_mask(T, S, q.device)
+        if mask is not None:
+            mask = mask.expand(B, H, T, S).reshape(B, 1, H * T, S)
+        rows = rows[:, None]  # (B, 1, S, R)
+        scale = (self.nope_dim + self.rope_dim) ** -0.5  # not of R: as if expanded
+        y = F.scaled_dot_product_attention(q, rows, rows, mask, dropout, scale=scale)  # (B, 1, H * T, R)
+        return y.reshape(B, H, T, R)[..., : self.kv_rank] @ v_up.mT  # (B, H, T, v_dim)
+
+
+# ---- Masks: who sees whom --------------------------------------------------------------------------------------------
+
+
+def causal_mask(T: int, S: int, device) -> Tensor:
+    """(T, S): the last T of S positions see themselves and all before."""
+    query = torch.arange(S - T, S, device=device)[:, None]
+    return torch.arange(S, device=device) <= query
 
 
 def window_mask(T: int, S: int, window: int, mask: Tensor | None, device) -> Tensor | None:
-    """Which of S keys the last T positions see: themselves and window - 1 before, of those that `mask` lets through.
+    """(T, S): the last T of S positions see themselves and window - 1 before, where `mask`, of at least S keys, allows.
 
-    (T, S) booleans, or like the mask's newest S columns; None where the causal rule alone says the same.
+    None where the causal rule alone says the same.
     """
     if mask is None and S <= window:
         return None
     distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
     seen = (distance >= 0) & (distance < window)
-    return seen if mask is None else seen & mask[..., -S:]
+    if mask is None:
+        return seen
+    return seen & mask[..., -S:]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ALiBi: the further away, the less (arXiv 2108.12409)
+def padding_mask(positions: Tensor, pad: Tensor) -> Tensor:
+    """positions (T,), pad (B,) tokens of padding on the left -> (B, 1, T, S): causal, and blind to the padding.
+
+    A padding token sees itself alone: a row with nothing to see would turn into NaN and spread through the values.
+    """
+    keys = torch.arange(int(positions[-1]) + 1, device=positions.device)  # (S,)
+    query = positions[:, None]  # (T, 1)
+    seen = (keys <= query) & (keys >= pad[:, None, None])  # (B, T, S)
+    return (seen | (keys == query))[:, None]
+
+
+def example_mask(positions: Tensor) -> Tensor:
+    """positions (B, T), each example counted from 0 -> (B, 1, T, T): causal, and within the example."""
+    example = (positions == 0).cumsum(dim=1)  # (B, T)
+    T = positions.shape[1]
+    return ((example[:, :, None] == example[:, None, :]) & causal_mask(T, T, positions.device))[:, None]
+
+
+# ---- Positions by rotation (RoFormer, arXiv 2104.09864), and the sinusoids of the first transformer ------------------
+
+
+@dataclass
+class RopeScaling:
+    """How rotary wavelengths are stretched for contexts `factor` times longer than the `original` one."""
+
+    kind: str = "none"  # none, linear, yarn, llama3
+    factor: float = 1.0
+    original: int = 0
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling, device=None) -> Tensor:
+    """(Dh/2,) radians per position: theta^(-2i/Dh), stretched.
+
+    linear    all by the factor (arXiv 2306.15595)
+    llama3    wavelengths above original by the factor, those below original/4 not at all, between them in between
+    yarn      the same idea, by the index of the channel (arXiv 2309.00071)
+    """
+    channel = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+    frequency = theta ** (-channel / head_dim)
+    if scaling.kind == "none":
+        return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    if scaling.kind == "llama3":
+        turns = scaling.original * frequency / (2 * math.pi)  # in the original context
+        keep = ((turns - 1) / (4 - 1)).clamp(0, 1)
+    else:
+        beta_fast, beta_slow = 32, 1  # full turns in the original context
+        low = max(math.floor(channel_of(beta_fast, head_dim, theta, scaling)), 0)
+        high = min(math.ceil(channel_of(beta_slow, head_dim, theta, scaling)), head_dim - 1)
+        keep = 1 - ((channel / 2 - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequency * keep + frequency / scaling.factor * (1 - keep)
+
+
+def channel_of(turns: float, head_dim: int, theta: float, scaling: RopeScaling) -> float:
+    """Which channel pair turns this often in the original context; YaRN's equation for it solved for the pair."""
+    return head_dim * math.log(scaling.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+
+def rope_table(positions: Tensor, head_dim: int, theta: float = 10000.0,
+               scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, always fp32.
+
+    positions: (T,) or (B, T) integers -> two tensors (T, Dh/2) or (B, 1, T, Dh/2). Channel pair i turns by
+    position · frequency i. Computed when needed, from integers: a stored table would be rounded by `.to(bfloat16)`.
+    """
+    scaling = scaling or RopeScaling()
+    frequency = rope_frequencies(head_dim, theta, scaling, positions.device)
+    angle = positions[..., None].float() * frequency  # (..., T, Dh/2)
+    if positions.ndim == 2:
+        angle = angle[:, None]  # the same for all heads
+    length = 1.0
+    if scaling.kind == "yarn":  # also makes queries and keys longer
+        length = 1 + 0.1 * math.log(scaling.factor)
+    return angle.cos() * length, angle.sin() * length
+
+
+def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn x (B, H, T, Dh) by its positions. Pairs are (i, i + Dh/2), the half-split layout of Llama and Qwen.
+
+    A rotation keeps norms, and q(t)·k(s) depends on t - s alone.
+    """
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)  # (B, H, T, Dh/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
+def rotation(positions: Tensor, head_dim: int, theta: float = 10000.0,
+             scaling: RopeScaling | None = None) -> Callable[[Tensor], Tensor]:
+    """What turns queries and keys by these positions: see `rope_table` and `apply_rope`."""
+    return partial(apply_rope, rope=rope_table(positions, head_dim, theta, scaling))
+
+
+def sinusoids(positions: Tensor, d_model: int) -> Tensor:
+    """positions (...) -> (..., D) fp32: sin and cos of wavelengths from 2π to 10,000 · 2π by turns (1706.03762)."""
+    angle = positions[..., None].float() * rope_frequencies(d_model, 10000.0, RopeScaling(), positions.device)
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
+
+
+# ---- Positions by distance, ALiBi: the further away, the less (arXiv 2108.12409) -------------------------------------
 
 
 def alibi_slopes(n_head: int) -> list[float]:

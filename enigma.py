@@ -18,22 +18,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import Attention, KVCache, Place, alibi_slopes
-from ffn import FeedForward
-from linear import Linear, RMSNorm
+from attention import Attention, KVCache, Place
+from ffn import FeedForward, Linear, RMSNorm
 from reversible import Branch
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Wheels
+# ---- wheels ----------------------------------------------------------------------------------------------------------
 
 
 def wheel_sizes(count: int, head_dim: int) -> list[int]:
-    """The `count` largest numbers up to half of head_dim that are pairwise coprime: (3, 32) -> [16, 15, 13]. Only after
-    as many steps as their product are all wheels back where they began. The other channels of a head do not turn: they
-    compare tokens wherever these are."""
+    """The `count` largest numbers up to half of head_dim that are pairwise coprime: (3, 32) -> [16, 15, 13].
+
+    All wheels are back where they began only after as many steps as their product. The other channels of a head do not
+    turn: they compare tokens wherever these are. Where there are too few numbers, they repeat: (4, 8) -> [4, 3, 4, 3].
+    """
     sizes: list[int] = []
     for n in range(head_dim // 2, 1, -1):
-        if len(sizes) < count and all(math.gcd(n, other) == 1 for other in sizes):
+        if all(math.gcd(n, other) == 1 for other in sizes):
             sizes.append(n)
     return [sizes[i % len(sizes)] for i in range(count)]
 
@@ -47,7 +47,8 @@ def wheel_offsets(positions: Tensor, sizes: list[int], carry: bool = False) -> T
     offsets, steps = [], positions
     for n in sizes:
         offsets.append(steps % n)
-        steps = steps // n if carry else positions
+        if carry:
+            steps = steps // n
     return torch.stack(offsets)
 
 
@@ -72,15 +73,14 @@ def turn_wheels(x: Tensor, index: Tensor) -> Tensor:
     return torch.cat((turned.gather(-1, index.expand(B, -1, -1, -1)), rest), dim=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Dynamic convolution
+# ---- dynamic convolution ---------------------------------------------------------------------------------------------
 
 
 class ConvCache:
-    """The last kernel - 1 rows that a convolution has read: (B, kernel - 1, D)."""
+    """The last rows that a convolution has read: shape (B, kernel - 1, D)."""
 
-    def __init__(self, batch: int, kernel: int, d_model: int, dtype: torch.dtype, device):
-        self.rows = torch.zeros(batch, kernel - 1, d_model, dtype=dtype, device=device)
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device):
+        self.rows = torch.zeros(shape, dtype=dtype, device=device)
 
     def update(self, x: Tensor) -> Tensor:
         """x (B, T, D) -> (B, kernel - 1 + T, D): the rows before x, and x."""
@@ -105,45 +105,52 @@ class DynamicConv(nn.Module):
         self.down = Linear(d_model, d_model, bias=bias)
 
     def new_cache(self, batch: int, dtype: torch.dtype, device) -> ConvCache:
-        return ConvCache(batch, self.kernel, self.taps.in_features, dtype, device)
+        return ConvCache((batch, self.kernel - 1, self.taps.in_features), dtype, device)
 
     def forward(self, x: Tensor, positions: Tensor, cache: ConvCache | None = None) -> Tensor:
         """x (B, T, D), positions (T,) or (B, T) -> (B, T, D)."""
         B, T, D = x.shape
+        H, before = self.n_head, self.kernel - 1
         a, gate = self.up(x).chunk(2, dim=-1)
         u = a * torch.sigmoid(gate)  # (B, T, D)
-        taps = self.taps(u).view(B, T, self.n_head, self.kernel).float()
-        distance = torch.arange(self.kernel, device=x.device)
-        taps = taps.masked_fill((distance > positions[..., None])[..., None, :], float("-inf")).softmax(dim=-1)
+        taps = self.taps(u).view(B, T, H, self.kernel).float()
+        too_far = torch.arange(self.kernel, device=x.device) > positions[..., None]  # (T, kernel) or (B, T, kernel)
+        taps = taps.masked_fill(too_far[..., None, :], float("-inf")).softmax(dim=-1)
         taps = taps.to(u.dtype)[..., None]  # (B, T, H, kernel, 1)
-        rows = F.pad(u, (0, 0, self.kernel - 1, 0)) if cache is None else cache.update(u)
-        rows = rows.view(B, -1, self.n_head, D // self.n_head)
-        y = taps[..., 0, :] * rows[:, self.kernel - 1 :]
+        if cache is None:
+            rows = F.pad(u, (0, 0, before, 0))
+        else:
+            rows = cache.update(u)
+        rows = rows.view(B, before + T, H, D // H)
+        y = taps[..., 0, :] * rows[:, before:]  # (B, T, H, D / H)
         for j in range(1, self.kernel):
-            y = y + taps[..., j, :] * rows[:, self.kernel - 1 - j : -j]
+            y = y + taps[..., j, :] * rows[:, before - j : -j]
         return self.down(y.view(B, T, D))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The block
+# ---- the block -------------------------------------------------------------------------------------------------------
 
 
 class EnigmaBlock(nn.Module):
     """Shears, convolution, attention with wheels, feed-forward: the branches of a `reversible.Chain`."""
 
     def __init__(self, d_model: int, n_head: int, n_kv_head: int, head_dim: int, d_ff: int, ffn: str, kernel: int = 4,
-                 shears: bool = True, bias: bool = False, qk_norm: bool = True,
-                 norm_eps: float = 1e-6):
+                 shears: bool = True, bias: bool = False, qk_norm: bool = True, norm_eps: float = 1e-6):
         super().__init__()
         norm = partial(RMSNorm, d_model, eps=norm_eps)
-        self.shears = nn.ModuleList(Linear(d_model, d_model, bias=False) for _ in range(3 * shears))
-        self.conv_norm = norm() if kernel else None
-        self.conv = DynamicConv(d_model, n_head, kernel, bias) if kernel else None
+        count = 3 if shears else 0
+        self.shears = nn.ModuleList(Linear(d_model, d_model, bias=False) for _ in range(count))
+        self.conv_norm = self.conv = None
+        if kernel:
+            self.conv_norm = norm()
+            self.conv = DynamicConv(d_model, n_head, kernel, bias)
         self.attn_norm = norm()
-        self.attn = Attention(d_model, n_head, n_kv_head, head_dim, bias, qk_norm, 0.0, norm_eps,
-                              alibi_slopes(n_head))
+        self.attn = Attention(
+            d_model=d_model, n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim,
+            bias=bias, qk_norm=qk_norm, norm_eps=norm_eps,
+            alibi=True)
         self.ffn_norm = norm()
-        self.ffn = FeedForward(d_model, d_ff, ffn, bias)
+        self.ffn = FeedForward(d_model, d_ff, kind=ffn, bias=bias)
 
     def shear(self, x: Tensor, place: Place, cache: None = None, which: int = 0) -> Tensor:
         return self.shears[which](x)
@@ -152,24 +159,25 @@ class EnigmaBlock(nn.Module):
         return self.conv(self.conv_norm(x), place.positions, cache)
 
     def attend(self, x: Tensor, place: Place, cache: KVCache | None = None) -> Tensor:
-        turn = None if place.wheels is None else partial(turn_wheels, index=place.wheels)
+        turn = None
+        if place.wheels is not None:
+            turn = partial(turn_wheels, index=place.wheels)
         return self.attn(self.attn_norm(x), turn, cache, place.start, place.mask)
 
     def think(self, x: Tensor, place: Place, cache: None = None) -> Tensor:
         return self.ffn(self.ffn_norm(x))
 
     def branches(self) -> list[Branch]:
-        mixing = [Branch(partial(self.shear, which=i), [self.shears]) for i in range(len(self.shears))]
-        local = [Branch(self.convolve, [self.conv_norm, self.conv])] if self.conv is not None else []
-        return [*mixing, *local, Branch(self.attend, [self.attn_norm, self.attn]),
-                Branch(self.think, [self.ffn_norm, self.ffn])]
+        branches = [Branch(partial(self.shear, which=i), [self.shears]) for i in range(len(self.shears))]
+        if self.conv is not None:
+            branches.append(Branch(self.convolve, [self.conv_norm, self.conv]))
+        branches.append(Branch(self.attend, [self.attn_norm, self.attn]))
+        branches.append(Branch(self.think, [self.ffn_norm, self.ffn]))
+        return branches
 
     def new_caches(self, batch: int, length: int, dtype: torch.dtype, device) -> list:
-        """A state for each branch, None for one that needs none."""
-        local = [self.conv.new_cache(batch, dtype, device)] if self.conv is not None else []
-        return [*(None for _ in self.shears), *local, self.attn.new_cache(batch, length, dtype, device), None]
-
-    def outputs(self) -> list[Tensor]:
-        """The weights that write to the streams, shears excepted."""
-        local = [self.conv.down.weight] if self.conv is not None else []
-        return [*local, self.attn.o.weight, self.ffn.down.weight]
+        """What each branch keeps of the past; None: nothing."""
+        caches = [None] * len(self.shears)
+        if self.conv is not None:
+            caches.append(self.conv.new_cache(batch, dtype, device))
+        return [*caches, self.attn.new_cache(batch, length, dtype, device), None]

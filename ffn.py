@@ -1,4 +1,4 @@
-"""Feed-forward: what each token does by itself, x -> down(act(...)), by one network for all tokens or by a few of many.
+"""Linear layers, RMSNorm, and the feed-forward: what each token does by itself, by one network or by a few of many.
 
     swiglu   down(silu(gate(x)) * up(x))      Shazeer, arXiv 2002.05202; three matrices
     relu2    down(relu(up(x))²)               Primer, arXiv 2109.08668; two matrices
@@ -23,8 +23,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configurator import UserError
-from linear import Linear
+FEW = 32  # rows
+
+
+class Linear(nn.Linear):
+    """x (..., in) -> (..., out): x·Wᵀ + b.
+
+    Decoding a token reads each weight once, so memory decides about its time, and with one or a few rows of bfloat16
+    x·Wᵀ reaches only half of what memory could give (oneDNN prepares for many rows). W·xᵀ, the same sums with W in
+    front, reaches more: 1.1 to 1.3 times the speed of a whole model, and nothing beyond 32 rows (docs/log.md).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.numel() // self.in_features
+        narrow = self.weight.dtype == torch.bfloat16 and x.device.type == "cpu"
+        if not narrow or not 0 < rows <= FEW or torch.is_grad_enabled():
+            return super().forward(x)
+        flat = x.reshape(rows, self.in_features).to(torch.bfloat16)
+        if rows == 1:
+            y = torch.mv(self.weight, flat[0])
+        else:
+            y = (self.weight @ flat.T).T.contiguous()
+        if self.bias is not None:
+            y = y + self.bias
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / root mean square of its channels, times a gain (arXiv 1910.07467); x may be wider than the gain: the streams
+    of a reversible model are fp32 where its weights are bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, x.dtype))
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which x is multiplied: that of autocast, else its own."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+# ---- feed-forward ----------------------------------------------------------------------------------------------------
 
 ACTIVATIONS = {
     "swiglu": F.silu,
@@ -36,7 +77,9 @@ ACTIVATIONS = {
 
 def default_d_ff(d_model: int, kind: str) -> int:
     """Hidden width with the parameters of a classic 4·d block: 4·d, or 8/3·d rounded up to 64 for three matrices."""
-    return -(-8 * d_model // 3 // 64) * 64 if kind == "swiglu" else 4 * d_model
+    if kind == "swiglu":
+        return 64 * math.ceil(8 * d_model / 3 / 64)
+    return 4 * d_model
 
 
 class FeedForward(nn.Module):
@@ -100,10 +143,12 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x (N, D) sorted by expert, of which e has the rows ends[e-1] … ends[e] -> (N, D) in the same order."""
-        up = grouped_linear(x, self.up, ends)  # (N, F)
+        hidden = grouped_linear(x, self.up, ends)  # (N, F)
         if self.gate is not None:
-            return grouped_linear(self.activation(grouped_linear(x, self.gate, ends)) * up, self.down, ends)
-        return grouped_linear(self.activation(up), self.down, ends)
+            hidden = self.activation(grouped_linear(x, self.gate, ends)) * hidden
+        else:
+            hidden = self.activation(hidden)
+        return grouped_linear(hidden, self.down, ends)
 
 
 class Counted(torch.autograd.Function):
@@ -134,31 +179,14 @@ class MoE(nn.Module):
     No token is dropped: experts take as many rows as they get. The router computes in fp32, whatever autocast says.
     `bias` (with bias_balance) is added to the scores to choose experts, never to weigh them: no gradient, no change
     of the function other than by the choice (arXiv 2408.15664). With n_group > 1 the experts of only the topk_group
-    best groups may be chosen; a group is as good as its two best experts. n_shared experts, as one FeedForward of
-    n_shared · d_ff, compute every token. `counts` are the tokens that each expert got, and whose gradient came
-    back, since the last `update_balance`.
-    Raises UserError for sizes that do not fit together.
+    best groups may be chosen. n_shared experts, as one FeedForward of n_shared · d_ff, compute every token. `counts`
+    are the tokens that each expert got, and whose gradient came back, since the last `update_balance`.
     """
 
     def __init__(self, d_model: int, d_ff: int, n_expert: int, top_k: int, n_shared: int = 0, kind: str = "swiglu",
                  router: str = "softmax", renormalise: bool = True, scale: float = 1.0, bias_balance: bool = False,
                  n_group: int = 1, topk_group: int = 1):
         super().__init__()
-        if router not in ("softmax", "sigmoid"):
-            raise UserError(f"router={router}: choose one of softmax, sigmoid")
-        if not 1 <= top_k <= n_expert:
-            raise UserError(f"top_k={top_k} must be between 1 and n_expert={n_expert}")
-        if n_group < 1 or n_expert % n_group:
-            raise UserError(f"n_expert={n_expert} does not divide by n_group={n_group}: change one of them")
-        if not 1 <= topk_group <= n_group or topk_group * n_expert // n_group < top_k:
-            raise UserError(f"topk_group={topk_group} of n_group={n_group} groups do not hold top_k={top_k} experts: "
-                            "raise topk_group")
-        if d_model % 8 or d_ff % 8:
-            raise UserError(f"d_model={d_model} and the width of an expert, {d_ff}, must be multiples of 8: the "
-                            "product by groups wants rows of whole 16 bytes")
-        if top_k == 1 and renormalise:
-            raise UserError("top_k=1 with router_renormalise=True gives every token the weight 1, which teaches the "
-                            "router nothing: set router_renormalise=False")
         self.n_expert, self.top_k, self.n_group, self.topk_group = n_expert, top_k, n_group, topk_group
         self.sigmoid, self.renormalise, self.scale = router == "sigmoid", renormalise, scale
         self.router = Linear(d_model, n_expert, bias=False)
@@ -167,8 +195,8 @@ class MoE(nn.Module):
         self.register_buffer("bias", torch.zeros(n_expert) if bias_balance else None)
         self.register_buffer("counts", torch.zeros(n_expert, dtype=torch.int64), persistent=False)
 
-    def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
-        return self.balanced(x, weights)[0]
+    def forward(self, x: Tensor) -> Tensor:
+        return self.balanced(x)[0]
 
     def balanced(self, x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(y (B, T, D), balance loss, 0-D fp32). Tokens whose weights (B, T) are 0 count neither there nor in `counts`.
@@ -177,13 +205,13 @@ class MoE(nn.Module):
         It is Σ f·P over the experts, with f = E / (K·T) · (tokens that chose it), a constant to the gradient, and P
         the mean of its p: 1 if all are used alike, up to E / K if not (Switch, arXiv 2101.03961, eq. 4, by 1 / K).
         """
-        device, E, K = x.device.type, self.n_expert, self.top_k
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        flat = x.reshape(-1, x.shape[-1])  # (N, D)
-        with torch.autocast(device, enabled=False):
-            probs, chosen, weight = self.route(flat)
+        E, K, D = self.n_expert, self.top_k, x.shape[-1]
+        dtype = product_dtype(x)
+        flat = x.reshape(-1, D)  # (N, D)
+        with torch.autocast(x.device.type, enabled=False):
+            probs, chosen, weight = self.route(flat)  # (N, E), (N, K), (N, K)
             picked = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, chosen, True)  # (N, E)
-            ends = picked.sum(dim=0).cumsum(dim=0).int()
+            ends = picked.sum(dim=0).cumsum(dim=0).int()  # (E,)
             if weights is not None:
                 real = weights.reshape(-1, 1) != 0
                 picked, probs = picked & real, probs * real
@@ -193,50 +221,55 @@ class MoE(nn.Module):
         order = chosen.flatten().argsort(stable=True)  # row of token t, choice k: t·K + k
         out = self.experts(flat.to(dtype)[order // K], ends)  # (N·K, D)
         # Back in the order of the tokens, and summed over K: nothing is added by atomics, in whatever order they come.
-        out = torch.empty_like(out).index_copy(0, order, out).view(-1, K, x.shape[-1])
+        out = torch.empty_like(out).index_copy(0, order, out).view(-1, K, D)
         y = (out * weight[:, :, None]).sum(dim=1).to(dtype).view(x.shape)
         if self.training:
             y = Counted.apply(y, self.counts, counts)
-        return (y if self.shared is None else y + self.shared(x)), balance
+        if self.shared is not None:
+            y = y + self.shared(x)
+        return y, balance
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, D) -> p (N, E), each token's experts (N, K), and their weights (N, K), in fp32 (fp64 for fp64)."""
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = F.linear(x.to(wide), self.router.weight.to(wide))
-        scores = logits.sigmoid() if self.sigmoid else logits.softmax(dim=-1)
-        choice = scores.detach() if self.bias is None else scores.detach() + self.bias
+        if self.sigmoid:
+            scores = logits.sigmoid()
+            probs = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+        else:
+            probs = scores = logits.softmax(dim=-1)
+        choice = scores.detach()
+        if self.bias is not None:
+            choice = choice + self.bias
         if self.topk_group < self.n_group:
-            groups = choice.unflatten(1, (self.n_group, -1))  # (N, G, E / G)
-            # A group is as good as its best two experts (DeepSeek-V3), with softmax as its best one (V2).
-            judged = min(2, groups.shape[-1]) if self.sigmoid else 1
-            quality = groups.topk(judged, dim=-1).values.sum(dim=-1)  # (N, G)
-            best = quality.topk(self.topk_group, dim=-1).indices
-            barred = torch.ones_like(quality, dtype=torch.bool).scatter_(1, best, False)
-            # Not 0: with a bias the scores of all others may be lower.
-            choice = groups.masked_fill(barred[:, :, None], -math.inf).flatten(1)
+            choice = self.bar_groups(choice)
         chosen = choice.topk(self.top_k, dim=-1).indices
         weight = scores.gather(1, chosen)
         if self.renormalise:
             weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
-        probs = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20) if self.sigmoid else scores
         return probs, chosen, weight * self.scale
 
-    @torch.no_grad()
-    def update_bias(self, counts: Tensor, rate: float | Tensor) -> None:
-        """After an optimizer step: raise the bias where an expert got fewer tokens, counts (E,), than the mean."""
-        if self.bias is not None:
-            counts = counts.float()
-            self.bias += rate * (counts.mean() - counts).sign()
+    def bar_groups(self, choice: Tensor) -> Tensor:
+        """(N, E) -> (N, E): -inf for experts outside each token's topk_group best groups."""
+        groups = choice.unflatten(1, (self.n_group, -1))  # (N, G, E / G)
+        judged = 1  # a group is as good as its best expert (DeepSeek-V2),
+        if self.sigmoid:  # or as its best two (V3)
+            judged = min(2, groups.shape[-1])
+        quality = groups.topk(judged, dim=-1).values.sum(dim=-1)  # (N, G)
+        best = quality.topk(self.topk_group, dim=-1).indices
+        barred = torch.ones_like(quality, dtype=torch.bool).scatter_(1, best, False)
+        # Not 0: with a bias the scores of all others may be lower.
+        return groups.masked_fill(barred[:, :, None], -math.inf).flatten(1)
 
-    def active(self) -> int:
-        """Parameters that compute one token: the router, the shared experts, and top_k of the others."""
-        everything, experts = sum(p.numel() for p in self.parameters()), self.experts.numel()
-        return everything - experts + experts * self.top_k // self.n_expert
+    def idle(self) -> int:
+        """Parameters of the experts that a token does not choose."""
+        return self.experts.numel() - self.experts.numel() * self.top_k // self.n_expert
 
 
 @torch.no_grad()
 def update_balance(model: nn.Module, all_reduce: Callable[[Tensor], Tensor], rate: float | Tensor) -> Tensor:
-    """After an optimizer step: move the biases of all MoE layers by `rate` and count from zero again.
+    """After an optimizer step: move the biases of all MoE layers by `rate`, up where an expert got fewer tokens than
+    the mean, and count from zero again.
 
     Counts are summed over the step's forward passes, and by all_reduce, once, over the processes, so the biases stay
     the same everywhere. Returns the load of the busiest expert of any layer, as a multiple of the mean: 0-D fp32.
@@ -244,8 +277,12 @@ def update_balance(model: nn.Module, all_reduce: Callable[[Tensor], Tensor], rat
     moes = [module for module in model.modules() if isinstance(module, MoE)]
     if not moes:
         return torch.zeros(())
-    counts = all_reduce(torch.cat([moe.counts for moe in moes])).split([moe.n_expert for moe in moes])
-    for moe, own in zip(moes, counts, strict=True):
-        moe.update_bias(own, rate)
+    loads = []
+    totals = all_reduce(torch.cat([moe.counts for moe in moes])).split([moe.n_expert for moe in moes])
+    for moe, counts in zip(moes, totals, strict=True):
+        mean = counts.float().mean()
+        if moe.bias is not None:
+            moe.bias += rate * (mean - counts.float()).sign()
         moe.counts.zero_()
-    return torch.stack([own.max() / own.float().mean().clamp(min=1e-9) for own in counts]).max()
+        loads.append(counts.max() / mean.clamp(min=1e-9))
+    return torch.stack(loads).max()

@@ -3,15 +3,17 @@
     nats = HeadLoss.apply(x, head.weight, targets, weights, label_smoothing, softcap)      # (N,) in fp32
 """
 
-import math
-
 import torch
 from torch import Tensor
+
+from ffn import product_dtype
 
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
     """cap · tanh(logits / cap), which stays within ±cap (Gemma 2, arXiv 2408.00118); 0 leaves them as they are."""
-    return cap * torch.tanh(logits / cap) if cap else logits
+    if not cap:
+        return logits
+    return cap * torch.tanh(logits / cap)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -26,11 +28,13 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float,
                 softcap: float) -> Tensor:
         """x (N, D), weight (V, D), targets (N,), weights (N,) -> weighted nats (N,) fp32, products as autocast says."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = product_dtype(x)
         ctx.dtypes, ctx.smoothing, ctx.softcap = (x.dtype, weight.dtype), smoothing, softcap
         x, weight = x.to(dtype), weight.to(dtype)
-        scale = torch.ones(len(x), device=x.device) if weights is None else weights.float()
+        if weights is None:
+            scale = torch.ones(len(x), device=x.device)
+        else:
+            scale = weights.float()
         need_grad, need_dweight = any(ctx.needs_input_grad), ctx.needs_input_grad[1]
         nats, dx, dweight = head_pass(x, weight, targets, scale, smoothing, softcap, need_grad, need_dweight)
         if need_grad:
@@ -40,13 +44,14 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         x, weight, targets, scale, dx, dweight = ctx.saved_tensors
-        is_one_number = not any(upstream.stride())  # expanded; else compute again with a factor per token
+        need_dweight = dweight is not None
+        is_one_number = not any(upstream.stride())  # expanded, as the sum of the nats gives
         if is_one_number:
             dx = dx * upstream[:1, None]
-        else:
-            scale, need_dweight = scale * upstream, dweight is not None
-            _, dx, dweight = head_pass(x, weight, targets, scale, ctx.smoothing, ctx.softcap, True, need_dweight)
-        if dweight is not None:
+        else:  # compute again with a factor per token
+            _, dx, dweight = head_pass(x, weight, targets, scale * upstream, ctx.smoothing, ctx.softcap,
+                                       need_grad=True, need_dweight=need_dweight)
+        if need_dweight:
             dweight = dweight.to(ctx.dtypes[1])
             if is_one_number:
                 dweight = dweight * upstream[0]
@@ -61,34 +66,42 @@ GROUP_ELEMENTS = {"cpu": 2**27, "cuda": 2**29, "mps": 2**26}
 
 
 def head_pass(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, smoothing: float = 0.0, softcap: float = 0.0,
-              need_grad: bool = False, need_dweight: bool = False):
-    """nats (N,) and, if needed, the gradients of sum(scale · nats) by x (N, D) and by weight (V, D)."""
-    (N, V), device = (x.shape[0], weight.shape[0]), x.device
-    rows = max(1, min(N, CHUNK_ELEMENTS[device.type] // V))  # per chunk
-    chunks = math.ceil(N / rows)
-    group = rows * max(1, min(chunks, GROUP_ELEMENTS[device.type] // V // rows))
+              need_grad: bool = False, need_dweight: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """nats (N,) and, if needed, the gradients of sum(scale · nats) by x (N, D) and by weight (V, D), this one in fp32.
+
+    Two loops: over groups of rows, whose gradients are kept for one product, and over the chunks of a group.
+    """
+    N, V, device = len(x), len(weight), x.device
+    rows_per_chunk = max(1, min(N, CHUNK_ELEMENTS[device.type] // V))
+    rows_per_group = rows_per_chunk * max(1, GROUP_ELEMENTS[device.type] // V // rows_per_chunk)
     nats = torch.empty(N, dtype=torch.float32, device=device)
-    grads = torch.empty(min(N, group) if need_grad else 0, V, dtype=x.dtype, device=device)
-    dx, dweight = torch.empty_like(x) if need_grad else None, None
-    for first in range(0, N, rows):
-        part = slice(first, min(first + rows, N))
-        target = targets[part, None]  # (R, 1)
-        logits = soft_cap((x[part] @ weight.T).float(), softcap)  # (R, V)
-        log_probs = logits.log_softmax(dim=-1)
-        nats[part] = -log_probs.gather(1, target)[:, 0]  # cross-entropy alone: smoothing acts on the gradient
-        if need_grad:  # the gradient by the logits is softmax minus the target's distribution
-            grad = log_probs.exp_()
-            if smoothing:
-                grad -= smoothing / V
-            grad.scatter_add_(1, target, torch.full_like(target, smoothing - 1, dtype=torch.float32))
-            if softcap:
-                grad *= 1 - (logits / softcap).square()  # the slope of the cap: 1 - tanh²
-            begin = first // group * group  # of the group
-            grads[part.start - begin : part.stop - begin] = grad.mul_(scale[part, None])
-            if part.stop in (begin + group, N):
-                full, held = slice(begin, part.stop), grads[: part.stop - begin]
-                dx[full] = held @ weight
-                if need_dweight:
-                    more = held.T @ x[full]
-                    dweight = more if dweight is None else dweight.float().add_(more)
+    dx = dweight = None
+    if need_grad:
+        dx = torch.empty_like(x)
+        grads = torch.empty(min(N, rows_per_group), V, dtype=x.dtype, device=device)  # by the logits
+    for start in range(0, N, rows_per_group):
+        stop = min(start + rows_per_group, N)
+        for first in range(start, stop, rows_per_chunk):
+            chunk = slice(first, min(first + rows_per_chunk, stop))
+            target = targets[chunk, None]  # (R, 1)
+            logits = soft_cap((x[chunk] @ weight.T).float(), softcap)  # (R, V)
+            log_probs = logits.log_softmax(dim=-1)
+            nats[chunk] = -log_probs.gather(1, target)[:, 0]  # cross-entropy alone: smoothing acts on the gradient
+            if need_grad:  # softmax minus the target's distribution
+                grad = log_probs.exp_()
+                if smoothing:
+                    grad -= smoothing / V
+                grad.scatter_add_(1, target, torch.full_like(target, smoothing - 1, dtype=torch.float32))
+                if softcap:
+                    grad *= 1 - (logits / softcap).square()  # the slope of the cap: 1 - tanh²
+                grads[chunk.start - start : chunk.stop - start] = grad.mul_(scale[chunk, None])
+        if need_grad:
+            held = grads[: stop - start]
+            dx[start:stop] = held @ weight  # (G, V) @ (V, D)
+        if need_dweight:
+            more = held.T @ x[start:stop]  # (V, G) @ (G, D)
+            if dweight is None:
+                dweight = more.float()
+            else:
+                dweight += more
     return nats, dx, dweight

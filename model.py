@@ -4,14 +4,13 @@
     nats = model(ids, targets)                     # (B, T) cross-entropy per token in fp32; callers sum it
     logits = model(ids)                            # (B, T, V)
 
-    cache = model.new_cache(batch=1, length=256)   # decoding: the past lives in the cache, never in the modules
+    cache = model.new_cache(batch=1, length=256)   # decoding: the past is in the cache, never in the modules
     logits = model(prompt, cache=cache, n_logits=1)
 """
 
 import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -19,22 +18,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from attention import (
-    Attention,
-    KVCache,
-    Place,
-    RopeScaling,
-    alibi_slopes,
-    apply_rope,
-    rope_table,
-    sinusoids,
-)
-from configurator import BelowOne, Count, NotNegative, Positive, Range, Size, UserError, check_fields
+from attention import Attention, LatentAttention, Place, RopeScaling, example_mask, padding_mask, rotation, sinusoids
+from configurator import BelowOne, Count, NotNegative, Positive, Range, Size, check_fields, need
 from enigma import EnigmaBlock, wheel_index, wheel_sizes
-from ffn import Experts, FeedForward, MoE, default_d_ff
-from linear import Linear, RMSNorm
+from ffn import Experts, FeedForward, Linear, MoE, RMSNorm, default_d_ff
 from loss import HeadLoss, soft_cap
-from mla import LatentAttention
 from reversible import Branch, Chain
 
 # No model is near these bounds. A number beyond them is a slip, and would take all memory or all day.
@@ -46,7 +34,7 @@ DimOrZero = Annotated[int, Range(least=0, most=2**20)]  # 0 = none, or the usual
 
 @dataclass
 class ModelConfig:
-    vocab_size: Count = 4096    # entries of the vocabulary; a tokenizer that is loaded, not trained, sets it
+    vocab_size: Count = 4096    # entries of the vocabulary; a loaded tokenizer sets it
     seq_len: Count = 256        # context length in tokens
     d_model: Dim = 192          # width of the residual stream
     n_layer: Layers = 4         # blocks
@@ -56,7 +44,7 @@ class ModelConfig:
     d_ff: DimOrZero = 0         # hidden width of the feed-forward; 0 = 4 d_model, or 8/3 d_model for swiglu
     ffn: Literal["swiglu", "relu2", "gelu", "silu"] = "relu2"  # activation of the feed-forward
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # kind of normalisation
-    norm_position: Literal["pre", "post"] = "pre"  # normalise a branch's input (pre), or the sum after it (post)
+    norm_position: Literal["pre", "post"] = "pre"  # normalise each branch's input (pre), or the sum after it (post)
     norm_eps: NotNegative = 1e-6  # added to the variance in normalisation
     residual: Literal["serial", "parallel"] = "serial"  # run the feed-forward after attention, or beside it
     qk_norm: bool = True        # normalise queries and keys per head
@@ -64,10 +52,10 @@ class ModelConfig:
     rope_theta: Annotated[float, Range(above=1)] = 10000.0  # base of the rotary wavelengths
     rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"  # stretch rotary wavelengths for long contexts
     rope_factor: Positive = 1.0  # rope_scaling: how many times longer the context becomes
-    rope_original: Size = 0     # rope_scaling yarn, llama3: context length of the first training
+    rope_original: Size = 0     # rope_scaling=yarn, llama3: context length before stretching
     window: Size = 0            # sliding window: tokens visible to each position, itself included; 0 = all
-    window_pattern: str = "S"   # blocks with the window, repeated: S has it, L sees all; SSL = two of three
-    tie_embeddings: bool = True  # use the embedding, transposed, as the head
+    window_pattern: str = "S"   # which blocks have the window, repeated: S has it, L sees all; SSL = two of three
+    tie_embeddings: bool = True  # share one matrix between embedding and head
     embed_scale: NotNegative = 1.0  # factor on the embeddings; 0 = √d_model
     logit_softcap: NotNegative = 0.0  # keep logits smoothly within ± this value; 0 = off
     attention: Literal["gqa", "mla"] = "gqa"  # grouped-query or multi-head latent attention
@@ -81,119 +69,31 @@ class ModelConfig:
     n_dense: Layers = 0         # how many of the first blocks have no experts
     router: Literal["softmax", "sigmoid"] = "softmax"  # function that turns the router's logits into scores
     router_renormalise: bool = True  # make the weights of a token's experts sum to one
-    router_scale: Positive = 1.0  # factor on the experts' weights
+    router_scale: Positive = 1.0  # factor on the experts' outputs
     n_group: Dim = 1            # groups that the experts are divided into
     topk_group: Dim = 1         # groups that a token may choose experts from
-    balance: Literal["loss", "bias", "none"] = "loss"  # what keeps experts equally busy: a loss, or the router's bias
-    balance_loss: NotNegative = 0.01  # coefficient of the balance loss, which is 1 at balance
-    balance_rate: NotNegative = 1e-3  # balance=bias: how far the router's bias moves each step
+    balance: Literal["loss", "bias", "none"] = "loss"  # what keeps experts equally busy: a loss, or a router bias
+    balance_loss: NotNegative = 0.01  # balance=loss: coefficient of the loss, which is 1 at balance
+    balance_rate: NotNegative = 1e-3  # balance=bias: how far the router bias moves each step
     bias: bool = False          # biases in linear layers and LayerNorm
     dropout: BelowOne = 0.0     # dropout on embeddings, attention weights and branch outputs
-    init_std: NotNegative = 0.02  # standard deviation of the first weights; branch outputs: 1/√branches of it
+    init_std: NotNegative = 0.02  # standard deviation of initial weights; for branch outputs divided by √branches
     checkpoint_activations: bool = False  # save memory: keep only the blocks' inputs, recompute the rest
     reversible: bool = False    # two invertible streams: activation memory does not grow with depth
     reversible_grid: Bits = 14  # reversible: round additions to multiples of 2^-this: exact inverse; 0 = off
-    n_enigma: Layers = 0        # Enigma blocks before the n_layer others (needs reversible)
-    wheels: Literal["free", "carry", "none"] = "free"  # Enigma: wheels step with every token, like an odometer, or not
+    n_enigma: Layers = 0        # Enigma blocks before the n_layer other blocks; they need reversible=True
+    wheels: Literal["free", "carry", "none"] = "free"  # Enigma: wheels step with each token, as in an odometer, or none
     kernel: DimOrZero = 4       # Enigma: taps of the dynamic convolution; 0 = no convolution
     shears: bool = True         # Enigma: mix the channels of both streams by invertible matrices
-    label_smoothing: BelowOne = 0.0  # share of the target spread over the vocabulary in training
+    label_smoothing: BelowOne = 0.0  # share of the target's probability spread over the vocabulary in training
 
     def __post_init__(self):
         check_fields(self)
-        self.fill_defaults()
-        self.check_heads()
-        self.check_positions()
-        if self.attention == "mla":
-            self.check_latent()
-        if self.reversible:
-            self.check_reversible()
-        if self.n_enigma:
-            self.check_enigma()
-        if self.n_expert and self.n_dense >= self.n_layer:
-            raise UserError(f"n_dense={self.n_dense} must be below n_layer={self.n_layer}: experts need a block")
-        if self.norm_position == "post" and (self.residual == "parallel" or self.tie_embeddings):
-            raise UserError("norm_position=post needs residual=serial and tie_embeddings=False: tied, a token would "
-                            "predict itself at first")
-
-    def fill_defaults(self) -> None:
-        """Sizes that are 0 and follow from others."""
-        if not self.head_dim and self.d_model % self.n_head:
-            raise UserError(f"d_model={self.d_model} does not divide by n_head={self.n_head}: change one of them")
-        self.head_dim = self.head_dim or self.d_model // self.n_head
-        if self.attention == "mla" or not self.n_kv_head:  # latent heads have keys of their own
-            self.n_kv_head = self.n_head
-        if self.attention == "mla":
-            self.kv_rank = self.kv_rank or 4 * self.head_dim
-            self.rope_dim = self.rope_dim or self.head_dim // 2
-        self.d_ff = self.d_ff or default_d_ff(self.d_model, self.ffn)
-        if self.n_expert and not self.d_expert:
-            self.d_expert = self.d_ff // self.top_k // 8 * 8
-            if not self.d_expert:
-                raise UserError(f"d_ff={self.d_ff} leaves no width for experts: set d_expert")
-
-    def check_heads(self) -> None:
-        if self.n_layer + self.n_enigma == 0:
-            raise UserError("n_layer=0 must be at least 1: a model needs a block")
-        if self.n_head % self.n_kv_head:
-            raise UserError(f"n_head={self.n_head} does not divide by n_kv_head={self.n_kv_head}: set n_kv_head="
-                            f"{math.gcd(self.n_head, self.n_kv_head)}, or 0 for as many as n_head")
-
-    def check_positions(self) -> None:
-        if self.position == "rope" and self.head_dim % 2:
-            raise UserError(f"head_dim={self.head_dim} is odd, and rotary positions turn channels in pairs")
-        if self.position == "sinusoidal" and self.d_model % 2:
-            raise UserError(f"d_model={self.d_model} is odd, and sinusoidal positions come in pairs")
-        if self.rope_factor != 1 and self.rope_scaling == "none":
-            raise UserError(f"rope_factor={self.rope_factor} needs rope_scaling=linear, yarn or llama3")
-        if self.rope_scaling != "none":
-            if self.position != "rope" or self.rope_factor < 1:
-                raise UserError(f"rope_scaling={self.rope_scaling} needs position=rope and a rope_factor of at least 1")
-            if self.rope_scaling != "linear" and self.rope_original < 1:
-                raise UserError(f"rope_scaling={self.rope_scaling} needs rope_original=<context of the first training>")
-        if not self.window_pattern or set(self.window_pattern) - set("SL"):
-            raise UserError(f"window_pattern={self.window_pattern} must be a pattern of S (window) and L (all)")
-
-    def check_latent(self) -> None:
-        """attention=mla: what it has a form of its own for, or none."""
-        for name, value in (("position", "rope"), ("qk_norm", False), ("window", 0), ("n_enigma", 0)):
-            if getattr(self, name) != value:
-                raise UserError(f"attention=mla has no {name}={getattr(self, name)}: set {name}={value}")
-        if self.rope_scaling == "yarn":
-            raise UserError("attention=mla has no rope_scaling=yarn: set rope_scaling=linear or llama3")
-        if self.rope_dim % 2:
-            raise UserError(f"rope_dim={self.rope_dim} is odd, and rotary positions turn channels in pairs")
-
-    def check_reversible(self) -> None:
-        """Branches are computed twice, and must come out the same."""
-        for name in ("dropout", "checkpoint_activations"):
-            if getattr(self, name):
-                raise UserError(f"reversible=True computes every branch again, the same each time: set {name}=0")
-        for name, value in (("norm_position", "pre"), ("residual", "serial")):
-            if getattr(self, name) != value:
-                raise UserError(f"reversible=True has no {name}={getattr(self, name)}: set {name}={value}")
-        if self.n_expert and self.balance == "loss":
-            raise UserError("reversible=True computes experts again, and their loss with them: set balance=bias")
-
-    def check_enigma(self) -> None:
-        if not self.reversible:
-            raise UserError(f"n_enigma={self.n_enigma} needs reversible=True")
-        if self.wheels != "none" and (self.n_head % 2 or self.n_kv_head % 2):
-            raise UserError(f"n_head={self.n_head} and n_kv_head={self.n_kv_head} must be even: half of the heads "
-                            "turn with wheels (wheels=none has none)")
-        if self.kernel > self.seq_len:
-            raise UserError(f"kernel={self.kernel} must be between 0 and seq_len={self.seq_len}")
-        if self.window or self.norm != "rmsnorm":
-            raise UserError("Enigma blocks have RMSNorm and no window: set norm=rmsnorm window=0")
-        if (self.kernel and self.d_model % self.n_head) or self.head_dim < 4:
-            raise UserError(f"Enigma blocks need heads of at least 4 channels, and d_model={self.d_model} to divide by "
-                            f"n_head={self.n_head}")
+        fill_defaults(self)
+        check_sizes(self)
 
 
-def make_norm(cfg: ModelConfig) -> nn.Module:
-    if cfg.norm == "rmsnorm":
-        return RMSNorm(cfg.d_model, eps=cfg.norm_eps)
-    return nn.LayerNorm(cfg.d_model, eps=cfg.norm_eps, bias=cfg.bias)
+# ---- blocks ----------------------------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -201,31 +101,22 @@ class Block(nn.Module):
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
-        self.post, self.parallel = cfg.norm_position == "post", cfg.residual == "parallel"
+        self.post = cfg.norm_position == "post"
+        self.parallel = cfg.residual == "parallel"
         self.attn_norm = make_norm(cfg)
-        if cfg.attention == "mla":  # a head as wide as others, and the rotary channels besides
-            self.attn = LatentAttention(cfg.d_model, cfg.n_head, cfg.kv_rank, cfg.q_rank, cfg.head_dim, cfg.rope_dim,
-                                        cfg.head_dim, cfg.bias, cfg.dropout)
-        else:
-            slopes = alibi_slopes(cfg.n_head) if cfg.position == "alibi" else None
-            windowed = cfg.window_pattern[layer % len(cfg.window_pattern)] == "S"
-            self.attn = Attention(cfg.d_model, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.bias, cfg.qk_norm,
-                                  cfg.dropout, cfg.norm_eps, slopes, cfg.window * windowed)
+        self.attn = make_attention(cfg, layer)
         self.ffn_norm = make_norm(cfg)
-        if cfg.n_expert and layer >= cfg.n_dense:
-            self.ffn = MoE(cfg.d_model, cfg.d_expert, cfg.n_expert, cfg.top_k, cfg.n_shared, cfg.ffn, cfg.router,
-                           cfg.router_renormalise, cfg.router_scale, cfg.balance == "bias", cfg.n_group,
-                           cfg.topk_group)
-        else:
-            self.ffn = FeedForward(cfg.d_model, cfg.d_ff, cfg.ffn, cfg.bias)
+        self.ffn = make_ffn(cfg, layer)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def attend(self, x: Tensor, place: Place, cache: KVCache | None = None) -> Tensor:
-        x = x if self.post else self.attn_norm(x)
+    def attend(self, x: Tensor, place: Place, cache=None) -> Tensor:
+        if not self.post:
+            x = self.attn_norm(x)
         return self.dropout(self.attn(x, place.turn, cache, place.start, place.mask))
 
     def think(self, x: Tensor, place: Place, cache: None = None) -> Tensor:
-        x = x if self.post else self.ffn_norm(x)
+        if not self.post:
+            x = self.ffn_norm(x)
         if not isinstance(self.ffn, MoE):
             return self.dropout(self.ffn(x))
         y, balance = self.ffn.balanced(x, place.weights)
@@ -238,32 +129,280 @@ class Block(nn.Module):
         attended = x + self.attend(x, place, caches[0])
         if self.post:
             attended = self.attn_norm(attended)
-            return self.ffn_norm(attended + self.think(attended, place, caches[1]))
-        return attended + self.think(x if self.parallel else attended, place, caches[1])
+            return self.ffn_norm(attended + self.think(attended, place))
+        return attended + self.think(x if self.parallel else attended, place)
 
     def branches(self) -> list[Branch]:
         """What a reversible model puts on two streams."""
         return [Branch(self.attend, [self.attn_norm, self.attn]), Branch(self.think, [self.ffn_norm, self.ffn])]
 
     def new_caches(self, batch: int, length: int, dtype: torch.dtype, device) -> list:
-        """A state for each branch, None for one that needs none."""
+        """What each branch keeps of the past; None: nothing."""
         return [self.attn.new_cache(batch, length, dtype, device), None]
 
-    def outputs(self) -> list[Tensor]:
-        """The weights that write to the stream."""
-        if isinstance(self.ffn, MoE):
-            shared = [self.ffn.shared.down.weight] if self.ffn.shared is not None else []
-            return [self.attn.o.weight, self.ffn.experts.down, *shared]
-        return [self.attn.o.weight, self.ffn.down.weight]
+
+def make_norm(cfg: ModelConfig) -> nn.Module:
+    if cfg.norm == "rmsnorm":
+        return RMSNorm(cfg.d_model, eps=cfg.norm_eps)
+    return nn.LayerNorm(cfg.d_model, eps=cfg.norm_eps, bias=cfg.bias)
 
 
+def make_attention(cfg: ModelConfig, layer: int) -> nn.Module:
+    if cfg.attention == "mla":
+        return LatentAttention(
+            d_model=cfg.d_model, n_head=cfg.n_head,
+            kv_rank=cfg.kv_rank, q_rank=cfg.q_rank,
+            nope_dim=cfg.head_dim, rope_dim=cfg.rope_dim, v_dim=cfg.head_dim,
+            bias=cfg.bias, dropout=cfg.dropout)
+    has_window = cfg.window_pattern[layer % len(cfg.window_pattern)] == "S"
+    return Attention(
+        d_model=cfg.d_model, n_head=cfg.n_head, n_kv_head=cfg.n_kv_head, head_dim=cfg.head_dim,
+        bias=cfg.bias, dropout=cfg.dropout,
+        qk_norm=cfg.qk_norm, norm_eps=cfg.norm_eps,
+        alibi=cfg.position == "alibi",
+        window=cfg.window if has_window else 0)
+
+
+def make_ffn(cfg: ModelConfig, layer: int) -> nn.Module:
+    if not cfg.n_expert or layer < cfg.n_dense:
+        return FeedForward(cfg.d_model, cfg.d_ff, kind=cfg.ffn, bias=cfg.bias)
+    return MoE(
+        d_model=cfg.d_model, d_ff=cfg.d_expert, kind=cfg.ffn,
+        n_expert=cfg.n_expert, top_k=cfg.top_k, n_shared=cfg.n_shared,
+        router=cfg.router, renormalise=cfg.router_renormalise, scale=cfg.router_scale,
+        n_group=cfg.n_group, topk_group=cfg.topk_group,
+        bias_balance=cfg.balance == "bias")
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
 class Cache:
-    """What decoding remembers: each block's states, the number of positions filled, and each row's left padding."""
+    """What decoding remembers."""
 
-    def __init__(self, blocks: list[list], size: int):
-        self.blocks, self.size = blocks, size
-        self.length = 0
-        self.pad: Tensor | None = None  # (B,) number of padding tokens before each row's first real one
+    blocks: list[list]  # of each block, what each of its branches keeps of the past
+    size: int  # positions that fit
+    length: int = 0  # positions that are filled
+    pad: Tensor | None = None  # (B,) padding tokens on the left of each row
+
+    def states(self) -> list:
+        return [state for states in self.blocks for state in states]
+
+
+class LanguageModel(nn.Module):
+    """A decoder-only transformer in the style of Llama and Qwen; GPT-2 with other settings."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embed_scale = cfg.embed_scale or math.sqrt(cfg.d_model)
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.position = nn.Embedding(cfg.seq_len, cfg.d_model) if cfg.position == "learned" else None
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.blocks = nn.ModuleList()
+        for _ in range(cfg.n_enigma):
+            self.blocks.append(EnigmaBlock(
+                d_model=cfg.d_model, n_head=cfg.n_head, n_kv_head=cfg.n_kv_head, head_dim=cfg.head_dim,
+                d_ff=cfg.d_ff, ffn=cfg.ffn,
+                kernel=cfg.kernel, shears=cfg.shears, bias=cfg.bias,
+                qk_norm=cfg.qk_norm, norm_eps=cfg.norm_eps))
+        self.blocks.extend(Block(cfg, layer) for layer in range(cfg.n_layer))
+        self.norm = make_norm(cfg)
+        self.head = Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        if cfg.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self.chain = None
+        if cfg.reversible:
+            self.chain = Chain([branch for block in self.blocks for branch in block.branches()], cfg.reversible_grid)
+        if cfg.n_enigma:  # a fixed permutation of the channels of both streams
+            generator = torch.Generator().manual_seed(26)
+            self.register_buffer("plugboard", torch.randperm(2 * cfg.d_model, generator=generator))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """How every weight begins:
+
+        embeddings, linear layers, experts    normal, std = init_std; biases 0
+        o and down, which add to the stream   normal, std = init_std / √branches: its variance stays (GPT-2)
+        shears                                0: no mixing yet
+        a tied embedding                      divided by embed_scale, or the head would begin so much larger
+        gains of norms                        1, as PyTorch makes them
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding | Experts):
+                for p in module.parameters():
+                    nn.init.normal_(p, std=self.cfg.init_std) if p.ndim > 1 else nn.init.zeros_(p)
+        branches = 2 * len(self.blocks)
+        if self.cfg.kernel:
+            branches += self.cfg.n_enigma  # convolutions
+        for name, p in self.named_parameters():
+            if name.endswith((".o.weight", ".down.weight", ".experts.down")):
+                nn.init.normal_(p, std=self.cfg.init_std / math.sqrt(branches))
+            elif ".shears." in name:
+                nn.init.zeros_(p)
+        if self.cfg.tie_embeddings and self.embed_scale > 1:
+            self.embed.weight.data /= self.embed_scale
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None, weights: Tensor | None = None,
+                positions: Tensor | None = None, cache: Cache | None = None, n_logits: int = 0,
+                with_balance: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """ids (B, T) integers -> nats (B, T) fp32 where targets (B, T) are given, else logits.
+
+        weights (B, T), default 1, multiply the nats: 0 for a token that is not learned. Logits are (B, T, V), or those
+        of the last n_logits positions. With a cache the ids continue what it holds. positions (B, T) that begin again
+        at 0 put several texts in a row, and none of them sees another. with_balance=True: (nats, the balance loss of
+        the experts); in training every token carries its share of it, in the gradient, not in the nats.
+        Raises ValueError past seq_len.
+        """
+        cfg, T = self.cfg, ids.shape[1]
+        if cache is None and T > cfg.seq_len:
+            raise ValueError(f"{T} tokens are more than seq_len={cfg.seq_len}")
+        if cache is not None and cache.length + T > cache.size:
+            raise ValueError(f"{cache.length + T} tokens are more than the cache={cache.size}")
+        x, place = self.embed_at(ids, positions, cache)
+        place.weights = weights
+        if self.training and targets is not None and cfg.n_expert and cfg.balance == "loss":
+            place.balance = []
+        x = self.norm(self.through_blocks(x, place, cache))
+        if targets is None:
+            last = x[:, -n_logits:].contiguous()  # -0 takes all; a slice would be multiplied row by row
+            return soft_cap(self.head(last), cfg.logit_softcap)
+        nats = self.nats(x, targets, weights)
+        balance = nats.new_zeros(())
+        if place.balance:
+            balance = torch.stack(place.balance).mean()
+            shares = cfg.balance_loss * balance * (torch.ones_like(nats) if weights is None else weights)
+            nats = nats + (shares - shares.detach())
+        if with_balance:
+            return nats, balance.detach()
+        return nats
+
+    def embed_at(self, ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None,
+                 ) -> tuple[Tensor, Place]:
+        """ids (B, T) -> embeddings (B, T, D), and what the blocks must know of their positions."""
+        cfg, mask = self.cfg, None
+        start = cache.length if cache is not None else 0
+        if positions is not None:
+            mask = example_mask(positions)
+        else:
+            positions = torch.arange(start, start + ids.shape[1], device=ids.device)  # (T,)
+            if cache is not None and cache.pad is not None:
+                mask = padding_mask(positions, cache.pad)
+                positions = (positions - cache.pad[:, None]).clamp(min=0)  # (B, T): each row from its first token
+        place = Place(positions, start, mask)
+        x = self.embed(ids) * self.embed_scale  # (B, T, D)
+        if cfg.position == "learned":
+            x = x + self.position(positions)
+        elif cfg.position == "sinusoidal":
+            x = x + sinusoids(positions, cfg.d_model).to(x.dtype)
+        elif cfg.position == "rope":
+            scaling = RopeScaling(cfg.rope_scaling, cfg.rope_factor, cfg.rope_original)
+            width = cfg.rope_dim if cfg.attention == "mla" else cfg.head_dim
+            place.turn = rotation(positions, width, cfg.rope_theta, scaling)
+        if cfg.n_enigma and cfg.wheels != "none":
+            sizes = wheel_sizes(cfg.n_kv_head // 2, cfg.head_dim)
+            place.wheels = wheel_index(positions, sizes, cfg.head_dim, carry=cfg.wheels == "carry")
+        return self.dropout(x), place
+
+    def through_blocks(self, x: Tensor, place: Place, cache: Cache | None) -> Tensor:
+        """(B, T, D) -> (B, T, D); the cache is filled."""
+        recompute = self.cfg.checkpoint_activations and self.training and cache is None
+        if self.chain is not None:
+            x = self.through_chain(x, place, cache)
+        else:
+            for i, block in enumerate(self.blocks):
+                if recompute:
+                    x = checkpoint(block, x, place, use_reentrant=False)
+                elif cache is not None:
+                    x = block(x, place, cache.blocks[i])
+                else:
+                    x = block(x, place)
+        if cache is not None:
+            cache.length += x.shape[1]
+        return x
+
+    def through_chain(self, x: Tensor, place: Place, cache: Cache | None) -> Tensor:
+        """The reversible stack: (B, T, D) -> (B, T, D), the mean of both streams."""
+        states = cache.states() if cache is not None else None
+        half = x.dtype in (torch.bfloat16, torch.float16)  # the weights were cast to it; the streams stay fp32
+        with torch.autocast(x.device.type, x.dtype) if half else nullcontext():
+            a, b = self.chain(*self.split(x), place, caches=states)
+        if self.cfg.n_enigma:
+            a, b = torch.cat((a, b), dim=-1).index_select(-1, self.plugboard.argsort()).chunk(2, dim=-1)
+        return ((a + b) / 2).to(x.dtype)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, T, D) -> the two streams of a reversible model: copies, through the plugboard."""
+        x = self.chain.enter(x.to(torch.promote_types(x.dtype, torch.float32)))
+        if not self.cfg.n_enigma:
+            return x, x
+        return tuple(torch.cat((x, x), dim=-1).index_select(-1, self.plugboard).chunk(2, dim=-1))
+
+    def nats(self, x: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        """x (B, T, D), targets and weights (B, T) -> weighted cross-entropy (B, T) in fp32."""
+        head = self.head.weight
+        if not torch.is_grad_enabled():  # an autograd function asks its tensors and not the mode
+            head = head.detach()
+        if weights is not None:
+            weights = weights.flatten()
+        smoothing = self.cfg.label_smoothing if self.training else 0.0
+        nats = HeadLoss.apply(x.flatten(0, 1), head, targets.flatten(), weights, smoothing, self.cfg.logit_softcap)
+        return nats.view(targets.shape)
+
+    @torch.no_grad()
+    def probe(self, ids: Tensor) -> tuple[float, float]:
+        """ids (B, T) -> (largest |x| in the streams, largest error of the inverse) of a reversible model."""
+        x, place = self.embed_at(ids)
+        return self.chain.probe(*self.split(x), place)
+
+    def new_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `batch` sequences of up to `length` tokens, in the dtype of the weights."""
+        weight = self.embed.weight
+        return Cache([b.new_caches(batch, length, weight.dtype, weight.device) for b in self.blocks], length)
+
+    def spread_cache(self, cache: Cache, index: Tensor) -> Cache:
+        """A cache whose row i is a copy of row index[i]: several samples continue one prompt."""
+        result = self.new_cache(len(index), cache.size)
+        result.length = cache.length
+        if cache.pad is not None:
+            result.pad = cache.pad[index]
+        for state, copy in zip(cache.states(), result.states(), strict=True):
+            if state is not None:
+                for name, tensor in vars(state).items():
+                    getattr(copy, name).copy_(tensor[index])
+        return result
+
+    def experts(self) -> list[MoE]:
+        return [module for module in self.modules() if isinstance(module, MoE)]
+
+    def count_parameters(self) -> dict[str, int]:
+        """{'total', 'embedding', 'active'}: all of them (tied ones once), the lookup tables, those a token uses."""
+        total = active = sum(p.numel() for p in self.parameters())
+        for moe in self.experts():
+            active -= moe.idle()
+        tables = self.embed.weight.numel()
+        if self.position is not None:
+            tables += self.position.weight.numel()
+        return {"total": total, "embedding": tables, "active": active}
+
+    def flops_per_token(self, seq_len: int | None = None) -> int:
+        """FLOPs of forward and backward per token at a context of seq_len, as the PaLM paper counts (appendix B).
+
+        6 per weight of a matrix product that a token uses (2 forward, 4 backward), the head among them, and 6 · T for
+        each channel of q·k and of the weighted values in each head, as if attention were not causal and had no window.
+        """
+        cfg = self.cfg
+        matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        for moe in self.experts():
+            matrices += moe.experts.numel() - moe.idle()
+        channels = 2 * cfg.head_dim
+        if cfg.attention == "mla":
+            channels += cfg.rope_dim
+        return 6 * matrices + 6 * len(self.blocks) * cfg.n_head * channels * (seq_len or cfg.seq_len)
+
+
+# ---- a model without memory ------------------------------------------------------------------------------------------
 
 
 class NoDraws(TorchFunctionMode):
@@ -284,191 +423,83 @@ def shapes_only():
         yield
 
 
-class LanguageModel(nn.Module):
-    """A decoder-only transformer in the style of Llama and Qwen; GPT-2 with other settings."""
-
-    def __init__(self, cfg: ModelConfig):
-        super().__init__()
-        self.cfg = cfg
-        self.embed_scale = cfg.embed_scale or math.sqrt(cfg.d_model)
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
-        self.position = nn.Embedding(cfg.seq_len, cfg.d_model) if cfg.position == "learned" else None
-        self.dropout = nn.Dropout(cfg.dropout)
-        enigma = partial(EnigmaBlock, cfg.d_model, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.d_ff, cfg.ffn,
-                         cfg.kernel, cfg.shears, cfg.bias, cfg.qk_norm, cfg.norm_eps)
-        self.blocks = nn.ModuleList(enigma() for _ in range(cfg.n_enigma))
-        self.blocks.extend(Block(cfg, i) for i in range(cfg.n_layer))
-        self.norm = make_norm(cfg)
-        self.head = Linear(cfg.d_model, cfg.vocab_size, bias=False)
-        if cfg.tie_embeddings:
-            self.head.weight = self.embed.weight
-        self.chain = None
-        if cfg.reversible:
-            self.chain = Chain([branch for block in self.blocks for branch in block.branches()], cfg.reversible_grid)
-        if cfg.n_enigma:  # a fixed permutation of the channels of both streams
-            generator = torch.Generator().manual_seed(26)
-            self.register_buffer("plugboard", torch.randperm(2 * cfg.d_model, generator=generator))
-        self.apply(self._init)
-        # What the branches write adds up in the residual stream: keep its variance (GPT-2).
-        added = sum(3 if isinstance(block, EnigmaBlock) and cfg.kernel else 2 for block in self.blocks)
-        for weight in [weight for block in self.blocks for weight in block.outputs()]:
-            nn.init.normal_(weight, std=cfg.init_std / math.sqrt(added))
-        for block in self.blocks[: cfg.n_enigma]:
-            for shear in block.shears:  # no mixing yet
-                nn.init.zeros_(shear.weight)
-        if cfg.tie_embeddings and self.embed_scale > 1:  # or the head would begin so much larger
-            self.embed.weight.data /= self.embed_scale
-
-    def _init(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding | Experts):
-            for p in module.parameters():
-                nn.init.normal_(p, std=self.cfg.init_std) if p.ndim > 1 else nn.init.zeros_(p)
-
-    def forward(self, ids: Tensor, targets: Tensor | None = None, weights: Tensor | None = None,
-                positions: Tensor | None = None, cache: Cache | None = None, n_logits: int = 0) -> Tensor:
-        """ids (B, T) integers -> nats (B, T) fp32 where targets (B, T) are given, else logits.
-
-        weights (B, T), default 1, multiply the nats: 0 for a token that is not learned. Logits are (B, T, V), or those
-        of the last n_logits positions. With a cache the ids continue what it holds. positions (B, T) that begin again
-        at 0 put several texts in a row, and none of them sees another. Raises ValueError past seq_len.
-        """
-        B, T = ids.shape
-        start, pad, limit, what = 0, None, self.cfg.seq_len, "seq_len"
-        if cache is not None:
-            start, pad, limit, what = cache.length, cache.pad, cache.size, "the cache"
-        if start + T > limit:
-            raise ValueError(f"{start + T} tokens are more than {what}={limit}")
-        x, place = self.embed_at(ids, start, pad, positions)
-        place.weights = weights
-        if self.training and targets is not None and self.cfg.n_expert and self.cfg.balance == "loss":
-            place.balance = []
-        if self.chain is not None:
-            x = self.through_chain(x, place, cache)
-        else:
-            for i, block in enumerate(self.blocks):
-                if self.cfg.checkpoint_activations and self.training and cache is None:
-                    x = checkpoint(block, x, place, use_reentrant=False)
-                else:
-                    x = block(x, place, cache.blocks[i] if cache is not None else (None, None))
-        if cache is not None:
-            cache.length += T
-        x = self.norm(x)
-        if targets is None:
-            last = x[:, -n_logits:].contiguous()  # -0 takes all; a slice would be multiplied row by row
-            return soft_cap(self.head(last), self.cfg.logit_softcap)
-        smoothing = self.cfg.label_smoothing if self.training else 0.0
-        flat = None if weights is None else weights.reshape(-1)
-        # Without gradients the weight must say so: an autograd function asks its tensors and not the mode.
-        head = self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()
-        nats = HeadLoss.apply(x.view(B * T, -1), head, targets.reshape(-1), flat, smoothing,
-                              self.cfg.logit_softcap).view(B, T)
-        if place.balance:  # every token carries its share of this loss: in the gradient, not in the nats
-            balance = torch.stack(place.balance).mean()
-            self.balance = balance.detach()
-            extra = self.cfg.balance_loss * balance * (torch.ones_like(nats) if weights is None else weights)
-            nats = nats + (extra - extra.detach())
-        return nats
-
-    def embed_at(self, ids: Tensor, start: int = 0, pad: Tensor | None = None,
-                 positions: Tensor | None = None) -> tuple[Tensor, Place]:
-        """ids (B, T) -> embeddings (B, T, D), and their positions."""
-        cfg, mask = self.cfg, None
-        if positions is not None:
-            mask = example_mask(positions)
-        else:
-            positions = torch.arange(start, start + ids.shape[1], device=ids.device)  # (T,)
-            if pad is not None:
-                mask = padding_mask(positions, pad)
-                positions = (positions - pad[:, None]).clamp(min=0)  # (B, T): each row counts from its first token
-        x = self.embed(ids) * self.embed_scale  # (B, T, D)
-        if self.position is not None:
-            x = x + self.position(positions)
-        elif cfg.position == "sinusoidal":
-            x = x + sinusoids(positions, cfg.d_model).to(x.dtype)
-        place = Place(positions, start, mask)
-        if cfg.position == "rope":
-            scaling = RopeScaling(cfg.rope_scaling, cfg.rope_factor, cfg.rope_original)
-            width = cfg.rope_dim if cfg.attention == "mla" else cfg.head_dim
-            place.turn = partial(apply_rope, rope=rope_table(positions, width, cfg.rope_theta, scaling))
-        if cfg.n_enigma and cfg.wheels != "none":
-            sizes = wheel_sizes(cfg.n_kv_head // 2, cfg.head_dim)
-            place.wheels = wheel_index(positions, sizes, cfg.head_dim, cfg.wheels == "carry")
-        return self.dropout(x), place
-
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, T, D) -> the two streams of a reversible model: copies, through the plugboard."""
-        x = self.chain.enter(x.to(torch.promote_types(x.dtype, torch.float32)))
-        if not self.cfg.n_enigma:
-            return x, x
-        return tuple(torch.cat((x, x), dim=-1).index_select(-1, self.plugboard).chunk(2, dim=-1))
-
-    def through_chain(self, x: Tensor, place: Place, cache: Cache | None) -> Tensor:
-        """The reversible stack: (B, T, D) -> (B, T, D), the mean of both streams."""
-        states = [state for states in cache.blocks for state in states] if cache is not None else None
-        half = x.dtype in (torch.bfloat16, torch.float16)  # the weights were cast to it; the streams stay fp32
-        with torch.autocast(x.device.type, x.dtype) if half else nullcontext():
-            a, b = self.chain(*self.split(x), place, caches=states)
-        if self.cfg.n_enigma:
-            a, b = torch.cat((a, b), dim=-1).index_select(-1, self.plugboard.argsort()).chunk(2, dim=-1)
-        return ((a + b) / 2).to(x.dtype)
-
-    @torch.no_grad()
-    def probe(self, ids: Tensor) -> tuple[float, float]:
-        """ids (B, T) -> (largest |x| in the streams, largest error of the inverse) of a reversible model."""
-        x, place = self.embed_at(ids)
-        return self.chain.probe(*self.split(x), place)
-
-    def new_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `batch` sequences of up to `length` tokens, in the dtype of the weights."""
-        weight = self.embed.weight
-        return Cache([b.new_caches(batch, length, weight.dtype, weight.device) for b in self.blocks], length)
-
-    def spread_cache(self, cache: Cache, index: Tensor) -> Cache:
-        """A cache whose row i is a copy of row index[i]: several samples continue one prompt."""
-        result = self.new_cache(len(index), cache.size)
-        result.length, result.pad = cache.length, cache.pad[index] if cache.pad is not None else None
-        for states, copies in zip(cache.blocks, result.blocks, strict=True):
-            for state, copy in zip(states, copies, strict=True):
-                for name, tensor in vars(state).items() if state is not None else ():
-                    getattr(copy, name).copy_(tensor[index])
-        return result
-
-    def count_parameters(self) -> dict[str, int]:
-        """{'total', 'embedding', 'active'}: all of them (tied ones once), the lookup tables, those a token uses."""
-        total = sum(p.numel() for p in self.parameters())
-        tables = [m.weight.numel() for m in (self.embed, self.position) if m is not None]
-        idle = sum(sum(p.numel() for p in moe.parameters()) - moe.active() for moe in self.experts())
-        return {"total": total, "embedding": sum(tables), "active": total - idle}
-
-    def experts(self) -> list[MoE]:
-        return [module for module in self.modules() if isinstance(module, MoE)]
-
-    def flops_per_token(self, seq_len: int | None = None) -> int:
-        """FLOPs of forward and backward per token at a context of seq_len, as the PaLM paper counts (appendix B).
-
-        6 per weight of a matrix product that a token uses (2 forward, 4 backward), the head among them, and 6 · T for
-        each channel of q·k and of the weighted values in each head, as if attention were not causal and had no window.
-        """
-        cfg = self.cfg
-        matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        matrices += sum(moe.experts.numel() * moe.top_k // moe.n_expert for moe in self.experts())
-        channels = 2 * cfg.head_dim + (cfg.rope_dim if cfg.attention == "mla" else 0)
-        return 6 * matrices + 6 * len(self.blocks) * cfg.n_head * channels * (seq_len or cfg.seq_len)
+# ---- settings that fit together --------------------------------------------------------------------------------------
 
 
-def padding_mask(positions: Tensor, pad: Tensor) -> Tensor:
-    """positions (T,), pad (B,) -> (B, 1, T, S) booleans: causal, and blind to the padding on the left.
+def fill_defaults(cfg: ModelConfig) -> None:
+    """Sizes that are 0 and follow from others."""
+    if not cfg.head_dim:
+        need(cfg.d_model % cfg.n_head == 0,
+             f"d_model={cfg.d_model} does not divide by n_head={cfg.n_head}: change one of them")
+        cfg.head_dim = cfg.d_model // cfg.n_head
+    cfg.n_kv_head = cfg.n_kv_head or cfg.n_head
+    cfg.d_ff = cfg.d_ff or default_d_ff(cfg.d_model, cfg.ffn)
+    if cfg.attention == "mla":
+        cfg.n_kv_head = cfg.n_head  # each head has keys of its own
+        cfg.kv_rank = cfg.kv_rank or 4 * cfg.head_dim
+        cfg.rope_dim = cfg.rope_dim or cfg.head_dim // 2
+    if cfg.n_expert and not cfg.d_expert:
+        cfg.d_expert = cfg.d_ff // cfg.top_k // 8 * 8
+        need(cfg.d_expert, f"d_ff={cfg.d_ff} leaves no width for experts: set d_expert")
 
-    A padding token sees itself alone: a row with nothing to see would turn into NaN and spread through the values.
-    """
-    keys = torch.arange(int(positions[-1]) + 1, device=positions.device)  # (S,)
-    query = positions[:, None]  # (T, 1)
-    return (((keys <= query) & (keys >= pad[:, None, None])) | (keys == query))[:, None]
+
+def check_sizes(cfg: ModelConfig) -> None:
+    """UserError for settings that do not fit together."""
+    need(cfg.n_layer + cfg.n_enigma, "n_layer=0 must be at least 1: a model needs a block")
+    need(cfg.n_head % cfg.n_kv_head == 0, f"n_head={cfg.n_head} does not divide by n_kv_head={cfg.n_kv_head}: set "
+         f"n_kv_head={math.gcd(cfg.n_head, cfg.n_kv_head)}, or 0 for as many as n_head")
+    need(cfg.window_pattern and set(cfg.window_pattern) <= {"S", "L"},
+         f"window_pattern={cfg.window_pattern} must be a pattern of S (window) and L (all)")
+    if cfg.norm_position == "post":  # tied, a token would predict itself at first
+        demand(cfg, "norm_position=post", residual="serial", tie_embeddings=False)
+    need(cfg.position != "rope" or cfg.head_dim % 2 == 0,
+         f"head_dim={cfg.head_dim} is odd, but rotary positions turn channels in pairs")
+    need(cfg.position != "sinusoidal" or cfg.d_model % 2 == 0,
+         f"d_model={cfg.d_model} is odd, but sinusoidal positions come in pairs")
+    if cfg.rope_scaling == "none":
+        need(cfg.rope_factor == 1, f"rope_factor={cfg.rope_factor} needs rope_scaling=linear, yarn or llama3")
+    else:
+        demand(cfg, f"rope_scaling={cfg.rope_scaling}", position="rope")
+        need(cfg.rope_factor >= 1, f"rope_factor={cfg.rope_factor} must be at least 1")
+        need(cfg.rope_scaling == "linear" or cfg.rope_original,
+             f"rope_scaling={cfg.rope_scaling} needs rope_original=<context of the first training>")
+    if cfg.attention == "mla":
+        demand(cfg, "attention=mla", position="rope", qk_norm=False, window=0, n_enigma=0)
+        need(cfg.rope_scaling != "yarn", "attention=mla has no rope_scaling=yarn: set rope_scaling=linear or llama3")
+        need(cfg.rope_dim % 2 == 0, f"rope_dim={cfg.rope_dim} is odd, but rotary positions turn channels in pairs")
+    if cfg.n_expert:
+        check_experts(cfg)
+    if cfg.reversible:  # every branch is computed twice, and must give the same
+        demand(cfg, "reversible=True", dropout=0, checkpoint_activations=False, norm_position="pre", residual="serial")
+    if cfg.n_enigma:
+        demand(cfg, f"n_enigma={cfg.n_enigma}", reversible=True, norm="rmsnorm", window=0)
+        need(cfg.wheels == "none" or cfg.n_head % 2 == cfg.n_kv_head % 2 == 0, f"n_head={cfg.n_head} and n_kv_head="
+             f"{cfg.n_kv_head} must be even, as half of the heads turn with wheels, or set wheels=none")
+        need(cfg.kernel <= cfg.seq_len, f"kernel={cfg.kernel} must be at most seq_len={cfg.seq_len}")
+        need(cfg.head_dim >= 4, f"head_dim={cfg.head_dim} must be at least 4 in Enigma blocks")
+        need(not cfg.kernel or cfg.d_model % cfg.n_head == 0,
+             f"d_model={cfg.d_model} does not divide by n_head={cfg.n_head}, as the convolution must: set kernel=0")
 
 
-def example_mask(positions: Tensor) -> Tensor:
-    """positions (B, T), each example counted from 0 -> (B, 1, T, T) booleans: causal, and within the example."""
-    example = (positions == 0).cumsum(dim=1)  # (B, T)
-    T = positions.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=positions.device).tril()
-    return ((example[:, :, None] == example[:, None, :]) & causal)[:, None]
+def check_experts(cfg: ModelConfig) -> None:
+    need(cfg.n_dense < cfg.n_layer,
+         f"n_dense={cfg.n_dense} must be below n_layer={cfg.n_layer}: experts need a block")
+    need(cfg.top_k <= cfg.n_expert, f"top_k={cfg.top_k} must be between 1 and n_expert={cfg.n_expert}")
+    need(cfg.n_expert % cfg.n_group == 0,
+         f"n_expert={cfg.n_expert} does not divide by n_group={cfg.n_group}: change one of them")
+    need(cfg.topk_group <= cfg.n_group, f"topk_group={cfg.topk_group} must be at most n_group={cfg.n_group}")
+    need(cfg.topk_group * cfg.n_expert // cfg.n_group >= cfg.top_k,
+         f"topk_group={cfg.topk_group} of {cfg.n_group} groups do not hold top_k={cfg.top_k} experts: raise topk_group")
+    need(cfg.d_model % 8 == cfg.d_expert % 8 == 0,  # the grouped product wants rows of whole 16 bytes
+         f"d_model={cfg.d_model} and d_expert={cfg.d_expert} must be multiples of 8 with experts")
+    need(cfg.top_k > 1 or not cfg.router_renormalise,
+         "top_k=1 with router_renormalise=True weighs every expert by 1, and the router learns nothing: set it False")
+    need(not cfg.reversible or cfg.balance != "loss",
+         "reversible=True computes experts again, and their loss with them: set balance=bias")
+
+
+def demand(cfg: ModelConfig, who: str, **values) -> None:
+    """UserError unless these settings have these values, which `who` needs."""
+    for name, value in values.items():
+        have = getattr(cfg, name)
+        need(have == value, f"{who} needs {name}={value}, not {have}")

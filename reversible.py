@@ -12,7 +12,7 @@ streams is kept for the backward pass, which undoes the branches one by one and 
     a, b = chain(x, x, place)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +29,12 @@ class Branch:
     function: Callable
     modules: list[nn.Module]
 
-    def trainable(self) -> list[nn.Parameter]:
-        """Found anew at each call: adapters may have been put in and weights frozen since."""
-        found = {id(p): p for module in self.modules for p in module.parameters() if p.requires_grad}
-        return list(found.values())
+    def trainable(self) -> dict[int, nn.Parameter]:
+        """By id, and looked up at each call: adapters may have been put in and weights frozen since."""
+        found = {}
+        for module in self.modules:
+            found |= {id(p): p for p in module.parameters() if p.requires_grad}
+        return found
 
 
 class Chain:
@@ -50,21 +52,31 @@ class Chain:
     def __call__(self, a: Tensor, b: Tensor, *context, caches: list | None = None) -> tuple[Tensor, Tensor]:
         """Both streams behind the stack. `context` goes to every branch, `caches[i]` to branch i."""
         if torch.is_grad_enabled() and caches is None:
-            unique = {id(p): p for branch in self.branches for p in branch.trainable()}
-            return Recompute.apply(self, context, a, b, *unique.values())
+            params = {}
+            for branch in self.branches:
+                params |= branch.trainable()
+            return Recompute.apply(self, context, a, b, *params.values())
         for i, branch in enumerate(self.branches):
-            cached = () if caches is None else (caches[i],)
-            a, b = b, a + self.on_grid(branch.function(b, *context, *cached))
+            if caches is None:
+                y = branch.function(b, *context)
+            else:
+                y = branch.function(b, *context, caches[i])
+            a, b = b, a + self.on_grid(y)
         return a, b
 
     def on_grid(self, x: Tensor) -> Tensor:
         """x in fp32 or fp64, rounded to the grid if there is one. No gradient passes: see `enter`."""
-        x = x if x.dtype == torch.float64 else x.float()
-        return (x * 2.0**self.grid).round_().mul_(2.0**-self.grid) if self.grid else x
+        if x.dtype != torch.float64:
+            x = x.float()
+        if not self.grid:
+            return x
+        return (x * 2.0**self.grid).round_().mul_(2.0**-self.grid)
 
     def enter(self, x: Tensor) -> Tensor:
         """The entry of the stack on the grid; its gradient is that of no rounding."""
-        return x + (self.on_grid(x) - x).detach() if self.grid else x
+        if not self.grid:
+            return x
+        return x + (self.on_grid(x) - x).detach()
 
     def compute(self, branch: Branch, x: Tensor, context: tuple) -> tuple[Tensor, Tensor, Tensor]:
         """(x as a leaf, f(x) with its graph, what is added). The one way to compute a branch, so that the forward
@@ -74,26 +86,30 @@ class Chain:
             y = branch.function(x, *context)
         return x, y, self.on_grid(y.detach())
 
-    def states(self, a: Tensor, b: Tensor, context: tuple) -> Iterator[tuple[Tensor, Tensor]]:
-        """Both streams behind each branch, without a graph."""
-        for branch in self.branches:
-            a, b = b.detach(), a.detach() + self.compute(branch, b, context)[2]
-            yield a, b
+    def step(self, branch: Branch, a: Tensor, b: Tensor, context: tuple) -> tuple[Tensor, Tensor]:
+        """Both streams behind a branch, without a graph."""
+        return b.detach(), a.detach() + self.compute(branch, b, context)[2]
+
+    def undo(self, branch: Branch, a: Tensor, b: Tensor, context: tuple) -> tuple[Tensor, Tensor]:
+        """Both streams before a branch, from those behind it."""
+        return b - self.compute(branch, a, context)[2], a
 
     def inverse(self, a: Tensor, b: Tensor, *context) -> tuple[Tensor, Tensor]:
         """What went in, from what came out."""
         for branch in reversed(self.branches):
-            a, b = b - self.compute(branch, a, context)[2], a
+            a, b = self.undo(branch, a, b, context)
         return a, b
 
     def probe(self, a: Tensor, b: Tensor, *context) -> tuple[float, float]:
         """(largest |x| in any stream, largest error of the inverse), for a run to report."""
-        largest = torch.maximum(a.abs().max(), b.abs().max())
         end = (a, b)
-        for end in self.states(a, b, context):
+        largest = torch.maximum(a.abs().max(), b.abs().max())
+        for branch in self.branches:
+            end = self.step(branch, *end, context)
             largest = torch.maximum(largest, end[1].abs().max())
         back = self.inverse(*end, *context)
-        return largest.item(), max((back[0] - a).abs().max().item(), (back[1] - b).abs().max().item())
+        error = torch.maximum((back[0] - a).abs().max(), (back[1] - b).abs().max())
+        return largest.item(), error.item()
 
     def compile(self, **how) -> None:
         """Compile the branches, each by itself; what connects them stays eager."""
@@ -113,23 +129,27 @@ class Recompute(torch.autograd.Function):
                             enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
         ctx.chain, ctx.context, ctx.params = chain, context, params
         with torch.autocast(**ctx.autocast):
-            for a, b in chain.states(a, b, context):  # noqa: B007, B020  (we want the last)
-                pass
+            for branch in chain.branches:
+                a, b = chain.step(branch, a, b, context)
         ctx.save_for_backward(a, b)
         return a, b
 
     @staticmethod
     def backward(ctx, da: Tensor, db: Tensor):
         a, b = ctx.saved_tensors
-        grads: dict[int, Tensor] = {}
+        grads: dict[int, Tensor] = {}  # by id of the parameter
         for branch in reversed(ctx.chain.branches):
             own = branch.trainable()
             with torch.autocast(**ctx.autocast):
                 x, y, added = ctx.chain.compute(branch, a, ctx.context)
             a, b = b - added, a
-            dx, *dparams = torch.autograd.grad(y, [x, *own], db.to(y.dtype), allow_unused=True)
-            da, db = db, da if dx is None else da + dx
-            for p, grad in zip(own, dparams, strict=True):
-                if grad is not None:
-                    grads[id(p)] = grads[id(p)] + grad if id(p) in grads else grad
+            dx, *dparams = torch.autograd.grad(y, [x, *own.values()], db.to(y.dtype), allow_unused=True)
+            if dx is not None:
+                da = da + dx
+            da, db = db, da
+            for key, grad in zip(own, dparams, strict=True):
+                if key in grads and grad is not None:
+                    grads[key] = grads[key] + grad
+                elif grad is not None:
+                    grads[key] = grad
         return None, None, da, db, *(grads.get(id(p)) for p in ctx.params)

@@ -379,7 +379,8 @@ class Run:
             last = first + plan.micro_batch >= plan.per_rank
             with nullcontext() if last or machine.world_size == 1 else wrapped.no_sync():
                 with machine.autocast():
-                    loss = wrapped(*(t if t is None else t[part] for t in batch)).sum()
+                    losses, self.balance = wrapped(*(t if t is None else t[part] for t in batch), with_balance=True)
+                    loss = losses.sum()
                 mean = loss * (machine.world_size / max(learned, 1))  # DDP averages over the processes
                 (mean * self.scale.value if self.scale else mean).backward()
             nats += loss.detach()
@@ -414,7 +415,7 @@ class Run:
         more = {}
         if self.s.n_expert:
             more = {"expert_load": self.load.item()}
-            more |= {"balance": self.model.balance.item()} if self.s.balance == "loss" else {}
+            more |= {"balance": self.balance.item()} if self.s.balance == "loss" else {}
         lr, muon_lr = self.rates(factor)
         self.log.step(progress, lr, norm, self.plan.sequences * self.s.seq_len, more, muon_lr)
         progress.nats, progress.learned = self.nats.zero_().item(), self.learned.zero_().item()

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from attention import example_mask
 from configurator import UserError
 from enigma import ConvCache, DynamicConv, turn_wheels, wheel_index, wheel_offsets, wheel_sizes
-from model import ModelConfig, example_mask
+from model import ModelConfig
 from test_model import shaken, tiny
 
 VARIANTS = {
@@ -115,7 +116,7 @@ def test_dynamic_convolution_equals_its_definition():
 @pytest.mark.parametrize("chunks", [[7], [1] * 7, [2, 4, 1]])
 def test_dynamic_convolution_by_pieces_equals_the_whole(chunks):
     conv, x = shaken(DynamicConv(8, 2, 4)), torch.randn(2, 7, 8)
-    cache, start, parts = ConvCache(2, 4, 8, torch.float32, "cpu"), 0, []
+    cache, start, parts = ConvCache((2, 3, 8), torch.float32, "cpu"), 0, []
     for n in chunks:
         parts.append(conv(x[:, start : start + n], torch.arange(start, start + n), cache))
         start += n

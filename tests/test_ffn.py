@@ -5,7 +5,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ffn
 from configurator import UserError
-from ffn import ACTIVATIONS, FeedForward, MoE, update_balance
+from ffn import ACTIVATIONS, FEW, FeedForward, Linear, MoE, RMSNorm, update_balance
 from model import LanguageModel, ModelConfig
 from optim import Optimizer, OptimSettings
 from reversible import Branch, Chain
@@ -66,6 +66,38 @@ def grads(moe: MoE, y: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
 
 def load(moe: MoE) -> float:
     return (moe.counts.max() / moe.counts.float().mean()).item()
+
+
+# ---- linear layers and norms -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 48), (48,), (2, 3, 48), (FEW, 48), (FEW + 1, 48), (0, 48)])
+def test_few_rows_of_bfloat16_give_what_nn_linear_gives(shape, bias):
+    torch.manual_seed(0)
+    layer = Linear(48, 80, bias=bias).bfloat16()
+    x = torch.randn(shape).bfloat16()
+    expected = F.linear(x, layer.weight, layer.bias)
+    with torch.no_grad():
+        y = layer(x)
+    assert y.shape == expected.shape and y.dtype == expected.dtype and y.is_contiguous()
+    torch.testing.assert_close(y, expected, rtol=2**-6, atol=1e-2)  # sums in another order, rounded to 8 bits
+
+
+def test_gradients_go_the_usual_way():
+    layer, x = Linear(8, 4).bfloat16(), torch.randn(1, 8).bfloat16()
+    layer(x).sum().backward()
+    assert torch.equal(layer.weight.grad, x.expand(4, 8))
+
+
+def test_norm_of_a_wide_stream_is_as_exact_as_the_stream_and_silent(recwarn):
+    norm = RMSNorm(16).bfloat16()
+    torch.nn.init.uniform_(norm.weight)
+    x = torch.randn(3, 16)
+    y = norm(x)
+    assert y.dtype == torch.float32 and not recwarn.list
+    expected = x / (x.double().square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    torch.testing.assert_close(y.double(), expected * norm.weight.double())
 
 
 # ---- one token at a time is the definition ---------------------------------------------------------------------------
@@ -472,8 +504,11 @@ def test_the_optimizer_trains_router_experts_and_shared(optimizer):
 
 
 def test_active_parameters_are_those_that_a_token_uses():
-    moe = MoE(d_model=16, d_ff=24, n_expert=8, top_k=3, n_shared=2)
-    assert moe.active() == 8 * 16 + 3 * (3 * 16 * 24) + 3 * 16 * 48
+    model = LanguageModel(ModelConfig(d_model=16, n_head=2, n_layer=1, ffn="swiglu", n_expert=8, top_k=3, n_shared=2,
+                                      d_expert=24))
+    used = 8 * 16 + 3 * (3 * 16 * 24) + 3 * 16 * 48
+    others = sum(p.numel() for name, p in model.named_parameters() if ".ffn." not in name)
+    assert model.count_parameters()["active"] == others + used
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -482,11 +517,11 @@ def test_active_parameters_are_those_that_a_token_uses():
     (dict(n_group=3), "n_group=3"),
     (dict(n_group=4, topk_group=1), "topk_group=1"),
     (dict(n_group=4, topk_group=5), "topk_group=5"),
-    (dict(d_ff=20), "20, must be multiples of 8"),
+    (dict(d_expert=20), "d_expert=20 must be multiples of 8"),
     (dict(d_model=12), "d_model=12"),
-    (dict(top_k=1), "renormalise=False"),
+    (dict(top_k=1), "router_renormalise=True"),
     (dict(router="relu"), "router=relu"),
 ])
 def test_what_does_not_fit_is_refused(changes, words):
     with pytest.raises(UserError, match=words):
-        MoE(**{**TINY, **changes})
+        ModelConfig(**dict(d_model=16, n_head=2, n_expert=8, top_k=3, d_expert=24) | changes)

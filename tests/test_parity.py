@@ -7,7 +7,7 @@ import torch
 
 from attention import RopeScaling, rope_frequencies
 from model import LanguageModel, ModelConfig
-from test_mla import half_split
+from test_attention import half_split
 from test_model import with_our_names
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
