@@ -1,4 +1,4 @@
-"""From ids to more ids: prefill, one token at a time through the cache, and the rules by which a token is chosen.
+"""From ids to more ids: prefill, one token at a time through the cache, and the rules by which a token is sampled.
 
     for new in stream(model, [prompt_ids], sampling):     # new: one id per row, None where a row has ended
         ...
@@ -7,7 +7,7 @@
 The rules apply in this order: repetition penalty and bans, temperature, top-k, top-p, min-p.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,14 +19,14 @@ from model import LanguageModel
 
 @dataclass
 class SamplingSettings:
-    max_new_tokens: Size = 256  # tokens to generate per sample, at most
+    max_new_tokens: Size = 256  # most tokens to generate per sample
     min_new_tokens: Size = 0    # tokens to generate before a sample may end
-    temperature: NotNegative = 0.8  # 0 takes the most likely token, 1 samples the model's own distribution
-    top_k: Size = 0             # choose among the k most likely tokens; 0 = all
-    top_p: Share = 0.95         # choose among the likeliest tokens that together reach p (arXiv 1904.09751); 1 = all
-    min_p: Share = 0.0          # choose among tokens at least min_p times as likely as the likeliest (arXiv 2407.01082)
+    temperature: NotNegative = 0.8  # 0 takes the most likely token, 1 samples from the model's own distribution
+    top_k: Size = 0             # sample from the k most likely tokens; 0 = all
+    top_p: Share = 0.95         # sample from the likeliest tokens that together reach p (arXiv 1904.09751); 1 = all
+    min_p: Share = 0.0          # sample from tokens at least min_p times as likely as the likeliest (arXiv 2407.01082)
     repetition_penalty: Positive = 1.0  # on logits of generated tokens: l/p if positive, else l·p (arXiv 1909.05858)
-    no_repeat_ngram: Size = 0   # no sequence of n generated tokens twice; 0 = off
+    no_repeat_ngram: Size = 0   # never generate the same n tokens in a row twice; 0 = off
     seed: Amount = 1337         # seed of the random choices
 
     def __post_init__(self):
@@ -46,8 +46,7 @@ def generate(model: LanguageModel, prompts: list[list[int]], sampling: SamplingS
 
 @torch.inference_mode()
 def stream(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSettings | None = None,
-           stop_ids: tuple[int, ...] = (), first: list[list[int]] | None = None,
-           ) -> Iterator[list[int | None]]:
+           stop_ids: tuple[int, ...] = (), first: list[list[int]] | None = None) -> Iterator[list[int | None]]:
     """Yield the next token of every row until all have ended or max_new_tokens is reached.
 
     Prompts may differ in length but not be empty; they share one batch, padded on the left, and the logits of a row
@@ -61,37 +60,37 @@ def stream(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSet
     device = model.embed.weight.device
     generator = torch.Generator(device).manual_seed(sampling.seed)
     seq_len = model.cfg.seq_len
-    rows = [list(prompt) for prompt in prompts]
-    new: list[list[int]] = [[] for _ in rows]
-    ended = [False] * len(rows)
-    held = [min(len(row), seq_len) for row in rows]  # tokens of each row that are read
+    context = [list(prompt[-seq_len:]) for prompt in prompts]  # what is read of each row
+    generated: list[list[int]] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
     was_training = model.training
     model.eval()
     try:
-        cache, logits = prefill(model, [row[-seq_len:] for row in rows], sampling.max_new_tokens)
-        for n in range(sampling.max_new_tokens):
-            banned = stop_ids if n < sampling.min_new_tokens else ()
-            if first and n == 0:
-                logits = logits + allow_only(first, logits)
-            tokens = choose(logits, sampling, generator, new, banned).tolist()
+        cache, logits = prefill(model, context, sampling.max_new_tokens)
+        if first:
+            logits = allow_only(logits, first)
+        for step in range(sampling.max_new_tokens):
+            banned = stop_ids if step < sampling.min_new_tokens else ()
+            tokens = sample_tokens(logits, sampling, generator, generated, banned).tolist()
+            new: list[int | None] = [None] * len(prompts)
             for i, token in enumerate(tokens):
                 ended[i] = ended[i] or token in stop_ids
                 if not ended[i]:
-                    new[i].append(token)
-                    rows[i].append(token)
-                    held[i] += 1
-            yield [None if end else token for end, token in zip(ended, tokens, strict=True)]
-            if all(ended) or n + 1 == sampling.max_new_tokens:
+                    new[i] = token
+                    generated[i].append(token)
+                    context[i].append(token)
+            yield new
+            if all(ended) or step + 1 == sampling.max_new_tokens:
                 return
-            if cache.length == cache.size:
-                for i, end in enumerate(ended):
-                    if end:
-                        held[i] = 1  # which is enough to read
-                    elif held[i] > seq_len:
-                        held[i] = max(1, seq_len // 2)
-                cache, logits = prefill(model, [row[-n:] for row, n in zip(rows, held, strict=True)], seq_len)
-            else:
+            if cache.length < cache.size:
                 logits = model(torch.tensor(tokens, device=device)[:, None], cache=cache, n_logits=1)[:, -1]
+                continue
+            for i, row in enumerate(context):
+                if ended[i]:
+                    context[i] = row[-1:]  # which is enough to read
+                elif len(row) > seq_len:
+                    context[i] = row[-max(1, seq_len // 2) :]
+            cache, logits = prefill(model, context, seq_len)
     finally:
         model.train(was_training)
 
@@ -103,28 +102,33 @@ def prefill(model: LanguageModel, rows: list[list[int]], more: int):
     different = list(dict.fromkeys(map(tuple, rows)))
     longest = max(map(len, different))
     cache = model.new_cache(len(different), min(model.cfg.seq_len, longest + more))
-    pad = [longest - len(row) for row in different]
-    if any(pad):
-        cache.pad = torch.tensor(pad, device=device)
-    ids = torch.tensor([(0,) * n + row for n, row in zip(pad, different, strict=True)], device=device)
-    logits = model(ids, cache=cache, n_logits=1)[:, -1]
+    ids = torch.zeros(len(different), longest, dtype=torch.int64)
+    pad = torch.zeros(len(different), dtype=torch.int64)
+    for i, row in enumerate(different):
+        pad[i] = longest - len(row)
+        ids[i, longest - len(row) :] = torch.tensor(row)
+    if pad.any():
+        cache.pad = pad.to(device)
+    logits = model(ids.to(device), cache=cache, n_logits=1)[:, -1]
     if len(different) == len(rows):
         return cache, logits
     index = torch.tensor([different.index(tuple(row)) for row in rows], device=device)
     return model.spread_cache(cache, index), logits[index]
 
 
-def allow_only(ids: list[list[int]], logits: Tensor) -> Tensor:
-    """(B, V) of 0 for the ids of each row, and of -inf for the others; an empty list allows all."""
-    mask = torch.full_like(logits, float("-inf"))
+def allow_only(logits: Tensor, ids: list[list[int]]) -> Tensor:
+    """Logits (B, V) with -inf for all but the ids of each row; an empty list allows all."""
+    mask = torch.zeros_like(logits)
     for row, allowed in zip(mask, ids, strict=True):
-        row[allowed or slice(None)] = 0.0
-    return mask
+        if allowed:
+            row.fill_(float("-inf"))
+            row[allowed] = 0.0
+    return logits + mask
 
 
-def choose(logits: Tensor, sampling: SamplingSettings, generator: torch.Generator,
-           generated: list[list[int]], banned: tuple[int, ...] = ()) -> Tensor:
-    """logits (B, V) -> chosen ids (B,). `generated` are the new tokens of each row, for penalty and bans.
+def sample_tokens(logits: Tensor, sampling: SamplingSettings, generator: torch.Generator,
+                  generated: list[list[int]], banned: tuple[int, ...] = ()) -> Tensor:
+    """logits (B, V) -> sampled ids (B,). `generated` are the new tokens of each row, for penalty and bans.
 
     Every positive temperature and penalty has a limit: a temperature near 0 takes the most likely token, a very large
     one any token that is allowed.
@@ -159,8 +163,11 @@ def ngram_bans(row: list[int], n: int) -> list[int]:
     """Tokens that would complete an n-gram that the row already has: ([1, 2, 3, 1, 2], 3) -> [3]"""
     if n < 1 or len(row) < n:
         return []
-    last = row[len(row) - n + 1 :]
-    return [row[i + n - 1] for i in range(len(row) - n + 1) if row[i : i + n - 1] == last]
+    last, bans = row[len(row) - n + 1 :], []
+    for i in range(len(row) - n + 1):
+        if row[i : i + n - 1] == last:
+            bans.append(row[i + n - 1])
+    return bans
 
 
 def filter_probs(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
@@ -177,3 +184,28 @@ def filter_probs(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: floa
     if min_p > 0:
         probs = probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0)
     return probs  # torch.multinomial needs no normalisation
+
+
+def before_stop(pieces: Iterable[str], stops: Iterable[str]) -> Iterator[str]:
+    """The text up to the stop string that is complete first, however the text is cut into pieces.
+
+    >>> list(before_stop(["a#", "b#", "#c"], ("##",)))  ->  ["a", "#b"]      # "#" waits: it may begin a stop string
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [(begin + len(stop), begin) for stop in stops if (begin := held.find(stop)) >= 0]
+        if found:
+            held = held[: min(found)[1]]
+            break
+        waits = 0  # characters that may begin a stop string
+        for stop in stops:
+            for n in range(1, len(stop)):
+                if held.endswith(stop[:n]):
+                    waits = max(waits, n)
+        safe = len(held) - waits
+        if safe:
+            yield held[:safe]
+        held = held[safe:]
+    if held:
+        yield held

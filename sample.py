@@ -16,11 +16,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from configurator import Count, UserError, check_fields, configure, find_path
-from generate import SamplingSettings, generate, stream
+from generate import SamplingSettings, before_stop, generate, stream
 from runtime import checkpoint
 from runtime.device import MachineSettings, choose_machine
 from runtime.screen import run, visible
-from text.chat import Chat, ChatSettings, before_stop
+from text.chat import Chat, ChatSettings
 from text.tokenizer import StreamDecoder
 
 __all__ = ["generate", "stream"]  # `from sample import generate`

@@ -1,8 +1,10 @@
+import random
+
 import pytest
 import torch
 
 from configurator import UserError
-from generate import SamplingSettings, choose, filter_probs, generate, ngram_bans, stream
+from generate import SamplingSettings, before_stop, filter_probs, generate, ngram_bans, sample_tokens, stream
 from model import LanguageModel
 from test_model import KINDS, shaken, tiny
 
@@ -109,7 +111,7 @@ def test_max_new_tokens_zero_generates_nothing():
 
 
 def chosen(logits, generated=(), **rules):
-    return choose(torch.tensor([logits]), SamplingSettings(**rules), torch.Generator(), [list(generated)]).item()
+    return sample_tokens(torch.tensor([logits]), SamplingSettings(**rules), torch.Generator(), [list(generated)]).item()
 
 
 def test_repetition_penalty_acts_once_per_token_and_on_both_signs():
@@ -159,7 +161,7 @@ def test_a_tiny_temperature_takes_the_most_likely_token(temperature, logits):
 def test_a_huge_temperature_takes_any_token_that_is_allowed(temperature):
     rules = SamplingSettings(temperature=temperature, top_p=1.0, no_repeat_ngram=1)
     logits, generator = torch.tensor([[9.0, 0.0, -9.0]]), torch.Generator()
-    assert {choose(logits, rules, generator, [[0]]).item() for _ in range(50)} == {1, 2}
+    assert {sample_tokens(logits, rules, generator, [[0]]).item() for _ in range(50)} == {1, 2}
 
 
 @pytest.mark.parametrize("penalty", [1e-45, 1e-300, 1e300])
@@ -182,7 +184,7 @@ def test_temperature_sharpens():
     for t in (0.5, 1.0):
         generator = torch.Generator().manual_seed(0)
         rows = [[] for _ in range(4000)]
-        ids = choose(logits, SamplingSettings(temperature=t, top_p=1.0), generator, rows)
+        ids = sample_tokens(logits, SamplingSettings(temperature=t, top_p=1.0), generator, rows)
         share[t] = 1 - ids.float().mean().item()
     assert share[1.0] == pytest.approx(torch.sigmoid(torch.tensor(1.0)).item(), abs=0.03)
     assert share[0.5] == pytest.approx(torch.sigmoid(torch.tensor(2.0)).item(), abs=0.03)
@@ -245,3 +247,16 @@ def test_a_row_that_has_ended_does_not_fill_the_cache_of_the_others(monkeypatch)
     long, short = generate(model, [[3] * 32, [1, 2]], SamplingSettings(temperature=0, max_new_tokens=20), (stop,))
     assert long == [] and len(short) <= 20
     assert sum(length > 1 for length in reads[1:]) <= 3, "the context is read again for each token"
+
+
+def test_what_might_begin_a_stop_waits_and_comes_if_it_was_none():
+    assert list(before_stop(["a#", "b#", "#c"], ("##",))) == ["a", "#b"]
+    rng = random.Random(0)
+    for _ in range(300):
+        text = "".join(rng.choice("ab#") for _ in range(rng.randrange(12)))
+        stops = tuple("".join(rng.choice("ab#") for _ in range(rng.randint(1, 3))) for _ in range(rng.randrange(3)))
+        ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
+        begins = [text.find(stop) for stop in stops if stop in text and text.find(stop) + len(stop) == min(ends)]
+        cuts = sorted(rng.randrange(len(text) + 1) for _ in range(3))
+        for pieces in (text, [text], [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]):
+            assert "".join(before_stop(pieces, stops)) == (text[: min(begins)] if ends else text)

@@ -14,14 +14,14 @@ Every part (a marker, a text, an end) is turned into ids by itself, and these id
 is ever searched for among ids, and a marker that somebody typed is text like any other.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from configurator import UserError, check_fields
-from generate import SamplingSettings, choose
+from generate import SamplingSettings, before_stop, sample_tokens
 from text.tokenizer import StreamDecoder, Tokenizer
 
 TEMPLATES = ("chatml", "alpaca", "inst")
@@ -299,28 +299,4 @@ class Chat:
         new = torch.tensor([ids[len(known) :]], device=self.model.embed.weight.device)
         logits = self.model(new, cache=cache, n_logits=1)[:, -1]
         self.known, self.cache = ids, cache
-        return choose(logits, self.sampling, self.generator, [answer], banned).item()
-
-
-def before_stop(pieces: Iterable[str], stops: Iterable[str]) -> Iterator[str]:
-    """The text up to the stop string that is complete first, however the text is cut into pieces. What could be the
-    beginning of one waits until that is decided.
-
-    >>> list(before_stop(["a#", "b#", "#c"], ("##",)))  ->  ["a", "#b"]
-    """
-    held = ""
-    for piece in pieces:
-        held += piece
-        found = [(begin + len(stop), begin) for stop in stops if (begin := held.find(stop)) >= 0]
-        if found:
-            _, begin = min(found)
-            if begin:
-                yield held[:begin]
-            return
-        begins = (i for i in range(len(held)) if any(stop.startswith(held[i:]) for stop in stops))
-        safe = next(begins, len(held))
-        if safe:
-            yield held[:safe]
-        held = held[safe:]
-    if held:
-        yield held
+        return sample_tokens(logits, self.sampling, self.generator, [answer], banned).item()
