@@ -1,19 +1,18 @@
 """Text -> tokenizer -> shards of token ids, once; later runs find them in the cache.
 
-    python data.py stdlib                    # a corpus of data/: prepare it and show what came out
-    python data.py my.txt VOCAB_SIZE=8192    # text of yours, a folder of it, or shards of token ids
-    python data.py mixture="stdlib:0.7 my.txt:0.3"    # several, by their shares of the words: mixture.py
+    python data.py stdlib                    # prepare a corpus of data/ and show what came out
+    python data.py my.txt VOCAB_SIZE=8192    # your own text, a folder of it, or shards of token ids
+    python data.py mixture="stdlib:0.7 my.txt:0.3"    # several, by word share
     python data.py my.txt more/ TOKENIZER=unigram TOKENIZER_DIR=out/tokenizer    # only a tokenizer; also --profile
 
     folder = prepare(settings)
-    tokenizer = load_tokenizer(folder)
-    stream = TokenStream(folder, "train", tokenizer)        # batches.py goes on from here
+    stream = TokenStream(folder, "train", load_tokenizer(folder))        # text/batches.py continues from here
 
 A prepared folder holds `train_00000.npy` ..., `val_00000.npy` ..., the tokenizer, and `meta.json`, which is written
-last: a folder without it is not complete. Its name ends in a hash of all that decides which tokens come out: the
-content of the files, the tokenizer, the settings. A change of any of these makes a new folder beside the old one. Sizes
-and times spare us reading the files each time: what changes a file but none of these is not seen. A tokenizer that we
-train has a folder of its own, so it outlives an interruption, and a change of shard_tokens.
+last: without it the folder is not complete. Its name ends in a hash of all that decides which tokens come out: the
+content of the files, the tokenizer, the settings. Change one of these, and a new folder appears beside the old one. A
+file is read again only if its size or times have changed. A tokenizer that we train has a folder of its own, so it
+outlives an interruption and a change of shard_tokens.
 """
 
 import runtime.screen  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
@@ -21,11 +20,11 @@ import runtime.screen  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
 import cProfile
 import hashlib
 import json
-import os
 import pstats
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain, takewhile
 from pathlib import Path
@@ -33,12 +32,12 @@ from pathlib import Path
 from configurator import Settings, UserError, cache_folder, configure, find_path, need, write_path
 from model import ModelConfig
 from runtime.checkpoint import find_tokenizer
-from runtime.files import Either, locked, read_json, require_file, working, write_json, writing
+from runtime.files import Either, read_json, read_notes, require_file, working, write_json, writing
 from runtime.screen import ProgressLine, run, say, visible
 from text.batches import TokenStream
-from text.corpus import TRAINED, DataSettings, RawCorpus, forced, import_dataset, is_dataset, open_corpus, open_dataset
-from text.download import set_aside
+from text.corpus import TRAINED, DataSettings, RawCorpus, is_dataset, open_corpus, open_dataset
 from text.mixture import open_mixture, parse
+from text.overwrite import Overwrite
 from text.ranks import TIKTOKEN
 from text.records import SEPARATOR, files_pieces, path_name, reading, text_files
 from text.shards import FORMAT, PREPARED, count_shards, find_shards, read_meta, write_meta, write_split
@@ -59,9 +58,7 @@ def prepare(s: Settings, quiet: bool = False, known=None) -> Path:
     Several processes may call this at once: one of them works and the others wait. `known` is the tokenizer of a
     resumed run: text that has changed since it began is encoded with that one, and not with a new one.
     """
-    data, asked_size = s.part(DataSettings), 0  # 0: nobody asked for a size of the vocabulary
-    if s.given("vocab_size"):
-        asked_size = s.vocab_size
+    data, asked_size = s.part(DataSettings), size_asked_for(s)
     folder = find_path(data.data_path)
     if data.data_path and (folder / "meta.json").is_file():  # it is such a folder itself
         meta = read_meta(folder, PREPARED)
@@ -87,6 +84,11 @@ def prepare(s: Settings, quiet: bool = False, known=None) -> Path:
     return folder
 
 
+def size_asked_for(s: Settings) -> int:
+    """Entries of the vocabulary; 0 if nobody asked for a number."""
+    return s.vocab_size if s.given("vocab_size") else 0
+
+
 def check_vocabulary(trained: str, size: int, asked_size: int) -> None:
     """A vocabulary that somebody asked for does not silently become a smaller one."""
     need(trained in ("", "char") or size >= asked_size,
@@ -100,7 +102,10 @@ class Preparation:
     def __init__(self, data: DataSettings, asked_size: int, quiet: bool):
         self.data, self.asked_size, self.quiet, self.cache = data, asked_size, quiet, cache_folder(data.cache_dir)
         self.overwrite = Overwrite(data.overwrite, self.cache)
-        put_downloads_aside(data, self.overwrite, quiet)
+        if data.mixture:
+            self.overwrite.put_downloads_aside(list(parse(data.mixture)), quiet)
+        elif not data.data_path:
+            self.overwrite.put_downloads_aside([data.dataset], quiet)
         self.raw, self.tokenizer, self.shards = find_source(data)  # no tokenizer: one is trained
         self.sources = self.raw.sources()
         hashes = content_hashes(self.sources, self.cache, quiet)
@@ -117,8 +122,10 @@ class Preparation:
     def folder(self, known=None) -> Path:
         """The complete folder."""
         folder = self.folder_for(self.tokenizer)
-        if known and not self.tokenizer and not made_by(folder, known):
-            self.tokenizer, folder = known, self.folder_for(known)
+        if known and not self.tokenizer:
+            is_known = (folder / "meta.json").is_file() and read_meta(folder)["tokenizer"] == known.fingerprint
+            if not is_known:
+                self.tokenizer, folder = known, self.folder_for(known)
         if self.is_current(folder, self.quiet):
             say(f"data: {folder} is current: downloads, tokenizer and tokens are there", self.quiet)
         else:
@@ -133,7 +140,10 @@ class Preparation:
             decides = [*self.decides, tokenizer.fingerprint, tokenizer.role("eot")]
         if self.data.replace_missing:
             decides.append("replaced")
-        return self.cache / f"{self.raw.name}-{cache_key([*decides, self.data.shard_tokens])}"
+        return self.folder_named("", [*decides, self.data.shard_tokens])
+
+    def folder_named(self, kind: str, decides: list) -> Path:
+        return self.cache / f"{self.raw.name}{kind}-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]}"
 
     def is_current(self, folder: Path, quiet: bool) -> bool:
         """Whether the folder is complete and need not be made again."""
@@ -194,38 +204,41 @@ class Preparation:
         say("\n".join(f"data: {line}" for line in remarks(meta)), quiet)
 
     def train(self):
-        """A tokenizer that has seen the training documents and nothing else; now, or found in its own folder."""
-        folder = self.cache / f"{self.raw.name}-tokenizer-{cache_key(self.decides + self.training)}"
+        """A tokenizer that has seen the training documents and nothing else; from its own folder, or trained now."""
+        data, raw, folder = self.data, self.raw, self.folder_named("-tokenizer", self.decides + self.training)
         with working(folder, self.quiet) as note:
-            tokenizer = None
-            if (folder / "tokenizer.json").is_file() and not self.overwrite.is_due(folder, "tokenizer"):
-                try:
-                    refuse_damage(folder, read_json(folder / "made.json", {"sum": int})["sum"])
-                    tokenizer = load_tokenizer(folder)
-                    say(f"data: {folder} is current", self.quiet)
-                except UserError as error:
-                    say(f"data: {error}; the tokenizer is trained again", self.quiet)
+            tokenizer = self.trained_before(folder)
             if tokenizer is None:
-                tokenizer = self.train_now(note)
+                texts = (text for text, _ in raw.pieces("train"))
+                first = next(texts, None)
+                need(first is not None, f"{raw.name} holds no text to train on")
+                say(f"data: training a {data.tokenizer} tokenizer on {raw.name}", self.quiet)
+                total, amount = raw.size("train"), raw.done
+                if 0 < data.tokenizer_bytes < total:
+                    total, amount = data.tokenizer_bytes, float
+                line = ProgressLine("tokenizer reads", total, raw.unit, raw.scale, self.quiet, note)
+                tokenizer = train_new(data, self.asked_size, chain([first], texts), line, amount)
                 tokenizer.save(folder)
                 write_json(folder / "made.json", {"sum": tokenizer_sum(folder)})
                 self.overwrite.note(folder)
-        check_vocabulary(self.data.tokenizer, tokenizer.vocab_size, self.asked_size)
+        check_vocabulary(data.tokenizer, tokenizer.vocab_size, self.asked_size)
         return tokenizer
 
-    def train_now(self, note: Callable[[str], None]):
-        texts = (text for text, _ in self.raw.pieces("train"))
-        first = next(texts, None)
-        need(first is not None, f"{self.raw.name} holds no text to train on")
-        say(f"data: training a {self.data.tokenizer} tokenizer on {self.raw.name}", self.quiet)
-        whole, limit, done = self.raw.size("train"), self.data.tokenizer_bytes, self.raw.done
-        if 0 < limit < whole:
-            whole, done = limit, float
-        line = ProgressLine("tokenizer reads", whole, self.raw.unit, self.raw.scale, self.quiet, note)
-        return train_new(self.data, self.asked_size, chain([first], texts), self.data.workers, line, done)
+    def trained_before(self, folder: Path):
+        """The tokenizer of this folder; None if it is missing, damaged, or to be made again."""
+        if not (folder / "tokenizer.json").is_file() or self.overwrite.is_due(folder, "tokenizer"):
+            return None
+        try:
+            refuse_damage(folder, read_json(folder / "made.json", {"sum": int})["sum"])
+            tokenizer = load_tokenizer(folder)
+        except UserError as error:
+            say(f"data: {error}; the tokenizer is trained again", self.quiet)
+            return None
+        say(f"data: {folder} is current", self.quiet)
+        return tokenizer
 
 
-def train_new(data: DataSettings, asked_size: int, texts: Iterable[str], workers: int, line: ProgressLine,
+def train_new(data: DataSettings, asked_size: int, texts: Iterable[str], line: ProgressLine,
               amount: Callable[[int], float] = float):
     """Train the tokenizer of the settings. `line` shows how much text it has read, `amount(bytes)`, then its merges."""
 
@@ -241,7 +254,7 @@ def train_new(data: DataSettings, asked_size: int, texts: Iterable[str], workers
         line.show(done)
 
     tokenizer = train_tokenizer(data.tokenizer, texts, wanted_size(data, asked_size), data.tokenizer_pattern,
-                                max_bytes=data.tokenizer_bytes, workers=workers, progress=show)
+                                max_bytes=data.tokenizer_bytes, workers=data.workers, progress=show)
     line.close()
     return tokenizer
 
@@ -288,49 +301,30 @@ def named_tokenizer(name: str):
 # ---- what is current -------------------------------------------------------------------------------------------------
 
 
-def cache_key(decides: list) -> str:
-    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
-
-
-def made_by(folder: Path, tokenizer) -> bool:
-    """Whether the folder holds tokens of this tokenizer."""
-    return (folder / "meta.json").is_file() and read_meta(folder)["tokenizer"] == tokenizer.fingerprint
-
-
 def content_hashes(sources: list, cache: Path, quiet: bool) -> list[str]:
     """A hash of each file's content. hashes.json of the cache keeps {path: [bytes, times, hash]}: a file is read again
     only when its size or times say that it may have changed."""
+    notes, shape = cache / "hashes.json", {str: [Either(str, int)]}
 
-    def known() -> tuple[dict, list[str | None]]:
-        try:
-            hashes = read_json(cache / "hashes.json", {str: [Either(str, int)]})
-        except UserError:  # not there, or damaged: we read the files
-            hashes = {}
-        found = []
-        for path, *state in sources:
-            *before, content = hashes.get(path) or [None]
-            found.append(str(content) if before == state else None)
-        return hashes, found
+    def unread(hashes: dict) -> list:
+        return [[path, *state] for path, *state in sources if hashes.get(path, [])[:-1] != state]
 
-    hashes, found = known()
-    if None not in found:
-        return found
-    with working(cache, quiet) as note:
-        hashes, found = known()  # another process may have read some
-        unread = [i for i, each in enumerate(found) if each is None]
-        progress = ProgressLine("reading files", sum(sources[i][1] for i in unread), "MB", 1e6, quiet, note)
-        for i in unread:
-            path, *state = sources[i]
-            digest = hashlib.blake2b(digest_size=16)
-            with reading(Path(path)), open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-                    progress.add(len(block))
-            found[i] = digest.hexdigest()
-            hashes[path] = [*state, found[i]]
-        progress.close()
-        write_json(cache / "hashes.json", hashes)
-    return found
+    hashes = read_notes(notes, shape)
+    if unread(hashes):
+        with working(cache, quiet) as note:
+            hashes = read_notes(notes, shape)  # another process may have read some
+            files = unread(hashes)
+            progress = ProgressLine("reading files", sum(size for _, size, *_ in files), "MB", 1e6, quiet, note)
+            for path, *state in files:
+                digest = hashlib.blake2b(digest_size=16)
+                with reading(Path(path)), open(path, "rb") as file:
+                    while block := file.read(1 << 20):
+                        digest.update(block)
+                        progress.add(len(block))
+                hashes[path] = [*state, digest.hexdigest()]
+            progress.close()
+            write_json(notes, hashes)
+    return [str(hashes[path][-1]) for path, *_ in sources]
 
 
 def equal_files(raw: RawCorpus, hashes: list[str]) -> list[str]:
@@ -353,64 +347,6 @@ def tokenizer_sum(folder: Path) -> int:
     path = require_file(folder / "tokenizer.json")
     with reading(path):
         return zlib.crc32(path.read_bytes())
-
-
-class Overwrite:
-    """The stages that `overwrite` makes again. The launch decides, no clock: what one of its processes has made again
-    is noted in the cache, and the others take it as it is, however late they come."""
-
-    def __init__(self, overwrite: str, cache: Path):
-        self.stages, self.path = forced(overwrite), cache / ".overwritten.json"
-
-    def done(self) -> list[str]:
-        try:
-            noted = read_json(self.path, {"launch": str, "done": [str]})
-        except UserError:  # not there, or damaged: nothing was noted
-            return []
-        return noted["done"] if noted["launch"] == launch_id() else []
-
-    def is_due(self, what: str | Path, stage: str) -> bool:
-        return stage in self.stages and str(what) not in self.done()
-
-    def note(self, what: str | Path) -> None:
-        if self.stages:
-            with locked(self.path.with_name(".overwritten.lock"), busy=lambda note: None):
-                write_json(self.path, {"launch": launch_id(), "done": [*self.done(), str(what)]})
-
-
-def launch_id() -> str:
-    """The same for all processes that one torchrun starts, and another for each start."""
-    names = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "GROUP_RANK")]
-    process = os.getppid() if names[0] else os.getpid()
-    try:  # another process may have had this number before, but not with this time of its start
-        began = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:  # not Linux
-        began = ""
-    return "-".join([*names, str(process), began])
-
-
-def put_downloads_aside(data: DataSettings, overwrite: Overwrite, quiet: bool) -> None:
-    """Once for a launch: what the corpora have downloaded is fetched again where `overwrite` asks for it."""
-    if "download" not in overwrite.stages or data.data_path:
-        return
-    corpora = [data.dataset]
-    if data.mixture:
-        corpora = list(parse(data.mixture))
-    named = data.overwrite.replace(",", " ").split()
-    wanted = {name.partition(":")[2] for name in named if name.startswith("download:")}
-    unknown = wanted - {name.partition(":")[0] for name in corpora}
-    need(not unknown, f"overwrite={data.overwrite}: {min(unknown, default='')} is no corpus of this run; it has "
-                      f"{', '.join(corpora)}")
-    for corpus in filter(is_dataset, corpora):
-        name = corpus.partition(":")[0]
-        module = import_dataset(name)
-        if not hasattr(module, "downloads") or wanted and name not in wanted:
-            continue
-        with working(overwrite.path.parent, quiet):
-            if overwrite.is_due(f"download {name}", "download"):
-                for path in module.downloads():
-                    set_aside(path)
-                overwrite.note(f"download {name}")
 
 
 # ---- what the user sees ----------------------------------------------------------------------------------------------
@@ -452,15 +388,15 @@ def remarks(meta: dict) -> list[str]:
 
 def only_tokenizer(inputs: list[str], s: Settings) -> str:
     """Train a tokenizer on all the text of files, folders and corpora, and write it where the user wants it."""
-    data, asked_size = s.part(DataSettings), s.vocab_size if s.given("vocab_size") else 0
+    data, asked_size = s.part(DataSettings), size_asked_for(s)
     need(data.tokenizer in TRAINED, f"tokenizer_dir= is for a tokenizer that is trained: {', '.join(TRAINED)}")
     texts = chain.from_iterable(all_text(each, data.text_field) for each in inputs)
     line = ProgressLine("tokenizer reads", 0, "MB", 1e6)
+    profile = nullcontext()
     if s.profile:
-        with cProfile.Profile() as profile:
-            tokenizer = train_new(data, asked_size, texts, 1, line)
-    else:
-        tokenizer = train_new(data, asked_size, texts, data.workers, line)
+        data.workers, profile = 1, cProfile.Profile()
+    with profile:
+        tokenizer = train_new(data, asked_size, texts, line)
     check_vocabulary(data.tokenizer, tokenizer.vocab_size, asked_size)
     folder = write_path(s.tokenizer_dir)
     with writing(folder, "; tokenizer_dir=<folder> names another"):

@@ -247,6 +247,14 @@ def read_json(path: Path, shape=dict, remedy: str = ""):
     return content
 
 
+def read_notes(path: Path, shape: dict) -> dict:
+    """The content of a JSON file of ours that can be made again: {} if it is missing or damaged."""
+    try:
+        return read_json(path, shape)
+    except UserError:
+        return {}
+
+
 def unique_fields(pairs: list[tuple[str, object]]) -> dict:
     """For json.loads(text, object_pairs_hook=unique_fields): of two equal names in an object, one would be lost."""
     fields = {}

@@ -645,7 +645,7 @@ def test_stage_is_made_anew_with_all_behind_it_and_nothing_before_it(ancients, m
         capsys.readouterr()
         ancients.asked.clear()
         written = (folder / "meta.json").stat().st_ino
-        monkeypatch.setattr(data, "OWN_ID", stage)  # another launch
+        monkeypatch.setattr("text.overwrite.launch_id", lambda stage=stage: stage)  # another launch
         folder = ask(overwrite=stage)
         assert len(ancients.asked) == downloads and said in capsys.readouterr().out, stage
         assert ((folder / "meta.json").stat().st_ino != written) == made, stage

@@ -21,6 +21,7 @@ from data import prepare
 from model import ModelConfig
 from runtime import files
 from runtime.files import fcntl, working
+from text import overwrite
 from text import shards as sharding
 from text.batches import Batches, TokenStream, Validation
 from text.corpus import TRAINED, DataSettings
@@ -288,7 +289,7 @@ def test_overwrite_is_decided_by_the_launch_and_by_no_clock(tmp_path, corpus_fil
     for path in [*folder.iterdir(), *tmp_path.glob("cache/*/tokenizer.json")]:
         os.utime(path, (2e9 + 1e9, 2e9 + 1e9))  # of the year 2065
     for launch in ("one", "two"):
-        monkeypatch.setattr(data, "launch_id", lambda launch=launch: launch)
+        monkeypatch.setattr(overwrite, "launch_id", lambda launch=launch: launch)
         old = (folder / "meta.json").stat().st_ino
         for rank in range(3):  # the second and third come when the first is done
             made(tmp_path, data_path=corpus_file, overwrite=stage)
@@ -301,9 +302,9 @@ def test_overwrite_is_decided_by_the_launch_and_by_no_clock(tmp_path, corpus_fil
 
 
 def test_processes_of_one_torchrun_are_one_launch(monkeypatch):
-    alone = data.launch_id()
+    alone = overwrite.launch_id()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; print(data.launch_id())"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from text import overwrite; print(overwrite.launch_id())"
     one, two = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2))
     assert one == two and one.strip() not in ("", alone)
 

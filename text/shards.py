@@ -27,7 +27,7 @@ import numpy as np
 
 import bpe
 from configurator import UserError, find_path, need
-from runtime.files import file_state, read_json, replacing, require_file, write_json
+from runtime.files import file_state, read_json, read_notes, replacing, require_file, write_json
 from runtime.screen import ProgressLine, say
 from runtime.workers import in_order
 from text.corpus import RawCorpus
@@ -183,11 +183,8 @@ def check_shards(folder: Path, split: str, meta: dict, shards: list[np.ndarray])
     Each file is read once, at about the speed of the disk; CHECKED remembers its state. A folder from before there were
     checksums gets them if it can be written. What changes a file but neither its size nor its times is not seen.
     """
-    try:
-        known = read_json(folder / CHECKED, {str: [int]})
-    except UserError:  # not there, or damaged: the shards are read again
-        known = {}
-    part, before, sums = meta["splits"][split], dict(known), []
+    part, known = meta["splits"][split], read_notes(folder / CHECKED, {str: [int]})
+    before, sums = dict(known), []
     expected = part.get("sums") or [None] * len(shards)
     progress = ProgressLine(f"checking {split}", sum(ids.nbytes for ids in shards), "MB", 1e6)
     for (name, _), ids, wanted in zip(part["shards"], shards, expected, strict=True):

@@ -1,0 +1,67 @@
+"""overwrite=: which stages of a run are made again, and that each is made again once.
+
+    overwrite = Overwrite("tokenizer", cache)
+    if overwrite.is_due(folder, "tokens"):      # "tokens" comes after "tokenizer"
+        ...
+        overwrite.note(folder)                  # not again in this launch, by none of its processes
+"""
+
+import os
+from pathlib import Path
+
+from configurator import need
+from runtime.files import locked, read_notes, working, write_json
+from text.corpus import forced, import_dataset, is_dataset
+from text.download import set_aside
+
+
+class Overwrite:
+    """The launch decides, no clock: what one of its processes has made again is noted in the cache, and the others
+    take it as it is, however late they come."""
+
+    def __init__(self, overwrite: str, cache: Path):
+        self.names, self.stages = overwrite.replace(",", " ").split(), forced(overwrite)
+        self.path, self.launch = cache / ".overwritten.json", launch_id()
+
+    def done(self) -> list[str]:
+        noted = read_notes(self.path, {"launch": str, "done": [str]})
+        if noted.get("launch") != self.launch:
+            return []
+        return noted["done"]
+
+    def is_due(self, what: str | Path, stage: str) -> bool:
+        return stage in self.stages and str(what) not in self.done()
+
+    def note(self, what: str | Path) -> None:
+        if self.stages:
+            with locked(self.path.with_name(".overwritten.lock"), busy=lambda note: None):
+                write_json(self.path, {"launch": self.launch, "done": [*self.done(), str(what)]})
+
+    def put_downloads_aside(self, datasets: list[str], quiet: bool) -> None:
+        """Let the corpora of a run fetch their files again: those that download:<corpus> names, or all."""
+        if "download" not in self.stages:
+            return
+        corpora = [name.partition(":")[0] for name in datasets]
+        named = {name.partition(":")[2] for name in self.names if name.startswith("download:")}
+        unknown = ", ".join(named - set(corpora))
+        need(not unknown, f"overwrite: {unknown} is no corpus of this run; it has {', '.join(corpora)}")
+        for corpus in filter(is_dataset, corpora):
+            module = import_dataset(corpus)
+            if not hasattr(module, "downloads") or named and corpus not in named:
+                continue
+            with working(self.path.parent, quiet):
+                if self.is_due(f"download {corpus}", "download"):
+                    for path in module.downloads():
+                        set_aside(path)
+                    self.note(f"download {corpus}")
+
+
+def launch_id() -> str:
+    """The same for all processes that one torchrun starts, and another for each start."""
+    names = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "GROUP_RANK")]
+    process = os.getppid() if names[0] else os.getpid()
+    try:  # another process may have had this number before, but not with this time of its start
+        began = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:  # not Linux
+        began = ""
+    return "-".join([*names, str(process), began])
