@@ -116,7 +116,7 @@ def talk(s, model, tokenizer, saved: dict) -> None:
         print("[this model was trained to continue text, not to answer: `USE_LORA=1 python train.py` teaches it]",
               file=sys.stderr)
     template, system = (getattr(s, name) if s.given(name) else saved[name] for name in ("template", "system"))
-    chat = Chat(model, tokenizer, template, checked_text(system, "system"), s.part(SamplingSettings))
+    chat = Chat(model, tokenizer, template, s.part(SamplingSettings), checked_text(system, "system"))
     say_what_is_lost(tokenizer, chat.system, "the system text")
     live = sys.stdin.isatty()
     if live:
@@ -128,7 +128,7 @@ def talk(s, model, tokenizer, saved: dict) -> None:
         if command == "/reset":
             chat.reset()
         elif command == "/system":
-            chat.set_system(rest.strip())
+            chat.system = rest.strip()
             say_what_is_lost(tokenizer, chat.system, "the system text")
         elif command.startswith("/") and not command.startswith("//"):
             print(visible(f"[{command} is none of /reset, /system and /quit; //... is a message that begins with /]",

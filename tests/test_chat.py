@@ -140,7 +140,7 @@ def test_parts_that_do_not_begin_a_text_get_no_space_from_sentencepiece(name):
         "inst": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi there [/INST] Hello  you</s>[INST] So? [/INST]",
     }[name]
     answer = template.answer(" Hello  you")
-    decoder = StreamDecoder(tokenizer, after=template.goes_on_with(template.prompt(messages[:2])))
+    decoder = StreamDecoder(tokenizer, after=template.before_answer(template.prompt(messages[:2])))
     assert "".join(map(decoder.push, answer)) == " Hello  you"
 
 
@@ -337,7 +337,7 @@ def test_a_message_that_is_too_long_is_refused_and_changes_nothing():
     with pytest.raises(UserError, match=r"this message has \d+ tokens, and a context of 64 takes 52"):
         next(talking.say("the quick brown fox " * 40))
     assert (talking.turns, talking.known, talking.cache, talking.forgotten) == before
-    talking.set_system("the quick brown fox " * 40)
+    talking.system = "the quick brown fox " * 40
     with pytest.raises(UserError, match="this message and the system text have"):
         next(talking.say("Hi"))
 
@@ -428,7 +428,7 @@ def test_another_system_text_is_read_from_the_next_turn_on():
     model = Scripted(tokenizer, tokenizer.encode("fox"), Template("inst", tokenizer).ending[0])
     talking = Chat(model, tokenizer, "inst", system="old", sampling=GREEDY)
     assert "".join(talking.say("Hi")) == "fox"
-    talking.set_system("new")
+    talking.system = "new"
     "".join(talking.say("So?"))
     assert model.seen[-1] == talking.template.prompt(talk("Hi", "fox", "So?", system="new"))
 

@@ -1,9 +1,9 @@
-"""Conversations: messages -> ids and what is to be learned of them, and a talk with a model that keeps its cache.
+"""Conversations: prompt formats, what is learned of a conversation, and chat with a model that keeps its cache.
 
     template = Template("chatml", tokenizer)
     ids, learned = template.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
 
-    chat = Chat(model, tokenizer, "chatml", system="Be brief.")
+    chat = Chat(model, tokenizer, "chatml", SamplingSettings(), system="Be brief.")
     for piece in chat.say("Hi"):
         print(piece, end="", flush=True)
 
@@ -14,19 +14,14 @@ Every part (a marker, a text, an end) is turned into ids by itself, and these id
 is ever searched for among ids, and a marker that somebody typed is text like any other.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from configurator import UserError, check_fields
-from generate import SamplingSettings, before_stop, sample_tokens
+from configurator import UserError, check_fields, need
 from text.tokenizer import StreamDecoder, Tokenizer
-
-TEMPLATES = ("chatml", "alpaca", "inst")
-OWN_TEXT = {"chatml": "system\nuser\nassistant\n", "alpaca": "### Instruction:\n\n### Input:\n\n### Response:\n",
-            "inst": "[INST] [/INST]"}
 
 Message = dict  # {"role": str, "content": str}, perhaps "input": str, or "learn": False of an answer
 
@@ -41,95 +36,126 @@ class ChatSettings:
         check_fields(self)
 
 
+@dataclass(frozen=True)
+class Format:
+    """How a conversation is written: special tokens by their names (see MARKS), texts with places to fill in."""
+
+    user: tuple[str, ...]
+    assistant: tuple[str, ...] = ()     # before an answer
+    ending: tuple[str, ...] = ("eos",)  # after an answer
+    begin: tuple[str, ...] = ()         # once, before all
+    system: tuple[str, ...] = ()        # before the first message; a format without it has the text in the message:
+    joined: str = "{system}\n\n{user}"
+    input: tuple[str, ...] = ()         # after a message; a format without it has the input at the message's end
+    stop_texts: tuple[str, ...] = ()    # what begins the user's next turn: a model that writes it has answered
+
+    def parts(self) -> tuple[str, ...]:
+        return self.begin + self.system + self.user + self.input + self.assistant + self.ending
+
+
+MARKS = {"<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "bos", "eos"}
+FORMATS = {
+    "chatml": Format(
+        system=("<|im_start|>", "system\n", "{system}", "<|im_end|>", "\n"),
+        user=("<|im_start|>", "user\n", "{user}", "<|im_end|>", "\n"),
+        assistant=("<|im_start|>", "assistant\n"),
+        ending=("<|im_end|>", "\n")),
+    "alpaca": Format(
+        system=("{system}", "\n\n"),
+        user=("### Instruction:\n", "{user}", "\n\n"),
+        input=("### Input:\n", "{input}", "\n\n"),
+        assistant=("### Response:\n",),
+        stop_texts=("\n\n### Instruction:", "### Instruction:")),  # the longer one takes the blank line along
+    "inst": Format(  # Mistral
+        begin=("bos",),
+        system=("[SYSTEM_PROMPT]", "{system}", "[/SYSTEM_PROMPT]"),
+        user=("[INST]", "{user}", "[/INST]")),
+}
+TEMPLATES = tuple(FORMATS)
+
+
+def format_for(name: str, tokenizer: Tokenizer) -> Format:
+    """The format of that name, without the tokens that this tokenizer may lack."""
+    form, specials = FORMATS[name], tokenizer.specials
+    if name == "inst" and ("[INST]" not in specials or "[/INST]" not in specials):
+        # Llama 2 (arXiv 2307.09288) and Mistral's first model: the markers are text.
+        answer_space = "" if tokenizer.adds_space else " "
+        form = Format(begin=("bos",), user=("[INST] {user} [/INST]" + answer_space,),
+                      joined="<<SYS>>\n{system}\n<</SYS>>\n\n{user}", stop_texts=("[INST]",))
+    if not all(part in specials for part in form.system if part in MARKS):
+        form = replace(form, system=())
+    if tokenizer.role("bos") is None:
+        form = replace(form, begin=())
+    return form
+
+
 class Template:
-    """One of TEMPLATES for one tokenizer; UserError if that lacks a token that the template needs.
+    """One of FORMATS for one tokenizer; UserError if that lacks a token that the format needs.
 
     A conversation is `opening` answer `ending` `opening` answer `ending` ...; all methods below follow from that.
 
-    ending      ids behind an answer: its end token, then what belongs to no answer
+    ending      ids after an answer: its end token, then what belongs to no answer
     stop_ids    ids that end an answer
-    stop_texts  strings that end an answer: what a model writes that begins the user's next turn by itself
+    stop_texts  strings that end an answer
     """
 
     def __init__(self, name: str, tokenizer: Tokenizer):
-        if name not in TEMPLATES:
-            raise UserError(f"template={name}: choose one of {', '.join(TEMPLATES)}")
-        self.name, self.tokenizer = name, tokenizer
-        self.stop_texts: tuple[str, ...] = ()
-        if name == "chatml":
-            self.start, end = self._special("<|im_start|>"), self._special("<|im_end|>")
-            self.ending, marks = self._encode(end, "\n"), {self.start, end}
-        else:
-            eos = tokenizer.role("eos") if tokenizer.role("eos") is not None else tokenizer.role("eot")
-            if eos is None:
-                raise UserError(f"template={name} ends answers with the eos token, and this tokenizer has none")
-            self.ending, marks = [eos], {eos}
-        if name == "alpaca":  # the longer one takes the blank line along
-            self.stop_texts = ("\n\n### Instruction:", "### Instruction:")
-        if name == "inst":
-            self.begin, self.close = (tokenizer.specials.get(mark) for mark in ("[INST]", "[/INST]"))
-            self.bos = [] if tokenizer.role("bos") is None else [tokenizer.role("bos")]
-            marks |= {*self.bos, self.begin, self.close}
-            self.stop_texts = ("[INST]",) if self.begin is None or self.close is None else ()
-        if tokenizer.unk_rate(OWN_TEXT[name]):
-            lacks = tokenizer.lost(OWN_TEXT[name]).first
-            raise UserError(f"template={name} writes {OWN_TEXT[name]!r}, and this tokenizer lacks {lacks!r}: train "
-                            "with a tokenizer that has it")
-        marks |= {tokenizer.role(role) for role in ("eot", "eos", "pad")}
-        self.stop_ids = tuple(sorted(mark for mark in marks if isinstance(mark, int)))
+        need(name in FORMATS, f"template={name}: choose one of {', '.join(TEMPLATES)}")
+        self.name, self.tokenizer, self.format = name, tokenizer, format_for(name, tokenizer)
+        # Many SentencePiece models put a space before a text that starts; in Mistral's encoder every text does.
+        self.every_text_starts = name == "inst"
+        known = tokenizer.specials | {role: tokenizer.role(role) for role in ("bos", "eos", "eot", "pad")}
+        if known["eos"] is None:
+            known["eos"] = known["eot"]
+        self.marks: dict[str, int] = {}
+        text = ""
+        for part in self.format.parts():
+            if part in MARKS:
+                need(known.get(part) is not None, f"template={name} needs the token {part}, and this tokenizer has "
+                                                  "none: choose another template, or train a tokenizer here")
+                self.marks[part] = known[part]
+            else:
+                text += part.format(system="", user="", input="")
+        if tokenizer.role("unk") in tokenizer.encode(text):
+            raise UserError(f"template={name} writes {text!r}, and this tokenizer lacks "
+                            f"{tokenizer.lost(text).first!r}: train with a tokenizer that has it")
+        self.ending, self.stop_texts = self.encode(self.format.ending), self.format.stop_texts
+        stops = {*self.marks.values(), known["eos"], known["eot"], known["pad"]}
+        self.stop_ids = tuple(sorted(stops - {None}))
 
-    def _special(self, token: str) -> int:
-        if token not in self.tokenizer.specials:
-            raise UserError(f"template={self.name} needs the special token {token}, and this tokenizer has none: "
-                            "choose template=alpaca, or a tokenizer trained here")
-        return self.tokenizer.specials[token]
-
-    def _encode(self, *parts: str | int, starts: bool = False) -> list[int]:
-        """Texts, each encoded by itself, and ids of special tokens -> ids. `starts`: the first one starts a text."""
+    def encode(self, parts: Iterable[str], first: bool = False, **texts: str) -> list[int]:
+        """Parts of a format -> ids; the first of them may start the conversation."""
         ids: list[int] = []
         for n, part in enumerate(parts):
-            ids += [part] if isinstance(part, int) else self.tokenizer.encode(part, starts=starts and n == 0)
+            if part in self.marks:
+                ids.append(self.marks[part])
+            else:
+                starts = self.every_text_starts or (first and n == 0)
+                ids += self.tokenizer.encode(part.format(**texts), starts=starts)
         return ids
 
     def answer(self, text: str) -> list[int]:
         """The ids of an answer, without its end token."""
-        return self._encode(text, starts=self.name == "inst")
+        return self.tokenizer.encode(text, starts=self.every_text_starts)
 
-    def goes_on_with(self, prompt: list[int]) -> list[int]:
-        """The ids before an answer that its text continues: none where the answer starts a text."""
-        return [] if self.name == "inst" else prompt
+    def before_answer(self, prompt: list[int]) -> list[int]:
+        """The ids of a prompt that the text of its answer continues: none where the answer starts a text."""
+        return [] if self.every_text_starts else prompt
 
     def opening(self, user: Message, system: str = "", first: bool = True) -> list[int]:
         """What the user says, up to where the assistant begins to speak; `system` goes with the first turn only."""
-        text, extra = user["content"], user.get("input", "")
-        if self.name == "alpaca":
-            before = [system, "\n\n"] if system else []
-            about = ["### Input:\n", extra, "\n\n"] if extra else []
-            parts = [*before, "### Instruction:\n", text, "\n\n", *about, "### Response:\n"]
-            return self._encode(*parts, starts=first)
-        text += f"\n\n{extra}" if extra else ""
-        if self.name == "inst":
-            return (self.bos if first else []) + self._inst(text, system)
-        end = self.ending[0]
-        before = [self.start, "system\n", system, end, "\n"] if system else []
-        return self._encode(*before, self.start, "user\n", text, end, "\n", self.start, "assistant\n")
-
-    def _inst(self, text: str, system: str) -> list[int]:
-        """A turn as Mistral writes it; without its tokens as Llama 2 (arXiv 2307.09288) and Mistral's first model do.
-
-        Here every text starts, so many SentencePiece models put a space before it, as in Mistral's own encoder.
-        """
-        if self.begin is None or self.close is None:
-            system = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
-            space = "" if self.tokenizer.adds_space else " "  # then the answer brings it
-            return self.tokenizer.encode(f"[INST] {system}{text} [/INST]{space}")
-        marks = [self.tokenizer.specials.get(mark) for mark in ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")]
-        before = []
-        if system and None not in marks:
-            before = [marks[0], *self.tokenizer.encode(system), marks[1]]
-        elif system:
-            text = f"{system}\n\n{text}"
-        return [*before, self.begin, *self.tokenizer.encode(text), self.close]
+        form, text, about = self.format, user["content"], user.get("input", "")
+        if about and not form.input:
+            text = f"{text}\n\n{about}"
+        if system and not form.system:
+            text = form.joined.format(system=system, user=text)
+        parts = [*form.begin] if first else []
+        if system:
+            parts += form.system
+        parts += form.user
+        if about:
+            parts += form.input
+        return self.encode([*parts, *form.assistant], first, system=system, user=text, input=about)
 
     def render(self, messages: list[Message], learn: str = "response") -> tuple[list[int], list[bool]]:
         """(ids, learned): learned[i] is True if token i is a target that counts, be it predicted or the very first.
@@ -140,24 +166,23 @@ class Template:
         system, turns = split_turns(messages)
         ids: list[int] = []
         learned: list[bool] = []
+
+        def add(part: list[int], counts: bool) -> None:
+            ids.extend(part)
+            learned.extend([counts] * len(part))
+
+        prompts = learn == "all"
         for n, (user, answer) in enumerate(turns):
-            prompts = learn == "all"
-            parts = [(self.opening(user, system if n == 0 else "", first=n == 0), prompts)]
+            add(self.opening(user, system if n == 0 else "", first=n == 0), prompts)
             if answer is not None:
-                text = [*self.answer(answer["content"]), self.ending[0]]
-                parts += [(text, answer.get("learn", True)), (self.ending[1:], prompts)]
-            for part, counts in parts:
-                ids += part
-                learned += [counts] * len(part)
+                add([*self.answer(answer["content"]), self.ending[0]], answer.get("learn", True))
+                add(self.ending[1:], prompts)
         return ids, learned
 
     def prompt(self, messages: list[Message]) -> list[int]:
-        """Ids up to where the assistant begins to speak: what `render` gives with an answer begins with exactly these.
-
-        The last message must be the user's.
-        """
-        if not messages or messages[-1]["role"] != "user":
-            raise UserError("the last message must be the user's: there is nothing to answer")
+        """Ids up to where the assistant begins to speak: what `render` gives with an answer begins with these."""
+        need(messages and messages[-1]["role"] == "user",
+             "the last message must be the user's: there is nothing to answer")
         return self.render(messages)[0]
 
     def continuation(self, user: Message) -> list[int]:
@@ -176,42 +201,46 @@ def split_turns(messages: list[Message]) -> tuple[str, list[tuple[Message, Messa
 
     Raises UserError if the roles are in another order.
     """
-    has_system = bool(messages) and messages[0]["role"] == "system"
-    rest = messages[has_system:]
+    system, rest = "", list(messages)
+    if rest and rest[0]["role"] == "system":
+        system = rest.pop(0)["content"]
+    need(rest, "a conversation needs a message of the user")
+    turns = []
     for n, message in enumerate(rest):
         expected = "assistant" if n % 2 else "user"
-        if message["role"] != expected:
-            raise UserError(f"message {n + 1 + has_system} is of role {message['role']!r}, expected {expected!r}: a "
-                            "conversation is an optional system text, then user and assistant by turns")
-    if not rest:
-        raise UserError("a conversation needs a message of the user")
-    answers = [*rest[1::2], None]
-    return messages[0]["content"] if has_system else "", list(zip(rest[::2], answers, strict=False))
+        need(message["role"] == expected,
+             f"message {len(messages) - len(rest) + n + 1} is of role {message['role']!r}, expected {expected!r}: a "
+             "conversation is an optional system text, then user and assistant by turns")
+        if expected == "user":
+            turns.append((message, None))
+        else:
+            turns[-1] = (turns[-1][0], message)
+    return system, turns
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Talking
+# Chat
 
 
 @dataclass
 class Turn:
     user: str
     answer: str
-    ids: list[int]  # of the answer as the model wrote it, which may be cut into other tokens than `encode` would
+    ids: list[int]  # of the answer as the model wrote it: `encode` may divide the same text into other tokens
     limit: str = ""  # what ended the answer before the model did: "context" or "max_new_tokens"
 
 
 class Chat:
-    """A conversation with a model, which goes into eval mode. Between turns it stays in the key/value cache.
+    """A conversation with a model, which is put into eval mode. Between turns it stays in the key/value cache.
 
     What the cache must hold is worked out as ids every time. If it holds a beginning of that, only the rest is read;
     else (turns left, the system text changed, an answer was cut) a new one is built. So nothing can get out of step.
     """
 
-    def __init__(self, model, tokenizer: Tokenizer, template: str = "chatml", system: str = "",
-                 sampling: SamplingSettings | None = None):
+    def __init__(self, model, tokenizer: Tokenizer, template: str, sampling, system: str = ""):
+        """`sampling` are generate.SamplingSettings."""
         self.model, self.tokenizer, self.template = model.eval(), tokenizer, Template(template, tokenizer)
-        self.system, self.sampling = system, sampling or SamplingSettings()
+        self.sampling, self.system = sampling, system  # another system text holds from the next turn on
         self.reset()
 
     def reset(self) -> None:
@@ -220,10 +249,6 @@ class Chat:
         self.forgotten = 0  # turns that left because the context was full
         self.cache, self.known = None, []  # and the ids that it holds
         self.generator = torch.Generator(self.model.embed.weight.device).manual_seed(self.sampling.seed)
-
-    def set_system(self, text: str) -> None:
-        """Another system text, from the next turn on; what was said stays."""
-        self.system = text
 
     @property
     def messages(self) -> list[Message]:
@@ -241,6 +266,8 @@ class Chat:
         When the context is too full, the oldest turns leave. UserError if not even `text` alone fits; nothing has
         changed then.
         """
+        from generate import before_stop  # here, because train.py needs the prompt formats alone
+
         turns, ids = self.fit(text)
         room = self.model.cfg.seq_len - len(ids)
         most = min(self.sampling.max_new_tokens, room)
@@ -251,35 +278,37 @@ class Chat:
                 yield piece
         finally:
             # Not if it ended at a stop string or inside a character.
-            whole = self.tokenizer.decode(answer, after=self.template.goes_on_with(ids)) == said
-            if whole and len(answer) == most:
+            is_whole = self.tokenizer.decode(answer, after=self.template.before_answer(ids)) == said
+            if is_whole and len(answer) == most:
                 limit = "context" if most == room else "max_new_tokens"
+            if not is_whole:
+                answer = self.template.answer(said)
             self.forgotten += len(self.turns) - len(turns)
-            self.turns = [*turns, Turn(text, said, answer if whole else self.template.answer(said), limit)]
+            self.turns = [*turns, Turn(text, said, answer, limit)]
 
     def fit(self, text: str) -> tuple[list[Turn], list[int]]:
         """The newest turns that leave room for `text` and an answer, and all their ids up to that answer."""
         seq_len = self.model.cfg.seq_len
         limit = seq_len - min(self.sampling.max_new_tokens, max(1, seq_len // 4))
-        turns = self.turns
-        while len(ids := self.ids(turns, text)) > limit:
-            if not turns:
-                what = "this message and the system text have" if self.system else "this message has"
-                raise UserError(f"{what} {len(ids)} tokens, and a context of {seq_len} takes {limit}: say it shorter")
-            turns = turns[1:]
-        return turns, ids
+        for first in range(len(self.turns) + 1):
+            turns = self.turns[first:]
+            ids = self.ids(turns, text)
+            if len(ids) <= limit:
+                return turns, ids
+        what = "this message and the system text have" if self.system else "this message has"
+        raise UserError(f"{what} {len(ids)} tokens, and a context of {seq_len} takes {limit}: say it shorter")
 
     def ids(self, turns: list[Turn], text: str) -> list[int]:
         """`Template.prompt` with the answers' own ids."""
-        first, *others = [{"content": said} for said in (*(turn.user for turn in turns), text)]
-        ids = self.template.opening(first, self.system)
-        for turn, user in zip(turns, others, strict=True):
-            ids += turn.ids + self.template.continuation(user)
+        said = [turn.user for turn in turns] + [text]
+        ids = self.template.opening({"content": said[0]}, self.system)
+        for turn, user in zip(turns, said[1:], strict=True):
+            ids += turn.ids + self.template.continuation({"content": user})
         return ids
 
     def pieces(self, ids: list[int], answer: list[int], most: int) -> Iterator[str]:
         """The text of the answer, whose ids, at most `most`, are appended to `answer`."""
-        decoder = StreamDecoder(self.tokenizer, after=self.template.goes_on_with(ids))
+        decoder = StreamDecoder(self.tokenizer, after=self.template.before_answer(ids))
         for n in range(most):
             banned = self.template.stop_ids if n < self.sampling.min_new_tokens else ()
             token = self.next_id(ids + answer, answer, banned)
@@ -292,6 +321,8 @@ class Chat:
     @torch.inference_mode()
     def next_id(self, ids: list[int], answer: list[int], banned: tuple[int, ...]) -> int:
         """Read those of `ids` that are not in the cache yet, and choose the next one."""
+        from generate import sample_tokens
+
         cache, known = self.cache, self.known
         if cache is None or len(known) >= len(ids) or ids[: len(known)] != known:
             cache, known = self.model.new_cache(1, self.model.cfg.seq_len), []
