@@ -35,8 +35,16 @@ from runtime.checkpoint import find_tokenizer
 from runtime.files import Either, read_json, read_notes, require_file, working, write_json, writing
 from runtime.screen import ProgressLine, run, say, visible
 from text.batches import TokenStream
-from text.corpus import TRAINED, DataSettings, RawCorpus, is_dataset, open_corpus, open_dataset
-from text.mixture import open_mixture, parse
+from text.corpus import (
+    TRAINED,
+    Corpus,
+    DataSettings,
+    is_dataset,
+    mixture_shares,
+    open_corpus,
+    open_dataset,
+    open_mixture,
+)
 from text.overwrite import Overwrite
 from text.ranks import TIKTOKEN
 from text.records import SEPARATOR, files_pieces, path_name, reading, text_files
@@ -103,7 +111,7 @@ class Preparation:
         self.data, self.asked_size, self.quiet, self.cache = data, asked_size, quiet, cache_folder(data.cache_dir)
         self.overwrite = Overwrite(data.overwrite, self.cache)
         if data.mixture:
-            self.overwrite.put_downloads_aside(list(parse(data.mixture)), quiet)
+            self.overwrite.put_downloads_aside(list(mixture_shares(data.mixture)), quiet)
         elif not data.data_path:
             self.overwrite.put_downloads_aside([data.dataset], quiet)
         self.raw, self.tokenizer, self.shards = find_source(data)  # no tokenizer: one is trained
@@ -113,7 +121,7 @@ class Preparation:
         # All that decides which documents come out: the content of the files, and how it is read.
         kinds = ["".join(path.suffixes[-2:]).lower() for path in self.raw.files]
         dataset = "" if data.data_path else data.dataset
-        self.decides = [FORMAT, hashes, kinds, self.raw.val_files, dataset, data.val_share, data.text_field,
+        self.decides = [FORMAT, hashes, kinds, len(self.raw.val_files), dataset, data.val_share, data.text_field,
                         data.bin_dtype]
         if data.mixture:
             self.decides += [data.mixture, data.mixture_unit, data.mixture_size]
@@ -166,7 +174,7 @@ class Preparation:
         (folder / "meta.json").unlink(missing_ok=True)
         if self.overwrite.is_due(folder, "tokens"):
             (folder / "state.json").unlink(missing_ok=True)
-        notes = list(filter(None, raw.notes))
+        notes = list(raw.notes)
         if hasattr(raw.module, "describe"):
             notes.insert(0, raw.module.describe())
         say("\n".join(f"data: {each}" for each in notes), quiet)
@@ -190,7 +198,7 @@ class Preparation:
         meta = {"format": FORMAT, "name": raw.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.role("eot"),
                 "tokenizer": tokenizer.fingerprint, "tokenizer_sum": tokenizer_sum(folder),
                 "trained": "" if self.tokenizer else data.tokenizer, "splits": splits,
-                "skipped": len(raw.skipped), "settings": asdict(data)}
+                "skipped": len(getattr(raw.module, "skipped", [])), "settings": asdict(data)}
         if self.shards:  # they are not in the folder
             meta |= {"home": folder.stat().st_ino, "bin_ids": data.bin_dtype.replace("auto", "uint16")}
         write_meta(folder, meta)
@@ -266,7 +274,7 @@ def wanted_size(data: DataSettings, asked_size: int) -> int:
     return ModelConfig.vocab_size
 
 
-def find_source(data: DataSettings) -> tuple[RawCorpus, object, dict[str, list[Path]]]:
+def find_source(data: DataSettings) -> tuple[Corpus, object, dict[str, list[Path]]]:
     """(corpus, its tokenizer or None if one is to be trained, its shards per split if it is made of token ids)"""
     tokenizer = None
     if data.tokenizer not in TRAINED:
@@ -287,7 +295,7 @@ def find_source(data: DataSettings) -> tuple[RawCorpus, object, dict[str, list[P
     for folder in {path.parent for path in files}:
         if (folder / "meta.json").is_file():
             TokenStream(folder, "val", tokenizer)  # shards of ours: refuses another tokenizer
-    raw = RawCorpus(path_name(data.data_path), files, pieces=None, notes=parts.notes())
+    raw = Corpus(path_name(data.data_path), files, notes=parts.notes)
     return raw, tokenizer, {"train": parts.train, "val": parts.val}
 
 
@@ -327,11 +335,11 @@ def content_hashes(sources: list, cache: Path, quiet: bool) -> list[str]:
     return [str(hashes[path][-1]) for path, *_ in sources]
 
 
-def equal_files(raw: RawCorpus, hashes: list[str]) -> list[str]:
+def equal_files(raw: Corpus, hashes: list[str]) -> list[str]:
     """A note on a file for validation that has the content of one to train on."""
-    n_train = len(hashes) - raw.val_files
-    for path, content in zip(raw.files[n_train:], hashes[n_train:], strict=True):
-        if content in hashes[:n_train]:
+    trained = hashes[: len(raw.train_files)]
+    for path, content in zip(raw.val_files, hashes[len(trained) :], strict=True):
+        if content in trained:
             return [f"{path.name} is both training and validation text: a low loss on it will prove nothing"]
     return []
 

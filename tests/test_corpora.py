@@ -25,7 +25,7 @@ from text.shards import read_meta
 
 
 def prepare(name: str):
-    """The module alone; corpus.load_dataset would ask for its sources, and so the network."""
+    """The module alone; corpus.open_dataset would ask for its sources, and so the network."""
     spec = importlib.util.spec_from_file_location(f"prepare_{name}", ROOT / "data" / name / "prepare.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

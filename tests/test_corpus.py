@@ -1,304 +1,54 @@
-"""Raw text: nothing is lost or invented on the way from a file to documents, and train and val never share one."""
+"""Corpora: no text is in train and in val, a mixture keeps its shares, no code runs but data/'s, nothing is stale."""
 
-import gzip
-import hashlib
-import http.server
-import importlib
-import importlib.util
 import json
-import os
-import random
-import re
-import sys
-import threading
 import tracemalloc
-from functools import partial
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from configurator import ROOT, UserError
+from configurator import UserError, configure
+from data import prepare
+from model import ModelConfig
+from test_records import documents, write
 from text import corpus
-from text.corpus import download, open_corpus
-from text.records import files_pieces, left_out, split_by_name, text_files, text_pieces
+from text.batches import TokenStream, read_meta
+from text.corpus import Corpus, DataSettings, Mixture, mixture_shares, open_corpus, open_mixture
+from text.records import split_by_name, text_files
+from text.tokenizer import load_tokenizer
 
 
-def documents(pieces) -> list[str]:
-    """Pieces -> whole documents."""
-    result, parts = [], []
-    for text, ends in pieces:
-        parts.append(text)
-        if ends:
-            result.append("".join(parts))
-            parts = []
-    assert not parts, "the last document was never closed"
-    return result
-
-
-def settings(**changes) -> SimpleNamespace:
-    base = {"dataset": "stdlib", "data_path": "", "val_path": "", "val_share": 0.05, "text_field": "text"}
-    return SimpleNamespace(**base | {key: str(v) if key.endswith("path") else v for key, v in changes.items()})
+def opened(**changes) -> Corpus:
+    paths = {name: str(value) for name, value in changes.items() if name.endswith("path")}
+    return open_corpus(DataSettings(**changes | paths))
 
 
 def splits(**changes) -> tuple[list[str], list[str]]:
-    raw = open_corpus(settings(**changes))
+    raw = opened(**changes)
     return documents(raw.pieces("train")), documents(raw.pieces("val"))
 
 
-def write(path, text: str | bytes):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
-
-
-def test_separator_lines_make_documents(tmp_path):
-    file = write(tmp_path / "a.txt", "one\n<|endoftext|>\n<|endoftext|>\ntwo\n\n<|endoftext|>\nthree")
-    assert documents(text_pieces(file)) == ["one\n", "two\n\n", "three"]
-
-
-def test_only_a_line_that_is_exactly_the_separator_separates(tmp_path):
-    text = "a <|endoftext|>\n<|endoftext|> b\n <|endoftext|>\nc"
-    assert documents(text_pieces(write(tmp_path / "a.txt", text))) == [text]
-
-
-def test_file_without_separators_is_one_document(tmp_path):
-    assert documents(text_pieces(write(tmp_path / "a.txt", "a\n\nb\n"))) == ["a\n\nb\n"]
-
-
-def test_windows_file_gives_the_same_text(tmp_path):
-    text = "é\n<|endoftext|>\nzwei\r drei\n"
-    windows = write(tmp_path / "a.txt", b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
-    assert documents(text_pieces(windows)) == documents(text_pieces(write(tmp_path / "b.txt", text)))
-
-
-@pytest.mark.parametrize("piece", [14, 15, 20, 64])
-def test_documents_do_not_depend_on_how_a_file_is_cut_into_pieces(tmp_path, monkeypatch, piece):
-    rng = random.Random(0)
-    parts = ["<|endoftext|>", "\n", "\r\n", "\r", "a", "é", "😀", "<|endo", "text|>", " "]
-    for _ in range(60):
-        text = "".join(rng.choices(parts, weights=[4, 8, 3, 1, 3, 1, 1, 1, 1, 1], k=40))
-        expected = [""]
-        for line in re.findall(r"[^\n]*\n|[^\n]+", text.replace("\r\n", "\n")):
-            if line.removesuffix("\n") == "<|endoftext|>":
-                expected.append("")
-            else:
-                expected[-1] += line
-        expected = [document for document in expected if document]
-        monkeypatch.setattr("text.records.PIECE", piece)
-        assert documents(text_pieces(write(tmp_path / "a.txt", text))) == expected, repr(text)
-
-
-def test_a_piece_stays_small_whatever_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("text.records.PIECE", 1000)
-    for text in ("line\n" * 10_000, "x" * 50_000):
-        assert max(len(piece) for piece, _ in text_pieces(write(tmp_path / "a.txt", text))) <= 2100
-
-
-def test_memory_does_not_grow_with_the_file(tmp_path):
-    file = write(tmp_path / "big.txt", b"All work and no play makes Jack a dull boy.\n" * 1_200_000)  # 53 MB
-    tracemalloc.start()
-    total = sum(len(text) for text, _ in open_corpus(settings(data_path=file)).pieces("train"))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert total > 50_000_000 and peak < 16_000_000
-
-
-def test_text_that_is_not_utf8_names_file_offset_and_line(tmp_path):
-    file = write(tmp_path / "latin.txt", b"\xef\xbb\xbfgood\nfine\ncaf\xe9 noir\n")
-    with pytest.raises(UserError, match=r"latin\.txt is not UTF-8: byte 0xe9 at offset 16, line 3"):
-        documents(text_pieces(file))
-
-
-def test_bad_byte_is_located_behind_many_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("text.records.PIECE", 5)
-    with pytest.raises(UserError, match="offset 803, line 201"):
-        documents(text_pieces(write(tmp_path / "a.txt", "é\r\n".encode() * 200 + b"abc\xff\n")))
-
-
-def test_utf16_gets_its_own_sentence(tmp_path):
-    with pytest.raises(UserError, match="UTF-16"):
-        documents(text_pieces(write(tmp_path / "a.txt", "hello".encode("utf-16"))))
-
-
-def test_gzip_gives_the_same_documents(tmp_path):
-    write(tmp_path / "a.txt.gz", gzip.compress(b"one\n<|endoftext|>\ntwo"))
-    write(tmp_path / "b.jsonl.gz", gzip.compress(b'{"text": "three"}\n'))
-    assert documents(files_pieces(text_files(tmp_path), "text")) == ["one\n", "two", "three"]
-
-
-def test_cut_gzip_file_is_one_sentence(tmp_path):
-    file = write(tmp_path / "a.txt.gz", gzip.compress(random.Random(0).randbytes(10_000).hex().encode())[:-100])
-    with pytest.raises(UserError, match=r"a\.txt\.gz is damaged or cut short"):
-        documents(text_pieces(file))
-
-
-def test_jsonl_takes_one_field_or_all_strings(tmp_path):
-    records = [{"title": "T", "text": "a\nb", "n": 1}, {"title": "", "text": "c"}]
-    file = write(tmp_path / "a.jsonl", "\ufeff" + "\n\n".join(map(json.dumps, records)) + "\n")
-    assert documents(files_pieces([file], "text")) == ["a\nb", "c"]
-    assert documents(files_pieces([file], "title")) == ["T"]
-    assert documents(files_pieces([file], "*")) == ["T\na\nb", "\nc"]
-
-
-@pytest.mark.parametrize(
-    "line, sentence",
-    [
-        ('{"text": "b"', "line 2 is not JSON"),
-        ('{"content": "b", "id": 3}', "line 2 has no field 'text'; it has content, id"),
-        ('{"text": 7}', "line 2: field 'text' holds a int"),
-        ('["text"]', "line 2: expected an object"),
-        ("null", "line 2: expected an object"),
-        (b'{"text": "\xe9"}', "line 2 is not UTF-8 at byte 10"),
-    ],
-)
-def test_broken_jsonl_line_names_file_and_line(tmp_path, line, sentence):
-    line = line if isinstance(line, bytes) else line.encode()
-    file = write(tmp_path / "a.jsonl", b'{"text": "a"}\n' + line + b'\n{"text": "c"}\n')
-    with pytest.raises(UserError, match=rf"a\.jsonl, {sentence}"):
-        documents(files_pieces([file], "text"))
-
-
-RECORDS = [{"text": "one\nline", "n": 1}, {"text": None}, {"text": "two", "n": 2}]
-LINES = "".join(json.dumps(record) + "\n" for record in RECORDS)
-CSV = 'id,text\r\n1,"one\nline"\r\n2,\r\n3,two\r\n'
-
-
-@pytest.mark.parametrize("name, content", [
-    ("a.ndjson", LINES), ("a.json", LINES), ("a.json", json.dumps(RECORDS)), ("a.json", json.dumps(RECORDS, indent=2)),
-    ("a.json", "\ufeff" + "\n".join(json.dumps(record, indent=1) for record in RECORDS)), ("a.txt", LINES),
-    ("noname", LINES), ("a.csv", CSV), ("a.csv", CSV.replace(",", ";")), ("a.tsv", CSV.replace(",", "\t")),
-])
-@pytest.mark.parametrize("packed", ["", "gz", "bz2", "lzma"])
-def test_records_are_read_as_the_content_says(tmp_path, monkeypatch, name, content, packed):
-    monkeypatch.setattr("text.records.PIECE", 20)
-    data = content.encode()
-    if packed:
-        data = importlib.import_module({"gz": "gzip"}.get(packed, packed)).compress(data)
-    file = write(tmp_path / (name + {"": "", "gz": ".gz", "bz2": ".bz2", "lzma": ".xz"}[packed]), data)
-    assert documents(files_pieces([file], "text")) == ["one\nline", "two"], "null and empty are no documents"
-
-
-@pytest.mark.parametrize("name, content", [("a.py", "{1: 2}\nx = 3\n"), ("a.txt", "{ a } b\n"), ("c.txt", "{}\n"),
-                                           ("b.txt", "[1] a note\n"),
-                                           ("log.txt", '{"time": 1}\nand a line of prose\n'),
-                                           ("d.md", "a, b\n1, 2\n")])
-def test_text_that_looks_a_little_like_records_stays_text(tmp_path, name, content):
-    assert documents(files_pieces([write(tmp_path / name, content)], "text")) == [content]
-
-
-@pytest.mark.parametrize("content, sentence", [
-    (b"PK\x03\x04rest", "zip archive"), (b"%PDF-1.7 ...", "PDF"), (b"ab\0cd" * 99, "zero byte at offset 2"),
-    ("hello " .encode("utf-32"), "UTF-32, not UTF-8"), ("hello".encode("utf-16"), "UTF-16, not UTF-8"),
-    ("hello world".encode("utf-16-le"), "UTF-16LE"), ("hello world".encode("utf-16-be"), "UTF-16BE"),
-    ("hello world".encode("utf-32-le"), "UTF-32LE"), ("hello world".encode("utf-32-be"), "UTF-32BE"),
-    (b"\xfd7zXZ\0damaged", "damaged or cut short"), (b"BZh9damaged", "cannot read"), (b"\x1f\x8bdamaged", "damaged"),
-    (b"PAR1damaged", "damaged or no .parquet file"), (b"a" * 70_000 + b"\0", "zero byte at offset 70,000"),
-])
-def test_what_is_no_text_is_one_sentence(tmp_path, content, sentence):
-    pytest.importorskip("pyarrow")
-    with pytest.raises(UserError, match=sentence):
-        documents(files_pieces([write(tmp_path / "a.txt", content)], "text"))
-
-
-@pytest.mark.parametrize("name, content, sentence", [
-    ("a.json", '[{"text": "a"}, {"text": "b"', "line 1 begins a record that is not JSON"),
-    ("a.json", '[{"text": "a"}]{', "line 1 is not JSON: there is more"), ("a.json", '[{"text": "a"} x', "not JSON"),
-    ("a.json", '{"data": [\n1]}', "line 1 has no field 'text'; it has data"),
-    ("a.csv", "id,title\n1,b\n", "line 2 has no field 'text'; it has id, title"),
-    ("a.csv", "text,text\na,b\n", "line 1 names the column 'text' twice"),
-    ("a.csv", "id,text\r1,b\r", "line 1 is no row of a .csv file"),
-    ("a.csv", "id,text\n1,b,c\n", "line 2 has 3 fields"), ("a.csv", 'id,text\n1,"b\n', "is no row of a .csv file"),
-])
-def test_damaged_records_name_file_and_place(tmp_path, name, content, sentence):
-    with pytest.raises(UserError, match=rf"a\.\w+.*{sentence}"):
-        documents(files_pieces([write(tmp_path / name, content)], "text"))
-
-
-def test_zstandard_is_read_where_its_package_is_there_and_else_named(tmp_path):
-    try:
-        import zstandard
-
-        file = write(tmp_path / "a.jsonl.zst", zstandard.compress(LINES.encode()))
-        assert documents(files_pieces([file], "text")) == ["one\nline", "two"]
-    except ImportError:
-        with pytest.raises(UserError, match="pip install zstandard"):
-            documents(files_pieces([write(tmp_path / "a.zst", b"\x28\xb5\x2f\xfd")], "text"))
-
-
-def test_what_a_folder_has_beside_text_is_left_out_and_counted(tmp_path):
-    for name, content in (("a.txt", "a"), ("b.md", "b"), ("c.md", "c"), ("d.pdf", "%PDF"),
-                          ("e.json", '{\n"x": 1\n}'), ("f.json", '[{"text": "f"}]'), ("Makefile", "x")):
-        write(tmp_path / name, content)
-    assert [path.name for path in text_files(tmp_path)] == ["a.txt", "f.json"]
-    said = left_out(tmp_path, text_files(tmp_path))
-    assert all(each in said for each in ("2 .md", "1 .pdf", "1 .json", "1 Makefile"))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="links and pipes")
-def test_links_are_followed_once_and_loops_end(tmp_path):
-    write(tmp_path / "elsewhere" / "a.txt", "a")
-    write(tmp_path / "elsewhere" / "deep" / "b.txt", "b")
-    write(tmp_path / "here" / "c.txt", "c")
-    (tmp_path / "here" / "linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "here" / "again").symlink_to(tmp_path / "elsewhere" / "deep")
-    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "here")
-    (tmp_path / "here" / "a.txt").symlink_to(tmp_path / "elsewhere" / "a.txt")
-    (tmp_path / "here" / "broken.txt").symlink_to(tmp_path / "nothing")
-    (tmp_path / "here" / "itself.txt").symlink_to("itself.txt")
-    os.mkfifo(tmp_path / "here" / "pipe.txt")
-    found = documents(files_pieces(text_files(tmp_path / "here"), "text"))
-    assert sorted(found) == ["a", "b", "c"]
-    said = left_out(tmp_path / "here", text_files(tmp_path / "here"))
-    assert said.endswith("no text that we read: 2 link to nothing, 1 pipe or device")
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="links and pipes")
-def test_pipes_and_devices_are_refused_without_a_read(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    for path, sentence in ((tmp_path / "pipe", "is a pipe, and a text is read more than once"),
-                           ("/dev/zero", "no regular file")):
-        with pytest.raises(UserError, match=sentence):
-            open_corpus(settings(data_path=path)).sources()
-    write(tmp_path / "texts" / "a.txt", "a")
-    os.mkfifo(tmp_path / "texts" / "b.txt")
-    assert [path.name for path in text_files(tmp_path / "texts")] == ["a.txt"]
-
-
-def test_equal_documents_cannot_be_split_and_the_sentence_says_so(tmp_path):
-    with pytest.raises(UserError, match="all 500 documents are equal, and none is left to validate on"):
-        splits(data_path=write(tmp_path / "a.jsonl", '{"text": "the same"}\n' * 500))
-
-
-def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
-    file = write(tmp_path / "a.jsonl", r'{"text": "ok \ud83d\ude00, half \ud83d"}')
-    assert documents(files_pieces([file], "text")) == ["ok 😀, half \ufffd"]
-
-
-def test_folder_is_read_recursively_in_natural_order(tmp_path):
-    for name in ("b_10.txt", "b_2.txt", "a/x.jsonl", ".hidden/y.txt", "notes.md", "b_²3.txt"):
-        write(tmp_path / name, "x")
-    names = [path.relative_to(tmp_path).as_posix() for path in text_files(tmp_path)]
-    assert names == ["a/x.jsonl", "b_2.txt", "b_10.txt", "b_²3.txt"]
-
-
-@pytest.mark.parametrize("name, sentence", [("missing.txt", "not found"), ("empty", "holds no text")])
-def test_missing_text_is_one_sentence(tmp_path, name, sentence):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=sentence):
-        text_files(tmp_path / name)
-
-
 def test_file_that_vanishes_is_one_sentence(tmp_path):
-    raw = open_corpus(settings(data_path=write(tmp_path / "a.txt", "x\n" * 100)))
+    raw = opened(data_path=write(tmp_path / "a.txt", "x\n" * 100))
     (tmp_path / "a.txt").unlink()
     for use in (raw.sources, lambda: documents(raw.pieces("train"))):
         with pytest.raises(UserError, match=r"cannot read .*a\.txt"):
             use()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Train and val
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    file = write(tmp_path / "big.txt", b"All work and no play makes Jack a dull boy.\n" * 1_200_000)  # 53 MB
+    tracemalloc.start()
+    total = sum(len(text) for text, _ in opened(data_path=file).pieces("train"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total > 50_000_000 and peak < 16_000_000
+
+
+def test_equal_documents_cannot_be_split_and_the_sentence_says_so(tmp_path):
+    with pytest.raises(UserError, match="all 500 documents are equal, and none is left to validate on"):
+        splits(data_path=write(tmp_path / "a.jsonl", '{"text": "the same"}\n' * 500))
 
 
 def test_single_document_is_cut_at_a_line_near_its_end(tmp_path):
@@ -369,7 +119,7 @@ def test_files_named_for_validation_are_not_learned(tmp_path, train, val, unused
         path.parent.mkdir(parents=True, exist_ok=True)
         line = {".csv": f"text\n{name}\n", ".jsonl": json.dumps({"text": name})}.get(path.suffix, name)
         write(path, line)
-    raw = open_corpus(settings(data_path=str(tmp_path / "c")))
+    raw = opened(data_path=tmp_path / "c")
     assert sorted(documents(raw.pieces("train"))) == sorted(train.split()) and documents(raw.pieces("val")) == [val]
     notes = " ".join(raw.notes)
     assert all(name.rpartition("/")[2] in notes for name in f"{val} {unused}".split())
@@ -380,13 +130,13 @@ def test_names_that_leave_nothing_to_learn_or_only_look_like_a_split_mean_nothin
     for name in names.split():
         write(tmp_path / name, name)
     parts = split_by_name(tmp_path, text_files(tmp_path), [])
-    assert len(parts.train) == len(names.split()) and not parts.val + parts.unused + parts.notes()
+    assert len(parts.train) == len(names.split()) and not parts.val + parts.notes
 
 
 def test_val_path_beats_the_names_of_files(tmp_path):
     for name in ("train.txt", "val.txt", "test.txt"):
         write(tmp_path / name, name)
-    raw = open_corpus(settings(data_path=str(tmp_path), val_path=str(tmp_path / "test.txt")))
+    raw = opened(data_path=tmp_path, val_path=tmp_path / "test.txt")
     assert [documents(raw.pieces(split)) for split in ("train", "val")] == [["train.txt"], ["test.txt"]]
     assert "val.txt" in " ".join(raw.notes)
 
@@ -397,21 +147,10 @@ def test_val_share_out_of_range_is_refused(tmp_path, share):
         splits(data_path=write(tmp_path / "a.txt", "a"), val_share=share)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Corpora of data/
-
-
-def load_prepare(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "data" / name / "prepare.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_unknown_dataset_names_the_known_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="shakespeare, stdlib"):
-        open_corpus(settings(dataset="shakespear"))
+        opened(dataset="shakespear")
 
 
 @pytest.mark.parametrize("name", ["../out/evil", "/tmp/evil", "evil", "linked", "shakespeare/../stdlib", "", "."])
@@ -426,143 +165,196 @@ def test_corpora_are_words_and_ours_and_nothing_else_runs(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path / "here")
     name = str(tmp_path / "elsewhere") if name.startswith("/") else name
     with pytest.raises(UserError, match="there are"):
-        open_corpus(settings(dataset=name))
+        opened(dataset=name)
     assert not (tmp_path / "ran").exists()
 
 
-def test_stdlib_is_found_from_any_directory_and_split_by_file(tmp_path, monkeypatch):
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixtures
+
+CORPUS = """
+from pathlib import Path
+def sources(): return []
+def documents(split):
+    for number in range({n} if split == "train" else {n} // 10):
+        yield " ".join(f"{name}{{split}}{{number}}w{{i % 7}}" for i in range({words})) + "\\n"
+"""
+
+
+@pytest.fixture
+def corpora(tmp_path, monkeypatch):
+    """Two corpora in a data/ that stands for ours: `long` of few long documents, `short` of many short ones."""
     monkeypatch.chdir(tmp_path)
-    train, val = splits(dataset="stdlib")
-    assert 5e6 < sum(map(len, train + val)) < 40e6
-    assert 0.02 < sum(map(len, val)) / sum(map(len, train + val)) < 0.1
-    assert len(set(train) & set(val)) == 0
-    assert splits(dataset="stdlib") == (train, val)
+    monkeypatch.setattr("text.corpus.ROOT", tmp_path)
+    for name, n, words in (("long", 40, 500), ("short", 4000, 10)):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        (folder / "prepare.py").write_text(CORPUS.format(name=name, n=n, words=words))
+    return tmp_path
 
 
-def test_stdlib_skips_and_lists_files_that_are_not_utf8(tmp_path, monkeypatch):
-    prepare = load_prepare("stdlib")
-    monkeypatch.setattr(prepare, "FOLDER", tmp_path)
-    for i in range(100):
-        write(tmp_path / f"m{i}.py", f"x = {i}")
-    write(tmp_path / "test" / "test_m.py", "left out")
-    write(tmp_path / "latin.py", b"# caf\xe9")
-    assert len([*prepare.documents("train"), *prepare.documents("val")]) == 100
-    assert prepare.skipped == [tmp_path / "latin.py"]
+def mixed(**changes):
+    given = {"mixture": "long:0.4 short:0.6", "vocab_size": 320, "seq_len": 16, "workers": 1,
+             "cache_dir": Path.cwd() / "cache"} | changes
+    return configure([ModelConfig, DataSettings], [f"{key}={value}" for key, value in given.items()], environ={})
 
 
-def test_python_without_its_sources_is_one_sentence(tmp_path, monkeypatch):
-    prepare = load_prepare("stdlib")
-    monkeypatch.setattr(prepare, "FOLDER", tmp_path)
-    with pytest.raises(UserError, match="no library sources"):
-        list(prepare.documents("train"))
+def words(texts) -> Counter:
+    """{"long": how many words of it, "short": ...}"""
+    return Counter(word.split("train")[0].split("val")[0] for text in texts for word in text.split())
 
 
-def test_shakespeare_takes_the_file_that_is_there_and_splits_like_nanogpt(tmp_path, monkeypatch):
-    prepare = load_prepare("shakespeare")
-    monkeypatch.setattr(prepare, "FILE", write(tmp_path / "input.txt", "First Citizen:\n" * 100))
-    train, val = [next(prepare.documents(split)) for split in ("train", "val")]
-    assert (len(train), len(val)) == (1350, 150) and train + val == "First Citizen:\n" * 100
+def texts(split: str, **changes) -> list[str]:
+    return [text for text, ends in open_mixture(mixed(**changes)).pieces(split) if ends]
 
 
-@pytest.fixture
-def server(tmp_path):
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=write(tmp_path / "www/a.txt", "hello").parent)
-    handler.log_message = lambda *args: None
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("weights", ["long:0.4 short:0.6", "long:2 short:3", "short:9 long:1"])
+def test_share_is_one_of_words_and_holds_all_along_the_text(corpora, split, weights):
+    found = texts(split, mixture=weights)
+    share = mixture_shares(weights)["long"]
+    for part in (found, found[: len(found) // 2]):
+        count = words(part)
+        assert abs(count["long"] - share * count.total()) <= 500, "off by more than a document"
+    assert found == texts(split, mixture=weights), "another order"
 
 
-def test_download_checks_what_it_got(tmp_path, server):
-    sha256 = hashlib.sha256(b"hello").hexdigest()
-    path = tmp_path / "new" / "a.txt"
-    assert download(server + "a.txt", path, 5, sha256).read_text() == "hello"
-    for url, size, sha in (("a.txt", 6, sha256), ("a.txt", 5, "0" * 64), ("b.txt", 5, sha256)):
-        other = tmp_path / "other.txt"
-        with pytest.raises(UserError, match="by hand and put it at"):
-            download(server + url, other, size, sha)
-        assert not list(tmp_path.glob("other*")), "a failed download left something behind"
+def test_validation_is_drawn_from_validation_and_training_from_training(corpora):
+    train, val = texts("train"), texts("val")
+    assert all("val" not in text for text in train) and all("train" not in text for text in val)
+    assert not set(train) & set(val)
 
 
-def test_download_without_a_network_says_what_to_do_by_hand(tmp_path, monkeypatch):
-    monkeypatch.setattr("text.download.PAUSES", ())
-    with pytest.raises(UserError, match="cannot download .* by hand and put it at .*a.txt"):
-        download("http://127.0.0.1:9/a.txt", tmp_path / "a.txt", 5, "")
+def test_smaller_part_is_repeated_in_training_and_never_in_validation(corpora):
+    """Of 20,000 and 40,000 words, 10 % of long and 90 % of short: short is used up by then and begins no second time
+    before long was used up once, which takes 200,000 words."""
+    raw = open_mixture(mixed(mixture="long:0.1 short:0.9"))
+    count = Counter(text for text, _ in raw.pieces("train"))
+    assert sum(len(text.split()) * n for text, n in count.items()) == pytest.approx(200_000, abs=500)
+    assert {name: got["passes"] for name, got in raw.module.mixed["train"].items()} == {"short": 5, "long": 1}
+    assert {n for text, n in count.items() if text.startswith("long")} == {1}
+    assert {n for text, n in count.items() if text.startswith("short")} <= {4, 5}
+    val = Counter(text for text, _ in raw.pieces("val"))
+    assert set(val.values()) == {1} and words(val)["short"] == pytest.approx(4000, abs=10)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parquet
+@pytest.mark.parametrize("size", [700, 9000, 150_000])
+def test_size_is_kept_to_a_document(corpora, size):
+    count = words(texts("train", mixture_size=size))
+    assert size <= count.total() < size + 500 and abs(count["long"] - 0.4 * size) <= 500
 
 
-@pytest.fixture
-def parquet(tmp_path):
-    """A file of 5,000 rows in groups of 100, some of them without text."""
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    texts = [None if i % 50 == 7 else "" if i % 50 == 8 else f"text {i} \U0001f600" for i in range(5000)]
-    table = pyarrow.table({"id": range(5000), "text": texts, "title": [f"title {i}" for i in range(5000)]})
-    parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=100)
-    return tmp_path / "rows.parquet", [text for text in texts if text]
+def test_tokens_are_those_of_the_tokenizer(corpora):
+    folder = prepare(mixed(mixture_unit="tokens", mixture_size=40_000), quiet=True)
+    ours, part = load_tokenizer(folder), read_meta(folder)["splits"]["train"]
+    stream = TokenStream(folder, "train", ours)
+    documents = ours.decode(stream.read(0, len(stream)).tolist()).split("<|endoftext|>")[:-1]
+    got = Counter()
+    for text in documents:
+        got[text[:4]] += len(ours.encode(text)) + 1
+    assert got.total() == part["tokens"] and part["mixture"]["long"]["tokens"] == got["long"]
+    assert abs(got["long"] / got.total() - 0.4) < 0.06 and part["mixture"]["long"]["got"] == got["long"] / got.total()
+    assert abs(words(documents)["long"] / words(documents).total() - 0.4) < 0.1
 
 
-def test_rows_of_a_parquet_file_are_documents(parquet):
-    file, texts = parquet
-    assert list(files_pieces([file], "text")) == [(text, True) for text in texts]
-    assert list(files_pieces([file], "title"))[-1] == ("title 4999", True)
-    assert list(files_pieces([file], "*"))[:1] == [(f"{texts[0]}\ntitle 0", True)]
+def test_what_was_asked_and_got_is_in_meta_and_shown(corpora, capsys):
+    folder = prepare(mixed())
+    got = read_meta(folder)["splits"]["train"]["mixture"]["long"]
+    count = words(texts("train"))
+    assert got["share"] == 0.4 and got["words"] == count["long"]
+    assert got["got"] == count["long"] / count.total() == pytest.approx(0.4, abs=0.02)
+    assert "train: long 40.0% wanted, 4" in capsys.readouterr().out and folder.name.startswith("mix-long-short-")
 
 
-def test_folder_may_mix_kinds_of_files(parquet, tmp_path):
-    file, texts = parquet
-    (tmp_path / "z.txt").write_text("z")
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
-    assert [text for text, _ in files_pieces(text_files(tmp_path), "text")] == ["a", *texts, "z"]
+def test_small_part_that_comes_again_and_again_is_said(corpora, capsys):
+    prepare(mixed(mixture="long:0.9 short:0.1", mixture_size=200_000))
+    assert "data: long is small for its share: it comes 9 times" in capsys.readouterr().out
 
 
-def test_parquet_is_read_by_row_groups_and_not_whole(parquet, monkeypatch):
-    import pyarrow.parquet as pq
-
-    monkeypatch.setattr(pq.ParquetFile, "read", None)
-    read = []
-    batches = pq.ParquetFile.iter_batches
-    counted = lambda *args, **more: (read.append(batch.num_rows) or batch for batch in batches(*args, **more))  # noqa: E731
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
-    next(files_pieces([parquet[0]], "text"))
-    assert sum(read) <= 1000
+@pytest.mark.parametrize("change", [{"mixture": "long:0.5 short:0.5"}, {"mixture": "short:0.6 long:0.4"},
+                                    {"mixture_size": 9000}, {"mixture_unit": "tokens"}])
+def test_changed_setting_uses_nothing_stale(corpora, change):
+    one, other = prepare(mixed(), quiet=True), prepare(mixed(**change), quiet=True)
+    assert one != other
+    assert read_meta(one)["splits"]["train"]["content"] != read_meta(other)["splits"]["train"]["content"]
+    assert prepare(mixed(), quiet=True) == one
 
 
-def test_parquet_mistakes_are_one_sentence(parquet, tmp_path, monkeypatch):
-    file, _ = parquet
-    with pytest.raises(UserError, match=r"rows\.parquet, row 1 has no field 'body'; it has id, text, title"):
-        list(files_pieces([file], "body"))
-    with pytest.raises(UserError, match=r"row 1: field 'id' holds a int, not text"):
-        list(files_pieces([file], "id"))
-    broken = tmp_path / "broken.parquet"
-    broken.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"broken\.parquet is damaged or no \.parquet file"):
-        list(files_pieces([broken], "text"))
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(UserError, match="pip install pyarrow"):
-        list(files_pieces([file], "text"))
+def test_changed_corpus_uses_nothing_stale(corpora):
+    one = prepare(mixed(), quiet=True)
+    (corpora / "data" / "long" / "prepare.py").write_text(CORPUS.format(name="long", n=41, words=500))
+    assert prepare(mixed(), quiet=True) != one
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Permissions
+def test_a_file_may_be_a_part(corpora):
+    (corpora / "mine.txt").write_text("".join(f"mine{n} line of mine\n<|endoftext|>\n" for n in range(5000)))
+    train, val = texts("train", mixture="mine.txt:1 short:1"), texts("val", mixture="mine.txt:1 short:1")
+    assert not set(train) & set(val)
+    count = Counter(text[:4] for text in train)
+    assert count["mine"] * 4 == pytest.approx(count["shor"] * 10, abs=20)
 
 
-def test_a_folder_that_we_may_not_read_is_refused_and_not_passed_over(tmp_path, monkeypatch):
-    (tmp_path / "closed").mkdir()
-    (tmp_path / "a.txt").write_text("a\n")
-    listed = os.scandir
+def test_a_book_of_one_document_does_not_outweigh_the_others(corpora):
+    """In val too, where nothing is repeated: a file without separators comes in parts of whole lines."""
+    (corpora / "novel.txt").write_text("".join(f"novel line {n} of a long long book\n" for n in range(20000)))
+    for split, size in (("train", 20000), ("val", 0)):
+        found = texts(split, mixture="short:0.7 novel.txt:0.3", mixture_size=size)
+        novel = sum(len(text.split()) for text in found if text.startswith("novel"))
+        total = sum(len(text.split()) for text in found)
+        assert abs(novel - 0.3 * total) <= 2000, "off by more than a part"
+        assert all(text.endswith("\n") for text in found)
 
-    def scandir(path):
-        if Path(path).name == "closed":
-            raise PermissionError(13, "Permission denied", str(path))
-        return listed(path)
 
-    monkeypatch.setattr("os.scandir", scandir)
-    with pytest.raises(UserError, match="cannot read .*closed: Permission denied"):
-        text_files(tmp_path)
-    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "closed")
-    with pytest.raises(UserError, match="may not read the folder .*closed"):
-        text_files(tmp_path / "closed")
+def test_training_document_that_another_part_validates_on_is_left_out():
+    texts = {"a": {"train": ["one two", "shared text"], "val": ["a val"]},
+             "b": {"train": ["three four"], "val": ["shared text"]}}
+    parts = {name: Corpus(name, [], module=SimpleNamespace(documents=part.get)) for name, part in texts.items()}
+    found = Mixture(parts, {"a": 0.5, "b": 0.5}, train_size=0).documents("train")
+    assert set(found) == {"one two", "three four"}
+
+
+def test_part_without_text_is_one_sentence_and_no_endless_loop(corpora):
+    (corpora / "data" / "short" / "prepare.py").write_text("def documents(split):\n    yield '  '\n")
+    with pytest.raises(UserError, match="short holds no text for train"):
+        texts("train", mixture_size=5000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [({"mixture": "long short:1"}, "'long' must be a corpus named once and its weight"),
+     ({"mixture": "long:0 short:1"}, "'long:0' must be"), ({"mixture": "long:-1 short:1"}, "'long:-1' must be"),
+     ({"mixture": "long:nan short:1"}, "'long:nan' must be"), ({"mixture": "long:1 long:2"}, "'long:2' must be"),
+     ({"mixture": "long:1"}, "needs two corpora"), ({"mixture_size": -1}, "mixture_size=-1 .*must be"),
+     ({"mixture": "lang:1 short:1"}, "dataset=lang: there are"), ({"dataset": "stdlib"}, "exclude each other"),
+     ({"val_path": "x.txt"}, "leaves no place"), ({"overwrite": "mixed"}, "there is no stage mixed, only download")],
+)
+def test_mistakes_are_one_sentence(corpora, changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        prepare(mixed(**changes), quiet=True)
+
+
+def test_weights_are_behind_the_last_colon_and_become_shares():
+    assert mixture_shares("a:1 b:3") == {"a": 0.25, "b": 0.75}
+    assert list(mixture_shares("hf:a/b,limit=1e9:0.3 gutenberg:50:.7")) == ["hf:a/b,limit=1e9", "gutenberg:50"]
+
+
+@pytest.mark.parametrize("weight", ["1000000000000", "1" + "0" * 400, "0.0"])
+def test_weights_that_no_text_can_follow_are_refused(tmp_path, weight):
+    with pytest.raises(UserError, match="its weight"):
+        mixture_shares(f"a:{weight} b:1")
+
+
+def test_part_that_would_come_again_and_again_is_refused(corpora, monkeypatch):
+    monkeypatch.setattr(corpus, "REPEAT", 3)
+    with pytest.raises(UserError, match="short came 3 times and another corpus is not used up: give mixture_size"):
+        texts("train", mixture="short:999 long:1")
+
+
+@pytest.mark.parametrize("names", ["a.txt:1 ./a.txt:1", "folder:1 folder/b.txt:1", "a.txt:1 link.txt:2"])
+def test_a_file_in_two_parts_is_refused(corpora, names):
+    (corpora / "folder").mkdir()
+    for name in ("a.txt", "folder/b.txt"):
+        (corpora / name).write_text("some words\n" * 100)
+    (corpora / "link.txt").symlink_to("a.txt")
+    with pytest.raises(UserError, match="is in two of its parts"):
+        open_mixture(mixed(mixture=names))

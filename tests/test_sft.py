@@ -366,7 +366,7 @@ def test_examples_named_for_validation_are_not_learned(tmp_path, capsys):
     assert [each[-1]["content"] for each in train] == ["more", "train"]
     assert [each[-1]["content"] for each in val] == ["valid"]
     said = capsys.readouterr().out
-    assert "validation on valid.jsonl" in said and "not used, by the name: test.jsonl" in said
+    assert "validation on valid.jsonl" in said and "not used: test.jsonl" in said
 
 
 def test_a_validation_file_without_examples_is_refused(tmp_path):

@@ -16,7 +16,7 @@ from data import prepare
 from model import ModelConfig
 from text import shards
 from text.batches import TokenStream
-from text.corpus import DataSettings, RawCorpus
+from text.corpus import Corpus, DataSettings
 from text.shards import CHECKED, read_meta, token_content, write_meta, write_split
 from text.tokenizer import train_tokenizer
 
@@ -40,7 +40,13 @@ DOCUMENTS = [prose(3, seed) for seed in range(150)] + [prose(600, 7)] + [prose(2
 TOKENIZER = train_tokenizer("bpe", [prose(200)], 300, workers=1)
 
 
-def corpus(documents=DOCUMENTS) -> RawCorpus:
+def made_of(pieces) -> Corpus:
+    raw = Corpus("made", [])
+    raw.pieces = pieces
+    return raw
+
+
+def corpus(documents=DOCUMENTS) -> Corpus:
     """The long document comes in pieces."""
 
     def pieces(split):
@@ -48,7 +54,7 @@ def corpus(documents=DOCUMENTS) -> RawCorpus:
             parts = [text[i : i + 3000] for i in range(0, len(text), 3000)]
             yield from ((part, part is parts[-1]) for part in parts)
 
-    return RawCorpus("made", [], pieces)
+    return made_of(pieces)
 
 
 def write(folder, raw=None, workers=1, tokenizer=TOKENIZER, shard_tokens=1500):
@@ -86,7 +92,7 @@ def test_interrupted_run_goes_on_and_encodes_nothing_twice_that_is_in_a_whole_sh
 
     folder = tmp_path / "again"
     with pytest.raises(KeyboardInterrupt):
-        write(folder, RawCorpus("made", [], broken), workers)
+        write(folder, made_of(broken), workers)
     done = json.loads((folder / "state.json").read_text())["train"]
     times = {name: (folder / name).stat().st_mtime_ns for name, _ in done["shards"]}
     assert times
@@ -107,7 +113,7 @@ def test_unknown_tokens_are_counted_over_an_interruption(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "again", RawCorpus("made", [], broken), tokenizer=tokenizer)
+        write(tmp_path / "again", made_of(broken), tokenizer=tokenizer)
     assert write(tmp_path / "again", tokenizer=tokenizer) == expected
 
 
@@ -118,7 +124,7 @@ def test_text_that_is_another_one_after_an_interruption_is_refused_once(tmp_path
 
     for changed in (corpus([prose(5, 99), *DOCUMENTS]), corpus(["short\n"])):
         with pytest.raises(KeyboardInterrupt):
-            write(tmp_path, RawCorpus("made", [], broken))
+            write(tmp_path, made_of(broken))
         with pytest.raises(UserError, match="not that of the interrupted run"):
             write(tmp_path, changed)
         assert write(tmp_path, changed)["documents"] in (302, 1)
@@ -297,7 +303,7 @@ def test_damaged_state_of_an_interrupted_run_is_made_again(tmp_path, capsys):
 
     expected = write(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "cut", RawCorpus("made", [], broken))
+        write(tmp_path / "cut", made_of(broken))
     for name in ("state.json", "train_00000.npy"):
         data = (tmp_path / "cut" / name).read_bytes()
         for kind, damaged in damages(data, 3).items():

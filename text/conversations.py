@@ -245,7 +245,7 @@ def text_examples(path: Path, notes: Counter) -> Iterator[Conversation]:
     """The blocks of a text file; blank lines around a part are no part of it."""
     parts: dict[str, list[str]] = {"": []}  # of this example; "" is what comes before its first heading
     start = 1
-    text = "".join(block for block, _ in text_blocks(path))
+    text = "".join(text_blocks(path))
     for number, line in enumerate([*text.split("\n"), SEPARATOR], 1):
         name = found[1] if (found := HEADING.match(line)) else ""
         if line == SEPARATOR or (name == "Instruction" and "Response" in parts):

@@ -1,7 +1,8 @@
-"""Corpora: those of data/, and files of yours; which of their documents are for training and which for validation.
+"""Corpora: those of data/, files of yours, and mixtures; which documents are for training and which for validation.
 
-    raw = open_corpus(settings)
+    raw = open_corpus(settings)                 # or open_mixture(settings)
     for text, ends in raw.pieces("train"):      # documents in pieces; `ends` closes the document
+        ...
 
 A corpus of ours is a folder data/<name>/ with a `prepare.py` that has
 
@@ -10,7 +11,7 @@ A corpus of ours is a folder data/<name>/ with a `prepare.py` that has
     def choose(text: str) -> None                # optional: called first, with what is behind dataset=<name>:
     def choose_field(name: str) -> None          # optional: called with text_field, where somebody set it
     def downloads() -> list[Path]                # optional: the files it fetched, for overwrite=download
-    def describe() -> str                        # optional: what it is going to fetch, said before the first byte
+    def describe() -> str                        # optional: what it is going to fetch, shown before the first byte
     def size(split: str) -> float                # optional: bytes of its text, about, where files do not tell
     skipped: list                                # optional: what documents() could not read
 """
@@ -19,17 +20,20 @@ import hashlib
 import importlib.util
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal
 
-from configurator import ROOT, Amount, Count, Range, Share, UserError, check_fields, shown
+from configurator import ROOT, Amount, Count, Range, Share, UserError, check_fields, find_path, need, shown
 from runtime.files import file_state, require_file
 from runtime.screen import ProgressLine, is_first_process, run, visible
-from text.download import download as download  # what most prepare.py need
+from text.download import download as download  # for prepare.py
 from text.records import (
     Piece,
     Position,
@@ -85,20 +89,48 @@ def forced(overwrite: str) -> tuple[str, ...]:
 
 
 @dataclass
-class RawCorpus:
+class Corpus:
+    """A corpus of data/, files of yours, or a mixture."""
+
     name: str
-    files: list[Path]                         # what is read: a change of these makes the tokens stale
-    pieces: Callable[[str], Iterator[Piece]]  # "train" | "val" -> documents in pieces
-    skipped: list = field(default_factory=list)
-    mixed: dict = field(default_factory=dict) # split -> what a mixture came to be (mixture.py)
-    val_files: int = 0                        # the last so many of the files are val_path's
-    notes: list[str] = field(default_factory=list)  # what to say of the choice of files
-    position: Position | None = None          # of the pass that goes on, where files tell it
-    size: Callable[[str], float] = lambda split: 0  # how much a pass over a split is, 0 if nobody knows
-    unit: str = "MB"
-    scale: float = 1e6
-    module: ModuleType | None = None          # its prepare.py
-    find: Callable[[Callable[[str], bool]], str] | None = None  # where the first text is for which a test is true
+    train_files: list[Path]  # a change of these, or of val_files, makes the tokens stale
+    val_files: list[Path] = field(default_factory=list)  # none: a part of the other text is for validation
+    notes: list[str] = field(default_factory=list)  # what to say about the choice of files
+    module: "ModuleType | Mixture | None" = None  # what has documents(); None: train_files are text
+    text_field: str = "text"
+    val_share: float = 0.05
+    unit: str = "MB"    # of `size` and `done`
+    scale: float = 1e6  # bytes or words in a unit
+    position = None     # of the latest pass, where somebody knows it
+
+    def pieces(self, split: str) -> Iterator[Piece]:
+        """The documents for "train" or "val", in pieces."""
+        if split == "val" and self.val_files:
+            return self.read(self.val_files)
+        if self.module:
+            self.position = self.module if isinstance(self.module, Mixture) else None
+            return ((text, True) for text in self.module.documents(split) if text)
+        if self.val_files:
+            return self.read(self.train_files)
+        return split_pieces(self.read(self.train_files), self.plan, split)
+
+    def read(self, files: list[Path], progress: ProgressLine | None = None) -> Iterator[Piece]:
+        self.position = Position()
+        for piece in files_pieces(files, self.text_field, self.position):
+            yield piece
+            if progress:
+                progress.show(self.position.now())
+
+    @cached_property
+    def plan(self) -> "Split":
+        """Made at the first use, because it reads the corpus, and a current cache does not need it."""
+        size, quiet = total_size(self.train_files), not is_first_process()
+        with closing(ProgressLine("choosing validation text", size, "MB", 1e6, quiet)) as progress:
+            return plan_split(self.read(self.train_files, progress), self.val_share)
+
+    @property
+    def files(self) -> list[Path]:
+        return [*self.train_files, *self.val_files]
 
     def sources(self) -> list:
         """[path, bytes, times of the last change in ns] of every file."""
@@ -108,43 +140,46 @@ class RawCorpus:
                 result.append([str(path.resolve()), *file_state(require_file(path))])
         return result
 
+    def size(self, split: str) -> float:
+        """Bytes of a pass over a split, about, or words or tokens of a mixture; 0 if nobody knows."""
+        if split == "val" and self.val_files:
+            return total_size(self.val_files)
+        if hasattr(self.module, "size"):
+            return self.module.size(split)
+        return total_size(self.train_files)
+
     def done(self, n_bytes: float) -> float:
         """How much of `size` was read, if these are the bytes that came out."""
         return self.position.now() if self.position else n_bytes
 
+    def find(self, test: Callable[[str], bool]) -> str:
+        """ "file, line n" of the first text for which `test` is true, "" if nobody knows."""
+        return "" if self.module else find_text(self.files, self.text_field, test)
 
-def open_corpus(s) -> RawCorpus:
+
+def open_corpus(settings: DataSettings) -> Corpus:
     """`data_path` where given, else `dataset`; `val_path` replaces the validation documents of either."""
-    val = text_files(s.val_path) if s.val_path else []
-    if s.data_path:
-        return open_files(s.data_path, s, val)
-    raw = open_dataset(s.dataset, s.text_field)
-    return with_validation(raw, val, s.text_field) if val else raw
-
-
-def with_validation(raw: RawCorpus, val: list[Path], text_field: str) -> RawCorpus:
-    """The corpus with these files as its validation documents."""
-    train, size = raw.pieces, raw.size
-
-    def pieces(split: str) -> Iterator[Piece]:
-        if split == "train":
-            return train("train")
-        raw.position = Position()
-        return files_pieces(val, text_field, raw.position)
-
-    raw.size = lambda split: size(split) if split == "train" else total_size(val)
-    raw.pieces, raw.files, raw.val_files = pieces, raw.files + val, len(val)
+    val = text_files(settings.val_path) if settings.val_path else []
+    if settings.data_path:
+        return open_files(settings.data_path, settings, val)
+    raw = open_dataset(settings.dataset, settings.text_field)
+    raw.val_files = val
     return raw
 
 
-def open_dataset(name: str, text_field: str = "text") -> RawCorpus:
-    module, files = load_dataset(name, text_field)
+def open_files(path: str, settings: DataSettings, val: list[Path]) -> Corpus:
+    """The text file or folder at `path`, whose text is split unless there are validation files."""
+    found = text_files(path)
+    parts = split_by_name(path, found, val)
+    need(parts.train, f"val_path={settings.val_path} is all the text of data_path; nothing is left to train on")
+    need(parts.val or 0 < settings.val_share < 1,
+         f"val_share={settings.val_share} must be between 0 and 1, or val_path name a file to validate on")
+    return Corpus(path_name(path), parts.train, parts.val, notes=left_out(path, found) + parts.notes,
+                  text_field=settings.text_field, val_share=settings.val_share)
 
-    def pieces(split: str) -> Iterator[Piece]:
-        return ((text, True) for text in module.documents(split) if text)
 
-    size = getattr(module, "size", lambda split: total_size(files[1:]))
-    return RawCorpus(dataset_name(name), files, pieces, getattr(module, "skipped", []), size=size, module=module)
+# ---------------------------------------------------------------------------------------------------------------------
+# Corpora of data/
 
 
 def dataset_name(dataset: str) -> str:
@@ -153,7 +188,7 @@ def dataset_name(dataset: str) -> str:
 
 
 def is_dataset(name: str) -> bool:
-    """Whether a name, with or without a choice behind a colon, is one of a corpus in our own data/: a plain word, and
+    """Whether a name, with or without a choice behind a colon, is that of a corpus in our own data/: a plain word, and
     no link that leads elsewhere."""
     name, home = name.partition(":")[0], (ROOT / "data").resolve()
     script = home / name / "prepare.py"
@@ -161,7 +196,7 @@ def is_dataset(name: str) -> bool:
 
 
 def import_dataset(name: str) -> ModuleType:
-    """data/<name>/prepare.py as a module of its own, wherever we are called from; nothing is chosen or fetched."""
+    """data/<name>/prepare.py as a module of its own; nothing is chosen or fetched."""
     if not is_dataset(name):
         known = sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py"))
         raise UserError(f"dataset={name}: there are {', '.join(known)}; DATA_PATH=<file> takes any text")
@@ -172,30 +207,32 @@ def import_dataset(name: str) -> ModuleType:
     return module
 
 
-def load_dataset(name: str, text_field: str = "text") -> tuple[ModuleType, list[Path]]:
-    """A corpus of data/, and the files that decide what it yields, its prepare.py first.
+def open_dataset(name: str, text_field: str = "text") -> Corpus:
+    """A corpus of data/; its files are its prepare.py and what that reads.
 
     What is behind a colon ("hf:roneneldan/TinyStories") is the corpus's own choice, and goes to its choose().
     """
-    module, choice = import_dataset(name), name.partition(":")[2]
+    module, (word, _, choice) = import_dataset(name), name.partition(":")
     if hasattr(module, "choose_field") and text_field != "text":
         module.choose_field(text_field)
     if hasattr(module, "choose"):
         module.choose(choice)
-    elif choice:
-        raise UserError(f"dataset={name.partition(':')[0]} leaves no choice; take away the :{choice}")
-    return module, [Path(module.__file__), *(module.sources() if hasattr(module, "sources") else [])]
+    else:
+        need(not choice, f"dataset={word} leaves no choice; take away the :{choice}")
+    files = [Path(module.__file__)]
+    if hasattr(module, "sources"):
+        files += module.sources()
+    return Corpus(dataset_name(name), files, module=module, text_field=text_field)
 
 
 def show_dataset(script: str) -> None:
     """`python data/<name>/prepare.py [choice]`: how the first documents of each split begin."""
 
     def main() -> None:
-        name = ":".join([Path(script).resolve().parent.name, *sys.argv[1:2]])
         if {"-h", "--help"} & set(sys.argv):
             print(f"{sys.modules['__main__'].__doc__}\n    python {script} [choice]    # shows how its documents begin")
             return
-        raw = open_dataset(name)
+        raw = open_dataset(":".join([Path(script).resolve().parent.name, *sys.argv[1:2]]))
         for split in ("val", "train"):
             first = list(islice(raw.pieces(split), 3))
             print(f"{raw.name}, {split}: {'the first documents begin' if first else 'no documents'}")
@@ -203,48 +240,6 @@ def show_dataset(script: str) -> None:
                 print(f"  {len(text):9,} characters: {visible(repr(text[:80]))}")
 
     run(main)
-
-
-def open_files(path: str, s, val: list[Path]) -> RawCorpus:
-    """The text file or folder at `path`, split here unless it has validation files of its own."""
-    found = text_files(path)
-    parts = split_by_name(path, found, val)
-    files, val = parts.train, parts.val
-    raw = RawCorpus(path_name(path), files, pieces=None, notes=[left_out(path, found), *parts.notes()],
-                    size=lambda split: total_size(files))
-    raw.find = lambda test: find_text([*files, *val], s.text_field, test)
-
-    def every() -> Iterator[Piece]:
-        raw.position = Position()
-        return files_pieces(files, s.text_field, raw.position)
-
-    if val and not files:
-        raise UserError(f"val_path={s.val_path} is all the text of data_path; nothing is left to train on")
-    if val:
-        raw.pieces = lambda split: every()
-        return with_validation(raw, val, s.text_field)
-    if not 0 < s.val_share < 1:
-        raise UserError(f"val_share={s.val_share} must lie between 0 and 1, or val_path name a file to validate on")
-    plan: list[Split] = []  # made at the first use: it reads the corpus, and a current cache does not need it
-
-    def pieces(split: str) -> Iterator[Piece]:
-        if not plan:
-            plan.append(plan_split(show_progress(every(), raw, total_size(files)), s.val_share))
-        return split_pieces(every(), plan[0], split)
-
-    raw.pieces = pieces
-    return raw
-
-
-def show_progress(pieces: Iterator[Piece], raw: RawCorpus, size: int) -> Iterator[Piece]:
-    """The pieces, while a line shows how far the pass over them is."""
-    progress = ProgressLine("choosing validation text", size, "MB", 1e6, quiet=not is_first_process())
-    try:
-        for piece in pieces:
-            yield piece
-            progress.show(raw.position.now())
-    finally:
-        progress.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,9 +250,13 @@ def show_progress(pieces: Iterator[Piece], raw: RawCorpus, size: int) -> Iterato
 class Split:
     """Which documents are for validation. Documents with the same text never part."""
 
-    below: int = 0                       # those with a hash below this, or
-    hashes: frozenset = frozenset()      # those with one of these hashes, or
-    cut_at: int = 0                      # the characters of the corpus from here on, cut at the line before
+    below: int = 0                   # those with a hash below this, or
+    hashes: frozenset = frozenset()  # those with one of these hashes, or
+    cut_at: int = 0                  # the characters of the corpus from here on, cut at the line before
+
+    def is_val(self, first_piece: str) -> bool:
+        key = document_hash(first_piece)
+        return key < self.below or key in self.hashes
 
 
 def document_hash(first_piece: str) -> int:
@@ -271,25 +270,24 @@ def plan_split(pieces: Iterable[Piece], share: float) -> Split:
 
     Reads no more than it takes to know that there are many.
     """
-    sizes: dict[int, int] = {}  # hash of a document -> characters, of all its copies
-    count = total = 0
-    key = None
+    sizes, count, key = Counter(), 0, None  # hash of a document -> characters of all its copies
     for text, ends in pieces:
-        key = document_hash(text) if key is None else key
-        sizes[key] = sizes.get(key, 0) + len(text)
-        total += len(text)
+        if key is None:
+            key = document_hash(text)
+        sizes[key] += len(text)
         if ends:
             key, count = None, count + 1
         if len(sizes) * share >= FEW:
             return Split(below=int(share * 2**64))
-    if count > 1 and len(sizes) == 1:
-        raise UserError(f"all {count:,} documents are equal, and none is left to validate on: name other text with "
-                        "val_path=<file>")
+    need(count < 2 or len(sizes) > 1, f"all {count:,} documents are equal, and none is left to validate on: name other "
+                                      "text with val_path=<file>")
+    total = sizes.total()
     for most in (1.5, 4):  # in the order of the hashes, none that would make validation far too large
-        limit, chosen, taken = min(most * share, (1 + share) / 2) * total, [], 0
+        limit, chosen, taken = min(most * share, (1 + share) / 2) * total, set(), 0
         for key in sorted(sizes):
             if taken < share * total and taken + sizes[key] <= limit:
-                chosen, taken = [*chosen, key], taken + sizes[key]
+                chosen.add(key)
+                taken += sizes[key]
         if chosen:
             return Split(hashes=frozenset(chosen))
     return Split(cut_at=max(1, int(total * (1 - share))))
@@ -297,20 +295,142 @@ def plan_split(pieces: Iterable[Piece], share: float) -> Split:
 
 def split_pieces(pieces: Iterable[Piece], plan: Split, split: str) -> Iterator[Piece]:
     """The pieces that belong to one split."""
-    position, val = 0, None  # val: whether the document that we are in is for validation
+    position, is_val = 0, None  # is_val: of the document that we are in
     for text, ends in pieces:
         if plan.cut_at:
             here, position = plan.cut_at - position, position + len(text)
             if 0 < here < len(text):
                 line = text.rfind("\n", 0, here) + 1 or here
-                yield (text[:line], True) if split == "train" else (text[line:], ends)
-            elif (here <= 0) == (split == "val"):
-                yield text, ends
-            continue
-        if val is None:
-            key = document_hash(text)
-            val = key < plan.below or key in plan.hashes
-        if val == (split == "val"):
+                halves = {"train": (text[:line], True), "val": (text[line:], ends)}
+                yield halves[split]
+                continue
+            is_val = here <= 0
+        elif is_val is None:
+            is_val = plan.is_val(text)
+        if is_val == (split == "val"):
             yield text, ends
         if ends:
-            val = None
+            is_val = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixtures
+
+LONG = 8192      # characters, somewhat more than a thousand words of English
+MOST = 1e9       # a weight is below this
+REPEAT = 10_000  # passes over a part before all the others were used up once: then nobody meant these weights
+
+
+def mixture_shares(text: str) -> dict[str, float]:
+    """ "a:1 b:3" -> {"a": 0.25, "b": 0.75} """
+    weights = {}
+    for item in text.split():
+        name, _, weight = item.rpartition(":")
+        is_number = re.fullmatch(r"\d+\.?\d*|\.\d+", weight)
+        need(name and name not in weights and is_number and 0 < float(weight) < MOST,
+             f"mixture={text}: {item!r} must be a corpus named once and its weight, as in gutenberg:0.4 stdlib:0.6")
+        weights[name] = float(weight)
+    need(len(weights) > 1, f"mixture={text} needs two corpora at least; dataset=<name> takes one")
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+
+def open_mixture(settings: DataSettings, count: Callable[[str], int] | None = None) -> Corpus:
+    """The corpora of mixture="gutenberg:0.4 tinystories:0.6". `count` measures a text where the unit is not words."""
+    shares = mixture_shares(settings.mixture)
+    parts, files, notes, own = {}, [], [], Counter()
+    for name in shares:
+        if is_dataset(name) or not find_path(name).exists():
+            part = open_dataset(name, settings.text_field)  # or the sentence that names what there is
+        else:
+            part = open_files(name, settings, [])
+            own.update(path.resolve() for path in part.files)
+        parts[name] = part
+        files += part.files
+        notes += [f"{name}: {note}" for note in part.notes]
+    for path, uses in own.items():
+        need(uses == 1, f"mixture={settings.mixture}: {path} is in two of its parts; name it in one")
+    name = dataset_name("mix " + " ".join(part.name for part in parts.values()))
+    mixture = Mixture(parts, shares, settings.mixture_size, settings.mixture_unit, count or count_words)
+    return Corpus(name, files, notes=notes, module=mixture, unit=settings.mixture_unit, scale=1)
+
+
+def count_words(text: str) -> int:
+    return len(text.split())
+
+
+@dataclass
+class Mixture:
+    """Corpora mixed by shares: mixture="gutenberg:0.4 tinystories:0.6" instead of dataset=<one>.
+
+    A part is a corpus of data/, with its choice (hf:a/b,limit=1e9:0.3), or a file or folder of text. Behind the last
+    colon is its weight; the weights need not add up to 1. A share is one of words (what blanks separate) or of tokens,
+    never of documents, for those differ in length. The next document always comes from the part that is furthest behind
+    its share, so the shares hold all along the text, and a part that has ended begins again.
+
+    Training text is drawn from the training split of each part, validation text from its validation split; a training
+    document that is in any validation split is left out. Training ends at `mixture_size`, or, if that is 0, when every
+    part was used up once; validation when the first part is used up, because a repetition would measure nothing new.
+    """
+
+    parts: dict[str, Corpus]
+    shares: dict[str, float]  # which add up to 1
+    train_size: int           # words or tokens to train on; 0 = until every part was used up once
+    unit: str = "words"
+    count: Callable[[str], int] = count_words
+
+    def __post_init__(self):
+        self.mixed = {}  # split -> {part: {"share": 0.4, "got": 0.41, "words": 820, "passes": 2}} of the last pass
+        self.given = Counter()  # words or tokens of each part in the latest pass
+
+    def size(self, split: str) -> int:
+        return self.train_size if split == "train" else 0
+
+    def now(self) -> int:
+        """How far the latest pass is."""
+        return self.given.total()
+
+    @property
+    def skipped(self) -> list:
+        return [path for part in self.parts.values() for path in getattr(part.module, "skipped", [])]
+
+    def documents(self, split: str) -> Iterator[str]:
+        """The documents of one split, interleaved; a long one becomes several.
+
+        Shares a 0.75 and b 0.25 of documents that are equally long: a b a a  a b a a ...
+        """
+        held_out = set()
+        if split == "train":
+            held_out = {document_hash(text) for part in self.parts.values() for text, _ in part.pieces("val")}
+        texts = {name: portions(part.pieces(split), held_out) for name, part in self.parts.items()}
+        size, ended, passes = self.size(split), Counter(), Counter()  # passes that ended, those that brought text
+        given = self.given = Counter()
+        while not size or given.total() < size:
+            name = min(self.parts, key=lambda name: given[name] / self.shares[name])
+            text = next(texts[name], None)
+            if text is None:
+                need(passes[name] > ended[name], f"mixture: {name} holds no text for {split}")
+                ended[name] += 1
+                if not size and (split == "val" or len(ended) == len(self.parts)):
+                    break
+                need(size or ended[name] < REPEAT, f"mixture: {name} came {REPEAT:,} times and another corpus is not "
+                                                   "used up: give mixture_size=<words>, or other weights")
+                texts[name] = portions(self.parts[name].pieces(split), held_out)
+            elif n := self.count(text):
+                passes[name] = ended[name] + 1
+                given[name] += n
+                yield text
+        self.mixed[split] = {name: {"share": self.shares[name], "got": given[name] / given.total(),
+                                    self.unit: given[name], "passes": passes[name]} for name in self.parts}
+
+
+def portions(pieces: Iterator[Piece], held_out: set[int]) -> Iterator[str]:
+    """The texts that are not held out; long ones in parts of whole lines, or one would be worth many others."""
+    for text, _ in pieces:
+        if document_hash(text) in held_out:
+            continue
+        start = 0
+        while len(text) - start > LONG:
+            end = text.rfind("\n", start, start + LONG) + 1 or start + LONG
+            yield text[start:end]
+            start = end
+        yield text[start:]

@@ -27,7 +27,7 @@ from runtime.screen import say
 from text.batches import permute, round_keys
 from text.chat import ChatSettings, Template
 from text.conversations import Conversation, example_files, read_examples
-from text.corpus import DataSettings, dataset_name, document_hash, load_dataset
+from text.corpus import DataSettings, document_hash, open_dataset
 from text.records import json_records, left_out, split_by_name
 from text.tokenizer import Head, Tokenizer
 
@@ -126,7 +126,7 @@ def read_split(data: DataSettings, fits: Callable[[Conversation], bool] = bool, 
         found = example_files(data.data_path)
         parts = split_by_name(data.data_path, found, example_files(data.val_path) if data.val_path else [])
         train_files, val_files = parts.train, parts.val
-        notes = [left_out(data.data_path, found), *parts.notes()]
+        notes = [*left_out(data.data_path, found), *parts.notes]
     else:
         folder = prepare_examples(data.dataset, data.cache_dir, quiet)
         train_files, val_files = [folder / "train.jsonl"], [folder / "val.jsonl"]
@@ -136,7 +136,7 @@ def read_split(data: DataSettings, fits: Callable[[Conversation], bool] = bool, 
     names = ", ".join(file.name for file in train_files + val_files)
     say(f"examples {len(train) + len(val):,} of {shorten(names, 300)}", quiet)
     notes += [f"{note} ({count:,} times)" for note, count in counts.items()]
-    for note in filter(None, notes):
+    for note in notes:
         say(f"         {note}", quiet)
     may_be_empty = not data.data_path  # a corpus of data/ may have no validation examples
     if train and (not val_files or (not val and may_be_empty)):
@@ -216,19 +216,19 @@ def find_examples(cache_dir: str, made_of: dict) -> Split | None:
 
 def prepare_examples(dataset: str, cache_dir: str, quiet: bool) -> Path:
     """The folder with train.jsonl and val.jsonl of data/<dataset>/, made now unless it is there and current."""
-    module, files = load_dataset(dataset)
-    need(hasattr(module, "examples"), f"dataset={dataset} is text to read and has no questions and answers: set "
-                                      "dataset=stdlib_chat, or DATA_PATH=<your .jsonl>")
-    facts = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    raw = open_dataset(dataset)
+    need(hasattr(raw.module, "examples"), f"dataset={dataset} is text to read and has no questions and answers: set "
+                                          "dataset=stdlib_chat, or DATA_PATH=<your .jsonl>")
+    facts = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in raw.files]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-    folder = cache_folder(cache_dir) / f"{dataset_name(dataset)}-{key}"
+    folder = cache_folder(cache_dir) / f"{raw.name}-{key}"
     hashes = folder / "hashes.json"
     with working(folder, quiet):
         if not is_whole(folder):
             if hashes.exists():
                 say(f"data: {folder} is damaged: its examples are made again", quiet)
             for split in ("train", "val"):
-                write_examples(folder / f"{split}.jsonl", module.examples(split))
+                write_examples(folder / f"{split}.jsonl", raw.module.examples(split))
             write_json(hashes, file_hashes(folder))
     return folder
 

@@ -30,7 +30,7 @@ from configurator import UserError, find_path, need
 from runtime.files import file_state, read_json, read_notes, replacing, require_file, write_json
 from runtime.screen import ProgressLine, say
 from runtime.workers import in_order
-from text.corpus import RawCorpus
+from text.corpus import Corpus, Mixture
 from text.records import SEPARATOR, Parts, Piece, list_files, reading, split_by_name
 from text.tokenizer import Head
 
@@ -239,7 +239,7 @@ class Job(NamedTuple):
 class CountedText:
     """The pieces of a split on their way to the tokenizer: counted, hashed, and repaired if `replace`."""
 
-    def __init__(self, raw: RawCorpus, split: str, tokenizer, replace: bool):
+    def __init__(self, raw: Corpus, split: str, tokenizer, replace: bool):
         self.raw, self.split, self.tokenizer, self.replace = raw, split, tokenizer, replace
         self.counts = {"documents": 0, "bytes": 0, "markers": 0, "replaced": 0}
         self.content, self.head = hashlib.blake2b(digest_size=16), Head()
@@ -264,7 +264,7 @@ class CountedText:
             yield Job(number, self.content.hexdigest(), self.raw.done(self.counts["bytes"]), work)
 
 
-def write_split(folder: Path, split: str, raw: RawCorpus, tokenizer, shard_tokens: int, workers: int = 0,
+def write_split(folder: Path, split: str, raw: Corpus, tokenizer, shard_tokens: int, workers: int = 0,
                 quiet: bool = False, note: Callable[[str], None] | None = None, replace: bool = False) -> dict:
     """Encode one split into shards of `folder`; returns its part of meta.json. `workers`: 0 = one per CPU.
 
@@ -301,17 +301,15 @@ def write_split(folder: Path, split: str, raw: RawCorpus, tokenizer, shard_token
                     unknown += int(np.count_nonzero(ids == unk))
                 progress.show(job.done, f"{writer.tokens:,} tokens")
     except bpe.Unwritable as error:
-        where = ""
-        if raw.find:
-            where = raw.find(lambda text: tokenizer.repaired(text)[1] > 0)
+        where = raw.find(lambda text: tokenizer.repaired(text)[1] > 0)
         raise UserError(f"{where or raw.name}: {error}; REPLACE_MISSING=1 learns U+FFFD in their place, and counts "
                         "them") from None
     progress.close()
     part = text.counts | {"unknown": unknown, "tokens": writer.tokens, "shards": writer.close(), "sums": writer.sums,
                           "content": text.content.hexdigest()}
     need(writer.tokens, f"{raw.name} holds no text for {split}; give more documents, or val_path=<a file>")
-    if split in raw.mixed:
-        part["mixture"] = raw.mixed[split]
+    if isinstance(raw.module, Mixture):
+        part["mixture"] = raw.module.mixed[split]
     lost = tokenizer.lost(text.head.text())
     if lost.rate:
         part["lost"] = str(lost)
