@@ -16,16 +16,19 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError, check_fields, configure, find_path, write_path
+from configurator import UserError, check_fields, configure, find_path, need, write_path
 from runtime import checkpoint
 from runtime.files import optional, replacing
 from runtime.log import read_log
 from runtime.screen import run, visible
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito 2008
-STYLES = ["-", "--", ":", "-."]  # of every seven more runs
+STYLES = ["-", "--", ":", "-."]  # one for seven runs: with the colours they tell 28 apart
 GREY = "#4a5568"
-HUGE = 1e30  # nothing that we log comes near; matplotlib's axes overflow not far beyond
+HUGE = 1e30  # far above all that we log, and below what overflows matplotlib's axes
+LOOK = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.grid": True,
+        "axes.titlelocation": "left", "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
+        "grid.color": "#e2e8f0"}
 
 
 @dataclass
@@ -37,16 +40,41 @@ class PlotSettings:
         check_fields(self)
 
 
+@dataclass
+class Curves:
+    """The columns of a run's log, and how to draw them."""
+
+    label: str
+    columns: dict[str, np.ndarray]
+    training: str  # colours
+    validation: str
+    style: str
+    width: float = 1.0
+
+    def points(self, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
+        """Two columns where both have numbers; empty if the log lacks one."""
+        if x not in self.columns or y not in self.columns:
+            return np.empty(0), np.empty(0)
+        both = np.isfinite(self.columns[x]) & np.isfinite(self.columns[y])
+        return self.columns[x][both], self.columns[y][both]
+
+    def values(self, column: str) -> np.ndarray:
+        return self.points("step", column)[1]
+
+
 def main(argv: list[str] | None = None) -> None:
-    s = configure([PlotSettings], folders_first(sys.argv[1:] if argv is None else argv), doc=__doc__)
-    files = [log_of(name) for name in s.runs] or newest()
-    curves = [read_curves(file) for file in files]
-    out = write_path(s.out) if s.out else files[0].parent
+    if argv is None:
+        argv = sys.argv[1:]
+    s = configure([PlotSettings], folders_first(argv), doc=__doc__)
+    files = [log_of(name) for name in s.runs] or [newest()]
+    out = files[0].parent
+    if s.out:
+        out = write_path(s.out)
     if out.is_dir():
         out = out / "curves.png"
     elif not out.suffix:
         out = out.with_suffix(".png")
-    draw(names(files), curves, out)
+    draw(styled(files), out)
     print(visible(str(out)))
 
 
@@ -54,8 +82,9 @@ def folders_first(argv: list[str]) -> list[str]:
     """['out/a', 'out=x.png'] -> ['runs=out/a', 'out=x.png']; what follows `--out` stays its value."""
     result, is_value = [], False
     for word in argv:
-        plain = not is_value and not word.startswith("-") and "=" not in word
-        result.append(f"runs={word}" if plain else word)
+        if not (is_value or word.startswith("-") or "=" in word):
+            word = f"runs={word}"
+        result.append(word)
         is_value = word.startswith("--") and "=" not in word and word != "--help"
     return result
 
@@ -63,50 +92,60 @@ def folders_first(argv: list[str]) -> list[str]:
 def log_of(name: str) -> Path:
     """The log.csv of a run's folder, or of the file itself."""
     path = find_path(name)
-    path = path / "log.csv" if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"there is no {path}: name the folder of a run, as in python plot.py out/quickstart")
+    if path.is_dir():
+        path = path / "log.csv"
+    need(path.is_file(), f"there is no {path}: name the folder of a run, as in python plot.py out/quickstart")
     return path
 
 
-def newest() -> list[Path]:
+def newest() -> Path:
     folders = checkpoint.runs(files=("log.csv",))
-    if not folders:
-        raise UserError("there is no run in out/ yet: `python train.py` makes one")
-    return [folders[0] / "log.csv"]
+    need(folders, "there is no run in out/ yet: `python train.py` makes one")
+    return folders[0] / "log.csv"
+
+
+def styled(files: list[Path]) -> list[Curves]:
+    """One run: a colour for training and one for validation. Several: a colour each, thin lines for training."""
+    runs = []
+    for i, (file, name) in enumerate(zip(files, names(files), strict=True)):
+        label = "".join(filter(str.isprintable, name)).replace("$", r"\$")  # no formulas of matplotlib
+        color, style = COLORS[i % len(COLORS)], STYLES[i // len(COLORS) % len(STYLES)]
+        runs.append(Curves(label, read_curves(file), training=color, validation=color, style=style))
+    if len(runs) == 1:
+        runs[0].validation, runs[0].width = COLORS[1], 1.6
+    return runs
 
 
 def names(files: list[Path]) -> list[str]:
     """What tells the runs apart: their folders' names, else their paths."""
     short = [file.parent.resolve().name for file in files]
-    return short if len(set(short)) == len(short) else [str(file.parent) for file in files]
+    if len(set(short)) == len(short):
+        return short
+    return [str(file.parent) for file in files]
 
 
 def read_curves(path: Path) -> dict[str, np.ndarray]:
-    """Every column of a log.csv as float64, NaN where it has no number; columns that are missing are not there.
-
-    Raises UserError if there is no loss in it.
-    """
-    rows = read_log(path)
-    columns = {name: np.array([number(row[name]) for row in rows]) for name in (rows[0] if rows else ())}
-    if not any(np.isfinite(columns.get(name, [])).any() for name in ("loss", "val_loss")):
-        raise UserError(f"{path} has no losses to draw yet")
+    """Every column of a log.csv as float64, NaN where it has no number. UserError if there is no loss in it."""
+    rows, columns = read_log(path), {}
+    if rows:
+        for name in rows[0]:
+            columns[name] = np.array([number(row[name]) for row in rows])
+    losses = np.concatenate([columns.get("loss", []), columns.get("val_loss", [])])
+    need(np.isfinite(losses).any(), f"{path} has no losses to draw yet")
     return columns
 
 
 def number(text: str) -> float:
     try:
-        return float(text) if abs(float(text)) < HUGE else math.nan
+        value = float(text)
     except ValueError:
         return math.nan
+    return value if abs(value) < HUGE else math.nan
 
 
-def points(curves: dict, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-    """Where both columns have numbers."""
-    if x not in curves or y not in curves:
-        return np.empty(0), np.empty(0)
-    there = np.isfinite(curves[x]) & np.isfinite(curves[y])
-    return curves[x][there], curves[y][there]
+def window(values: np.ndarray) -> int:
+    """How many lines of the log are averaged into a smoothed point: 2 %, an odd number."""
+    return len(values) // 50 | 1
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -120,20 +159,21 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def draw(labels: list[str], runs: list[dict], out: Path) -> None:
-    """Loss against steps, tokens and time; learning rate, gradient norm and speed. One run: a colour for training and
-    one for validation. Several: a colour each, thin lines for training, dots for validation."""
+def draw(runs: list[Curves], out: Path) -> None:
+    """Loss against steps, tokens and time; learning rate, gradient norm and speed."""
     optional("matplotlib", "matplotlib").use("Agg")  # no window
     plt = optional("matplotlib.pyplot", "matplotlib")
-    labels = ["".join(c if c.isprintable() else "?" for c in label).replace("$", r"\$") for label in labels]
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-             "axes.edgecolor": GREY, "grid.color": "#e2e8f0", "axes.titlesize": 10, "axes.titlelocation": "left",
-             "xtick.color": GREY, "ytick.color": GREY}
-    with plt.rc_context(style):
+    longest = max(each.values("seconds").max(initial=1) for each in runs)
+    seconds, unit = 1, "seconds"
+    if longest >= 3 * 3600:
+        seconds, unit = 3600, "hours"
+    elif longest >= 180:
+        seconds, unit = 60, "minutes"
+    with plt.rc_context(LOOK):
         figure = plt.figure(figsize=(9, 8), dpi=200, layout="constrained")  # 1,800 pixels, to be shown 900 wide
         grid = figure.add_gridspec(3, 6, height_ratios=(2.2, 1.5, 1.3))
-        seconds, unit = time_unit(max(np.nanmax(curves.get("seconds", [1]), initial=1) for curves in runs))
-        wide = draw_loss(figure.add_subplot(grid[0, :]), runs, "step", "steps")
+        wide = figure.add_subplot(grid[0, :])
+        draw_loss(wide, runs, "step", "steps")
         draw_loss(figure.add_subplot(grid[1, :3], sharey=wide), runs, "tokens", "tokens")
         draw_loss(figure.add_subplot(grid[1, 3:], sharey=wide), runs, "seconds", f"{unit} of training", seconds)
         wide.set_ylabel("loss, nats per token")
@@ -141,14 +181,14 @@ def draw(labels: list[str], runs: list[dict], out: Path) -> None:
         draw_column(figure.add_subplot(grid[2, 0:2]), runs, "lr", "learning rate")
         draw_column(figure.add_subplot(grid[2, 2:4]), runs, "grad_norm", "gradient norm")
         draw_column(figure.add_subplot(grid[2, 4:6]), runs, "tokens_per_second", "tokens per second")
-        figure.suptitle(headline(labels, runs), x=0.01, ha="left", fontsize=11)
+        figure.suptitle(headline(runs), x=0.01, ha="left", fontsize=11)
         if len(runs) > 1:
-            styles = [dict(color=colors(runs, i)[0], ls=line_style(i)) for i in range(len(runs))]
-            lines = [plt.Line2D([], [], marker="o", ms=4, **style) for style in styles]
-            wide.legend(lines, labels, loc="upper right", framealpha=0.9)
+            for each in runs:
+                wide.plot([], [], color=each.training, ls=each.style, marker="o", ms=4, label=each.label)
+            wide.legend(loc="upper right", framealpha=0.9)
         try:
-            out.parent.stat()  # a mistake in a name is not to make a folder
-            with replacing(out) as file:  # not what a link in a run's folder points to
+            out.parent.stat()  # a mistake in a name must not make a folder
+            with replacing(out) as file:
                 figure.savefig(file, format=out.suffix[1:])
         except (OSError, ValueError) as error:
             raise UserError(f"cannot write out={out}: {getattr(error, 'strerror', '') or error}") from None
@@ -156,109 +196,88 @@ def draw(labels: list[str], runs: list[dict], out: Path) -> None:
             plt.close(figure)
 
 
-def headline(labels: list[str], runs: list[dict]) -> str:
+def headline(runs: list[Curves]) -> str:
     """'quickstart: 2.0M tokens, best validation loss 3.4123'; of several runs, how to read the lines."""
-    smoothed = any(window(points(curves, "step", "loss")[1]) > 1 for curves in runs)
-    note = "; training smoothed: means of 2 % of its lines" if smoothed else ""
+    note = ""
+    if any(window(each.values("loss")) > 1 for each in runs):
+        note = "; training smoothed: means of 2 % of its lines"
     if len(runs) > 1:
         return f"{len(runs)} runs: lines are training, dots validation{note}"
-    tokens, best = points(runs[0], "step", "tokens")[1], points(runs[0], "step", "val_loss")[1]
-    about = [f"{compact(tokens.max())} tokens"] if len(tokens) else []
-    about += [f"best validation loss {best.min():.4f}"] if len(best) else []
-    return f"{labels[0]}: {', '.join(about)}{note}"
+    about, tokens, losses = [], runs[0].values("tokens"), runs[0].values("val_loss")
+    if len(tokens):
+        about.append(f"{compact(tokens.max())} tokens")
+    if len(losses):
+        about.append(f"best validation loss {losses.min():.4f}")
+    return f"{runs[0].label}: {', '.join(about)}{note}"
 
 
-def colors(runs: list[dict], i: int) -> tuple[str, str]:
-    """(training, validation) of run i."""
-    return tuple(COLORS[:2]) if len(runs) == 1 else (COLORS[i % len(COLORS)],) * 2
+def draw_loss(ax, runs: list[Curves], x: str, xlabel: str, unit: float = 1.0) -> None:
+    for each in runs:
+        at, loss = each.points(x, "loss")
+        draw_line(ax, each, at / unit, loss, width=each.width, smoothed=True)
+        at, loss = each.points(x, "val_loss")
+        size = 3.5 if len(at) < 50 else 2
+        ax.plot(at / unit, loss, color=each.validation, ls=each.style, lw=1.0, marker="o", ms=size)
+    set_axis(ax, xlabel, log_from=1)
 
 
-def line_style(i: int) -> str:
-    """The line of run i: with the colours it tells 28 runs apart."""
-    return STYLES[i // len(COLORS) % len(STYLES)]
-
-
-def window(values: np.ndarray) -> int:
-    """How many lines of the log are averaged into a smoothed point: 2 %, an odd number."""
-    return len(values) // 50 | 1
-
-
-def draw_loss(ax, runs: list[dict], x: str, xlabel: str, unit: float = 1.0):
-    for i, curves in enumerate(runs):
-        training, validation = colors(runs, i)
-        at, loss = points(curves, x, "loss")
-        thin = 1.6 if len(runs) == 1 else 1.0
-        if window(loss) > 1:
-            ax.plot(at / unit, loss, color=training, alpha=0.2, lw=0.7)
-        alone = "o" if len(at) == 1 else ""
-        ax.plot(at / unit, smooth(loss, window(loss)), color=training, ls=line_style(i), lw=thin, marker=alone, ms=3)
-        at, loss = points(curves, x, "val_loss")
-        ax.plot(at / unit, loss, color=validation, ls=line_style(i), lw=1.0, marker="o", ms=3.5 if len(at) < 50 else 2)
-    set_axis(ax, xlabel, log=True)
-    return ax
-
-
-def draw_column(ax, runs: list[dict], column: str, title: str) -> None:
-    values = np.concatenate([points(curves, "step", column)[1] for curves in runs])
-    for i, curves in enumerate(runs):
-        at, y = points(curves, "step", column)
-        if column == "grad_norm" and window(y) > 1:
-            ax.plot(at, y, color=colors(runs, i)[0], alpha=0.2, lw=0.7)
-            y = smooth(y, window(y))
-        ax.plot(at, y, color=colors(runs, i)[0], ls=line_style(i), lw=1.2, marker="o" if len(at) == 1 else "", ms=3)
+def draw_column(ax, runs: list[Curves], column: str, title: str) -> None:
+    is_norm = column == "grad_norm"
+    for each in runs:
+        draw_line(ax, each, *each.points("step", column), width=1.2, smoothed=is_norm)
     ax.set_title(title)
-    positive = values[values > 0]
-    wide = len(positive) and positive.max() > 20 * positive.min()
-    set_axis(ax, "steps", log=column == "grad_norm" and wide)
-    if ax.get_yscale() == "linear" and len(values):
-        ax.set_ylim(0, None)
+    set_axis(ax, "steps", log_from=20 if is_norm else math.inf)
 
 
-def set_axis(ax, xlabel: str, log: bool) -> None:
-    """Readable numbers; a logarithmic axis, where asked for and there is something positive, with plain ones."""
+def draw_line(ax, curves: Curves, x: np.ndarray, y: np.ndarray, width: float, smoothed: bool) -> None:
+    if smoothed and window(y) > 1:
+        ax.plot(x, y, color=curves.training, alpha=0.2, lw=0.7)
+        y = smooth(y, window(y))
+    marker = "o" if len(x) == 1 else ""
+    ax.plot(x, y, color=curves.training, ls=curves.style, lw=width, marker=marker, ms=3)
+
+
+def set_axis(ax, xlabel: str, log_from: float) -> None:
+    """Readable numbers; a logarithmic axis if the largest value is at least `log_from` times the smallest."""
     ticker = optional("matplotlib.ticker", "matplotlib")
     ax.set_xlabel(xlabel)
-    y = np.concatenate([line.get_ydata() for line in ax.lines] or [[]])
-    if not len(y):
+    low, high = ax.dataLim.intervaly
+    if not math.isfinite(low):
         ax.text(0.5, 0.5, "not in the log", transform=ax.transAxes, ha="center", va="center", color=GREY)
         ax.set(xticks=[], yticks=[])
         return
-    log = log and (y > 0).all()
-    if log:
+    is_log = low > 0 and high >= log_from * low
+    if is_log:
         ax.set_yscale("log")
         ax.yaxis.set_minor_locator(ticker.NullLocator())
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: compact(value)))
-    if log and y.max() > 20 * y.min():
+    if is_log and high > 20 * low:
         ax.yaxis.set_major_locator(ticker.LogLocator(numticks=6))
     ax.set_xlim(0, None)
+    if not is_log:
+        ax.set_ylim(0, None)
 
 
-def label_ends(ax, runs: list[dict]) -> None:
-    """The last loss of each curve at its height, right of all curves, pushed apart where two would meet."""
-    ends = []
-    for i, curves in enumerate(runs):
-        for name, column, color in zip(("training", "validation"), ("loss", "val_loss"), colors(runs, i), strict=True):
-            loss = points(curves, "step", column)[1]
-            if len(loss) and (len(runs) == 1 or column == "val_loss" or "val_loss" not in curves):
-                last = smooth(loss, window(loss))[-1] if column == "loss" else loss[-1]
-                ends.append((last, f"{name} {last:.3f}" if len(runs) == 1 else f"{last:.3f}", color))
-    longest = 1.01 * max(line.get_xdata().max(initial=1) for line in ax.lines)
-    ax.set_xlim(0, longest * (1.16 if len(runs) == 1 else 1.06))
+def label_ends(ax, runs: list[Curves]) -> None:
+    """The last loss of each curve at its height, to the right of all curves, pushed apart where two would overlap."""
+    ends, alone = [], len(runs) == 1
+    for each in runs:
+        training, validation = each.values("loss"), each.values("val_loss")
+        if len(validation):
+            ends.append((validation[-1], "validation ", each.validation))
+        if len(training) and (alone or not len(validation)):
+            ends.append((smooth(training, window(training))[-1], "training ", each.training))
+    longest = 1.01 * max(ax.dataLim.x1, 1)
+    ax.set_xlim(0, longest * (1.16 if alone else 1.06))
     ax.figure.canvas.draw()  # settles the height of the axis
     height, lowest = ax.get_window_extent().height, -math.inf
-    for loss, text, color in sorted(ends):
+    for loss, name, color in sorted(ends):
         y = max(ax.transAxes.inverted().transform(ax.transData.transform((0, loss)))[1], lowest)
         lowest = y + 10 * 1.4 * ax.figure.dpi / 72 / height  # a line of text
+        text = f"{name}{loss:.3f}" if alone else f"{loss:.3f}"
         ax.text(longest, y, text, color=color, va="center", transform=ax.get_xaxis_transform())
-
-
-def time_unit(longest: float) -> tuple[float, str]:
-    """(its seconds, its name) of the unit that suits a run of `longest` seconds: 200 -> (60, 'minutes')"""
-    if longest < 180:
-        return 1, "seconds"
-    return (60, "minutes") if longest < 3 * 3600 else (3600, "hours")
 
 
 def compact(value: float) -> str:
