@@ -153,11 +153,13 @@ def pick(cls: type, values: dict):
     return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
 
 
-def configure(parts: list[type], argv: list[str] | None = None, environ=None, doc: str = "") -> Settings:
+def configure(parts: list[type], argv: list[str] | None = None, environ=None, doc: str = "",
+              plain: str = "") -> Settings:
     """The settings of a script from its arguments (default `sys.argv[1:]`) and the environment. Raises UserError.
 
     Accepts `config/x.py`, `KEY=value`, `--key=value`, `--key value`, `--flag`, `--no-flag`; keys in any case; a
-    `list[str]` setting can be repeated. `--help` prints the table.
+    `list[str]` setting can be repeated. `--help` prints the table. `plain`: a `list[str]` setting that takes the plain
+    arguments, in place of config files.
     """
     if argv is None:
         argv = sys.argv[1:]
@@ -167,7 +169,7 @@ def configure(parts: list[type], argv: list[str] | None = None, environ=None, do
     if argv == ["help"] or {"-h", "--help"} & set(argv):
         print(help_text(settings, doc))
         sys.exit(0)
-    files, assignments = split_arguments(settings, argv)
+    files, assignments = split_arguments(settings, argv, plain)
     for order, file in enumerate(files, start=1):
         read_config_file(settings, file, order)
     read_environment(settings, environ, order=len(files) + 1)
@@ -203,11 +205,14 @@ RIVALS = [
 ]
 
 
-def split_arguments(settings: Settings, argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+def split_arguments(settings: Settings, argv: list[str], plain: str) -> tuple[list[str], list[tuple[str, str]]]:
     """['a.py', 'LR=1', '--compile', '--seed', '2'] -> (['a.py'], [('lr','1'), ('compile','true'), ('seed','2')])"""
     files, assignments, rest = [], [], list(argv)
     while rest:
         arg = rest.pop(0)
+        if plain and not arg.startswith("-") and "=" not in arg:
+            assignments.append((plain, arg))
+            continue
         if not arg.startswith("-") and "=" not in arg:
             need(arg.endswith(".py"),
                  f"argument {shown(arg)}: expected a config file (.py), KEY=value or --key=value; see --help")

@@ -8,62 +8,56 @@
 import runtime.screen  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
 
 import json
-import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from configurator import UserError, write_path
+from configurator import check_fields, configure, need, write_path
 from lora import LoraLinear, merged_state
 from model import ModelConfig
 from runtime import checkpoint
 from runtime.files import own_folder, unless_empty
 from runtime.screen import run
 
-USAGE = "python convert.py RUN [TARGET] MERGE=1 [LORA_BASE=CHECKPOINT]"
+
+@dataclass
+class ConvertSettings:
+    folders: list[str] = field(default_factory=list)  # a run and, if you like, a new folder; given as plain arguments
+    merge: bool = False         # merge the adapters of the run into their base
+    lora_base: str = ""         # checkpoint of the base, if it has moved
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+def main(argv: list[str] | None = None) -> None:
+    s = configure([ConvertSettings], argv, doc=__doc__, plain="folders")
+    need(s.merge and len(s.folders) in (1, 2), "say: python convert.py RUN [NEW_FOLDER] MERGE=1 [LORA_BASE=CHECKPOINT]")
+    print(f"wrote {merge_run(*s.folders, lora_base=s.lora_base)}")
 
 
 def merge_run(run_folder: str, target: str = "", lora_base: str = "") -> Path:
     """Put the adapters of a run into their base, in fp32, and save a plain checkpoint in `target`; returns its path.
 
-    Adapters on a tied head untie it: lookups stay those of the base.
+    Adapters on a tied head untie it: lookups keep the base's weights.
     """
     path = checkpoint.find(run_folder)
     model, _, state = checkpoint.load_model(path, lora_base=lora_base)
-    if not state["base"]:
-        raise UserError(f"{path} holds no adapters: it is a whole model already")
+    need(state["base"], f"{path} holds no adapters: it is a whole model already")
     saved = checkpoint.saved_settings(state, path, [ModelConfig])
-    saved |= {"use_lora": False, "tie_embeddings": saved["tie_embeddings"] and not isinstance(model.head, LoraLinear)}
-    beside = path.parent.with_name(path.parent.name + "-merged")
-    folder = write_path(target) if target else beside
-    if list(folder.glob("*.pt")):
-        raise UserError(f"{folder} holds a model already; name another folder")
-    plain = {"format": checkpoint.FORMAT, "settings": json.dumps(saved), "base": None, "init": "",
-             "tokenizer": state["tokenizer"], "progress": state["progress"], "model": merged_state(model)}
+    saved["use_lora"] = False
+    if isinstance(model.head, LoraLinear):
+        saved["tie_embeddings"] = False
+    folder = path.parent.with_name(path.parent.name + "-merged")
+    if target:
+        folder = write_path(target)
+    need(not list(folder.glob("*.pt")), f"{folder} holds a model already; name another folder")
+    merged = {"format": checkpoint.FORMAT, "settings": json.dumps(saved), "base": None, "init": "",
+              "tokenizer": state["tokenizer"], "progress": state["progress"], "model": merged_state(model)}
     with unless_empty(folder):
         if not target:
             own_folder(folder)
-        checkpoint.save(folder / "best.pt", plain)
+        checkpoint.save(folder / "best.pt", merged)
     return folder / "best.pt"
-
-
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if any(arg in ("-h", "--help", "help") for arg in argv):
-        print(__doc__)
-        return
-    settings = {"merge": "", "lora_base": ""}
-    folders = []
-    for arg in argv:
-        key, equals, value = arg.partition("=")
-        key = key.lstrip("-").lower()
-        if equals and key in settings:
-            settings[key] = value
-        elif equals or arg.startswith("-"):
-            raise UserError(f"{arg} is unknown; say: {USAGE}")
-        else:
-            folders.append(arg)
-    if settings["merge"] != "1" or not 1 <= len(folders) <= 2:
-        raise UserError(f"say: {USAGE}")
-    print(f"wrote {merge_run(*folders, lora_base=settings['lora_base'])}")
 
 
 if __name__ == "__main__":

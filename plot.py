@@ -10,7 +10,6 @@ Needs matplotlib: pip install matplotlib
 import runtime.screen  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
 
 import math
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,9 +62,7 @@ class Curves:
 
 
 def main(argv: list[str] | None = None) -> None:
-    if argv is None:
-        argv = sys.argv[1:]
-    s = configure([PlotSettings], folders_first(argv), doc=__doc__)
+    s = configure([PlotSettings], argv, doc=__doc__, plain="runs")
     files = [log_of(name) for name in s.runs] or [newest()]
     out = files[0].parent
     if s.out:
@@ -76,17 +73,6 @@ def main(argv: list[str] | None = None) -> None:
         out = out.with_suffix(".png")
     draw(styled(files), out)
     print(visible(str(out)))
-
-
-def folders_first(argv: list[str]) -> list[str]:
-    """['out/a', 'out=x.png'] -> ['runs=out/a', 'out=x.png']; what follows `--out` stays its value."""
-    result, is_value = [], False
-    for word in argv:
-        if not (is_value or word.startswith("-") or "=" in word):
-            word = f"runs={word}"
-        result.append(word)
-        is_value = word.startswith("--") and "=" not in word and word != "--help"
-    return result
 
 
 def log_of(name: str) -> Path:
