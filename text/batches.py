@@ -5,8 +5,8 @@
     ids, targets, weights = batches.get(first, count)    # (count, 256) each; samples first ... first + count - 1
 
 Training data is an endless row of samples, and sample i is a function of (seed, i) and of nothing else. A step takes
-the next samples and each rank and micro-batch a slice of them, so neither the number of ranks nor the size of a step
-changes the data, and a run continues with nothing but the number of samples that it has seen.
+the next samples, and each rank and micro-batch a slice of them. So neither the number of ranks nor the size of a step
+changes the data, and a run resumes from nothing but the number of samples that it has seen.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
-from configurator import UserError
+from configurator import need
 from text.shards import check_shards, open_shard, read_meta, shard_path
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # ids (B, T) int64, targets (B, T) int64, weights (B, T) float32
@@ -35,24 +35,23 @@ class TokenStream:
     """
 
     def __init__(self, folder: Path, split: str, tokenizer=None):
-        self.meta = read_meta(folder)
-        if tokenizer and tokenizer.fingerprint != self.meta["tokenizer"]:
-            raise UserError(f"the tokens in {folder} were made by tokenizer {self.meta['tokenizer']}, "
-                            f"but tokenizer {tokenizer.fingerprint} is in use")
-        if split not in self.meta["splits"]:
-            raise UserError(f"{folder / 'meta.json'} has no part {split}")
-        self.name, self.eot = f"{split} of {self.meta['name']}", self.meta["eot"]
-        self.content = self.meta["splits"][split].get("content", "")  # hash of the text
+        meta = read_meta(folder)
+        if tokenizer:
+            need(tokenizer.fingerprint == meta["tokenizer"],
+                 f"the tokens in {folder} were made by tokenizer {meta['tokenizer']}, but tokenizer "
+                 f"{tokenizer.fingerprint} is in use")
+        part = meta["splits"].get(split, {"shards": []})
+        need(part["shards"], f"{folder / 'meta.json'} names no shards for {split}")
+        self.name, self.eot = f"{split} of {meta['name']}", meta["eot"]
+        self.content = part.get("content", "")  # hash of the text
         self.shards = []
-        for name, tokens in self.meta["splits"][split]["shards"]:
-            path = shard_path(folder, self.meta, name)
-            self.shards.append(open_shard(path, self.meta.get("bin_ids", "uint16")))
-            if len(self.shards[-1]) != tokens:
-                raise UserError(f"{path} holds {len(self.shards[-1]):,} ids, its meta.json says {tokens:,}")
-        if not self.shards:
-            raise UserError(f"{folder / 'meta.json'} names no shards for {split}")
-        check_shards(folder, split, self.meta, self.shards)
-        self.bounds = np.cumsum([0] + [len(shard) for shard in self.shards])  # shard k is bounds[k] ... bounds[k + 1]
+        for name, tokens in part["shards"]:
+            path = shard_path(folder, meta, name)
+            ids = open_shard(path, meta.get("bin_ids", "uint16"))
+            need(len(ids) == tokens, f"{path} holds {len(ids):,} ids, its meta.json says {tokens:,}")
+            self.shards.append(ids)
+        check_shards(folder, split, meta, self.shards)
+        self.bounds = np.cumsum([0, *map(len, self.shards)])  # shard k is bounds[k] ... bounds[k + 1]
 
     def __len__(self) -> int:
         return int(self.bounds[-1])
@@ -82,36 +81,38 @@ class TokenStream:
 
     def document_ends(self) -> np.ndarray:
         """The positions behind each end-of-text token, and the end of the stream; one pass over the shards."""
-        begin_and_ids = zip(self.bounds[:-1], self.shards, strict=True)
-        ends = [begin + 1 + np.flatnonzero(ids == self.eot) for begin, ids in begin_and_ids]
-        return np.unique(np.append(np.concatenate(ends), len(self)))
+        ends = [np.array([len(self)])]
+        for begin, ids in zip(self.bounds[:-1], self.shards, strict=True):
+            ends.append(begin + 1 + np.flatnonzero(ids == self.eot))
+        return np.unique(np.concatenate(ends))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training rows
+# ---- Training rows ---------------------------------------------------------------------------------------------------
 
 
-RULE = 2  # by which a new run cuts its windows
+RULE = 2    # by which a new run cuts its windows
+PIECE = 16  # tokens that are hashed together
+ROUNDS = 6  # of the permutation
 
 
 class Batches:
     """An endless row of samples out of a stream.
 
-    `window="stream"`: an epoch cuts the stream into windows of T = `seq_len` predictions, from an offset that is new in
-    each epoch, and shows each window once. Some offset gives every token but the first its prediction.
-    `window="document"`: rows begin where a document does and hold whole documents, at most T + 1 tokens, the rest being
-    padding of weight 0; a document longer than that goes over several rows, and `long_documents` counts them.
-    `order="shuffled"`: a keyed permutation per epoch; "sequential": in the order of the text, offset 0, the last window
-    overlapping the one before it where the text ends.
-    `rule` is how windows are cut, and is saved with a run: rule 1, of older runs, never reached the last T - 1 tokens.
+    `window="stream"`: each epoch cuts the stream into windows of T = `seq_len` predictions, from its own offset, and
+    shows each window once. Over the epochs, every token but the first is predicted.
+    `window="document"`: rows begin where a document does and hold whole documents, at most T + 1 tokens; the rest is
+    padding of weight 0. A longer document takes several rows, and `long_documents` counts such documents.
+    `order="shuffled"`: a keyed permutation per epoch; "sequential": in the order of the text, from offset 0. There, the
+    last window overlaps the one before it if the text ends inside.
+    `rule` is how windows are cut, and is saved with a run. Rule 1, of older runs, left out the last T - 1 tokens.
     """
 
     def __init__(self, stream: TokenStream, seq_len: int, seed: int = 0, order: str = "shuffled",
                  window: str = "stream", rule: int = RULE):
-        if len(stream) < seq_len + 1:
-            raise UserError(f"{stream.name} has {len(stream):,} tokens, fewer than seq_len + 1 = {seq_len + 1:,}")
-        self.stream, self.seq_len, self.seed, self.shuffled = stream, seq_len, seed, order == "shuffled"
-        self.rule = rule
+        need(len(stream) > seq_len,
+             f"{stream.name} has {len(stream):,} tokens, fewer than seq_len + 1 = {seq_len + 1:,}")
+        self.stream, self.seq_len, self.seed, self.rule = stream, seq_len, seed, rule
+        self.content, self.shuffled = stream.content, order == "shuffled"
         self.starts = self.lengths = None  # of the rows, where documents decide
         self.offsets, self.long_documents = 1, 0
         if window == "document":
@@ -126,13 +127,8 @@ class Batches:
                 self.offsets = min(seq_len, self.offsets)
         else:
             self.per_epoch = (len(stream) - 1) // seq_len
-            if rule > 1:
-                self.per_epoch = -(-(len(stream) - 1) // seq_len)
-
-    @property
-    def content(self) -> str:
-        """A hash of all that there is to learn."""
-        return self.stream.content
+            if rule > 1 and (len(stream) - 1) % seq_len:
+                self.per_epoch += 1
 
     def sketch(self) -> list[int]:
         """Hashes of some pieces of the text, by which a changed text is known as the same one."""
@@ -150,8 +146,10 @@ class Batches:
 
     def describe(self) -> str:
         """For the screen."""
-        cut = f", {self.long_documents:,} documents longer than a row are cut" if self.long_documents else ""
-        return f"{len(self.stream):,} tokens{cut}"
+        text = f"{len(self.stream):,} tokens"
+        if self.long_documents:
+            text += f", {self.long_documents:,} documents longer than a row are cut"
+        return text
 
     def get(self, first: int, count: int) -> Batch:
         """Samples first ... first + count - 1."""
@@ -168,11 +166,8 @@ class Batches:
         return to_batch(self.stream.rows(self.starts[rows], self.seq_len + 1), self.lengths[rows], self.stream.eot)
 
 
-PIECE = 16  # tokens
-
-
 def piece_hashes(ids: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of the PIECE ids from each position on, for as long as there are so many."""
+    """A 64-bit hash of the PIECE ids from each position on, except the last PIECE - 1 positions."""
     count = max(1, len(ids) - PIECE + 1)
     total = np.zeros(count, np.uint64)
     for k in range(min(PIECE, len(ids))):
@@ -181,8 +176,8 @@ def piece_hashes(ids: np.ndarray) -> np.ndarray:
 
 
 def to_batch(rows: np.ndarray, lengths: np.ndarray | None = None, pad: int = 0) -> Batch:
-    """(B, T + 1) ids -> ids, targets, weights. If `lengths` is given, row i is real up to lengths[i]: behind it ids
-    become `pad` and weights 0."""
+    """(B, T + 1) ids -> ids, targets, weights. With `lengths`, row i ends at lengths[i]; behind it, ids are `pad` and
+    weights 0."""
     weights = None
     if lengths is not None:
         real = np.arange(rows.shape[1]) < lengths[:, None]
@@ -195,24 +190,23 @@ def to_batch(rows: np.ndarray, lengths: np.ndarray | None = None, pad: int = 0) 
 def document_rows(ends: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """(starts, lengths) of rows that hold as many whole documents as fit into seq_len + 1 tokens.
 
-    A longer document is cut into rows that overlap by one token, so that each of its tokens is predicted once; what
-    remains of it shares a row with the documents behind it.
+    A longer document is cut into rows that overlap by one token, so that each of its tokens is predicted once; its rest
+    shares a row with the documents behind it.
 
     >>> document_rows(np.array([3, 5, 15]), seq_len=5)  ->  [0, 5, 10], [5, 6, 5]
     """
-    starts, lengths, start, k = [], [], 0, 0
+    starts, lengths, start = [], [], 0
     while start < ends[-1]:
         k = int(np.searchsorted(ends, start + seq_len + 1, side="right"))  # documents that end within the row
-        whole = k > 0 and ends[k - 1] > start
-        length = int(ends[k - 1]) - start if whole else seq_len + 1
+        if k > 0 and ends[k - 1] > start:
+            length = step = int(ends[k - 1]) - start
+        else:
+            length, step = seq_len + 1, seq_len
         if length > 1:  # a single token predicts nothing
             starts.append(start)
             lengths.append(length)
-        start += length if whole else seq_len
+        start += step
     return np.array(starts), np.array(lengths)
-
-
-ROUNDS = 6
 
 
 def round_keys(seed: int, epoch: int) -> np.ndarray:
@@ -247,33 +241,30 @@ def scramble(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Validation rows
+# ---- Validation rows -------------------------------------------------------------------------------------------------
 
 
 class Validation:
-    """Fixed windows over a stream, side by side from its beginning, the last one padded: the same in every run,
-    however the training rows are cut.
+    """Fixed windows over a stream, side by side from its beginning, the last one padded: the same in every run.
 
-    With `max_tokens`, only as many windows as that, evenly spread. `tokens` is the number of predictions in all the
-    windows and `bytes` the text that they stand for, so nats / ln 2 / bytes is bits per byte. (End-of-text tokens and
-    unknown characters are predictions that stand for no bytes.)
+    `max_tokens` limits the number of windows; they are spread evenly. `tokens` counts the predictions in all windows,
+    and `bytes` the text that they stand for, so nats / ln 2 / bytes is bits per byte. (End-of-text tokens and unknown
+    characters are predictions that stand for no bytes.)
     """
 
     def __init__(self, stream: TokenStream, seq_len: int, tokenizer, max_tokens: int = 0):
         self.stream, self.seq_len, self.content = stream, seq_len, stream.content
         self.scored = f"{stream.content} {max_tokens} {seq_len}"  # equal where the same is scored
         self.starts = np.arange(0, len(stream) - 1, seq_len)
-        limit = max(1, max_tokens // seq_len) if max_tokens else len(self.starts)
-        if limit < len(self.starts):
+        limit = max(1, max_tokens // seq_len)
+        if max_tokens and limit < len(self.starts):
             self.starts = self.starts[np.linspace(0, len(self.starts) - 1, limit).round().astype(np.int64)]
         self.lengths = np.minimum(seq_len + 1, len(stream) - self.starts)
         self.tokens = int((self.lengths - 1).sum())
-        ids_of = (stream.read(int(start) + 1, seq_len) for start in self.starts)
-        self.bytes = sum(int(tokenizer.token_sizes[ids].sum()) for ids in ids_of)
+        targets = (stream.read(int(start) + 1, seq_len) for start in self.starts)
+        self.bytes = sum(int(tokenizer.token_sizes[ids].sum()) for ids in targets)
 
     def __len__(self) -> int:
-        """The number of windows."""
         return len(self.starts)
 
     def get(self, first: int, count: int) -> Batch:
@@ -282,18 +273,16 @@ class Validation:
         return to_batch(self.stream.rows(self.starts[now], self.seq_len + 1), self.lengths[now], self.stream.eot)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prefetching
+# ---- Prefetching -----------------------------------------------------------------------------------------------------
 
 
 class Prefetcher:
-    """Calls `fetch(step)` in a thread, `ahead` steps before they are asked for, and brings the tensors to the device.
+    """Calls `fetch(step)` in a thread, `ahead` steps early, and moves the tensors to the device.
 
         with Prefetcher(lambda step: batches.get(step * B, B), first=step, device=device) as prefetcher:
             ids, targets, weights = prefetcher.next()
 
-    On CUDA the tensors are pinned by the thread and copied without blocking. What goes wrong in the thread is raised
-    by `next()`.
+    For CUDA the thread pins the tensors, and they are copied without blocking. `next()` raises what the thread raised.
     """
 
     def __init__(self, fetch: Callable[[int], Batch], first: int, device: torch.device | str = "cpu", ahead: int = 2):
@@ -304,24 +293,29 @@ class Prefetcher:
         self.step = first + ahead
 
     def start_thread(self) -> None:
-        if self.cuda:  # a thread begins on GPU 0, and pinning would open a context there on every rank
+        if self.cuda:  # a thread starts on GPU 0, and pinning would open a context there on every rank
             torch.cuda.set_device(self.device)
 
     def load(self, step: int) -> Batch:
-        return tuple(t.pin_memory() if self.cuda and t is not None else t for t in self.fetch(step))
+        batch = self.fetch(step)
+        if self.cuda:
+            batch = each_tensor(batch, Tensor.pin_memory)
+        return batch
 
     def next(self) -> Batch:
         """The batch of the next step, on the device."""
         self.waiting.append(self.thread.submit(self.load, self.step))
         self.step += 1
         batch = self.waiting.popleft().result()
-        return tuple(t if t is None else t.to(self.device, non_blocking=self.cuda) for t in batch)
-
-    def close(self) -> None:
-        self.thread.shutdown(wait=True, cancel_futures=True)
+        return each_tensor(batch, lambda t: t.to(self.device, non_blocking=self.cuda))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error) -> None:
-        self.close()
+        self.thread.shutdown(wait=True, cancel_futures=True)
+
+
+def each_tensor(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+    """A batch may have None in place of weights."""
+    return tuple(None if t is None else function(t) for t in batch)
