@@ -62,13 +62,13 @@ class EvalSettings:
     text_field: str = "text"    # field of a .jsonl record that holds the text; * = all its strings
     stride: Size = 0            # tokens from window to window; less gives tokens more context; 0 = seq_len / 2
     eval_tokens: Amount = 0     # validation tokens to score; 0 = all; not set: as in the run
-    batch_size: Batch = 16      # windows in one forward pass; not set: as the run
+    batch_size: Batch = 16      # windows in one forward pass; not set: as in the run
     tasks: str = ""             # benchmarks, separated by commas: arc_easy, arc_challenge, hellaswag, piqa
     n_shot: Size = 0            # answered questions before each question
     limit: Size = 0             # questions of each benchmark, from its first one; 0 = all
     task_dir: str = ""          # folder with the benchmarks' files; empty = download them
     batch_tokens: Count = 8192  # tokens of all choices in one forward pass of a benchmark
-    bos: Literal["auto", "yes", "no"] = "auto"  # begin-of-text token before every text; auto: as the tokenizer's files
+    bos: Literal["auto", "yes", "no"] = "auto"  # begin-of-text token before every text; auto: as its tokenizer does
     cache_dir: str = ""         # folder that keeps tokens and downloads; empty: data/cache beside the scripts
     lora_base: str = ""         # adapters: where their base checkpoint is now, if it has moved
 

@@ -25,7 +25,7 @@ class SamplingSettings:
     top_k: Size = 0             # sample from the k most likely tokens; 0 = all
     top_p: Share = 0.95         # sample from the likeliest tokens that together reach p (arXiv 1904.09751); 1 = all
     min_p: Share = 0.0          # sample from tokens at least min_p times as likely as the likeliest (arXiv 2407.01082)
-    repetition_penalty: Positive = 1.0  # on logits of generated tokens: l/p if positive, else l·p (arXiv 1909.05858)
+    repetition_penalty: Positive = 1.0  # penalises generated tokens: logits l/p or, if negative, l·p (arXiv 1909.05858)
     no_repeat_ngram: Size = 0   # never generate the same n tokens in a row twice; 0 = off
     seed: Amount = 1337         # seed of the random choices
 

@@ -37,8 +37,8 @@ class ModelConfig:
     vocab_size: Count = 4096    # entries of the vocabulary; a loaded tokenizer sets it
     seq_len: Count = 256        # context length in tokens
     d_model: Dim = 192          # width of the residual stream
-    n_layer: Layers = 4         # blocks
-    n_head: Dim = 6             # query heads
+    n_layer: Layers = 4         # number of transformer blocks
+    n_head: Dim = 6             # number of query heads
     n_kv_head: DimOrZero = 2    # key/value heads, each shared by a group of query heads; 0 = n_head
     head_dim: DimOrZero = 0     # width of a head; 0 = d_model / n_head
     d_ff: DimOrZero = 0         # hidden width of the feed-forward; 0 = 4 d_model, or 8/3 d_model for swiglu
@@ -48,7 +48,7 @@ class ModelConfig:
     norm_eps: NotNegative = 1e-6  # added to the variance in normalisation
     residual: Literal["serial", "parallel"] = "serial"  # run the feed-forward after attention, or beside it
     qk_norm: bool = True        # normalise queries and keys per head
-    position: Literal["rope", "alibi", "learned", "sinusoidal", "none"] = "rope"  # how the model knows the order
+    position: Literal["rope", "alibi", "learned", "sinusoidal", "none"] = "rope"  # how the model knows positions
     rope_theta: Annotated[float, Range(above=1)] = 10000.0  # base of the rotary wavelengths
     rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"  # stretch rotary wavelengths for long contexts
     rope_factor: Positive = 1.0  # rope_scaling: how many times longer the context becomes

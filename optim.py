@@ -40,7 +40,7 @@ class OptimSettings:
     eps: NotNegative = 1e-8     # AdamW: added to the root of the second moment
     muon_momentum: Decay = 0.95  # Muon: decay rate of the momentum
     grad_clip: NotNegative = 1.0  # largest global norm of the gradient; 0 = no clipping
-    schedule: Literal["cosine", "cosine_restarts", "linear", "wsd", "constant"] = "cosine"  # lr after the warm-up
+    schedule: Literal["cosine", "cosine_restarts", "linear", "wsd", "constant"] = "cosine"  # curve of the learning rate
     warmup_steps: Size = 30     # steps in which the learning rate rises; at most half of the run
     t0: Count = 2000            # cosine_restarts: steps of the first cycle
     t_mult: Count = 2           # cosine_restarts: factor by which each cycle is longer than the one before

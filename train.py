@@ -68,9 +68,9 @@ from text.sft import Examples, ExampleValidation, SftSettings, open_examples
 class TrainSettings:
     out_dir: str = ""           # folder of the run; out/<config name> if empty, out/quickstart without a config
     init_from: str = "auto"     # auto continues the run in out_dir if there is one; scratch; or a checkpoint's path
-    seed: Amount = 1337         # of the initial weights, the order of the data, and dropout
+    seed: Amount = 1337         # seed of the initial weights, the order of the data, and dropout
     max_steps: Count = 480      # length of the run in optimizer steps
-    max_tokens: Amount = 0      # length of the run in tokens instead, if not 0
+    max_tokens: Amount = 0      # length of the run in tokens instead of steps; 0 = max_steps
     batch_size: Batch = 16      # sequences in one forward pass of one process
     grad_accum: Batch = 1       # forward passes per step, all processes together
     total_batch_size: Size = 0  # tokens per step, all processes together; 0 = batch_size x grad_accum x seq_len
@@ -78,7 +78,7 @@ class TrainSettings:
     eval_interval: Count = 120  # steps between validations; a new best is preceded by a checkpoint
     save_interval: Size = 0     # steps between checkpoints; 0 = eval_interval
     eval_tokens: Amount = 50_000  # validation tokens scored each time; 0 = all
-    keep_checkpoints: Count = 2  # step checkpoints that stay in the folder
+    keep_checkpoints: Count = 2  # number of step checkpoints to keep
     stop_loss: NotNegative = 0.0  # end the run when the validation loss is at most this; 0 = never
     stop_ppl: NotNegative = 0.0  # end the run when the validation perplexity is at most this; 0 = never
     patience: Size = 0          # end the run after this many validations without a better one; 0 = never

@@ -65,7 +65,7 @@ from text.corpus import DataSettings
 class BenchSettings:
     nanogpt: str = ""           # checkout of nanoGPT to compare with
     repeats: Count = 5          # measurements of each variant, of which we report the median
-    threads: Size = 0           # CPU threads; 0 = all
+    threads: Size = 0           # number of CPU threads; 0 = all
     text_mb: Count = 100        # bpe, encode: megabytes of text
     batch_size: Batch = 1       # step: sequences in a step
     smoke: bool = False         # tiny sizes, everything once: shows that a benchmark runs, and measures nothing

@@ -23,7 +23,7 @@ from runtime import checkpoint
 class CompareSettings:
     data_path: str = ""         # tiny Shakespeare's input.txt
     nanogpt: str = ""           # checkout of nanoGPT to compare with
-    seeds: Count = 3            # runs of each
+    seeds: Count = 3            # runs of each variant, with seeds 1, 2, ...
     smoke: bool = False         # tiny sizes, everything once: shows that a comparison runs, and compares nothing
     only: str = ""              # ablation: the one corpus to do, stdlib or shakespeare
     steps: Size = 0             # optimizer steps of a run, if not those of the comparison

@@ -23,7 +23,7 @@ from runtime.workers import watch_parent
 @dataclass
 class MachineSettings:
     device: str = "auto"        # cpu, cuda, cuda:1, mps; auto = the fastest available
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights stay float32
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # format of matrix products; weights: float32
     compile: bool = False       # use torch.compile; if not set: on CUDA only
     compile_backend: str = "inductor"  # backend of torch.compile
 

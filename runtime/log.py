@@ -29,8 +29,8 @@ COLUMNS = ["step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_s
 
 @dataclass
 class LogSettings:
-    tensorboard: bool = False   # also write the log for TensorBoard, into <out_dir>/tensorboard
-    wandb: str = ""             # also report to this Weights & Biases project; WANDB_MODE=offline keeps it here
+    tensorboard: bool = False   # write the log for TensorBoard as well, into <out_dir>/tensorboard
+    wandb: str = ""             # report to this Weights & Biases project; WANDB_MODE=offline keeps it here
 
     def __post_init__(self):
         check_fields(self)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 import typing
@@ -14,6 +15,7 @@ from configurator import (
     UserError,
     cache_folder,
     configure,
+    field_comments,
     find_config,
     find_path,
     kind_and_range,
@@ -243,6 +245,13 @@ def parts() -> list[type]:
 
     more = [compare.CompareSettings, plot.PlotSettings, bench.BenchSettings]
     return list(dict.fromkeys([*train.SETTINGS, *sample.SETTINGS, *eval.SETTINGS, *more]))
+
+
+@pytest.mark.parametrize("part", parts(), ids=lambda part: part.__name__)
+def test_the_help_of_a_setting_makes_sense_without_its_neighbours(part):
+    for name, comment in field_comments(part).items():
+        assert len(comment.split()) >= 3, f"{name}: {comment}"
+        assert not re.match(r"(and|or|of|on|so many|the same|besides|also|too|instead|these|those)\b", comment), name
 
 
 def wrong_values(kind) -> list:

@@ -29,7 +29,7 @@ Message = dict  # {"role": str, "content": str}, perhaps "input": str, or "learn
 @dataclass
 class ChatSettings:
     template: Literal["chatml", "alpaca", "inst"] = "chatml"  # prompt format of a conversation
-    system: str = ""            # system text, before the conversation: how to answer
+    system: str = ""            # system text before the conversation, which says how to answer
     learn: Literal["response", "all"] = "response"  # what fine-tuning learns: the answers, or the prompts too
 
     def __post_init__(self):

@@ -54,8 +54,8 @@ FEW = 20          # fewer documents than this expected in val: choose them by si
 
 @dataclass
 class DataSettings:
-    dataset: str = "stdlib"     # corpus: a folder of data/ that has a prepare.py, as in hf:a/b with its choice
-    data_path: str = ""         # text of your own instead: .txt, .jsonl, .gz, .parquet, folder, token shards
+    dataset: str = "stdlib"     # corpus: a folder of data/ with a prepare.py, plus its choice as in hf:a/b
+    data_path: str = ""         # your own text instead of a dataset: .txt, .jsonl, .gz, .parquet, folder, token shards
     val_path: str = ""          # validation data; without it, files of data_path named val, or a part of its text
     val_share: Share = 0.05     # share of data_path that is kept for validation
     text_field: str = "text"    # field of a .jsonl record or column of a .parquet file with the text; * = all strings
@@ -64,12 +64,12 @@ class DataSettings:
     tokenizer_bytes: Amount = 1_000_000_000  # bytes of training text, at most, that the tokenizer is trained on
     shard_tokens: Count = 33_554_432  # tokens per file: 64 MB of uint16
     mixture: str = ""           # corpora by weight instead of dataset, as in "gutenberg:0.4 tinystories:0.6"
-    mixture_unit: Literal["words", "tokens"] = "words"  # what the weights are shares of
-    mixture_size: Amount = 0    # words or tokens to train on; 0 = until every corpus was used up once
+    mixture_unit: Literal["words", "tokens"] = "words"  # unit in which the weights of a mixture are measured
+    mixture_size: Amount = 0    # mixture: words or tokens to train on; 0 = until every corpus was used up once
     workers: Annotated[int, Range(least=0, most=1024)] = 0  # processes that tokenize; 0 = one per CPU
-    replace_missing: bool = False  # characters that the tokenizer has no bytes for: U+FFFD instead of a refusal
-    bin_dtype: Literal["auto", "uint16", "uint32"] = "auto"  # ids of .bin files without a header
-    overwrite: str = ""         # make again from here: download, download:<corpus>, mix, tokenizer, tokens, train; all
+    replace_missing: bool = False  # write U+FFFD for characters that the tokenizer cannot encode
+    bin_dtype: Literal["auto", "uint16", "uint32"] = "auto"  # type of the ids in .bin files without a header
+    overwrite: str = ""         # redo from: download, download:<corpus>, mix, tokenizer, tokens, train; all
     cache_dir: str = ""         # folder that keeps the tokens; empty: data/cache beside the scripts
     data_order: Literal["shuffled", "sequential"] = "shuffled"  # order of the training rows
     data_window: Literal["stream", "document"] = "stream"  # rows start anywhere, or only where a document does
