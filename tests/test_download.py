@@ -294,11 +294,11 @@ def test_first_failed_try_says_so_at_once(tmp_path, slept, capsys):
 def test_file_put_aside_comes_back_where_no_new_one_comes(tmp_path, server, slept):
     file = tmp_path / "a.bin"
     file.write_bytes(b"old")
-    module.set_aside(file)
+    module.fetch_again(file)
     server.script = ["404"]
     with pytest.raises(UserError):
         download(server.url, file)
     assert file.read_bytes() == b"old" and left_over(tmp_path) == ["a.bin"]
-    module.set_aside(file)
+    module.fetch_again(file)
     server.script = ["ok"]
     assert download(server.url, file).read_bytes() == BODY and left_over(tmp_path) == ["a.bin"]

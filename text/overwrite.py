@@ -12,7 +12,7 @@ from pathlib import Path
 from configurator import need
 from runtime.files import locked, read_notes, working, write_json
 from text.corpus import forced, import_dataset, is_dataset
-from text.download import set_aside
+from text.download import fetch_again
 
 
 class Overwrite:
@@ -52,7 +52,7 @@ class Overwrite:
             with working(self.path.parent, quiet):
                 if self.is_due(f"download {corpus}", "download"):
                     for path in module.downloads():
-                        set_aside(path)
+                        fetch_again(path)
                     self.note(f"download {corpus}")
 
 
