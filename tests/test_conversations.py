@@ -96,7 +96,7 @@ def test_records_of_every_format_become_messages(tmp_path, kind):
     ({"messages": [ASKED[0], ASKED[1] | {"train": "false"}]}, "train='false'"),
     ({"messages": [ASKED[0], ASKED[1] | {"train": False, "weight": 1}]}, "both that it is learned"),
     ({"messages": [ASKED[0] | {"train": True}, ASKED[1]]}, "message 1 wants to be learned"),
-    ({"instruction": "a", "output": "b", "weight": 0}, "weight=0 for all of it"),
+    ({"instruction": "a", "output": "b", "weight": 0}, "says that it is not to be learned"),
     ({"instruction": "a", "output": "b", "history": [["q"]]}, "entry 1 of history"),
     ({"instruction": "a", "output": "b", "history": "q"}, "history"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen"),

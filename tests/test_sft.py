@@ -289,10 +289,10 @@ So?
 
 @pytest.mark.parametrize("text, line, complaint", [
     ("just text", 1, "text without ### Instruction:"),
-    ("### Instruction:\na\n### Instruction:\nb", 3, "behind ### Instruction:"),
+    ("### Instruction:\na\n### Instruction:\nb", 3, "after ### Instruction:"),
     ("\n### Instruction:\na\n<|endoftext|>\n", 2, "no ### Response:"),
-    ("### Instruction:\na\n### Response:\nb\n### Response:\nc", 5, "behind ### Response:"),
-    ("### Response:\nb", 1, "behind no ### Instruction:"),
+    ("### Instruction:\na\n### Response:\nb\n### Response:\nc", 5, "after ### Response:"),
+    ("### Response:\nb", 1, "after no ### Instruction:"),
     ("### Instruction:\na\n### Response:\nb\n### Instruction:\nc\n### Response:\n \n", 5, "no answer"),
 ])
 def test_a_broken_text_file_is_named_with_the_line(tmp_path, text, line, complaint):
