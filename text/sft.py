@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from configurator import UserError, cache_folder, check_fields, need
-from runtime.files import read_json, replacing, working, write_json
+from runtime.files import read_notes, replacing, working, write_json
 from runtime.screen import say
 from text.batches import permute, round_keys
 from text.chat import ChatSettings, Template
@@ -222,28 +222,21 @@ def prepare_examples(dataset: str, cache_dir: str, quiet: bool) -> Path:
     facts = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in raw.files]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     folder = cache_folder(cache_dir) / f"{raw.name}-{key}"
-    hashes = folder / "hashes.json"
     with working(folder, quiet):
-        if not is_whole(folder):
-            if hashes.exists():
+        noted = read_notes(folder / "hashes.json", {str: str})
+        if not noted or noted != file_hashes(folder):
+            if noted:
                 say(f"data: {folder} is damaged: its examples are made again", quiet)
             for split in ("train", "val"):
                 write_examples(folder / f"{split}.jsonl", raw.module.examples(split))
-            write_json(hashes, file_hashes(folder))
+            write_json(folder / "hashes.json", file_hashes(folder))
     return folder
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """{file name: SHA-256} of the examples in a folder."""
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("train.jsonl", "val.jsonl")}
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether the examples in a folder are those of which it noted the hashes."""
-    try:
-        return read_json(folder / "hashes.json", {str: str}) == file_hashes(folder)
-    except (UserError, OSError):  # one of the three is not there, or damaged
-        return False
+    files = folder.glob("*.jsonl")
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ def read_questions(name: str, files: list[Path]) -> list[Question]:
 def labelled_records(path: Path) -> Iterator[tuple[str, dict]]:
     """("file, line n", record), with labels from the .lst file beside it, where there is one (PIQA)."""
     if path.suffix == ".parquet":
-        yield from parquet_records(path, "*")
+        yield from parquet_records(path)
         return
     labels, rows = path.with_name(f"{path.stem}-labels.lst"), json_records(path)
     if not labels.is_file():
