@@ -46,10 +46,9 @@ from text.corpus import (
     open_mixture,
 )
 from text.overwrite import Overwrite
-from text.ranks import TIKTOKEN
 from text.records import SEPARATOR, files_pieces, path_name, reading, text_files
 from text.shards import FORMAT, PREPARED, count_shards, find_shards, read_meta, write_meta, write_split
-from text.tokenizer import load_tokenizer, train_tokenizer
+from text.tokenizer_files import TIKTOKEN, load_tokenizer, train_tokenizer
 
 OFTEN = 4  # passes over a part of a mixture; more are worth a word
 

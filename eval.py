@@ -50,7 +50,7 @@ from text.batches import TokenStream, Validation
 from text.corpus import DataSettings
 from text.records import Position, files_pieces, text_files, total_size
 from text.shards import rest_of_document
-from text.tokenizer import Head, Lost, Tokenizer
+from text.tokenizer import Excerpt, LostCharacters, Tokenizer
 
 # train.py imports `evaluate` alone, so what only this command needs is imported where it is used.
 
@@ -133,11 +133,11 @@ class TextWindows:
         self.begin = begin_ids(tokenizer, bos) or [tokenizer.needs("eot")]
         self.rows: list[tuple[np.ndarray, int]] = []  # (ids, predictions that an earlier window has made)
         self.tokens = self.bytes = self.unknown = 0
-        self.lost = Lost(0.0, "")
+        self.lost = LostCharacters(0.0, "")
 
     def add_text(self, pieces: Iterable[tuple[str, bool]], show: Callable = lambda: None) -> "TextWindows":
         """Documents in pieces, as text/records.py has them. `show` is called after each piece."""
-        head = Head()
+        head = Excerpt()
 
         def counted() -> Iterator[tuple[str, bool]]:
             for text, ends in pieces:

@@ -13,7 +13,7 @@ from eval import cast_products, run_task
 from model import LanguageModel, ModelConfig
 from runtime.device import MachineSettings, choose_machine
 from text.tasks import Question
-from text.tokenizer import train_tokenizer
+from text.tokenizer_files import train_tokenizer
 
 # Words of the context and of a choice, and how many questions: about as long as those of the tasks.
 KINDS = {"ARC, 0 shots": (22, 4, 48), "HellaSwag, 0 shots": (45, 20, 24), "ARC, 25 shots": (600, 4, 6)}

@@ -25,8 +25,7 @@ import numpy as np
 
 import bpe
 from configurator import ROOT, Settings, UserError
-from text import bpe_train
-from text.tokenizer import load_tokenizer
+from text.tokenizer_files import load_tokenizer
 
 SAMPLE = 2_000_000  # bytes for the textbook's loop, which would take days for all
 GROUP = 256  # documents that the encoders get at once: all of the 100 MB as Python objects would be many GB
@@ -93,9 +92,9 @@ def train_sentencepiece(mb: float, vocab_size: int, cores: int, folder: str) -> 
 
 def train_sample(mb: float, vocab_size: int, cores: int, folder: str) -> dict:
     """The textbook's loop and ours, for a little text."""
-    pieces = bpe_train.count_pieces(source_texts(mb), bpe.PATTERNS["gpt2"], max_bytes=SAMPLE, workers=1)
+    pieces = bpe.count_pieces(source_texts(mb), bpe.PATTERNS["gpt2"], max_bytes=SAMPLE, workers=1)
     pieces, merges, seconds = {bpe.utf8(piece): n for piece, n in pieces.items()}, [], []
-    for learn in (bpe_train.learn_merges_textbook, bpe_train.learn_merges):
+    for learn in (bpe.learn_merges_textbook, bpe.learn_merges):
         clock = time.perf_counter()
         merges.append(learn(pieces, 60))
         seconds.append(time.perf_counter() - clock)
@@ -120,8 +119,8 @@ def encode_with(name: str) -> Callable:
         elif name == "tiktoken":
             import tiktoken
 
-            core = tiktoken.Encoding("peer", pat_str=ours.codec.patterns[0], special_tokens={},
-                                     mergeable_ranks=ours.codec.vocab)
+            core = tiktoken.Encoding("peer", pat_str=ours.patterns[0], special_tokens={},
+                                     mergeable_ranks=ours.vocab)
             seconds, digest = _through(texts, lambda group: core.encode_ordinary_batch(group, num_threads=cores))
         else:
             from tokenizers import Tokenizer as Rust

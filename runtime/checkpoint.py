@@ -24,7 +24,8 @@ from lora import LoraSettings, adapter_state, fingerprint, inject, load_adapter,
 from model import LanguageModel, ModelConfig, shapes_only
 from runtime.files import Either, locked, misfit, mismatch, replacing, require_file, unless_empty, write_text, writing
 from runtime.screen import tell, visible
-from text.tokenizer import Tokenizer, kind_of, load_tokenizer, tokenizer_file, tokenizer_from_dict
+from text.tokenizer import Tokenizer
+from text.tokenizer_files import kind_of, load_tokenizer, tokenizer_file, tokenizer_from_dict
 
 FORMAT = 2
 ELSEWHERE = "; set another out_dir"

@@ -18,7 +18,8 @@ from runtime.resume import HERE, MUST, OUTSIDE, adopt, follow, names_of, read_ma
 from runtime.screen import tell
 from text.batches import RULE
 from text.corpus import TRAINED, dataset_name, forced
-from text.tokenizer import Tokenizer, load_tokenizer
+from text.tokenizer import Tokenizer
+from text.tokenizer_files import load_tokenizer
 
 # Fine-tuning starts from weights that are good already; where nothing is said, its steps are fewer and smaller.
 FINE_TUNING = {"lr": 5e-3, "muon_ratio": 2.5, "max_steps": 400, "warmup_steps": 20, "eval_interval": 100}

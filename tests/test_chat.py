@@ -17,7 +17,8 @@ from model import LanguageModel, ModelConfig
 from text import chat
 from text.chat import Chat, Template, split_turns
 from text.spm import SentencePieceTokenizer
-from text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, train_tokenizer
+from text.tokenizer import StreamDecoder, Tokenizer
+from text.tokenizer_files import load_tokenizer, train_tokenizer
 
 CHINESE = "床前明月光，疑是地上霜。"
 EMOJI = "😀👩‍👩‍👧 é"
@@ -30,8 +31,10 @@ ODD = ["", " ", "\n\n", "plain", " spaces around ", CHINESE, EMOJI, "<|im_end|>"
 
 def make(kind: str, names=NAMES) -> Tokenizer:
     size = 0 if kind == "char" else 256 + len(names) + 60
-    codec = train_tokenizer(kind, [*TEXTS, "⟦⟧"], size, specials=names, workers=1).codec
-    return Tokenizer(codec, roles={"eos": "</s>"} if "</s>" in names else None)
+    tokenizer = train_tokenizer(kind, [*TEXTS, "⟦⟧"], size, specials=names, workers=1)
+    if "</s>" in names:
+        tokenizer.config["roles"] = {"eos": "</s>"}
+    return tokenizer
 
 
 @pytest.fixture(scope="module", params=["bpe", "char"])
@@ -127,7 +130,7 @@ def test_parts_that_do_not_begin_a_text_get_no_space_from_sentencepiece(name):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS), model_writer=file, vocab_size=500, model_type="bpe", minloglevel=2,
         control_symbols=["<|im_start|>", "<|im_end|>"], hard_vocab_limit=False, **plain)
-    tokenizer = Tokenizer(SentencePieceTokenizer(file.getvalue()))
+    tokenizer = SentencePieceTokenizer(file.getvalue())
     assert tokenizer.adds_space
     template, messages = Template(name, tokenizer), talk("Hi there", "Hello  you", "So?", system="Be brief.")
     ids = template.render(messages)[0]

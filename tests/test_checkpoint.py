@@ -15,7 +15,7 @@ from model import LanguageModel, ModelConfig
 from runtime import checkpoint
 from runtime.files import writing
 from test_train import same
-from text.tokenizer import train_tokenizer
+from text.tokenizer_files import train_tokenizer
 
 
 def state(step=1):

@@ -16,7 +16,7 @@ from text import corpus
 from text.batches import TokenStream, read_meta
 from text.corpus import Corpus, DataSettings, Mixture, mixture_shares, open_corpus, open_mixture
 from text.records import split_by_name, text_files
-from text.tokenizer import load_tokenizer
+from text.tokenizer_files import load_tokenizer
 
 
 def opened(**changes) -> Corpus:

@@ -26,7 +26,7 @@ from text import shards as sharding
 from text.batches import Batches, TokenStream, Validation
 from text.corpus import TRAINED, DataSettings
 from text.shards import CHECKED, read_meta
-from text.tokenizer import load_tokenizer, train_tokenizer
+from text.tokenizer_files import load_tokenizer, train_tokenizer
 
 WORDS = "the cat sat on a mat and then it ran away from the big red dog because of a long loud noise".split()
 
@@ -637,7 +637,7 @@ def test_one_command_makes_every_kind_of_tokenizer_from_every_kind_of_text(kind,
     text = "the cat\nsat on a mat"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     if kind == "char":
-        assert "世" in tokenizer.codec.chars and not {"\r", "\ufeff", "Q"} & set(tokenizer.codec.chars)
+        assert "世" in tokenizer.chars and not {"\r", "\ufeff", "Q"} & set(tokenizer.chars)
     assert made(tmp_path, data_path=tmp_path / "more", tokenizer=tmp_path / "out").is_dir()
 
 
@@ -666,7 +666,7 @@ def test_profile_shows_where_training_takes_its_time(tmp_path, capsys):
 def test_what_a_tokenizer_loses_of_the_text_is_said(tmp_path, capsys, kind, char):
     tokenizer = train_tokenizer(kind, [prose(200)], 0 if kind == "char" else 300)
     if kind == "bpe":
-        tokenizer.codec.nfc = True
+        tokenizer.nfc = True
     tokenizer.save(tmp_path / "tokenizer")
     for name, ending in (("whole", ""), ("lossy", char)):
         path = write(tmp_path / f"{name}.txt", prose(200) + ending * 200 + "\n" + prose(20))

@@ -24,7 +24,7 @@ from model import LanguageModel, ModelConfig
 from runtime import checkpoint, resume
 from runtime.device import MachineSettings, choose_machine
 from text.batches import TokenStream
-from text.tokenizer import train_tokenizer
+from text.tokenizer_files import train_tokenizer
 
 MACHINE = choose_machine(MachineSettings(device="cpu", dtype="float32"))
 TEXT = "Ein süßer Hund, 水 and the quick brown fox.\n" * 30
@@ -235,7 +235,7 @@ def test_unknown_characters_are_reported(text, tmp_path, capsys):
 
 def test_what_normalisation_loses_of_scored_text_is_known(tmp_path):
     tokenizer = train_tokenizer("bpe", ["cafe"], 270)
-    tokenizer.codec.nfc = True
+    tokenizer.nfc = True
     windows = TextWindows(tokenizer, 8).add_text([("cafe\u0301 ", False), ("cafe", True)])
     assert windows.bytes == 11 and windows.unknown == 0 and windows.lost.rate > 0
     assert TextWindows(tokenizer, 8).add_text([("cafe", True)]).lost.rate == 0

@@ -16,7 +16,7 @@ import runtime.screen
 import sample
 from configurator import ROOT, UserError
 from runtime.screen import visible
-from text.tokenizer import train_tokenizer
+from text.tokenizer_files import train_tokenizer
 
 
 @pytest.fixture

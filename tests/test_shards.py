@@ -18,7 +18,7 @@ from text import shards
 from text.batches import TokenStream
 from text.corpus import Corpus, DataSettings
 from text.shards import CHECKED, read_meta, token_content, write_meta, write_split
-from text.tokenizer import train_tokenizer
+from text.tokenizer_files import train_tokenizer
 
 WORDS = "the cat sat on a mat and then it ran away from the big red dog because of a long loud noise".split()
 
@@ -32,8 +32,7 @@ def prose(n: int, seed: int = 0) -> str:
 def small_tasks(monkeypatch):
     monkeypatch.setattr(shards, "JOB", 2000)
     monkeypatch.setattr(shards, "FEW", 2)
-    monkeypatch.setattr("text.bpe_train.CHUNK", 2000)
-    monkeypatch.setattr(shards.bpe.safe_chunks, "__defaults__", (2000, ()))
+    monkeypatch.setattr("text.pieces.CHUNK", 2000)
 
 
 DOCUMENTS = [prose(3, seed) for seed in range(150)] + [prose(600, 7)] + [prose(2, seed) for seed in range(150, 300)]

@@ -27,7 +27,7 @@ from model import LanguageModel, ModelConfig
 from runtime.device import MachineSettings, choose_machine
 from text import tasks
 from text.tasks import TASKS, Question, clean, open_task, task_names
-from text.tokenizer import load_tokenizer, train_tokenizer
+from text.tokenizer_files import load_tokenizer, train_tokenizer
 
 WORDS = "a cake the dog runs [title] [step] water ice HOT cold.  why? which of these is 1 24 café 水 move".split(" ")
 MACHINE = choose_machine(MachineSettings(device="cpu", dtype="float32"))

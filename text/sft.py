@@ -29,7 +29,7 @@ from text.chat import ChatSettings, Template
 from text.conversations import Conversation, example_files, read_examples
 from text.corpus import DataSettings, document_hash, open_dataset
 from text.records import json_records, left_out, split_by_name
-from text.tokenizer import Head, Tokenizer
+from text.tokenizer import Excerpt, Tokenizer
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # ids, targets (B, T) int64, weights float32, positions int64
 Split = tuple[list[Conversation], list[Conversation]]  # training and validation examples
@@ -64,7 +64,7 @@ def open_examples(tokenizer: Tokenizer, data: DataSettings, chat: ChatSettings, 
     learned = [with_system(each, chat.system) for each in train]
     shown = show_example(*template.render(learned[0], chat.learn), tokenizer)
     say(f"example  {shown}\n         (learned: between ⟦ and ⟧)", quiet)
-    head = Head(1 << 22)
+    head = Excerpt(1 << 22)
     for conversation in learned:
         for message in conversation:
             head.add(message["content"])

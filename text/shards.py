@@ -25,14 +25,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-import bpe
 from configurator import UserError, find_path, need
 from runtime.files import file_state, read_json, read_notes, replacing, require_file, write_json
 from runtime.screen import ProgressLine, say
 from runtime.workers import in_order
 from text.corpus import Corpus, Mixture
 from text.records import SEPARATOR, Parts, Piece, list_files, reading, split_by_name
-from text.tokenizer import Head
+from text.tokenizer import Excerpt, Unwritable
 
 FORMAT = 1  # of meta.json
 HEADERS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version) of llm.c and modded-nanogpt -> dtype of ids
@@ -242,7 +241,7 @@ class CountedText:
     def __init__(self, raw: Corpus, split: str, tokenizer, replace: bool):
         self.raw, self.split, self.tokenizer, self.replace = raw, split, tokenizer, replace
         self.counts = {"documents": 0, "bytes": 0, "markers": 0, "replaced": 0}
-        self.content, self.head = hashlib.blake2b(digest_size=16), Head()
+        self.content, self.head = hashlib.blake2b(digest_size=16), Excerpt()
 
     def pieces(self) -> Iterator[Piece]:
         for text, ends in self.raw.pieces(self.split):
@@ -300,7 +299,7 @@ def write_split(folder: Path, split: str, raw: Corpus, tokenizer, shard_tokens: 
                 if unk is not None:
                     unknown += int(np.count_nonzero(ids == unk))
                 progress.show(job.done, f"{writer.tokens:,} tokens")
-    except bpe.Unwritable as error:
+    except Unwritable as error:
         where = raw.find(lambda text: tokenizer.repaired(text)[1] > 0)
         raise UserError(f"{where or raw.name}: {error}; REPLACE_MISSING=1 learns U+FFFD in their place, and counts "
                         "them") from None
@@ -329,14 +328,12 @@ def cut_into_jobs(pieces: Iterator[Piece], tokenizer) -> Iterator[list[Piece] | 
             group, size = [], 0
         if not ends:
             document = chain([text], rest_of_document(pieces))
-            codec = tokenizer.codec
-            patterns = getattr(codec, "patterns", None)
-            if hasattr(codec, "chars") or (patterns and bpe.is_cuttable(patterns)):
-                names = [name for name in getattr(codec, "added_ids", ()) if name not in codec.specials]
-                for chunk in bpe.safe_chunks(document, names=names):
-                    yield [(chunk, False)]
-            else:
+            chunks = tokenizer.independent_chunks(document)
+            if chunks is None:
                 yield from tokenizer.encode_stream_to_numpy(document)
+            else:
+                for chunk in chunks:
+                    yield [(chunk, False)]
             group = [("", True)]
     if group:
         yield group

@@ -1,7 +1,7 @@
 """SentencePiece's models, loaded or trained here.
 
-    codec = SentencePieceTokenizer.load("tokenizer.model")
-    codec = SentencePieceTokenizer.train(documents, 8000, "unigram")
+    tokenizer = SentencePieceTokenizer.load("tokenizer.model")
+    tokenizer = SentencePieceTokenizer.train(documents, 8000, "unigram")
 
 SentencePiece (Kudo and Richardson 2018) writes a space as ▁ and looks for pieces in the text as a whole. With "spbpe"
 it joins the best neighbours, as `bpe` does; with "unigram" (Kudo 2018) each piece has a probability, and the most
@@ -10,22 +10,18 @@ probable way to cut the text is taken. What no piece covers becomes bytes (byte 
 
 import base64
 import io
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 
-import bpe
-from bpe import SPECIALS
-from configurator import UserError
-from runtime.files import require_file
-from text import bpe_train
+from configurator import UserError, need
+from runtime.files import optional, require_file
+from text.pieces import count_pieces, find_names, utf8
+from text.tokenizer import LARGEST_ID, SPECIALS, Tokenizer, check_shape, config_for, naming, read_config
 
 KINDS = {"unigram": "unigram", "spbpe": "bpe"}  # what we train, and SentencePiece's name for it
 CHUNK = 1 << 16  # characters that SentencePiece gets at once, at least
@@ -37,7 +33,7 @@ WORD = rf" {{0,99}}[^ \t\n\0{SPACE}]{{1,900}}| {{1,99}}|\n{{1,99}}"
 NO_PREFIX = b"\x1a\x02\x18\x00"
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """Text to ids and back. Made by `train`, `load` or `from_dict`, and not changed afterwards.
 
     model    the bytes of a .model file
@@ -52,42 +48,43 @@ class SentencePieceTokenizer:
     """
 
     def __init__(self, model: bytes, config: dict | None = None, source: str = "this tokenizer"):
-        self.model, self.config = model, config or {}
-        self._first = self._rest = processor = _processor(model, source)  # of text that starts, and that goes on
-        ids = range(processor.vocab_size())
-        pieces = [processor.id_to_piece(i) for i in ids]
-        byte_ids = {int(pieces[i][1:-1], 16): i for i in ids if processor.is_byte(i)}  # <0x0A>
-        self.specials = {pieces[i]: i for i in ids if processor.is_control(i) or processor.is_unknown(i)}
-        added = self.config.get("added_tokens_decoder", {}).items()
-        if wrong := [i for i, _ in added if not (i.isdecimal() and int(i) <= bpe.LARGEST_ID)]:
-            raise UserError(f"{source}: {wrong[0][:50]!r} in added_tokens_decoder is no id")
-        self.specials |= {token["content"]: int(i) for i, token in added if int(i) >= len(ids)}
-        if "" in self.specials:
-            raise UserError(f"{source}: a special token is empty")
-        self.vocab_size = max([*ids, *self.specials.values()]) + 1
+        self.model = model
+        self._first = self._rest = processor = load_processor(model, source)  # of text that starts, and that continues
+        pieces = list(map(processor.id_to_piece, range(processor.vocab_size())))
         texts = [piece.replace(SPACE, " ") for piece in pieces]
-        self._bytes = dict(enumerate(map(bpe.utf8, texts)))
-        self._bytes |= {i: bytes([byte]) for byte, i in byte_ids.items()}
-        self._bytes |= {i: bpe.utf8(name) for name, i in self.specials.items()}
-        self._special_ids = frozenset(self.specials.values())
-        self._begins = self._special_ids - {processor.unk_id()}  # what follows one of these starts a text
+        spellings, specials, byte_ids = dict(enumerate(map(utf8, texts))), {}, {}
+        for i, piece in enumerate(pieces):
+            if processor.is_byte(i):  # <0x0A>
+                byte_ids[int(piece[1:-1], 16)] = i
+                spellings[i] = bytes.fromhex(piece[3:-1])
+            elif processor.is_control(i) or processor.is_unknown(i):
+                specials[piece] = i
+        for i, token in ((config or {}).get("added_tokens_decoder") or {}).items():
+            need(i.isdecimal() and len(i) < 9 and int(i) <= LARGEST_ID,
+                 f"{source}: {i[:50]!r} in added_tokens_decoder is no id")
+            if int(i) >= len(pieces):
+                specials[token["content"]] = int(i)
+        need("" not in specials, f"{source}: a special token is empty")
+        spellings.update(zip(specials.values(), map(utf8, specials), strict=True))
+        super().__init__(spellings, specials, config)
+        self._begins = set(specials.values()) - {processor.unk_id()}  # what follows one of these starts a text
 
-        self._found = {name: [i] for name, i in self.specials.items()}
-        spelled = [SPACE] if byte_ids else []
-        if spelled:
-            self._found[SPACE] = [byte_ids[byte] for byte in SPACE.encode()]
-        self._finders = {allow: bpe.find_names([*self.specials, *spelled] if allow else spelled)
-                         for allow in (True, False)}
+        self._found = {name: [i] for name, i in specials.items()}  # by its names, a text is cut before SentencePiece
+        spelled = []
+        if byte_ids:
+            spelled = [SPACE]
+            self._found[SPACE] = list(map(byte_ids.get, SPACE.encode()))
+        self._finders = {True: find_names([*specials, *spelled]), False: find_names(spelled)}  # by allow_special
 
         start = processor.normalize("a")
-        if start not in ("a", SPACE + "a"):
-            raise UserError(f"{source} marks the end of words (treat_whitespace_as_suffix), which we do not have")
+        need(start in ("a", SPACE + "a"),
+             f"{source} marks the end of words (treat_whitespace_as_suffix), which we do not have")
         self.adds_space = start != "a"
         if self.adds_space:
-            self._rest = _processor(model + NO_PREFIX, source)
+            self._rest = load_processor(model + NO_PREFIX, source)
         probe = "  ﬁ \n A "  # a model that changes spaces or composes characters gets its text in one
         self._cuttable = self._rest.normalize(probe).replace(SPACE, " ") == probe
-        self._pairs = {left + right for text in [*texts, *self.specials] for left, right in pairwise(text)}
+        self._pairs = set(map("".join, chain.from_iterable(map(pairwise, [*texts, *specials]))))
         self._chars = set("".join(texts))
 
     @classmethod
@@ -101,76 +98,84 @@ class SentencePieceTokenizer:
         The most frequent characters that make up `coverage` of the text become pieces, the others bytes. Words are
         counted here and SentencePiece gets the counts, so memory holds the different words and not the text.
         """
-        if kind not in KINDS:
-            raise UserError(f"a SentencePiece tokenizer of kind {kind} cannot be trained, only {' and '.join(KINDS)}")
+        need(kind in KINDS,
+             f"a SentencePiece tokenizer of kind {kind} cannot be trained, only {' and '.join(KINDS)}")
         specials = [name for name in dict.fromkeys(specials) if name != "<unk>"]
-        words = bpe_train.count_pieces(texts, WORD, max_bytes, workers, progress)
-        if not words:
-            raise UserError("there is no text to train a tokenizer on")
-        file = io.BytesIO()
+        words = count_pieces(texts, WORD, max_bytes, workers, progress)
+        need(words, "there is no text to train a tokenizer on")
+        package, file = optional("sentencepiece", "sentencepiece", "this tokenizer"), io.BytesIO()
         try:
-            _package().SentencePieceTrainer.train(
-                sentence_iterator=(f"{word}\t{n}" for word, n in words.items()), input_format="tsv", model_writer=file,
-                model_type=KINDS[kind], vocab_size=max(1, vocab_size), character_coverage=coverage,
-                control_symbols=specials, bos_id=-1, eos_id=-1, byte_fallback=True, hard_vocab_limit=False,
-                normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-                add_dummy_prefix=False, minloglevel=2,
+            package.SentencePieceTrainer.train(
+                sentence_iterator=map("\t".join, zip(words, map(str, words.values()), strict=True)),
+                input_format="tsv", model_writer=file, model_type=KINDS[kind], vocab_size=max(1, vocab_size),
+                hard_vocab_limit=False, character_coverage=coverage, byte_fallback=True, minloglevel=2,
+                control_symbols=specials, bos_id=-1, eos_id=-1, normalization_rule_name="identity",
+                remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, add_dummy_prefix=False,
             )
         except RuntimeError as error:
-            if not (needed := re.search(r"required_chars\. \d+ vs (\d+)", str(error))):
+            needed = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+            if not needed:
                 raise
             raise UserError(f"vocab_size={vocab_size} is too small: <unk>, {len(specials)} special tokens, 256 bytes "
                             f"and the characters of the text need {needed[1]}") from None
-        made = cls(file.getvalue(), bpe.config_for(specials))
+        made = cls(file.getvalue(), config_for(specials))
         if made.vocab_size < vocab_size:
             print(f"the text has pieces for {made.vocab_size:,} tokens only, not for {vocab_size:,}", file=sys.stderr)
         return made
 
     def _chunks(self, texts: Iterable[str]) -> Iterator[str]:
-        """The concatenation of `texts`, in chunks of at least CHUNK characters, but for the last.
-
-        A chunk ends at the next place where no piece can lie across, because none has these two characters as
-        neighbours, and where the first is not unknown; or, without such a place, at 2 CHUNK characters. It depends on
-        the text and not on how it arrives.
-        """
-
-        def cut_of(text: str) -> int:
-            for i in range(CHUNK, min(len(text), 2 * CHUNK)):
-                if text[i - 1] in self._chars and text[i - 1 : i + 1] not in self._pairs:
-                    return i
-            return 2 * CHUNK
-
+        """The concatenation of `texts`, in chunks of CHUNK to 2 CHUNK characters; the last may be shorter. They depend
+        on the text and not on how it arrives. A model that normalises gets all of the text as one chunk."""
+        if not self._cuttable:
+            yield "".join(texts)
+            return
         held, size = [], 0
         for text in chain(texts, [None]):  # None: no more will come
             held.append(text or "")
             size += len(held[-1])
-            if size >= 2 * CHUNK or text is None:
+            if text is None or size >= 2 * CHUNK:
                 whole, at = "".join(held), 0
-                while size - at >= 2 * CHUNK or text is None and at < size:
-                    cut = min(size, at + cut_of(whole[at : at + 2 * CHUNK]))
+                while size - at >= 2 * CHUNK or (text is None and at < size):
+                    cut = self._next_cut(whole, at)
                     yield whole[at:cut]
                     at = cut
                 held, size = [whole[at:]], size - at
+
+    def _next_cut(self, text: str, at: int) -> int:
+        """The first place CHUNK characters behind `at` that no piece reaches over, because none has these two
+        characters as neighbours, and where the first is not unknown. At most 2 CHUNK behind."""
+        last = min(len(text), at + 2 * CHUNK)
+        for i in range(at + CHUNK, last):
+            if text[i - 1] in self._chars and text[i - 1 : i + 1] not in self._pairs:
+                return i
+        return last
+
+    def independent_chunks(self, texts: Iterable[str], allow_special: bool = False) -> None:
+        return None  # the first chunk may get a space in front, the others do not
 
     def encode_stream_to_numpy(self, texts: Iterable[str], allow_special: bool = False,
                                starts: bool = True) -> Iterator[np.ndarray]:
         """Ids of the concatenation of `texts`, equal to those of the whole, in bounded memory.
 
-        All of the text is held if the model normalises. Long texts are cut in `encode_to_numpy` too, see `_chunks`:
-        this costs no id with "spbpe"; with "unigram", two ways to cut a word that are equally good are told apart by
-        rounding, and SentencePiece, adding up from the start of the text, may round to the other one.
+        Long texts are cut in `encode_to_numpy` too, see `_chunks`: this costs no id with "spbpe"; with "unigram", two
+        ways to cut a word that are equally good are told apart by rounding, and SentencePiece, adding up from the start
+        of the text, may round to the other one.
 
-        starts=False: the text goes on with another, and gets no space in front.
+        starts=False: the text continues another, and gets no space in front.
         """
-        for chunk in self._chunks(texts) if self._cuttable else ["".join(texts)]:
-            bpe.utf8(chunk)  # refuses lone surrogates
-            ids, finder = [], self._finders[allow_special]
-            for i, part in enumerate(finder.split(chunk) if finder else [chunk]):
-                if i % 2:
+        finder = self._finders[allow_special]
+        for chunk in self._chunks(texts):
+            utf8(chunk)  # refuses lone surrogates
+            ids, parts = [], [chunk]
+            if finder:
+                parts = finder.split(chunk)
+            for i, part in enumerate(parts):
+                if i % 2:  # a name that was found
                     ids += self._found[part]
                     starts = self._found[part][0] in self._begins
                 elif part:
-                    ids += (self._first if starts else self._rest).encode(part)
+                    processor = self._first if starts else self._rest
+                    ids += processor.encode(part)
                     starts = False
             yield np.array(ids, np.uint32)
 
@@ -178,28 +183,18 @@ class SentencePieceTokenizer:
         found = self.encode_stream_to_numpy([text], allow_special, starts)
         return np.concatenate([np.empty(0, np.uint32), *found])
 
-    def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Ids of `text`; in it, the names of special tokens are plain text unless `allow_special`."""
-        return self.encode_to_numpy(text, allow_special).tolist()
-
-    def encode_batch(self, texts: Iterable[str], allow_special: bool = False, threads: int = 0) -> list[list[int]]:
-        """`encode` of each, by `threads` threads (0: one per CPU)."""
-        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-            return list(pool.map(partial(self.encode, allow_special=allow_special), texts))
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of `ids`, special tokens by their names. UserError for an id that is not in the vocabulary."""
-        ids = list(ids)
+    def decode_bytes(self, ids: Iterable[int], after: Iterable[int] = ()) -> bytes:
         if not self.adds_space:
-            return bpe.lookup(self._bytes, ids)
-        starts = [True, *(i in self._begins for i in ids[:-1])]
-        tokens = [bpe.lookup(self._bytes, [i]) for i in ids]
-        return b"".join(token.removeprefix(b" ") if start else token
-                        for token, start in zip(tokens, starts, strict=False))
-
-    def token_bytes(self) -> list[bytes]:
-        """The bytes of every id; b"" for special tokens and for ids that stand for nothing."""
-        return [b"" if i in self._special_ids else self._bytes.get(i, b"") for i in range(self.vocab_size)]
+            return super().decode_bytes(ids)
+        text, before = [], list(after)[-1:]
+        starts = not before or before[0] in self._begins
+        for i in ids:
+            token = super().decode_bytes([i])
+            if starts:
+                token = token.removeprefix(b" ")
+            text.append(token)
+            starts = i in self._begins
+        return b"".join(text)
 
     def to_dict(self) -> dict:
         """JSON-able. `specials` is there to be seen and for the fingerprint: `from_dict` reads the other two."""
@@ -208,12 +203,12 @@ class SentencePieceTokenizer:
 
     @classmethod
     def from_dict(cls, d: dict, source: str = "this tokenizer") -> "SentencePieceTokenizer":
-        with bpe.naming(source):
-            bpe.require(d["tokenizer"], {"model": str})
-        try:
-            model = base64.b64decode(d["tokenizer"]["model"], validate=True)
-        except ValueError as error:
-            raise UserError(f"{source}: its model is not base64: {error}") from None
+        with naming(source):
+            check_shape(d["tokenizer"], {"model": str})
+            try:
+                model = base64.b64decode(d["tokenizer"]["model"], validate=True)
+            except ValueError as error:
+                raise UserError(f"its model is not base64: {error}") from None
         return cls(model, d["config"], source)
 
     @classmethod
@@ -221,23 +216,14 @@ class SentencePieceTokenizer:
         """Read a .model file, and the tokenizer_config.json beside it if there is one."""
         path = require_file(Path(path))
         try:
-            return cls(path.read_bytes(), bpe.read_config(path), str(path))
+            return cls(path.read_bytes(), read_config(path), str(path))
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def _package():
-    """sentencepiece, which nobody needs who has no such tokenizer."""
-    try:
-        import sentencepiece
-    except ImportError:
-        raise UserError("this tokenizer needs the sentencepiece package: pip install sentencepiece") from None
-    return sentencepiece
-
-
-def _processor(model: bytes, source: str):
+def load_processor(model: bytes, source: str):
     """SentencePiece's encoder for the bytes of a .model file."""
-    processor = _package().SentencePieceProcessor()
+    processor = optional("sentencepiece", "sentencepiece", "this tokenizer").SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(model)
         if model and processor.vocab_size():
