@@ -103,9 +103,9 @@ class Fields:
     def __init__(self, record: dict, where: str, spellings: dict[str, tuple[str, ...]]):
         self.record, self.where, self.read = record, where, set()
         self.name: dict[str, str] = {}  # what a field means -> what it is called here
-        for name in REFUSED & record.keys():
-            need(not is_filled(record[name]) or record[name] == "[]",
-                 f"{where} has {name}, which we cannot learn: take the field or the record out")
+        for name, value in record.items():
+            if name in REFUSED and is_filled(value) and value != "[]":
+                raise UserError(f"{where} has {name}, which we cannot learn: take the field or the record out")
         if isinstance(record.get("label"), bool):  # a rated answer, which may be a bad one
             raise UserError(f"{where} has label={record['label']}, a rating: keep the good answers, without the field")
         for meaning, names in spellings.items():
