@@ -29,7 +29,7 @@ class Place:
     start: int = 0  # tokens in the cache
     mask: Tensor | None = None  # (B, 1, T, S); None: causal
     turn: Callable[[Tensor], Tensor] | None = None  # gives queries and keys their positions
-    wheels: Tensor | None = None  # does so in Enigma blocks: see enigma.wheel_index
+    wheels: Callable[[Tensor], Tensor] | None = None  # does so in Enigma blocks
     weights: Tensor | None = None  # (B, T): experts do not count tokens of weight 0
     balance: list[Tensor] | None = None  # blocks with experts append their balance loss; None: not wanted
 
@@ -337,9 +337,7 @@ def window_mask(T: int, S: int, window: int, mask: Tensor | None, device) -> Ten
         return None
     distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
     seen = (distance >= 0) & (distance < window)
-    if mask is None:
-        return seen
-    return seen & mask[..., -S:]
+    return seen if mask is None else seen & mask[..., -S:]
 
 
 def padding_mask(positions: Tensor, pad: Tensor) -> Tensor:
@@ -413,9 +411,7 @@ def rope_table(positions: Tensor, head_dim: int, theta: float = 10000.0,
     angle = positions[..., None].float() * frequency  # (..., T, Dh/2)
     if positions.ndim == 2:
         angle = angle[:, None]  # the same for all heads
-    length = 1.0
-    if scaling.kind == "yarn":  # also makes queries and keys longer
-        length = 1 + 0.1 * math.log(scaling.factor)
+    length = 1 + 0.1 * math.log(scaling.factor) if scaling.kind == "yarn" else 1.0  # YaRN also stretches q and k
     return angle.cos() * length, angle.sin() * length
 
 

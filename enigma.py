@@ -12,6 +12,7 @@ set them to that state again: here the position is an argument, and not the stat
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -73,6 +74,12 @@ def turn_wheels(x: Tensor, index: Tensor) -> Tensor:
     return torch.cat((turned.gather(-1, index.expand(B, -1, -1, -1)), rest), dim=1)
 
 
+def stepping(positions: Tensor, count: int, head_dim: int, carry: bool = False) -> Callable[[Tensor], Tensor]:
+    """What turns queries and keys by `count` wheels at these positions."""
+    index = wheel_index(positions, wheel_sizes(count, head_dim), head_dim, carry)
+    return partial(turn_wheels, index=index)
+
+
 # ---- dynamic convolution ---------------------------------------------------------------------------------------------
 
 
@@ -117,10 +124,7 @@ class DynamicConv(nn.Module):
         too_far = torch.arange(self.kernel, device=x.device) > positions[..., None]  # (T, kernel) or (B, T, kernel)
         taps = taps.masked_fill(too_far[..., None, :], float("-inf")).softmax(dim=-1)
         taps = taps.to(u.dtype)[..., None]  # (B, T, H, kernel, 1)
-        if cache is None:
-            rows = F.pad(u, (0, 0, before, 0))
-        else:
-            rows = cache.update(u)
+        rows = F.pad(u, (0, 0, before, 0)) if cache is None else cache.update(u)
         rows = rows.view(B, before + T, H, D // H)
         y = taps[..., 0, :] * rows[:, before:]  # (B, T, H, D / H)
         for j in range(1, self.kernel):
@@ -138,8 +142,7 @@ class EnigmaBlock(nn.Module):
                  shears: bool = True, bias: bool = False, qk_norm: bool = True, norm_eps: float = 1e-6):
         super().__init__()
         norm = partial(RMSNorm, d_model, eps=norm_eps)
-        count = 3 if shears else 0
-        self.shears = nn.ModuleList(Linear(d_model, d_model, bias=False) for _ in range(count))
+        self.shears = nn.ModuleList(Linear(d_model, d_model, bias=False) for _ in range(3 if shears else 0))
         self.conv_norm = self.conv = None
         if kernel:
             self.conv_norm = norm()
@@ -159,10 +162,7 @@ class EnigmaBlock(nn.Module):
         return self.conv(self.conv_norm(x), place.positions, cache)
 
     def attend(self, x: Tensor, place: Place, cache: KVCache | None = None) -> Tensor:
-        turn = None
-        if place.wheels is not None:
-            turn = partial(turn_wheels, index=place.wheels)
-        return self.attn(self.attn_norm(x), turn, cache, place.start, place.mask)
+        return self.attn(self.attn_norm(x), place.wheels, cache, place.start, place.mask)
 
     def think(self, x: Tensor, place: Place, cache: None = None) -> Tensor:
         return self.ffn(self.ffn_norm(x))

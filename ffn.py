@@ -40,10 +40,7 @@ class Linear(nn.Linear):
         if not narrow or not 0 < rows <= FEW or torch.is_grad_enabled():
             return super().forward(x)
         flat = x.reshape(rows, self.in_features).to(torch.bfloat16)
-        if rows == 1:
-            y = torch.mv(self.weight, flat[0])
-        else:
-            y = (self.weight @ flat.T).T.contiguous()
+        y = torch.mv(self.weight, flat[0]) if rows == 1 else (self.weight @ flat.T).T.contiguous()
         if self.bias is not None:
             y = y + self.bias
         return y.reshape(*x.shape[:-1], self.out_features)
@@ -252,9 +249,8 @@ class MoE(nn.Module):
     def bar_groups(self, choice: Tensor) -> Tensor:
         """(N, E) -> (N, E): -inf for experts outside each token's topk_group best groups."""
         groups = choice.unflatten(1, (self.n_group, -1))  # (N, G, E / G)
-        judged = 1  # a group is as good as its best expert (DeepSeek-V2),
-        if self.sigmoid:  # or as its best two (V3)
-            judged = min(2, groups.shape[-1])
+        # A group is as good as its best two experts (DeepSeek-V3), with softmax as its best one (V2).
+        judged = min(2, groups.shape[-1]) if self.sigmoid else 1
         quality = groups.topk(judged, dim=-1).values.sum(dim=-1)  # (N, G)
         best = quality.topk(self.topk_group, dim=-1).indices
         barred = torch.ones_like(quality, dtype=torch.bool).scatter_(1, best, False)

@@ -31,10 +31,7 @@ class HeadLoss(torch.autograd.Function):
         dtype = product_dtype(x)
         ctx.dtypes, ctx.smoothing, ctx.softcap = (x.dtype, weight.dtype), smoothing, softcap
         x, weight = x.to(dtype), weight.to(dtype)
-        if weights is None:
-            scale = torch.ones(len(x), device=x.device)
-        else:
-            scale = weights.float()
+        scale = torch.ones(len(x), device=x.device) if weights is None else weights.float()
         need_grad, need_dweight = any(ctx.needs_input_grad), ctx.needs_input_grad[1]
         nats, dx, dweight = head_pass(x, weight, targets, scale, smoothing, softcap, need_grad, need_dweight)
         if need_grad:
@@ -100,8 +97,5 @@ def head_pass(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, smoothi
             dx[start:stop] = held @ weight  # (G, V) @ (V, D)
         if need_dweight:
             more = held.T @ x[start:stop]  # (V, G) @ (G, D)
-            if dweight is None:
-                dweight = more.float()
-            else:
-                dweight += more
+            dweight = more.float() if dweight is None else dweight.add_(more)
     return nats, dx, dweight

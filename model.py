@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import Attention, LatentAttention, Place, RopeScaling, example_mask, padding_mask, rotation, sinusoids
 from configurator import BelowOne, Count, NotNegative, Positive, Range, Size, check_fields, need
-from enigma import EnigmaBlock, wheel_index, wheel_sizes
+from enigma import EnigmaBlock, stepping
 from ffn import Experts, FeedForward, Linear, MoE, RMSNorm, default_d_ff
 from loss import HeadLoss, soft_cap
 from reversible import Branch, Chain
@@ -301,8 +301,7 @@ class LanguageModel(nn.Module):
             width = cfg.rope_dim if cfg.attention == "mla" else cfg.head_dim
             place.turn = rotation(positions, width, cfg.rope_theta, scaling)
         if cfg.n_enigma and cfg.wheels != "none":
-            sizes = wheel_sizes(cfg.n_kv_head // 2, cfg.head_dim)
-            place.wheels = wheel_index(positions, sizes, cfg.head_dim, carry=cfg.wheels == "carry")
+            place.wheels = stepping(positions, cfg.n_kv_head // 2, cfg.head_dim, carry=cfg.wheels == "carry")
         return self.dropout(x), place
 
     def through_blocks(self, x: Tensor, place: Place, cache: Cache | None) -> Tensor:

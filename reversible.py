@@ -31,10 +31,7 @@ class Branch:
 
     def trainable(self) -> dict[int, nn.Parameter]:
         """By id, and looked up at each call: adapters may have been put in and weights frozen since."""
-        found = {}
-        for module in self.modules:
-            found |= {id(p): p for p in module.parameters() if p.requires_grad}
-        return found
+        return {id(p): p for module in self.modules for p in module.parameters() if p.requires_grad}
 
 
 class Chain:
@@ -57,11 +54,8 @@ class Chain:
                 params |= branch.trainable()
             return Recompute.apply(self, context, a, b, *params.values())
         for i, branch in enumerate(self.branches):
-            if caches is None:
-                y = branch.function(b, *context)
-            else:
-                y = branch.function(b, *context, caches[i])
-            a, b = b, a + self.on_grid(y)
+            cached = () if caches is None else (caches[i],)
+            a, b = b, a + self.on_grid(branch.function(b, *context, *cached))
         return a, b
 
     def on_grid(self, x: Tensor) -> Tensor:
@@ -90,14 +84,10 @@ class Chain:
         """Both streams behind a branch, without a graph."""
         return b.detach(), a.detach() + self.compute(branch, b, context)[2]
 
-    def undo(self, branch: Branch, a: Tensor, b: Tensor, context: tuple) -> tuple[Tensor, Tensor]:
-        """Both streams before a branch, from those behind it."""
-        return b - self.compute(branch, a, context)[2], a
-
     def inverse(self, a: Tensor, b: Tensor, *context) -> tuple[Tensor, Tensor]:
         """What went in, from what came out."""
         for branch in reversed(self.branches):
-            a, b = self.undo(branch, a, b, context)
+            a, b = b - self.compute(branch, a, context)[2], a
         return a, b
 
     def probe(self, a: Tensor, b: Tensor, *context) -> tuple[float, float]:
@@ -148,8 +138,6 @@ class Recompute(torch.autograd.Function):
                 da = da + dx
             da, db = db, da
             for key, grad in zip(own, dparams, strict=True):
-                if key in grads and grad is not None:
-                    grads[key] = grads[key] + grad
-                elif grad is not None:
-                    grads[key] = grad
+                if grad is not None:
+                    grads[key] = grads[key] + grad if key in grads else grad
         return None, None, da, db, *(grads.get(id(p)) for p in ctx.params)

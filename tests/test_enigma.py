@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from attention import example_mask
-from configurator import UserError
 from enigma import ConvCache, DynamicConv, turn_wheels, wheel_index, wheel_offsets, wheel_sizes
-from model import ModelConfig
 from test_model import shaken, tiny
 
 VARIANTS = {
@@ -184,9 +182,3 @@ def test_the_plugboard_is_a_permutation_and_the_same_in_every_model():
     a, b = tiny("enigma"), tiny("enigma")
     assert torch.equal(a.plugboard, b.plugboard)
     assert a.plugboard.sort().values.tolist() == list(range(64)) and "plugboard" in a.state_dict()
-
-
-@pytest.mark.parametrize("setting", [dict(n_kv_head=1), dict(kernel=-1), dict(kernel=99)])
-def test_sizes_that_do_not_fit_are_refused(setting):
-    with pytest.raises(UserError, match=next(iter(setting))):
-        ModelConfig(seq_len=32, reversible=True, n_enigma=1, **setting)

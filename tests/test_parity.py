@@ -8,7 +8,6 @@ import torch
 from attention import RopeScaling, rope_frequencies
 from model import LanguageModel, ModelConfig
 from test_attention import half_split
-from test_model import with_our_names
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False)
@@ -34,6 +33,57 @@ def shaken(theirs):
     for name, p in theirs.named_parameters():
         torch.nn.init.normal_(p, mean=1.0 if "norm" in name else 0.0, std=0.2)
     return theirs.eval()
+
+
+def with_our_names(theirs) -> dict[str, torch.Tensor]:
+    """The weights of a Llama or Qwen of transformers under our names."""
+    state = {}
+    for key, value in theirs.state_dict().items():
+        for old, new in (("model.", ""), ("embed_tokens", "embed"), ("layers", "blocks"), ("self_attn", "attn"),
+                         ("post_attention_layernorm", "ffn_norm"), ("input_layernorm", "attn_norm"), ("mlp", "ffn"),
+                         ("_proj", ""), ("lm_head", "head")):
+            key = key.replace(old, new)
+        state[key] = value
+    state.setdefault("head.weight", state["embed.weight"])
+    return state
+
+
+def test_gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    theirs = shaken(GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4)))
+    state = {}
+    for key, value in theirs.transformer.state_dict().items():
+        if value.ndim == 2 and not key.startswith("w"):
+            value = value.T  # Conv1D
+        for old, new in (("h.", "blocks."), ("ln_1", "attn_norm"), ("ln_2", "ffn_norm"), ("attn.c_proj", "attn.o"),
+                         ("mlp.c_fc", "ffn.up"), ("mlp.c_proj", "ffn.down"), ("wte", "embed"), ("wpe", "position"),
+                         ("ln_f", "norm")):
+            key = key.replace(old, new)
+        if "c_attn" in key:
+            state |= {key.replace("c_attn", n): part for n, part in zip("qkv", value.chunk(3), strict=True)}
+        else:
+            state[key] = value
+    state["head.weight"] = state["embed.weight"]
+    same_logits(theirs, state, ffn="gelu", norm="layernorm", position="learned", bias=True, n_kv_head=0, d_ff=0,
+                tie_embeddings=True, norm_eps=1e-5)
+
+
+@pytest.mark.parametrize("n_kv_head, theta, tied", [(4, 10000.0, False), (2, 500000.0, True), (1, 10000.0, True)])
+def test_llama(n_kv_head, theta, tied):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = SIZES | dict(num_key_value_heads=n_kv_head, tie_word_embeddings=tied)
+    rope = {"rope_type": "default", "rope_theta": theta}
+    model = shaken(LlamaForCausalLM(LlamaConfig(**sizes, rms_norm_eps=1e-5, rope_parameters=rope)))
+    same_logits(model, with_our_names(model), n_kv_head=n_kv_head, rope_theta=theta, norm_eps=1e-5, tie_embeddings=tied)
+
+
+def test_qwen3_with_its_norm_of_queries_and_keys():
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    model = shaken(Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=12, rms_norm_eps=1e-6)))
+    same_logits(model, with_our_names(model), head_dim=12, qk_norm=True)
 
 
 SCALINGS = {
@@ -113,23 +163,30 @@ def test_qwen3_moe(renormalise):
                 router_renormalise=renormalise)
 
 
-GROUPS = dict(n_group=4, topk_group=2, routed_scaling_factor=2.5)
-DEEPSEEK = {"greedy": dict(topk_method="greedy"), "group_limited_greedy": dict(topk_method="group_limited_greedy"),
-            "noaux_tc": {}}
+# transformers' settings and ours; version 3 has sigmoid scores and a bias that chooses the experts
+DEEPSEEK = {
+    "V2": (dict(topk_method="greedy"), dict(router_renormalise=False)),
+    "V2, groups": (dict(topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=2.5),
+                   dict(router_renormalise=False, n_group=4, topk_group=2, router_scale=2.5)),
+    "V3": (dict(n_group=4, topk_group=2, routed_scaling_factor=2.5), dict(n_group=4, topk_group=2, router_scale=2.5)),
+    "V3, other groups": (dict(n_group=2, topk_group=1, norm_topk_prob=False, routed_scaling_factor=1.0),
+                         dict(n_group=2, topk_group=1, router_renormalise=False)),
+    "V3, no groups": (dict(n_group=1, topk_group=1, routed_scaling_factor=1.0), {}),
+}
 
 
-@pytest.mark.parametrize("method", DEEPSEEK)
+@pytest.mark.parametrize("kind", DEEPSEEK)
 @pytest.mark.parametrize("q_rank", [0, 20])
-def test_deepseek_with_latent_attention_and_experts(method, q_rank):
+def test_deepseek_with_latent_attention_and_experts(kind, q_rank):
     import transformers
 
-    version = 3 if method == "noaux_tc" else 2
-    more = DEEPSEEK[method] | (GROUPS if method != "greedy" else {})
-    config = getattr(transformers, f"DeepseekV{version}Config")(
+    version = kind[:2]
+    theirs, ours = DEEPSEEK[kind]
+    config = getattr(transformers, f"Deepseek{version}Config")(
         **SIZES | {"num_key_value_heads": 4}, kv_lora_rank=12, q_lora_rank=q_rank or None, qk_rope_head_dim=6,
         qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=8, num_experts_per_tok=3, n_shared_experts=2,
-        moe_intermediate_size=16, first_k_dense_replace=1, **more)
-    model = shaken(getattr(transformers, f"DeepseekV{version}ForCausalLM")(config))
+        moe_intermediate_size=16, first_k_dense_replace=1, **theirs)
+    model = shaken(getattr(transformers, f"Deepseek{version}ForCausalLM")(config))
     state = {}
     for key, value in with_experts(model).items():
         for old, new in (("kv_a_with_mqa", "kv_down"), ("kv_a_layernorm", "kv_norm"), ("kv_b", "kv_up"),
@@ -138,13 +195,11 @@ def test_deepseek_with_latent_attention_and_experts(method, q_rank):
         if key.endswith((".q.weight", ".q_up.weight")):
             value = half_split(value, 14, 6)
         state[key] = half_split(value, 18, 6) if key.endswith("kv_down.weight") else value
-    if version == 3:  # its bias chooses the experts
+    if version == "V3":
+        ours = ours | dict(router="sigmoid", balance="bias")
         for name in (name for name in state if name.endswith("ffn.bias")):
             state[name] = torch.randn(8) * 0.1
             gate = model.get_submodule(f"model.layers.{name.split('.')[1]}.mlp.gate")
             gate.e_score_correction_bias.data = state[name]
-    own = dict(router="sigmoid", balance="bias") if version == 3 else dict(router_renormalise=False)
-    if method != "greedy":
-        own |= dict(router_scale=2.5, n_group=4, topk_group=2)
     same_logits(model, state, attention="mla", n_kv_head=4, kv_rank=12, q_rank=q_rank, rope_dim=6, n_expert=8, top_k=3,
-                n_shared=2, d_expert=16, n_dense=1, **own)
+                n_shared=2, d_expert=16, n_dense=1, **ours)

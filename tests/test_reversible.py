@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from configurator import UserError
 from model import LanguageModel, ModelConfig
 from reversible import Branch, Chain
 from test_model import shaken, tiny
@@ -182,17 +181,6 @@ def test_compiled_branches_give_the_same_gradients(kind):
     model.chain.compile(backend="aot_eager")
     model(ids[:, :-1], ids[:, 1:]).sum().backward()
     assert distance({name: p.grad for name, p in model.named_parameters()}, expected) < 1e-5
-
-
-@pytest.mark.parametrize("setting", [dict(dropout=0.1), dict(checkpoint_activations=True)])
-def test_what_would_differ_when_computed_again_is_refused(setting):
-    with pytest.raises(UserError, match=next(iter(setting))):
-        ModelConfig(reversible=True, **setting)
-
-
-def test_enigma_blocks_without_reversible_are_refused():
-    with pytest.raises(UserError, match="reversible=True"):
-        ModelConfig(n_enigma=2)
 
 
 def test_a_reversible_transformer_has_the_parameters_of_a_plain_one():
