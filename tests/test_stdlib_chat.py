@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import importlib.util
 import inspect
 import json
 import os
@@ -14,7 +13,7 @@ from collections import Counter
 import pytest
 
 from configurator import ROOT, UserError
-from text.corpus import open_dataset
+from text.corpus import import_dataset, open_dataset
 
 SCRIPT = ROOT / "data" / "stdlib_chat" / "prepare.py"
 IMPORTED = ["argparse", "threading", "queue", "configparser", "tarfile", "zipfile", "random", "shutil", "json.decoder",
@@ -24,10 +23,7 @@ IMPORTED = ["argparse", "threading", "queue", "configparser", "tarfile", "zipfil
 
 @pytest.fixture(scope="module")
 def chat():
-    spec = importlib.util.spec_from_file_location("prepare_stdlib_chat", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module  # its table() is made once and kept
+    return import_dataset("stdlib_chat")  # its table() is made once and kept
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +35,7 @@ def table(chat):
 def texts(chat) -> dict[str, str]:
     """Module name -> text of its file."""
     result = {}
-    folder = chat.stdlib().FOLDER
+    folder = import_dataset("stdlib").FOLDER
     for path in chat.sources():
         name = path.relative_to(folder).as_posix().removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         result[name] = path.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")

@@ -4,28 +4,28 @@
     dataset=fineweb_edu:limit=1e9                    # its first billion characters, about 0.2 billion tokens
     dataset=fineweb_edu:sample-100BT                 # another subset: sample-350BT, default (all), CC-MAIN-2024-10, ...
 
-Start with a limit: sample-10BT is 28 GB to fetch, once for each pass over it (validation, tokenizer, tokens), and again
-after an interruption. With limit=1e9 a model of 10 million weights sees each token once.
+Start with a limit: each pass over sample-10BT (validation, tokenizer, tokens) fetches 28 GB, and so does a restart.
+With limit=1e9 a model of 10 million weights sees each token once.
 
-Needs the package `datasets`, as all of data/hf does, whose other choices hold here too. There is no validation part:
-one page in a hundred is kept for that, chosen by a hash of its text, as data/hf does it.
+Needs the package `datasets`, as data/hf does, whose other choices work here, too. There is no validation part: one page
+in a hundred is kept for validation, chosen by a hash of its text.
 """
 
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-if __name__ == "__main__":  # a command finds its own folder only
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # a command finds its own folder only
 
-from text.corpus import import_dataset, show_dataset  # noqa: E402
+from text.corpus import import_dataset, show_dataset
 
 PATH, SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 
 BYTES = {"sample-10BT": 28e9, "sample-100BT": 277e9, "sample-350BT": 975e9}  # to fetch, compressed
 CHARACTERS = 45e9  # of sample-10BT
 
-hf = import_dataset("hf")  # the module data/hf/prepare.py
+hf = import_dataset("hf")
 choose_field, size = hf.choose_field, hf.size
 
 

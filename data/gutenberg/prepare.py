@@ -2,13 +2,13 @@
 
     dataset=gutenberg               # the 200 works that are downloaded most
     dataset=gutenberg:50            # fewer, or more
-    dataset=gutenberg:50,delay=1    # seconds between two requests, 0.3 if you do not say
+    dataset=gutenberg:50,delay=1    # seconds between two requests, 0.3 by default
     OVERWRITE=download:gutenberg    # fetch its texts again, and nothing of the other parts of a mixture
 
-The catalogue is Gutendex's, kept in catalogue/. What we take of it goes to manifest.csv, which is yours to edit;
-without that file it is made anew. The texts come from a mirror, with a pause after each, because gutenberg.org blocks
-programs. Nobody publishes hashes of them: a text is taken if it is whole, from its first marker line to its last. A
-work is for training or for validation as a whole, and only then cut into documents of 500 to 1000 words.
+The catalogue is Gutendex's, kept in catalogue/. What we select from it is in manifest.csv, which is yours to edit;
+remove that file to select again. The texts come from a mirror, with a pause after each, because gutenberg.org blocks
+programs. Nobody publishes their hashes: we take a text if it is whole, from its first marker line to its last. A whole
+work is for training or for validation; then it is cut into documents of 500 to 1000 words.
 """
 
 import csv
@@ -21,13 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-if __name__ == "__main__":  # a command finds its own folder only
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # a command finds its own folder only
 
-from configurator import UserError  # noqa: E402
-from runtime.files import Either, read_json, write_text  # noqa: E402
-from runtime.screen import ProgressLine, is_first_process  # noqa: E402
-from text.corpus import document_hash, download, plan_split, show_dataset  # noqa: E402
+from configurator import UserError
+from runtime.files import Either, read_json, write_text
+from runtime.screen import ProgressLine, is_first_process
+from text.corpus import download, plan_split, show_dataset
 
 FOLDER = Path(__file__).resolve().parent
 CATALOGUE = "https://gutendex.com/books/?languages=en&author_year_end=500&sort=popular"  # 32 books a page
@@ -73,7 +73,7 @@ def downloads() -> list[Path]:
 
 
 def documents(split: str) -> Iterator[str]:
-    """Whole works are parted first, so no work has chunks on both sides."""
+    """Whole works are split first, so that no work is in both splits."""
     books: dict[str, list[str]] = {}
     for book in fetch_texts(chosen()):
         if text := read_book(text_of(book)):
@@ -83,8 +83,7 @@ def documents(split: str) -> Iterator[str]:
     if plan.cut_at:
         raise UserError(f"{manifest()}: {len(books)} works are too few to keep some for validation; take more")
     for work, volumes in books.items():
-        key = document_hash(work)
-        if (key < plan.below or key in plan.hashes) == (split == "val"):
+        if plan.is_val(work) == (split == "val"):
             for text in volumes:
                 yield from chunks(text)
 
@@ -94,7 +93,7 @@ def documents(split: str) -> Iterator[str]:
 
 
 def manifest() -> Path:
-    """manifest.csv, made now if it is not there."""
+    """manifest.csv, written now if it is not there."""
     path = FOLDER / "manifest.csv"
     if not path.exists():
         table = io.StringIO()
@@ -106,7 +105,7 @@ def manifest() -> Path:
 
 
 def fetch_catalogue() -> list[dict]:
-    """All entries; what an interrupted run has fetched is not fetched again."""
+    """All entries; pages that are here already are not fetched again."""
     books, number, url = [], 0, CATALOGUE
     while url:
         number += 1
@@ -131,8 +130,8 @@ def say(text: str) -> None:
 def select(books: list[dict]) -> list[dict]:
     """Entries of the catalogue -> rows of the manifest, the most downloaded work first.
 
-    Of a work we take the entry that is downloaded most; where that is one volume of several, also the other volumes by
-    the same translators. Works are told apart by `work_of`, so two titles that share no words pass for two works.
+    We take the most downloaded entry of a work; if it is one volume of several, also the other volumes by the same
+    translators. `work_of` tells works apart, so two titles that share no words count as two works.
     """
     rows: dict[str, list[dict]] = {}
     for book in sorted({book["id"]: book for book in books if is_ancient(book)}.values(),
@@ -152,7 +151,7 @@ def select(books: list[dict]) -> list[dict]:
 
 
 def is_ancient(book: dict) -> bool:
-    """An English text, free of copyright, by nobody who lived later than LAST_YEAR; unknown authors may take part."""
+    """An English text, free of copyright, by nobody who lived later than LAST_YEAR; unknown authors are allowed."""
     years = [person["death_year"] if person["birth_year"] is None else person["birth_year"]
              for person in book["authors"]]
     years = [year for year in years if year is not None]
@@ -186,7 +185,7 @@ def chosen() -> list[dict]:
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows or not {"id", "work"} <= rows[0].keys():
-        raise UserError(f"{path} has no rows with the columns id and work; remove it, and it is made anew")
+        raise UserError(f"{path} has no rows with the columns id and work; remove it to make it again")
     names = list(dict.fromkeys(row["work"] for row in rows))[:works]
     return [row for row in rows if row["work"] in names]
 
@@ -196,7 +195,7 @@ def text_of(book: dict) -> Path:
 
 
 def fetch_texts(books: list[dict]) -> list[dict]:
-    """The same books, when all of them are here. One that does not come does not keep the others from coming."""
+    """The same books, once all of them are here. If one cannot be fetched, the others are fetched all the same."""
     wanted, failed = [book for book in books if not text_of(book).exists()], []
     progress = ProgressLine("gutenberg", len(wanted), "texts", quiet=not is_first_process())
     for number, book in enumerate(wanted, 1):
@@ -227,10 +226,8 @@ def read_book(path: Path) -> str:
 
 
 def clean(text: str) -> str:
-    """The book without Project Gutenberg's words around it and without spare blanks; of the book itself nothing goes.
-
-    "" where the lines that mark its beginning and end are missing, for then it is not whole.
-    """
+    """The book without Project Gutenberg's words around it and without spare blanks, and otherwise unchanged; "" if a
+    line that marks its beginning or end is missing, because it is not whole."""
     start, end = START.search(text), None
     end = END.search(text, start.end()) if start else None
     if not end:
@@ -242,14 +239,15 @@ def clean(text: str) -> str:
 
 
 def chunks(text: str) -> Iterator[str]:
-    """Pieces of 500 to 1000 words that together are the text, cut between paragraphs where it has them often enough,
-    else behind a sentence, a line, a word, in this order; a text shorter than 500 words is one piece."""
+    """Pieces of 500 to 1000 words that together are the text: cut between paragraphs if they are short enough, else
+    behind a sentence, a line, or a word. A text shorter than 500 words is one piece."""
     words = [(match.end(), rank(match[0], match[1])) for match in re.finditer(r"\S+(\s*)", text)]
     first = begin = 0  # word and character where the piece begins
     while len(words) - first > LONGEST:
         middle = first + (SHORTEST + LONGEST) // 2
-        last = min(first + LONGEST, len(words) - SHORTEST)  # what remains shall not be too short either
-        cut = max(range(first + SHORTEST, last + 1), key=lambda n: (words[n - 1][1], -abs(n - middle)))  # noqa: B023
+        last = min(first + LONGEST, len(words) - SHORTEST)  # the rest must not be too short either
+        cuts = [(words[n - 1][1], -abs(n - middle), -n) for n in range(first + SHORTEST, last + 1)]
+        cut = -max(cuts)[2]  # of the best cuts the one nearest to the middle
         yield text[begin : words[cut - 1][0]].strip()
         first, begin = cut, words[cut - 1][0]
     if text[begin:].strip():
@@ -258,8 +256,11 @@ def chunks(text: str) -> Iterator[str]:
 
 def rank(word: str, space: str) -> int:
     """How well a text can be cut behind a word."""
-    sentence = re.search(r"[.!?][\"'”’)\]]*\s*$", word) is not None
-    return 3 if "\n\n" in space else 2 if sentence else 1 if "\n" in space else 0
+    if "\n\n" in space:
+        return 3
+    if re.search(r"[.!?][\"'”’)\]]*\s*$", word):
+        return 2
+    return 1 if "\n" in space else 0
 
 
 if __name__ == "__main__":

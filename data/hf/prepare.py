@@ -6,12 +6,12 @@
     dataset=hf:wikimedia/wikipedia,20231101.en,limit=2e9+my_folder         # two, one after the other
     SFT_MODE=1 dataset=hf:tatsu-lab/alpaca                                 # rows of conversations.py's formats
 
-A path is a name on the Hub, a folder of .parquet, .jsonl or .csv files, or one that `save_to_disk` wrote. TEXT_FIELD=
-is the column of all for which none is chosen. Rows are streamed: nothing is downloaded ahead or kept, each pass
-(validation, training of the tokenizer, tokens) fetches them again, and so does a start after an interruption, though
-the whole shards of tokens are kept. To fetch once, download the files by hand and name their folder. A row is a
-document. Without a validation split, one row in a hundred is kept for that, chosen by a hash of its text, at most
-VAL_DOCUMENTS of them: a pass over 28 GB for more would take hours.
+A path is a name on the Hub, a folder of .parquet, .jsonl or .csv files, or a folder that `save_to_disk` wrote.
+TEXT_FIELD= is the column for all choices without column=. Rows are streamed and not kept: each pass (validation,
+training of the tokenizer, tokens) fetches them again, and so does a restart, though whole shards of tokens are kept. To
+fetch once, download the files by hand and name their folder. A row is a document. Without a validation split, one row
+in a hundred is kept for validation, chosen by a hash of its text, at most VAL_DOCUMENTS rows: a pass over 28 GB for
+more would take hours.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-if __name__ == "__main__":  # a command finds its own folder only
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # a command finds its own folder only
 
-from configurator import UserError, find_path  # noqa: E402
-from text.corpus import document_hash, plan_split, show_dataset, split_pieces  # noqa: E402
-from text.records import list_files  # noqa: E402
+from configurator import UserError, find_path
+from text.corpus import document_hash, plan_split, show_dataset, split_pieces
+from text.records import Piece, list_files
 
 VAL_SHARE, VAL_DOCUMENTS = 0.01, 2000
 VAL_NAMES = ("validation", "valid", "val", "dev")  # "test" is for the end of a project
@@ -54,10 +54,10 @@ def choose_field(name: str) -> None:
 
 def choose(text: str) -> None:
     """ "a/b,sub,column=x+c" -> [Choice("a/b", "sub", "x"), Choice("c")] """
-    chosen[:] = [parse(item) for item in text.split("+") if item]
+    chosen[:] = [parse_choice(item) for item in text.split("+") if item]
 
 
-def parse(item: str) -> Choice:
+def parse_choice(item: str) -> Choice:
     path, *options = item.split(",")
     choice = Choice(path, column=default_column)
     names = [field.name for field in dataclasses.fields(Choice)]
@@ -74,7 +74,7 @@ def parse(item: str) -> Choice:
 
 
 def sources() -> list[Path]:
-    """The files of folders; what lies on the Hub is known by its name alone."""
+    """The files of folders; a dataset on the Hub is known by its name alone."""
     folders = [find_path(choice.path) for choice in chosen]
     return [path for folder in folders if folder.is_dir() for path in list_files(folder, ("",))]
 
@@ -83,7 +83,7 @@ def documents(split: str) -> Iterator[str]:
     if not chosen:
         raise UserError("dataset=hf: say which dataset, for example dataset=hf:roneneldan/TinyStories")
     opened = [(choice, *open_splits(choice)) for choice in chosen]
-    held_out = set()  # nor shall one dataset train on what another one validates on
+    held_out = set()  # one dataset may not train on what another one validates on
     if split == "train":
         held_out = {document_hash(text) for choice, _, val in opened if val is not None for text in texts(choice, val)}
     for choice, train, val in opened:
@@ -110,13 +110,16 @@ def examples(split: str) -> Iterator[dict]:
 
 def carve(choice: Choice, rows: Iterable[dict], split: str) -> Iterator[str]:
     """The training or the validation part of rows that nobody has split."""
-    pieces = lambda: ((text, True) for text in texts(choice, rows))  # noqa: E731
+
+    def pieces() -> Iterator[Piece]:
+        return ((text, True) for text in texts(choice, rows))
+
     mine = (text for text, _ in split_pieces(pieces(), plan_split(pieces(), VAL_SHARE), split))
     return itertools.islice(mine, VAL_DOCUMENTS if split == "val" else None)
 
 
 def safely(choice: Choice, rows: Iterable[dict]) -> Iterator[dict]:
-    """The rows; what goes wrong on the way is one sentence."""
+    """The rows; an error on the way is one sentence."""
     rows = iter(rows)
     while True:
         try:

@@ -1,17 +1,17 @@
 """Tiny Shakespeare: 1,115,394 characters of his plays, as Andrej Karpathy put them together for char-rnn.
 
-Downloaded once and checked by its hash; a file that already lies at data/shakespeare/input.txt is used as it is. The
-first 90 % train and the last 10 % validate, as in nanoGPT, so that losses compare.
+Downloaded once and checked by its hash; a file that is already at data/shakespeare/input.txt is used as it is. The
+first 90 % train and the last 10 % validate, as in nanoGPT, so that losses can be compared.
 """
 
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-if __name__ == "__main__":  # a command finds its own folder only
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # a command finds its own folder only
 
-from text.corpus import download, show_dataset  # noqa: E402
+from text.corpus import download, show_dataset
 
 FILE = Path(__file__).resolve().parent / "input.txt"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

@@ -1,8 +1,8 @@
 """The Python standard library as text: the source of the interpreter that runs this, no download.
 
-About 12 MB in 730 files with CPython 3.11; another version has slightly other files. Test suites and installed
-packages are left out. One file in twenty is for validation, chosen by a hash of its text, so that copies of a file
-never part, and the others stay where they are when one changes. Files that are not UTF-8 are skipped and counted.
+About 12 MB in 730 files with CPython 3.11; another version has slightly different files. Test suites and installed
+packages are left out. One file in twenty is for validation, chosen by a hash of its text: copies of a file stay
+together, and a changed file does not move the others. Files that are not UTF-8 are skipped and counted.
 """
 
 import sys
@@ -10,11 +10,11 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-if __name__ == "__main__":  # a command finds its own folder only
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # a command finds its own folder only
 
-from configurator import UserError  # noqa: E402
-from text.corpus import document_hash, show_dataset  # noqa: E402
+from configurator import UserError
+from text.corpus import document_hash, show_dataset
 
 FOLDER = Path(sysconfig.get_paths()["stdlib"])
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -33,7 +33,6 @@ def sources() -> list[Path]:
 
 
 def documents(split: str) -> Iterator[str]:
-    """The text of each file of the split."""
     for path in sources():
         try:
             text = path.read_text(encoding="utf-8")

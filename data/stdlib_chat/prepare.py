@@ -3,15 +3,14 @@
     python data/stdlib_chat/prepare.py FOLDER     # writes FOLDER/train.jsonl and FOLDER/val.jsonl, prints the counts
 
 About 19,000 examples with CPython 3.11, in ten kinds, and a few about the model itself (`self`, in train only). Each is
-made out of one file and belongs to the split of that file in data/stdlib: what a model that was pretrained there has
-not read, it is not asked in training either. All choices (wording, follow-up questions, which examples of a large kind
-stay) go by hashes, so the same interpreter always gives the same examples.
+made from one file and belongs to the split of that file in data/stdlib: a model that was pretrained there is not asked
+in training what it has not read. All choices (wording, follow-up questions, which examples of a large kind stay) are
+made by hashes, so the same interpreter always gives the same examples.
 """
 
 import ast
 import functools
 import gc
-import importlib.util
 import json
 import re
 import sys
@@ -24,17 +23,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # a command finds its own folder only
 
-from configurator import UserError  # noqa: E402
-from runtime.files import replacing  # noqa: E402  (as a command, the repository is on the path only now)
-from runtime.screen import run  # noqa: E402
-from text.corpus import document_hash  # noqa: E402
+from configurator import UserError
+from runtime.files import replacing
+from runtime.screen import run
+from text.corpus import document_hash, import_dataset
 
 LIMIT = 600        # characters of all messages of an example: about 170 tokens of 3.5 bytes, a context is 256
 CAP = 2500         # examples of one kind, at most
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-FOLLOW_SHARE = 5   # one in so many of those that have a follow-up question asks it
+FOLLOW_SHARE = 5   # one in five of the examples that have a follow-up question asks it
 
 QUESTIONS = {  # several wordings of each kind; the hash of what is filled in chooses
     "what": ("What does {0}({1}) do?", "What is {0}({1}) for?", "Explain {0} in one sentence.", "What does {0} do?"),
@@ -89,18 +88,8 @@ class Module(NamedTuple):
     stores: Counter[str]            # how often a name is assigned to, anywhere
 
 
-def stdlib():
-    """The module data/stdlib/prepare.py, which says what the files and the splits are."""
-    script = Path(__file__).resolve().parents[1] / "stdlib" / "prepare.py"
-    spec = importlib.util.spec_from_file_location("prepare_stdlib", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def sources() -> list[Path]:
-    """The files of data/stdlib."""
-    return stdlib().sources()
+    return import_dataset("stdlib").sources()
 
 
 def documents(split: str) -> Iterator[str]:
@@ -119,7 +108,7 @@ def examples(split: str) -> Iterator[dict]:
 def table() -> tuple[Example, ...]:
     """All examples of both splits, mixed; no question twice, also not once in each split."""
     collected = gc.isenabled()
-    gc.disable()  # it would look at the 700 trees again and again, and take half of the time
+    gc.disable()  # it would search the 700 trees again and again, and take half of the time
     try:
         found = [*about_itself(), *about_modules(read_modules())]
     finally:
@@ -131,8 +120,12 @@ def table() -> tuple[Example, ...]:
         if question not in seen:
             seen.add(question)
             kinds.setdefault(example.kind, []).append(example)
-    order = lambda example: document_hash(example.turns[0][0])  # noqa: E731
-    return tuple(sorted((e for kind in kinds.values() for e in sorted(kind, key=order)[:CAP]), key=order))
+    kept = [example for kind in kinds.values() for example in sorted(kind, key=question_hash)[:CAP]]
+    return tuple(sorted(kept, key=question_hash))
+
+
+def question_hash(example: Example) -> int:
+    return document_hash(example.turns[0][0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,7 +134,7 @@ def table() -> tuple[Example, ...]:
 
 def read_modules() -> list[Module]:
     """Those of train, then those of val; without files that do not parse, or are no modules (a dash in the name)."""
-    prepare, modules = stdlib(), []
+    prepare, modules = import_dataset("stdlib"), []
     for path in prepare.sources():
         parts = path.relative_to(prepare.FOLDER).with_suffix("").parts
         parts = parts[:-1] if parts[-1] == "__init__" else parts
@@ -204,7 +197,7 @@ def header(node) -> str:
 
 
 def arguments(node, method: bool) -> str:
-    """ "key=None": what stands between the parentheses of a call, so without the `self` of a method."""
+    """ "key=None": what is between the parentheses of a call, without the `self` of a method."""
     args, static = copy(node.args), any(ast.unparse(decorator) == "staticmethod" for decorator in node.decorator_list)
     if method and not static:
         args.posonlyargs, args.args = (args.posonlyargs[1:], args.args) if args.posonlyargs else ([], args.args[1:])
@@ -219,7 +212,7 @@ def short_body(node, lines: list[str]) -> str:
     text = textwrap.dedent("\n".join(lines[body[0].lineno - 1 : body[-1].end_lineno])).rstrip()
     if len(body) == 1 and re.match(r"pass|\.\.\.|raise NotImplemented", text):
         return ""
-    try:  # not so if a string has lines of its own, or the body stands behind the colon
+    try:  # they differ if a string has lines of its own, or the body is behind the colon
         same = [ast.dump(statement) for statement in ast.parse(text).body] == [ast.dump(part) for part in body]
     except SyntaxError:
         same = False
@@ -239,7 +232,7 @@ def about_itself() -> Iterator[Example]:
 
 
 def about_modules(modules: list[Module]) -> Iterator[Example]:
-    """Everything that can be asked; `table` takes out doubles and what is too much of one kind."""
+    """All questions; `table` removes repeated ones and the surplus of a kind."""
     definitions = (*FUNCTIONS, ast.ClassDef)
     uses = Counter(text for module in modules for text in module.sentences.values())
     homes = Counter(name for module in modules
@@ -283,7 +276,7 @@ def about_constant(module: Module, node: ast.Assign) -> Iterator[Example]:
 
 
 def about_functions(module: Module, uses: Counter) -> Iterator[Example]:
-    """Questions about the functions and methods of a module; `uses`: how often a sentence stands in the library."""
+    """Questions about the functions and methods of a module; `uses`: how often a sentence is in the library."""
     found = [("", node) for node in module.tree.body]  # one under an `if` may not be the one that runs
     found += [(node.name + ".", part) for _, node in found if isinstance(node, ast.ClassDef) for part in node.body]
     for owner, node in found:

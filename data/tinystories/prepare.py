@@ -1,19 +1,19 @@
 """TinyStories (Eldan and Li, arXiv 2305.07759), the second version, all of it written by GPT-4: 2.2 GB of short tales.
 
-Downloaded once (2,227,753,162 + 22,502,601 bytes, checked by their hashes) to this folder; files that already lie here
-are used as they are. Train and validation are the authors'; a training story that stands word for word in the
-validation file is left out. A story is a document.
+Downloaded once (2,227,753,162 + 22,502,601 bytes, checked by their hashes) to this folder; files that are already here
+are used as they are. Train and validation are the authors'; a training story that is also in the validation file, word
+for word, is left out. A story is a document.
 """
 
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-if __name__ == "__main__":  # a command finds its own folder only
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # a command finds its own folder only
 
-from text.corpus import document_hash, download, show_dataset  # noqa: E402
-from text.records import text_pieces  # noqa: E402
+from text.corpus import document_hash, download, show_dataset
+from text.records import text_pieces
 
 FOLDER = Path(__file__).resolve().parent
 BASE = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
@@ -26,7 +26,7 @@ FILES = {  # split -> name, bytes, SHA-256
 
 
 def sources() -> list[Path]:
-    return [file_of(split) for split in ("val", "train")]  # the small one first: it shows at once if it cannot be had
+    return [file_of(split) for split in ("val", "train")]  # the small one first: it shows at once if we can have it
 
 
 def downloads() -> list[Path]:

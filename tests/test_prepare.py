@@ -4,7 +4,6 @@ import csv
 import gzip
 import hashlib
 import http.server
-import importlib.util
 import json
 import re
 import subprocess
@@ -23,13 +22,7 @@ from model import ModelConfig
 from text import corpus
 from text.shards import read_meta
 
-
-def prepare(name: str):
-    """The module alone; corpus.open_dataset would ask for its sources, and so the network."""
-    spec = importlib.util.spec_from_file_location(f"prepare_{name}", ROOT / "data" / name / "prepare.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+prepare = corpus.import_dataset  # open_dataset would ask for its sources, and so the network
 
 
 def both(module) -> tuple[list[str], list[str]]:
@@ -85,6 +78,40 @@ def test_preset_names_a_corpus_that_is_there(config):
     exec((ROOT / "config" / f"{config}.py").read_text(encoding="utf-8"), namespace)
     names = [part.rpartition(":")[0] for part in namespace.get("mixture", "").split()] or [namespace["dataset"]]
     assert s.dataset == "stdlib" and all(corpus.is_dataset(name) for name in names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Standard library, Shakespeare
+
+
+def test_stdlib_is_found_from_any_directory_and_split_by_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train, val = both(prepare("stdlib"))
+    assert 5e6 < sum(map(len, train + val)) < 40e6
+    assert 0.02 < sum(map(len, val)) / sum(map(len, train + val)) < 0.1
+    assert not set(train) & set(val) and both(prepare("stdlib")) == (train, val)
+
+
+def test_stdlib_skips_and_lists_files_that_are_not_utf8(tmp_path, monkeypatch):
+    module = prepare("stdlib")
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    with pytest.raises(UserError, match="no library sources"):
+        list(module.documents("train"))
+    for i in range(100):
+        (tmp_path / f"m{i}.py").write_text(f"x = {i}")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "test_m.py").write_text("left out")
+    (tmp_path / "latin.py").write_bytes(b"# caf\xe9")
+    assert len([*module.documents("train"), *module.documents("val")]) == 100
+    assert module.skipped == [tmp_path / "latin.py"]
+
+
+def test_shakespeare_takes_the_file_that_is_there_and_splits_like_nanogpt(tmp_path, monkeypatch):
+    module = prepare("shakespeare")
+    monkeypatch.setattr(module, "FILE", tmp_path / "input.txt")
+    module.FILE.write_text("First Citizen:\n" * 100)
+    (train,), (val,) = both(module)
+    assert (len(train), len(val)) == (1350, 150) and train + val == "First Citizen:\n" * 100
 
 
 # ---------------------------------------------------------------------------------------------------------------------
