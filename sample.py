@@ -11,16 +11,22 @@
 import runtime.screen  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
 
 import contextlib
+import os
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from configurator import Count, UserError, check_fields, configure, find_path
+import numpy as np
+
+from configurator import ROOT, Count, UserError, check_fields, configure, find_path
 from generate import SamplingSettings, before_stop, generate, stream
 from runtime import checkpoint
 from runtime.device import MachineSettings, choose_machine
+from runtime.files import write_text
 from runtime.screen import run, visible
-from text.chat import Chat, ChatSettings
+from text.chat import Chat, ChatSettings, Template
 from text.tokenizer import StreamDecoder
 
 __all__ = ["generate", "stream"]  # `from sample import generate`
@@ -183,6 +189,70 @@ def answer(chat: Chat, text: str) -> None:
         print("[the context is full, so the answer ends here; /reset starts over]", file=sys.stderr)
     elif limit:
         print(f"[max_new_tokens={chat.sampling.max_new_tokens} ends the answer here]", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The end of a run
+
+TEMPERATURES = (0.8, 0.0, 1.0)
+NEW_TOKENS = 100  # of each sample, whatever the machine: the same run writes the same samples
+
+
+def write_samples(path: Path, model, tokenizer, validation, template: Template | None) -> str:
+    """Write samples at each temperature to `path`. Returns the first sample, behind a line that names the file.
+
+    The prompts are the beginnings of validation documents, or with a `template` the questions of validation examples:
+    the model has not seen how they continue.
+    """
+    written, texts, skip = [], [], 0
+    if template:
+        prompts, stops = [template.prompt(talk[:-1]) for talk in validation.conversations[:3]], template.stop_ids
+    else:
+        eot, skip = tokenizer.role("eot"), 1  # the end of the text before is no part of a sample
+        prompts, stops = [[eot], *([eot, *ids] for ids in beginnings(validation.stream, tokenizer, count=3))], (eot,)
+    for temperature in TEMPERATURES:
+        sampling = SamplingSettings(max_new_tokens=min(NEW_TOKENS, model.cfg.seq_len // 2), temperature=temperature)
+        if temperature == 0:
+            sampling.top_p = 1.0
+        for prompt, row in zip(prompts, generate(model, prompts, sampling, stops), strict=True):
+            texts.append(tokenizer.decode((prompt + row)[skip:]))  # together: SentencePiece's spaces belong to words
+            written.append(f"-------- temperature {temperature:g}, top_p {sampling.top_p:g}, seed {sampling.seed}; "
+                           f"the prompt is {tokenizer.decode(prompt[skip:])!r}\n{texts[-1]}\n")
+    try:
+        write_text(path, "\n".join(written))
+    except OSError as error:
+        return f"A sample (cannot write more of them to {short_path(path)}: {error.strerror}):\n\n{texts[0]}"
+    return f"A sample (more in {short_path(path)}):\n\n{texts[0]}"
+
+
+def beginnings(stream, tokenizer, count: int, size: int = 40) -> list[list[int]]:
+    """The first tokens, about `size` bytes, of `count` documents, evenly spread over the first million tokens."""
+    ids, found = stream.read(0, 1_000_000), []
+    starts = np.union1d([0], np.flatnonzero(ids[:-1] == stream.eot) + 1)
+    for i in np.unique(np.linspace(0, len(starts) - 1, count).astype(int)):
+        document = ids[starts[i] : starts[i] + size]
+        fits = np.cumsum(tokenizer.token_sizes[document]) <= size
+        fits[0] = True
+        fits &= np.cumsum(document == stream.eot) == 0
+        if fits[0]:
+            found.append(document[fits].tolist())
+    return found
+
+
+def next_commands(run: Path, chat: bool) -> str:
+    """What to do with the model of a run, from where the user is."""
+    folder, option = shlex.quote(short_path(run)), "--prompt ..."
+    if chat:
+        option = "--chat"
+    sample, evaluate, plot = (shlex.quote(short_path(ROOT / f"{name}.py")) for name in ("sample", "eval", "plot"))
+    return (f"sample   python {sample} --init_from {folder} {option}\n"
+            f"evaluate python {evaluate} --init_from {folder}\n"
+            f"plot     python {plot} {folder}")
+
+
+def short_path(path: Path) -> str:
+    """The path from here, if it is below."""
+    return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,70 +4,59 @@
     python train.py config/shakespeare_char.py MAX_STEPS=200 LR=1e-3
     DATA_PATH=my.txt python train.py                           # your own text
     torchrun --nproc_per_node=5 train.py config/pretrain_enigma.py    # five processes
-    USE_LORA=1 python train.py                                 # teach the newest run to answer, by adapters
-    SFT_MODE=1 DATA_PATH=my.jsonl python train.py              # the same with all weights and examples of yours
+    USE_LORA=1 python train.py                                 # fine-tune the newest run to chat, by adapters
+    SFT_MODE=1 DATA_PATH=my.jsonl python train.py              # the same with all weights and your examples
 
-The same command again continues the run. Ctrl-C saves and stops.
+Rerun the same command to resume. Ctrl-C saves and stops.
 """
 
 import runtime.screen  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
 
-import json
 import math
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import lora
-from configurator import Amount, Batch, Count, NotNegative, Settings, Size, UserError, check_fields, configure, pick
-from eval import evaluate
+from configurator import (
+    Amount,
+    Batch,
+    Count,
+    NotNegative,
+    Settings,
+    Size,
+    UserError,
+    check_fields,
+    configure,
+    need,
+    pick,
+)
 from ffn import update_balance
-from lora import LoraSettings
 from model import LanguageModel, ModelConfig, shapes_only
 from optim import EMA, LossScale, Optimizer, OptimSettings, clip_grad_norm, lr_at
-from runtime import checkpoint
-from runtime.device import (
-    Machine,
-    MachineSettings,
-    choose_dtype,
-    choose_machine,
-    has_compiler,
-    init_processes,
-    leave_processes,
-    memory,
-    peak_memory,
-)
-from runtime.finish import finish, lifted
-from runtime.log import Log, LogSettings
-from runtime.plan import (
-    Plan,
-    Start,
-    adopt_tokenizer,
-    choose_task,
-    keep_beginnings,
-    plan_steps,
-    run_folder,
-    set_aside,
-    starting_point,
-)
-from runtime.resume import changes, examples_to_learn, made_of, named_before, tokens_to_learn
+from runtime import checkpoint, device
+from runtime.device import Machine, MachineSettings
+from runtime.log import Log, LogSettings, Progress
+from runtime.resume import about_run, examples_of_run, has_other_validation, known_tokenizer, tokens_of_run
+from runtime.run import Start, choose_task, claim_folder, open_run, run_folder
 from runtime.screen import clock, run
 from text.batches import Batches, Prefetcher, TokenStream, Validation
-from text.chat import ChatSettings
+from text.chat import ChatSettings, SftSettings, Template
 from text.corpus import DataSettings
-from text.sft import Examples, ExampleValidation, SftSettings, open_examples
+from text.tokenizer import load_tokenizer
 
 
 @dataclass
 class TrainSettings:
     out_dir: str = ""           # folder of the run; out/<config name> if empty, out/quickstart without a config
-    init_from: str = "auto"     # auto continues the run in out_dir if there is one; scratch; or a checkpoint's path
+    init_from: str = "auto"     # auto resumes the run in out_dir if there is one; scratch; or a checkpoint's path
     seed: Amount = 1337         # seed of the initial weights, the order of the data, and dropout
     max_steps: Count = 480      # length of the run in optimizer steps
     max_tokens: Amount = 0      # length of the run in tokens instead of steps; 0 = max_steps
@@ -89,81 +78,84 @@ class TrainSettings:
 
 
 SETTINGS = [TrainSettings, DataSettings, ModelConfig, OptimSettings, MachineSettings, SftSettings, ChatSettings,
-            LoraSettings, LogSettings]
-
-
-GOALS = ("stop_loss", "stop_ppl", "patience")  # settings that end a run before its last step
-MANY_EPOCHS = 40  # more passes over the same text are worth a word
-
-
-@dataclass
-class Progress:
-    """How far the run is. Saved with every checkpoint. Dropout, log and names of files follow from `step`, data and
-    schedule from `samples`: a run may resume with steps of another size and still sees each window once."""
-
-    step: int = 0  # optimizer steps done
-    samples: int = 0  # rows of training data seen: the index of the next one
-    tokens: int = 0  # tokens seen
-    seconds: float = 0.0  # spent training, without validation and saving
-    nats: float = 0.0  # summed over the `learned` tokens since the last line of the log
-    learned: int = 0
-    skipped: int = 0  # steps left out because the gradient was not finite
-    best: float = math.inf  # lowest validation loss
-    worse: int = 0  # validations since then
-    ended: bool = False  # by stop_loss, stop_ppl or patience
+            lora.LoraSettings, LogSettings]
 
 
 def main(argv: list[str] | None = None) -> int:
     s = configure(SETTINGS, argv, doc=__doc__)
-    machine = choose_machine(s.part(MachineSettings))
+    machine = device.choose_machine(s.part(MachineSettings))
     choose_task(s)
     out_dir = run_folder(s)
     machine.print(f"run      {out_dir}\nmachine  {machine.describe()}")
     if s.report():
         machine.print(f"settings\n{s.report()}")
-    with checkpoint.lock(out_dir) if machine.is_main else nullcontext():
-        start = starting_point(s, out_dir, machine)  # the checkpoint, if there is one, decides the shape of the model
-        if s.source["dtype"] == "checkpoint":
-            machine.dtype, machine.reason = choose_dtype(s.dtype, machine.device)
-        plan = plan_steps(s, machine, start.step, start.samples)
-        check_settings(s, machine)
+    with open_run(s, out_dir, machine) as start:  # locked; s is complete now: a checkpoint decides the model's shape
+        machine.dtype, machine.reason = device.choose_dtype(s.dtype, machine.device)
+        plan = plan_steps(s, machine.world_size, start.step, start.samples)
+        check_memory(s, machine)
         # Before the process group: a collective would time out while one process prepares the data.
         tokenizer, batches, validation = open_data(s, start, quiet=not machine.is_main)
-        other_text = changes(start.made_of, made_of(batches, validation), batches, out_dir, machine.print)
-        if start.anew:  # not before: the data may be a mistake
-            set_aside(out_dir, machine)
-        if machine.is_main:
-            if start.init and not start.resume:
-                keep_beginnings(start, out_dir)
-            checkpoint.remember(out_dir)
-        init_processes(machine)
+        rescored = has_other_validation(start.made_of, batches, validation, out_dir, machine.print)
+        claim_folder(start, out_dir, machine)
+        device.init_processes(machine)
         try:
-            training = Run(s, plan, machine, out_dir, tokenizer, batches, validation, start, other_text)
+            training = Run(s, start, plan, machine, out_dir, tokenizer, batches, validation, rescored)
             if training.is_complete():
-                if training.progress.ended:
-                    machine.print("the run has reached its goal")
-                else:
-                    machine.print(f"the run is complete; MAX_STEPS={2 * plan.max_steps} continues it{lifted(s, plan)}")
-                leave_processes(machine)
-                return 0
-            code = training.train()
-            if code == 0 and (name := checkpoint.not_finite(training.weights())):  # on every process alike
-                raise UserError(f"{name} is not finite (nan or inf): this run diverged; train again with a lower lr, "
-                                "in another out_dir")
-            if code == 0 and machine.is_main:
-                finish(s, plan, machine, out_dir, training.model, tokenizer, validation)
-            leave_processes(machine)
-            return code
+                machine.print(training.why_complete())
+                code = 0
+            else:
+                code = training.train()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             raise out_of_memory(error, s) or error from None
+        device.leave_processes(machine)
+        return code
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Before the first step
+# ---- before the first step
 
 
-def check_settings(s: Settings, machine: Machine) -> None:
-    """Refuse what does not fit together before the data is prepared, which may take hours."""
+@dataclass
+class Plan:
+    """The length of the run and the shape of a step."""
+
+    max_steps: int
+    samples: int  # rows of all these steps, those before a resume with steps of another size among them
+    sequences: int  # per step, all processes together
+    per_rank: int  # per step and process
+    micro_batch: int  # per forward pass
+
+
+def plan_steps(s: Settings, world_size: int, step: int = 0, samples: int = 0) -> Plan:
+    """Divide the step among processes and forward passes. What does not divide is refused, and the nearest named.
+
+    `step` updates are done, and `samples` rows are seen: max_steps counts all updates, max_tokens all tokens.
+    """
+    if s.total_batch_size:
+        unit = world_size * s.seq_len
+        nearest = max(1, round(s.total_batch_size / unit)) * unit
+        need(s.total_batch_size % unit == 0, f"total_batch_size={s.total_batch_size} does not divide into {world_size} "
+                                             f"processes x seq_len={s.seq_len}; nearest: {nearest}")
+        sequences = s.total_batch_size // s.seq_len
+        per_rank = sequences // world_size
+        micro_batch = max(n for n in range(1, s.batch_size + 1) if per_rank % n == 0)
+    else:
+        sequences = s.batch_size * s.grad_accum
+        need(sequences % world_size == 0,
+             f"batch_size x grad_accum = {sequences} sequences do not divide by {world_size} processes; "
+             f"set batch_size={math.ceil(s.batch_size / world_size) * world_size}")
+        per_rank = sequences // world_size
+        micro_batch = min(s.batch_size, per_rank)
+        need(per_rank % micro_batch == 0,
+             f"{per_rank} sequences per process do not divide by batch_size={s.batch_size}")
+    max_steps = s.max_steps
+    if s.max_tokens:
+        rows = max(0, math.ceil(s.max_tokens / s.seq_len) - samples)
+        max_steps = step + math.ceil(rows / sequences)
+    return Plan(max_steps, samples + (max_steps - step) * sequences, sequences, per_rank, micro_batch)
+
+
+def check_memory(s: Settings, machine: Machine) -> None:
+    """Refuse what is wrong or too large before the data is prepared, which may take hours."""
     for part in SETTINGS:
         s.part(part)
     try:
@@ -171,185 +163,166 @@ def check_settings(s: Settings, machine: Machine) -> None:
             model = LanguageModel(s.part(ModelConfig))
     except RuntimeError as error:
         raise UserError(f"there is no memory for a model of these sizes ({error}): lower d_model or d_ff") from None
-    count, each = sum(p.numel() for p in model.parameters()), 4 if s.use_lora else 12  # a gradient and one moment, too
-    if count * each > memory(machine.device):
-        raise UserError(f"{count / 1e9:,.1f} billion parameters need {count * each / 1e9:,.0f} GB to train, and there "
-                        f"are {memory(machine.device) / 1e9:,.0f}: lower d_model, d_ff or n_layer")
+    count = sum(p.numel() for p in model.parameters())
+    needed, there = 12 * count, device.memory(machine.device)  # bytes: with a gradient and one moment
+    if s.use_lora:
+        needed = 4 * count
+    need(needed <= there, f"{count / 1e9:,.1f} billion parameters need {needed / 1e9:,.0f} GB to train, and there are "
+                          f"{there / 1e9:,.0f}: lower d_model, d_ff or n_layer")
 
 
 def open_data(s: Settings, start: Start, quiet: bool):
-    """(tokenizer, training samples, validation windows) of the task; a corpus is prepared first where it must be."""
+    """(tokenizer, training rows, validation rows) of the task, prepared first if they must be. Sets vocab_size."""
     if s.task == "sft":
+        from text.sft import open_examples
+
         s.set("vocab_size", start.tokenizer.vocab_size, "tokenizer")
-        found = examples_to_learn(s, start.saved, start.made_of)
         return start.tokenizer, *open_examples(
             start.tokenizer, s.part(DataSettings), s.part(ChatSettings), s.part(SftSettings), seq_len=s.seq_len,
-            seed=s.seed, eval_tokens=s.eval_tokens, found=found, quiet=quiet)
-    folder = tokens_to_learn(s, start.saved, start.made_of, start.tokenizer, quiet)
-    tokenizer = adopt_tokenizer(s, folder, start)
-    stream, held_out = (TokenStream(folder, split, tokenizer) for split in ("train", "val"))
-    batches = Batches(stream, s.seq_len, s.seed, s.data_order, s.data_window, start.rule)
+            seed=s.seed, eval_tokens=s.eval_tokens, found=examples_of_run(s, start), quiet=quiet)
+    folder = tokens_of_run(s, start)
+    if folder is None:
+        from data import prepare
+
+        folder = prepare(s, quiet, known_tokenizer(s, start))
+    tokenizer = load_tokenizer(folder)
+    s.set("vocab_size", tokenizer.vocab_size, "tokenizer")
+    if start.tokenizer and start.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"the checkpoint was trained with tokenizer {start.tokenizer.fingerprint}, but {folder} has "
+                        f"tokens of tokenizer {tokenizer.fingerprint}; another out_dir begins another run")
+    train, held_out = TokenStream(folder, "train", tokenizer), TokenStream(folder, "val", tokenizer)
+    batches = Batches(train, s.seq_len, s.seed, s.data_order, s.data_window, start.rule)
     return tokenizer, batches, Validation(held_out, s.seq_len, tokenizer, s.eval_tokens)
 
 
-def wants_compile(s: Settings, machine: Machine) -> bool:
-    """As set; else on CUDA only: on a CPU the products take nearly all the time, and a compiler is not always there."""
-    wanted = s.compile if s.given("compile") else machine.device.type == "cuda"
-    if wanted and machine.device.type == "cpu" and s.compile_backend == "inductor" and not has_compiler():
-        machine.print("compile  is off: there is no C++ compiler (g++, clang++ or CXX)")
-        return False
-    return wanted
+# ---- the run
 
 
-def wrap(model: LanguageModel, s: Settings, machine: Machine):
-    """What the loop calls instead of the model: compiled, and averaging gradients over the processes."""
-    if wants_compile(s, machine):
-        machine.print("compile  before the first step, which takes a while")
-        if model.chain is not None:  # its backward pass calls the branches one by one
-            model.chain.compile(backend=s.compile_backend, dynamic=False)
-        else:
-            model = torch.compile(model, backend=s.compile_backend, dynamic=False)
-    if machine.world_size > 1:
-        on_gpu = machine.device.type == "cuda"
-        model = DistributedDataParallel(model, device_ids=[machine.device.index] if on_gpu else None)
-    return model
+class StepResult(NamedTuple):
+    """What a step was like. On the device: the host does not wait for it."""
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
+    norm: Tensor  # of the gradient of all processes
+    finite: Tensor  # whether it was; if not, the step changed nothing
+    nats: Tensor  # cross-entropy summed over this process's share of the tokens; 0 if not finite
+    learned: Tensor  # tokens that were learned by all processes; 0 if not finite
+    load: Tensor | None = None  # of the busiest expert of all processes, as a multiple of the mean
 
 
 class Run:
     """Model, optimizer and data of one run, and the loop that brings them together."""
 
-    def __init__(self, s: Settings, plan: Plan, machine: Machine, out_dir: Path, tokenizer,
-                 batches: Batches | Examples, validation: Validation | ExampleValidation, start: Start,
-                 other_text: bool = False):
+    def __init__(self, s: Settings, start: Start, plan: Plan, machine: Machine, out_dir: Path, tokenizer, batches,
+                 validation, rescored: bool):
         self.s, self.plan, self.machine, self.out_dir = s, plan, machine, out_dir
-        self.batches, self.validation = batches, validation
+        self.tokenizer, self.batches, self.validation = tokenizer, batches, validation
         torch.manual_seed(s.seed)
         self.model = LanguageModel(s.part(ModelConfig))
         if start.weights:
             self.model.load_state_dict(start.weights)
         if s.use_lora:
-            lora.inject(self.model, s.part(LoraSettings))
+            lora.inject(self.model, s.part(lora.LoraSettings))
         self.model.to(machine.device).train()
-        self.optimizer = Optimizer(self.model, s.part(OptimSettings), wants_compile(s, machine))
-        self.ema = EMA(self.model, s.ema) if s.ema else None
-        self.scale = LossScale(machine.device) if machine.dtype == torch.float16 else None
-        self.progress = Progress()
-        if start.resume:
-            self.restore(start.resume, start.samples)
-            if any(start.saved[name] != getattr(s, name) for name in GOALS):
-                self.progress.ended = self.has_ended(self.progress.best)
-        self.saved_step, self.other_text = self.progress.step, other_text
-        if other_text:  # its losses cannot be compared with those before
+        self.compiles = device.wants_compile(s.part(MachineSettings), s.given("compile"), machine)
+        self.optimizer = Optimizer(self.model, s.part(OptimSettings), self.compiles)
+        self.ema, self.scale, self.progress = None, None, Progress()
+        if s.ema:
+            self.ema = EMA(self.model, s.ema)
+        if machine.dtype == torch.float16:
+            self.scale = LossScale(machine.device)
+        if start.state:
+            self.restore(start)
+        self.saved_step, self.rescored = self.progress.step, rescored
+        if rescored:  # its losses cannot be compared with those before
             self.progress.best, self.progress.worse, self.progress.ended, self.saved_step = math.inf, 0, False, -1
-        self.log = Log(s.part(LogSettings), out_dir, plan.max_steps, self.progress.step, machine,
-                       self.model.flops_per_token())
-        # What a checkpoint says of the run, beside its tensors.
-        self.about = {"format": checkpoint.FORMAT, "settings": json.dumps(s.to_dict() | named_before(s, start.saved)),
-                      "config": json.dumps(start.config | s.from_config),
-                      "made_of": json.dumps(made_of(batches, validation)),
-                      "tokenizer": json.dumps(tokenizer.to_dict()), "base": start.base, "init": start.init}
+        # Since the last line of the log, on the device, so that no step waits for them:
+        share = self.progress.nats if machine.is_main else 0.0
+        self.nats = torch.tensor(float(share), device=machine.device)  # of this process
+        self.learned = torch.tensor(self.progress.learned, device=machine.device)  # tokens, of all processes
+        self.bad = torch.zeros((), device=machine.device)  # steps in a row without a finite gradient
+        self.log = Log(s.part(LogSettings), out_dir, machine, first_step=self.progress.step, max_steps=plan.max_steps,
+                       tokens_per_step=plan.sequences * s.seq_len, flops_per_token=self.model.flops_per_token())
+        self.about = {"format": checkpoint.FORMAT, **about_run(s, start, tokenizer, batches, validation)}
         self.describe()
 
-    def restore(self, start: dict, samples: int) -> None:
+    def restore(self, start: Start) -> None:
+        """Adapters, optimizer and progress of the run that is resumed."""
+        state = start.state
         if self.s.use_lora:
-            lora.load_adapter(self.model, start["model"])
-        if "optimizer" not in start:
-            raise UserError(f"the newest checkpoint in {self.out_dir} has no state of the optimizer: a run in another "
-                            "out_dir can start from it by init_from=")
-        self.optimizer.load_state_dict(start["optimizer"])
+            lora.load_adapter(self.model, state["model"])
+        need("optimizer" in state, f"the newest checkpoint in {self.out_dir} has no state of the optimizer: a run in "
+                                   "another out_dir can start from it by init_from=")
+        self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
-            if not start.get("ema"):
-                raise UserError(f"the run in {self.out_dir} kept no average of the weights: continue it with ema=0")
-            self.ema.load_state_dict(start["ema"])
-        if self.scale and start.get("scale"):
-            self.scale.load_state_dict(start["scale"])
-        self.progress = pick(Progress, start["progress"] | {"samples": samples})
-        if self.progress.step > self.plan.max_steps:
-            raise UserError(f"the run in {self.out_dir} has {self.progress.step} steps already, more than "
-                            f"{self.plan.max_steps}; set another out_dir, or a larger max_steps")
+            need(state.get("ema"), f"the run in {self.out_dir} kept no average of the weights: continue it with ema=0")
+            self.ema.load_state_dict(state["ema"])
+        if self.scale and state.get("scale"):
+            self.scale.load_state_dict(state["scale"])
+        self.progress = pick(Progress, state["progress"] | {"samples": start.samples})
+        need(start.step <= self.plan.max_steps, f"the run in {self.out_dir} has {start.step} steps already, more than "
+                                                f"{self.plan.max_steps}; set another out_dir, or a larger max_steps")
+        self.progress.ended = self.has_ended(self.progress.best)  # by the goals of now
 
     def describe(self) -> None:
-        counts, cfg, plan = self.model.count_parameters(), self.model.cfg, self.plan
-        per_step, parts = plan.sequences * cfg.seq_len, plan.per_rank // plan.micro_batch
-        active = f"{counts['active']:,} of them active for a token, " if counts["active"] < counts["total"] else ""
-        self.machine.print(
-            f"model    {counts['total']:,} parameters, {active}{counts['total'] - counts['embedding']:,} without "
-            f"embeddings; {self.model.flops_per_token() / 1e6:.0f} MFLOP per token"
-        )
+        counts, plan, say = self.model.count_parameters(), self.plan, self.machine.print
+        active, passes = "", ""
+        if counts["active"] < counts["total"]:
+            active = f"{counts['active']:,} of them active for a token, "
+        if plan.per_rank > plan.micro_batch:
+            passes = f" in {plan.per_rank // plan.micro_batch} forward passes"
+        epochs = plan.samples / self.batches.per_epoch
+        say(f"model    {counts['total']:,} parameters, {active}{counts['total'] - counts['embedding']:,} without "
+            f"embeddings; {self.model.flops_per_token() / 1e6:.0f} MFLOP per token")
         if self.s.use_lora:
-            self.machine.print(f"adapters {lora.describe(self.model)}")
-        passes = f" in {parts} forward passes" if parts > 1 else ""
-        self.machine.print(
-            f"data     {self.batches.describe()}; a vocabulary of {cfg.vocab_size:,}; validation on "
+            say(f"adapters {lora.describe(self.model)}")
+        say(f"data     {self.batches.describe()}; a vocabulary of {self.s.vocab_size:,}; validation on "
             f"{self.validation.tokens:,} tokens\n"
-            f"steps    {plan.max_steps:,} of {per_step:,} tokens{passes}: "
-            f"{plan.samples / self.batches.per_epoch:.2f} epochs"
-        )
-        if self.s.task == "pretrain" and plan.samples > MANY_EPOCHS * self.batches.per_epoch:
-            self.machine.print("         so little text is learned by heart: DATASET=tinystories, "
-                               "DATASET=fineweb_edu:limit=1e9 or DATA_PATH= bring more")
+            f"steps    {plan.max_steps:,} of {plan.sequences * self.s.seq_len:,} tokens{passes}: {epochs:.2f} epochs")
+        if self.s.task == "pretrain" and epochs > 40:
+            say("         so little text is learned by heart: DATASET=tinystories, DATASET=fineweb_edu:limit=1e9 or "
+                "DATA_PATH= bring more")
         lr, muon_lr = self.rates()
         if muon_lr is not None:
-            self.machine.print(f"rates    lr {lr:g} (AdamW), muon_lr {muon_lr:g} for hidden matrices (Muon)")
+            say(f"rates    lr {lr:g} (AdamW), muon_lr {muon_lr:g} for hidden matrices (Muon)")
         if self.s.tokenizer == "char" and self.s.dataset == "stdlib" and not self.s.data_path:
-            self.machine.print("         Python source has few characters: DATA_PATH=<text of yours> brings its own")
+            say("         Python source has few characters: DATA_PATH=<text of yours> brings its own")
 
-    def reached(self, loss: float) -> bool:
-        return loss <= self.s.stop_loss or math.exp(min(loss, 700.0)) <= self.s.stop_ppl
-
-    def has_ended(self, loss: float) -> bool:
-        """Whether this validation loss, or those that were no better, end the run."""
-        return self.reached(loss) or 0 < self.s.patience <= self.progress.worse
-
-    def due(self, interval: int) -> bool:
-        """Whether what comes every `interval` steps, and at the end, follows this step."""
-        return self.progress.step % interval == 0 or self.progress.step == self.plan.max_steps
-
-    def is_complete(self) -> bool:
-        validated = self.machine.any(self.log.validated) and not self.other_text  # the first process has read the file
-        return self.progress.ended or (self.progress.step == self.plan.max_steps and validated)
+    # ---- the loop
 
     def train(self) -> int:
-        """The loop. Returns 0 at the end of the run, 128 + its number if a signal stopped it."""
+        """Returns 0 at the end of the run, 128 + its number if a signal stopped it."""
         s, plan, machine, progress = self.s, self.plan, self.machine, self.progress
-        wrapped = wrap(self.model, s, machine)
-        stopped = False
-        # Nats and learned tokens since the last line of the log, and steps in a row without a finite gradient.
-        self.nats = torch.tensor(float(progress.nats) if machine.is_main else 0.0, device=machine.device)
-        self.learned = torch.tensor(progress.learned, device=machine.device)
-        self.bad = torch.zeros((), device=machine.device)
-
-        begun, seen = progress.step, progress.samples
+        wrapped, stopped = self.wrap(), False
+        first_step, first_sample = progress.step, progress.samples
+        rates, planned = self.optimizer.settings, plan.samples / plan.sequences  # in steps of the present size
 
         def fetch(step: int):  # this process's share of the step's samples
-            first = seen + (step - begun) * plan.sequences
+            first = first_sample + (step - first_step) * plan.sequences
             return self.batches.get(first + machine.rank * plan.per_rank, plan.per_rank)
 
         self.log.begin(s.to_dict())
-        prefetching = Prefetcher(fetch, progress.step, machine.device)
-        with catch_signals(machine) as signals, closing(self.log), prefetching as prefetcher:
+        prefetching = Prefetcher(fetch, first_step, machine.device)
+        with device.catch_signals(machine) as signals, closing(self.log), prefetching as prefetcher:
             if progress.step and self.due(s.eval_interval):  # the checkpoint is older than its validation
                 with self.log.pause():
                     self.validate()
             while progress.step < plan.max_steps and not stopped and not progress.ended:
                 begin = time.perf_counter()
                 torch.manual_seed(hash((s.seed, progress.step, machine.rank)))  # dropout is a function of the step
-                factor = lr_at(progress.samples / plan.sequences, s, plan.samples / plan.sequences)
-                norm = self.step(wrapped, prefetcher.next(), factor)
+                factor = lr_at(progress.samples / plan.sequences, rates, planned)
+                result = self.step(wrapped, prefetcher.next(), factor)
+                self.nats += result.nats
+                self.learned += result.learned
+                self.bad = torch.where(result.finite, 0.0, self.bad + 1)
                 progress.step += 1
                 progress.samples += plan.sequences
                 progress.tokens += plan.sequences * s.seq_len
                 progress.seconds += time.perf_counter() - begin
 
-                at_log = progress.step % s.log_interval == 0 or progress.step == plan.max_steps
+                at_log = self.due(s.log_interval)
                 if at_log or machine.device.type == "cpu":  # a GPU is waited for when there is something to log
                     stopped = machine.any(bool(signals))
                 if at_log:
-                    self.report(factor, norm.item())
+                    self.report(result, factor)
                 with self.log.pause():
                     if self.due(s.save_interval or s.eval_interval) or stopped:
                         self.save(must=stopped or progress.step == plan.max_steps)
@@ -357,16 +330,17 @@ class Run:
                         self.validate()
             stopped = stopped or machine.any(bool(signals))  # also while the last checkpoint was scored
         if stopped:
-            machine.print(f"stopped and saved at step {progress.step}; the same command continues the run")
+            machine.print(f"stopped and saved at step {progress.step}; the same command resumes the run")
             return 128 + max(signals, default=signal.SIGTERM)
-        self.log.say(f"trained  {clock(progress.seconds)} for {progress.tokens:,} tokens; best validation loss "
-                     f"{progress.best:.4f}; peak memory {peak_memory(machine):.1f} GB")
+        self.log.message(f"trained  {clock(progress.seconds)} for {progress.tokens:,} tokens; best validation loss "
+                         f"{progress.best:.4f}; peak memory {device.peak_memory(machine):.1f} GB")
+        self.finish()
         return 0
 
-    def step(self, wrapped, batch, factor: float) -> torch.Tensor:
-        """One optimizer step; returns the gradient norm, and adds up `self.nats` and `self.learned`.
+    def step(self, wrapped, batch, factor: float) -> StepResult:
+        """One optimizer step, with `factor` times the peak learning rates.
 
-        Every learned token of the step weighs the same, however it is cut into processes and forward passes.
+        Every learned token of the step weighs the same, however it is divided into processes and forward passes.
         """
         plan, machine = self.plan, self.machine
         _, targets, weights, *_ = batch  # (per_rank, T)
@@ -375,59 +349,85 @@ class Run:
         if weights is not None:
             learned = int(machine.all_reduce(weights.sum()))
         for first in range(0, plan.per_rank, plan.micro_batch):
-            part = slice(first, first + plan.micro_batch)
-            last = first + plan.micro_batch >= plan.per_rank
-            with nullcontext() if last or machine.world_size == 1 else wrapped.no_sync():
+            rows = slice(first, first + plan.micro_batch)
+            sync = nullcontext()
+            if machine.world_size > 1 and rows.stop < plan.per_rank:  # gradients are averaged after the last rows
+                sync = wrapped.no_sync()
+            with sync:
                 with machine.autocast():
-                    losses, self.balance = wrapped(*(t if t is None else t[part] for t in batch), with_balance=True)
-                    loss = losses.sum()
+                    loss = wrapped(*(None if t is None else t[rows] for t in batch)).sum()
                 mean = loss * (machine.world_size / max(learned, 1))  # DDP averages over the processes
-                (mean * self.scale.value if self.scale else mean).backward()
+                if self.scale:
+                    mean = mean * self.scale.value
+                mean.backward()
             nats += loss.detach()
         if self.scale:
             self.scale.unscale(self.model.parameters())
         norm = clip_grad_norm(self.model.parameters(), self.s.grad_clip)
         finite = norm.isfinite()
-        self.nats += torch.where(finite, nats, 0.0)  # a step that is skipped has no loss to show
-        self.learned += finite * learned
         self.optimizer.step(factor, finite=finite)
         self.optimizer.zero_grad()
         if self.scale:
             self.scale.update(finite)
         if self.ema:
             self.ema.update(finite)
+        load = None
         if self.s.n_expert:
             rate = 0.0 if self.s.use_lora else self.s.balance_rate
-            self.load = update_balance(self.model, machine.all_reduce, torch.where(finite, rate, 0.0))
-        self.bad = torch.where(finite, 0.0, self.bad + 1)
-        return norm
+            load = update_balance(self.model, machine.all_reduce, torch.where(finite, rate, 0.0))
+        return StepResult(norm, finite, torch.where(finite, nats, 0.0), finite * learned, load)
+
+    def wrap(self):
+        """What the loop calls instead of the model: compiled, and averaging gradients over the processes."""
+        model, gpu = self.model, None
+        if self.compiles:
+            self.machine.print("compile  before the first step, which takes a while")
+            if model.chain is not None:  # its backward pass calls the branches one by one
+                model.chain.compile(backend=self.s.compile_backend, dynamic=False)
+            else:
+                model = torch.compile(model, backend=self.s.compile_backend, dynamic=False)
+        if self.machine.world_size > 1:
+            if self.machine.on_cuda:
+                gpu = [self.machine.device.index]
+            model = DistributedDataParallel(model, device_ids=gpu)
+        return model
+
+    def due(self, interval: int) -> bool:
+        """Whether what comes every `interval` steps, and at the end, follows this step."""
+        return self.progress.step % interval == 0 or self.progress.step == self.plan.max_steps
 
     def rates(self, factor: float = 1.0) -> tuple[float, float | None]:
         """The learning rates at `factor` times their peaks: AdamW's, and Muon's or None where it does not run."""
         settings = self.optimizer.settings
-        return factor * settings.lr, factor * settings.muon_lr if self.optimizer.stacks else None
+        if self.optimizer.stacks:
+            return factor * settings.lr, factor * settings.muon_lr
+        return factor * settings.lr, None
 
-    def report(self, factor: float, norm: float) -> None:
+    def report(self, result: StepResult, factor: float) -> None:
         """A line of the log; too many bad steps in a row end the run."""
-        progress = self.progress
-        progress.nats, progress.learned = self.machine.all_reduce(self.nats).item(), self.learned.item()
-        progress.skipped = progress.step - int(self.optimizer.state["applied"])
-        more = {}
-        if self.s.n_expert:
-            more = {"expert_load": self.load.item()}
-            more |= {"balance": self.balance.item()} if self.s.balance == "loss" else {}
-        lr, muon_lr = self.rates(factor)
-        self.log.step(progress, lr, norm, self.plan.sequences * self.s.seq_len, more, muon_lr)
+        progress, loss, experts = self.progress, math.nan, {}
+        nats, learned = self.machine.all_reduce(self.nats).item(), self.learned.item()
+        if learned:
+            loss = nats / learned
         progress.nats, progress.learned = self.nats.zero_().item(), self.learned.zero_().item()
+        progress.skipped = progress.step - int(self.optimizer.state["applied"])
+        if result.load is not None:
+            experts["expert_load"] = result.load.item()
+            if self.s.balance == "loss":
+                experts["balance"] = self.model.balance.item()
+        self.log.training(progress, loss, result.norm.item(), *self.rates(factor), experts)
         if self.bad >= self.s.max_skipped:
-            good = checkpoint.steps(self.out_dir)
-            saved = f"the last good checkpoint is {good[-1]}" if good else "nothing was saved yet"
+            saved = [*checkpoint.steps(self.out_dir), "none"]
             raise UserError(f"no finite gradient in {int(self.bad)} steps in a row, at step {progress.step}: lower lr; "
-                            f"{saved}")
+                            f"the last good checkpoint is {saved[-2:][0]}")
 
-    def weights(self) -> dict[str, torch.Tensor]:
+    # ---- checkpoints and validation
+
+    def weights(self) -> dict[str, Tensor]:
         """What this run has learned: all weights, or the adapters alone."""
-        return lora.adapter_state(self.model) if self.s.use_lora else self.model.state_dict()
+        if self.s.use_lora:
+            return lora.adapter_state(self.model)
+        return self.model.state_dict()
 
     def averaged(self):
         """Inside, the model has the weights that we would ship."""
@@ -439,81 +439,121 @@ class Run:
         If it cannot be written, the run says so and continues, unless it `must`: this was its last chance.
         """
         self.saved_step = self.progress.step
-        self.progress.nats = self.machine.all_reduce(self.nats.clone()).item()
+        self.progress.nats = self.machine.all_reduce(self.nats.clone()).item()  # in a checkpoint, of all processes
         self.progress.learned = self.learned.item()
         if not self.machine.is_main:
             return
-        self.log.sync()
-        states = {"optimizer": self.optimizer, "ema": self.ema, "scale": self.scale}
-        state = {**self.about, "model": self.weights(), "progress": asdict(self.progress),
-                 **{name: part.state_dict() if part else None for name, part in states.items()}}
+        self.log.flush()
+        state = self.about | {"model": self.weights(), "progress": asdict(self.progress)}
+        for name, part in (("optimizer", self.optimizer), ("ema", self.ema), ("scale", self.scale)):
+            state[name] = part.state_dict() if part else None
         try:
             checkpoint.save_step(self.out_dir, self.progress.step, state, self.s.keep_checkpoints)
         except UserError as error:
             if must:
                 raise
-            self.log.say(f"{error}; the run goes on without this checkpoint")
+            self.log.message(f"{error}; the run continues without this checkpoint")
 
     def validate(self) -> None:
         """Score the weights that we would ship, and keep them in best.pt if there were none better."""
-        s, progress = self.s, self.progress
+        from eval import evaluate
+
+        progress = self.progress
         with self.averaged():
-            score = evaluate(self.model, self.validation, self.machine, s.batch_size)
+            score = evaluate(self.model, self.validation, self.machine, self.s.batch_size)
         better = score.loss < progress.best
         if better and self.saved_step != progress.step:  # a run does not resume from best.pt
             self.save(must=False)
-        progress.best, progress.worse = min(progress.best, score.loss), 0 if better else progress.worse + 1
+        progress.worse += 1
+        if better:
+            progress.best, progress.worse = score.loss, 0
         progress.ended = self.has_ended(score.loss)
         # A best model alone cannot be continued, and would keep the same command out of its folder.
         if better and self.machine.is_main and checkpoint.steps(self.out_dir):
             try:
                 with self.averaged():
-                    state = {**self.about, "model": self.weights(), "progress": asdict(progress)}
+                    state = self.about | {"model": self.weights(), "progress": asdict(progress)}
                     checkpoint.save(self.out_dir / "best.pt", state)
             except UserError as error:
-                self.log.say(str(error))
+                self.log.message(str(error))
         self.log.validation(progress, score, better)
         if self.model.chain is not None:
-            ids = self.validation.get(0, 1)[0].to(self.machine.device)
-            with self.machine.autocast():
-                largest, error = self.model.probe(ids)
-            line = f"         reversible: max |x| {largest:.3g}, error of the inverse {error:.2g}"
-            if s.reversible_grid and largest >= 2 ** (24 - s.reversible_grid):
-                line += f"; beyond the range of reversible_grid={s.reversible_grid}, lower it"
-            self.log.say(line)
+            self.check_inverse()
         if progress.ended:
             why = "the goal is reached" if self.reached(score.loss) else f"no better validation in {progress.worse}"
-            self.log.say(f"we stop here: {why}")
+            self.log.message(f"we stop here: {why}")
             self.save(must=True)  # the same command will not train further
 
+    def check_inverse(self) -> None:
+        """Print how exactly reversible blocks are undone."""
+        ids, grid = self.validation.get(0, 1)[0].to(self.machine.device), self.s.reversible_grid
+        with self.machine.autocast():
+            largest, error = self.model.probe(ids)
+        line = f"         reversible: max |x| {largest:.3g}, error of the inverse {error:.2g}"
+        if grid and largest >= 2 ** (24 - grid):
+            line += f"; beyond the range of reversible_grid={grid}, lower it"
+        self.log.message(line)
 
-@contextmanager
-def catch_signals(machine: Machine) -> Iterator[list[int]]:
-    """Inside, SIGINT and SIGTERM are collected in a list, for the loop to see. A second Ctrl-C interrupts at once; not
-    under torchrun, which passes on the one that every process has got from the terminal already."""
-    caught: list[int] = []
+    # ---- the end
 
-    def handler(number: int, frame) -> None:
-        if number in caught and machine.world_size == 1:
-            raise KeyboardInterrupt
-        caught.append(number)
+    def reached(self, loss: float) -> bool:
+        return loss <= self.s.stop_loss or math.exp(min(loss, 700.0)) <= self.s.stop_ppl
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, function in before.items():
-            signal.signal(number, function)
+    def has_ended(self, loss: float) -> bool:
+        """Whether this validation loss, or those that were no better, end the run."""
+        return self.reached(loss) or 0 < self.s.patience <= self.progress.worse
+
+    def is_complete(self) -> bool:
+        validated = self.machine.any(self.log.validated) and not self.rescored  # the first process has read the file
+        return self.progress.ended or (self.progress.step == self.plan.max_steps and validated)
+
+    def why_complete(self) -> str:
+        if self.progress.ended:
+            return "the run has reached its goal"
+        return f"the run is complete; {self.longer()} continues it"
+
+    def longer(self) -> str:
+        """What makes the run twice as long, and what keeps its learning rate where that would rise again."""
+        words, rates = f"MAX_STEPS={2 * self.plan.max_steps}", self.optimizer.settings
+        if self.s.max_tokens:
+            words = f"MAX_TOKENS={2 * self.s.max_tokens}"
+        if self.s.overwrite:
+            words += " OVERWRITE="
+        steps = self.plan.samples / self.plan.sequences
+        now, then = rates.lr * lr_at(steps - 1, rates, steps), rates.lr * lr_at(steps, rates, 2 * steps)
+        if then > now:
+            words += f"\n         (which lifts the learning rate from {now:.2g} to {then:.2g}; "
+            words += f"SCHEDULE=constant LR={now:.2g}"
+            if self.s.muon_lr:
+                words += f" MUON_LR={self.s.muon_lr * now / rates.lr:.2g}"
+            words += " keeps it)"
+        return words
+
+    def finish(self) -> None:
+        """Write samples.txt, and print one sample and what comes next."""
+        bad = checkpoint.not_finite(self.weights())  # on every process alike
+        need(not bad, f"{bad} is not finite (nan or inf): this run diverged; train again with a lower lr, in another "
+                      "out_dir")
+        if self.machine.is_main:
+            from sample import next_commands, write_samples
+
+            template = None
+            if self.s.task == "sft":
+                template = Template(self.s.template, self.tokenizer)
+                lora.merge(self.model)
+            sample = write_samples(self.out_dir / "samples.txt", self.model, self.tokenizer, self.validation, template)
+            self.machine.print(f"\n{sample}\n\n{next_commands(self.out_dir, chat=self.s.task == 'sft')}\n"
+                               f"continue the same command with {self.longer()}")
 
 
 def out_of_memory(error: Exception, s: Settings) -> UserError | None:
     """The sentence for running out of memory, None for any other error."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-        smaller = max(1, s.batch_size // 2)
-        return UserError(f"out of memory with batch_size={s.batch_size}: try BATCH_SIZE={smaller} "
-                         f"GRAD_ACCUM={s.grad_accum * s.batch_size // smaller}, CHECKPOINT_ACTIVATIONS=1, or a smaller "
-                         "seq_len; the run is as it was last saved")
-    return None
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+        return None
+    smaller = max(1, s.batch_size // 2)
+    return UserError(f"out of memory with batch_size={s.batch_size}: try BATCH_SIZE={smaller} GRAD_ACCUM="
+                     f"{s.grad_accum * s.batch_size // smaller}, CHECKPOINT_ACTIVATIONS=1, or a smaller seq_len; the "
+                     "run is as it was last saved")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The machine: which device and precision to use and why, several processes, memory, and the peak rates for MFU."""
+"""The device, precision and processes of a run; signals, memory, and peak rates for MFU."""
 
 import ctypes
 import math
@@ -8,16 +8,17 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 
-from configurator import UserError, check_fields, shown
+from configurator import UserError, check_fields, need, shown
+from optim import matmul_dtype
 from runtime.screen import leaving, tell
-from runtime.workers import watch_parent
 
 
 @dataclass
@@ -46,9 +47,15 @@ class Machine:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def on_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
     def autocast(self):
         """Matrix products in self.dtype, everything that needs range in float32."""
-        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over all processes, in place."""
@@ -58,7 +65,9 @@ class Machine:
 
     def any(self, flag: bool) -> bool:
         """True on every process if it is on one."""
-        return bool(self.all_reduce(torch.tensor(float(flag), device=self.device))) if self.world_size > 1 else flag
+        if self.world_size == 1:
+            return flag
+        return bool(self.all_reduce(torch.tensor(float(flag), device=self.device)))
 
     def print(self, text: str) -> None:
         """On the first process only."""
@@ -66,18 +75,28 @@ class Machine:
             tell(text)
 
     def describe(self) -> str:
-        kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        ranks = f", {self.world_size} processes" if self.world_size > 1 else ""
-        return f"{kind}{threads}{ranks}, {str(self.dtype).removeprefix('torch.')} ({self.reason})"
+        """'cpu, 2 threads, float32 (no fast bfloat16 on this cpu)'"""
+        parts = [self.device.type]
+        if self.on_cuda:
+            parts = [torch.cuda.get_device_name(self.device)]
+        if self.device.type == "cpu":
+            parts.append(f"{torch.get_num_threads()} threads")
+        if self.world_size > 1:
+            parts.append(f"{self.world_size} processes")
+        dtype = str(self.dtype).removeprefix("torch.")
+        return ", ".join([*parts, f"{dtype} ({self.reason})"])
 
 
 def choose_machine(s: MachineSettings) -> Machine:
     """Resolve device and precision; read rank and world size from torchrun's environment (no process group yet)."""
     rank, world_size, local_rank = place_of_process()
     if "TORCHELASTIC_RUN_ID" in os.environ:
+        from runtime.workers import watch_parent  # here, because most starts are without torchrun
+
         watch_parent(os.getppid(), leave_orphaned)
-    name = fastest_device() if s.device == "auto" else s.device
+    name = s.device
+    if name == "auto":
+        name = fastest_device()
     if name == "cuda" and world_size > 1:
         name = f"cuda:{local_rank}"
     try:
@@ -91,13 +110,51 @@ def choose_machine(s: MachineSettings) -> Machine:
     elif device.type == "cpu":
         keep_memory()
     dtype, reason = choose_dtype(s.dtype, device)
-    return Machine(device, dtype, reason, rank, world_size, local_rank)
+    return Machine(device, dtype, reason, rank=rank, world_size=world_size, local_rank=local_rank)
 
 
 def fastest_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
+
+
+def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of matrix products, and why."""
+    if wanted != "auto":
+        return getattr(torch, wanted), "as set"
+    if matmul_dtype(device) == torch.bfloat16:
+        return torch.bfloat16, f"native on this {device.type}"
+    if device.type == "cuda":
+        return torch.float16, "no native bfloat16 on this cuda"
+    return torch.float32, f"no fast bfloat16 on this {device.type}"
+
+
+def place_of_process(environ=os.environ) -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun sets them; (0, 1, 0) without it."""
+    numbers = []
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        text = environ.get(name) or default
+        need(re.fullmatch(r"[0-9]{1,6}", text),
+             f"{name}={shown(text)} in the environment is not a number as torchrun sets it: unset it")
+        numbers.append(int(text))
+    rank, world_size, local_rank = numbers
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
+    remedy = "unset them, or start with torchrun --nproc_per_node=2 train.py"
+    need(world_size == 1 or not missing,
+         f"WORLD_SIZE={world_size} in the environment without {', '.join(missing)}: {remedy}")
+    need(rank < world_size, f"RANK={rank} of WORLD_SIZE={world_size} in the environment is no such rank: {remedy}")
+    return rank, world_size, local_rank
+
+
+def attempt() -> int:
+    """How often torchrun has restarted all ranks after a crash."""
+    text = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    if re.fullmatch(r"[0-9]{1,6}", text):
+        return int(text)
+    return 0
 
 
 def leave_orphaned() -> None:
@@ -107,41 +164,59 @@ def leave_orphaned() -> None:
     os._exit(1)
 
 
-def place_of_process(environ=os.environ) -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun sets them; (0, 1, 0) without it."""
-    numbers = []
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        text = environ.get(name) or default
-        if not re.fullmatch(r"[0-9]{1,6}", text):
-            raise UserError(f"{name}={shown(text)} in the environment is not a number as torchrun sets it: unset it")
-        numbers.append(int(text))
-    rank, world_size, local_rank = numbers
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
-    if rank >= world_size or (world_size > 1 and missing):
-        given = " ".join(f"{name}={environ[name]}" for name in ("RANK", "WORLD_SIZE") if environ.get(name))
-        why = f"without {missing[0]}" if missing else "which is no such rank"
-        remedy = "unset them, or start with torchrun --nproc_per_node=2 train.py"
-        raise UserError(f"{given} in the environment, {why}: {remedy}")
-    return rank, world_size, local_rank
+def init_processes(machine: Machine) -> None:
+    """Join the process group of torchrun, if there is one. Prepare data before: a collective times out."""
+    if machine.world_size > 1:
+        # After a restart torchrun's store still has the addresses of the dead: each attempt gets keys of its own.
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {attempt()}", store)
+        backend, gpu = "gloo", None
+        if machine.on_cuda:
+            backend, gpu = "nccl", machine.device
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=gpu)
 
 
-def attempt() -> int:
-    """How often torchrun has started all ranks again after a crash."""
-    text = os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0"
-    return int(text) if re.fullmatch(r"[0-9]{1,6}", text) else 0
+def leave_processes(machine: Machine) -> None:
+    """Leave together. With gloo we skip the interpreter's own cleanup: a process whose peers are gone may abort while
+    its connections are closed."""
+    if machine.world_size > 1:
+        dist.barrier()
+        if machine.on_cuda:
+            dist.destroy_process_group()
+        else:
+            leaving.append(os._exit)
 
 
-def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of matrix products and the reason for it, in words."""
-    if wanted != "auto":
-        return getattr(torch, wanted), "as set"
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "native on this GPU"
-        return torch.float16, "this GPU has no native bfloat16"
-    if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.bfloat16, "native on this CPU"
-    return torch.float32, f"no fast bfloat16 on this {device.type}"
+@contextmanager
+def catch_signals(machine: Machine) -> Iterator[list[int]]:
+    """Inside, SIGINT and SIGTERM are collected in a list, for the loop to see. A second Ctrl-C interrupts at once; not
+    under torchrun, which passes on the one that every process has got from the terminal already."""
+    caught: list[int] = []
+
+    def handler(number: int, frame) -> None:
+        if number in caught and machine.world_size == 1:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, function in before.items():
+            signal.signal(number, function)
+
+
+def wants_compile(s: MachineSettings, is_set: bool, machine: Machine) -> bool:
+    """As set (`is_set`); else on CUDA only: on a CPU the products take nearly all the time, and a compiler is not
+    always there."""
+    if not is_set:
+        return machine.on_cuda
+    if s.compile and s.compile_backend == "inductor" and machine.device.type == "cpu":
+        compilers = (os.environ.get("CXX", "g++"), "g++", "clang++")
+        if not any(shutil.which(name) for name in compilers):
+            machine.print("compile  is off: there is no C++ compiler (g++, clang++ or CXX)")
+            return False
+    return s.compile
 
 
 def keep_memory() -> None:
@@ -152,33 +227,6 @@ def keep_memory() -> None:
         if mallopt is not None:
             mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap is not handed back
-
-
-def has_compiler() -> bool:
-    """Whether torch.compile will find the C++ compiler that it needs on a CPU."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
-
-
-def init_processes(machine: Machine) -> None:
-    """Join the process group of torchrun, if there is one. Prepare data before: a collective times out."""
-    if machine.world_size > 1:
-        # After a restart torchrun's store still has the addresses of the dead: each attempt gets keys of its own.
-        store, rank, world_size = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt {attempt()}", store)
-        gpu = machine.device if machine.device.type == "cuda" else None
-        backend = "nccl" if gpu else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=gpu)
-
-
-def leave_processes(machine: Machine) -> None:
-    """Leave together. With gloo we skip the interpreter's own cleanup: a process whose peers are gone may abort while
-    its connections are closed."""
-    if machine.world_size > 1:
-        dist.barrier()
-        if machine.device.type == "cuda":
-            dist.destroy_process_group()
-        else:
-            leaving.append(os._exit)
 
 
 # Dense peak rates in FLOP/s of bfloat16 products that are added up in float32, from NVIDIA's data sheets and white
@@ -194,7 +242,7 @@ PEAK_FLOPS = {
 
 def peak_flops(machine: Machine) -> float | None:
     """Peak FLOP/s of all devices of the run together, None where we do not know it."""
-    if machine.device.type != "cuda" or machine.dtype == torch.float32:
+    if not machine.on_cuda or machine.dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(machine.device)
     if re.search(r"Laptop|MIG| D$", name):  # slower than the card of that name, or a part of it
@@ -209,16 +257,20 @@ def memory(device: torch.device) -> float:
     """Bytes of a device, for a CPU those of the machine; infinite where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.inf
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_memory(machine: Machine) -> float:
     """GB used at most so far: of the device on CUDA, else of the process."""
-    if machine.device.type == "cuda":
+    if machine.on_cuda:
         return torch.cuda.max_memory_allocated(machine.device) / 1e9
     try:
         import resource
     except ImportError:  # Windows
         return float("nan")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform != "darwin":  # where it is in kB
+        peak *= 1024
+    return peak / 1e9

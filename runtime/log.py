@@ -6,6 +6,7 @@ A log never costs a run: rows that a full disk refuses are written later, and a 
 
 import csv
 import io
+import math
 import os
 import re
 import secrets
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,85 +38,114 @@ class LogSettings:
         check_fields(self)
 
 
-class Log:
-    """Written by the first process only. `first` is the step that the run continues from: later rows are dropped."""
+@dataclass
+class Progress:
+    """How far the run is. Saved with every checkpoint. Dropout, log and names of files follow from `step`, data and
+    schedule from `samples`: a run may resume with steps of another size and still sees each window once."""
 
-    def __init__(self, settings: LogSettings, folder: Path, max_steps: int, first: int, machine: Machine,
-                 flops_per_token: int):
-        self.settings, self.path, self.max_steps, self.first = settings, folder / "log.csv", max_steps, first
-        self.machine, self.flops_per_token, self.peak = machine, flops_per_token, peak_flops(machine)
+    step: int = 0  # optimizer steps done
+    samples: int = 0  # rows of training data seen: the index of the next one
+    tokens: int = 0  # tokens seen
+    seconds: float = 0.0  # spent training, without validation and saving
+    nats: float = 0.0  # summed over the `learned` tokens since the last line of the log, all processes together
+    learned: int = 0
+    skipped: int = 0  # steps left out because the gradient was not finite
+    best: float = math.inf  # lowest validation loss
+    worse: int = 0  # validations since then
+    ended: bool = False  # by stop_loss, stop_ppl or patience
+
+
+class Log:
+    """Written by the first process only.
+
+    `first_step` is the step that the run continues from: later rows of its file are dropped.
+    """
+
+    def __init__(self, settings: LogSettings, folder: Path, machine: Machine, *, first_step: int, max_steps: int,
+                 tokens_per_step: int, flops_per_token: int):
+        self.settings, self.path, self.machine = settings, folder / "log.csv", machine
+        self.first_step, self.max_steps = first_step, max_steps
+        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
+        self.peak = peak_flops(machine)
         self.live, self.width = sys.stdout.isatty(), 0  # of the line that is rewritten
-        self.waiting: list[dict] = []  # rows that the disk has not taken yet
+        self.unwritten: list[dict] = []  # rows that the disk has not taken yet
         self.services: dict[str, Service] = {}
-        self.rows = read_log(self.path) if machine.is_main and self.path.is_file() else []
-        # Whether the file has the validation of step `first`.
-        self.validated = any(int(row["step"]) == first and row.get("val_loss") for row in self.rows)
+        self.rows = []
+        if machine.is_main and self.path.is_file():
+            self.rows = read_log(self.path)
+        # Whether the file has the validation of the first step.
+        self.validated = any(int(row["step"]) == first_step and row.get("val_loss") for row in self.rows)
 
     def begin(self, config: dict) -> None:
         """Write the file without the rows that will come again: later steps, and the validation of this one."""
-        self.since, self.paused = (self.first, time.perf_counter()), 0.0  # the last line; seconds not spent training
+        self.last_step, self.last_time = self.first_step, time.perf_counter()  # of the last line
+        self.paused = 0.0  # seconds since then that were not spent training
         if not self.machine.is_main:
             return
-        last = (self.first, False)  # step, and whether the row is a validation
+        last = (self.first_step, False)  # step, and whether the row is a validation
         rows = [row for row in self.rows if (int(row["step"]), bool(row.get("val_loss"))) <= last]
         try:
             with replacing(self.path) as file:
                 file.write(to_csv(rows, header=True))
         except OSError as error:
             raise UserError(f"cannot write {self.path} ({error.strerror}); set another out_dir") from None
+        self.open_services(config)
+        if rows and int(rows[-1]["step"]) == self.first_step:  # TensorBoard drops what it has from this step on
+            self.call_services("write", rows[-1])
+
+    def open_services(self, config: dict) -> None:
+        wanted, folder = {}, self.path.parent
         if self.settings.tensorboard:
-            self.open_service("TensorBoard", lambda: tensorboard(self.path.parent, self.first))
+            wanted["TensorBoard"] = partial(tensorboard, folder, self.first_step)
         if self.settings.wandb:
-            self.open_service("W&B", lambda: wandb(self.settings.wandb, self.path.parent, self.first, config))
-        if rows and int(rows[-1]["step"]) == self.first:  # TensorBoard drops what it has from this step on
-            self.tell("write", rows[-1])
+            wanted["W&B"] = partial(wandb, self.settings.wandb, folder, self.first_step, config)
+        for name, make in wanted.items():
+            try:
+                self.services[name] = make()
+            except UserError:
+                raise
+            except Exception as error:
+                self.message(f"{name} cannot be used ({error}); the run continues without it")
 
-    def open_service(self, name: str, make: Callable) -> None:
-        try:
-            self.services[name] = make()
-        except UserError:
-            raise
-        except Exception as error:
-            self.say(f"{name} cannot be used ({error}); the run continues without it")
-
-    def tell(self, action: str, *args) -> None:
-        """write, flush or close every service; one that fails is left out from then on, whatever it failed on."""
+    def call_services(self, action: str, *args) -> None:
+        """write, flush or close every service; one that fails, for whatever reason, is left out from then on."""
         for name, service in list(self.services.items()):
             try:
                 getattr(service, action)(*args)
             except Exception as error:
-                self.say(f"{name} failed ({error}); the run continues without it")
+                self.message(f"{name} failed ({error}); the run continues without it")
                 del self.services[name]
 
-    def row(self, **values) -> None:
+    def write_row(self, progress: Progress, values: dict[str, str]) -> None:
         """Append to the file, whole or not at all."""
         if not self.machine.is_main:
             return
-        self.waiting.append(values)
+        row = {"step": progress.step, "tokens": progress.tokens, "seconds": f"{progress.seconds:.2f}", **values}
+        self.unwritten.append(row)
         try:
             with own_file(self.path, append=True) as file:
                 size = file.tell()
-                data = memoryview(to_csv(self.waiting, header=size == 0))
+                data = memoryview(to_csv(self.unwritten, header=size == 0))
                 try:
                     while data:
                         data = data[file.write(data) :]
                 except OSError:
                     os.ftruncate(file.fileno(), size)  # no half row
                     raise
-            self.waiting = []
+            self.unwritten = []
             if size == 0:
-                self.say(f"{self.path} was removed: a new one begins here, without the earlier rows")
+                self.message(f"{self.path} was removed: a new one begins here, without the earlier rows")
         except OSError as error:
-            if len(self.waiting) == 1:
-                self.say(f"cannot write {self.path} ({error.strerror}); the run continues, and we try again")
-        self.tell("write", values)
+            if len(self.unwritten) == 1:
+                self.message(f"cannot write {self.path} ({error.strerror}); the run continues, and we try again")
+        self.call_services("write", row)
 
-    def sync(self) -> None:
+    def flush(self) -> None:
         """Force the log to the disk, before a checkpoint: that must not be ahead of the log after a power cut."""
         if self.machine.is_main:
             with suppress(OSError), own_file(self.path, append=True) as file:
                 os.fsync(file.fileno())
-            self.tell("flush")
+            self.call_services("flush")
 
     @contextmanager
     def pause(self):
@@ -123,67 +154,74 @@ class Log:
         yield
         self.paused += time.perf_counter() - begin
 
-    def step(self, progress, lr: float, norm: float, per_step: int, more: dict[str, float],
-             muon_lr: float | None = None) -> None:
-        """The mean loss since the last line, cross-entropy alone, of the steps that were not skipped; learning
-        rates, gradient norm and `more` of the last step: expert_load is the busiest expert's share as a multiple of
-        the mean, balance the balance loss. Memory is the peak so far."""
+    def training(self, progress: Progress, loss: float, norm: float, lr: float, muon_lr: float | None = None,
+                 experts: dict[str, float] | None = None) -> None:
+        """A line and a row for the steps since the last line: `loss` is their mean cross-entropy, without the skipped
+        ones. Learning rates, gradient norm and what there is to say of experts are of the last step; memory is the
+        peak so far."""
         if not self.machine.is_main:
             return
-        last_step, last_time = self.since
-        elapsed = time.perf_counter() - last_time - self.paused
-        rate = (progress.step - last_step) * per_step / max(elapsed, 1e-9)
-        self.since, self.paused = (progress.step, time.perf_counter()), 0.0
-        loss = progress.nats / progress.learned if progress.learned else float("nan")
-        mfu = self.flops_per_token * rate / self.peak if self.peak else None
-        memory = peak_memory(self.machine)
-        left = clock((self.max_steps - progress.step) * per_step / rate)
-        rest = f"{memory:5.1f} GB" + (f"  skipped {progress.skipped}" if progress.skipped else "")
-        rest += "".join(f"  {name.replace('_', ' ')} {value:.2f}" for name, value in more.items())
-        rates = f"lr {lr:.2e}" if muon_lr is None else f"lr {lr:.2e}  muon {muon_lr:.2e}"
+        step, now = progress.step, time.perf_counter()
+        rate = (step - self.last_step) * self.tokens_per_step / max(now - self.last_time - self.paused, 1e-9)
+        self.last_step, self.last_time, self.paused = step, now, 0.0
+        memory, left = peak_memory(self.machine), clock((self.max_steps - step) * self.tokens_per_step / rate)
+        row = {"loss": f"{loss:.6f}", "lr": f"{lr:.6e}", "grad_norm": f"{norm:.4f}",
+               "tokens_per_second": f"{rate:.0f}", "memory_gb": f"{memory:.3f}"}
+        rates, mfu = f"lr {lr:.2e}", "-"
+        if muon_lr is not None:
+            row["muon_lr"] = f"{muon_lr:.6e}"
+            rates += f"  muon {muon_lr:.2e}"
+        if self.peak:
+            used = self.flops_per_token * rate / self.peak
+            row["mfu"], mfu = f"{used:.4f}", f"{used:.1%}"
         # What matters most comes first: a terminal that is too narrow cuts the end.
-        self.show(f"{self.name(progress.step)}  loss {fixed(loss, 7, 4)}  {rate:9,.0f} tok/s  left {left:>8}  "
-                  f"{rates}  norm {fixed(norm, 6, 2)}  mfu {'-' if mfu is None else f'{mfu:.1%}':>5}  {rest}",
-                  stays=not self.live)
-        self.row(step=progress.step, tokens=progress.tokens, seconds=f"{progress.seconds:.2f}", loss=f"{loss:.6f}",
-                 lr=f"{lr:.6e}", grad_norm=f"{norm:.4f}", tokens_per_second=f"{rate:.0f}",
-                 mfu="" if mfu is None else f"{mfu:.4f}", memory_gb=f"{memory:.3f}",
-                 muon_lr="" if muon_lr is None else f"{muon_lr:.6e}",
-                 **{name: f"{value:.4f}" for name, value in more.items()})
+        line = (f"loss {fixed(loss, 7, 4)}  {rate:9,.0f} tok/s  left {left:>8}  {rates}  norm {fixed(norm, 6, 2)}  "
+                f"mfu {mfu:>5}  {memory:5.1f} GB")
+        if progress.skipped:
+            line += f"  skipped {progress.skipped}"
+        for name, value in (experts or {}).items():
+            row[name] = f"{value:.4f}"
+            line += f"  {name.replace('_', ' ')} {value:.2f}"
+        self.print_line(self.at(step) + line, stays=not self.live)
+        self.write_row(progress, row)
 
-    def validation(self, progress, score, better: bool) -> None:
-        best = "  best" if better else ""
-        self.say(f"{self.name(progress.step)}  validation loss {score.loss:.4f}  perplexity {score.perplexity:.2f}  "
-                 f"bits/byte {score.bits_per_byte:.4f}{best}")
-        self.row(step=progress.step, tokens=progress.tokens, seconds=f"{progress.seconds:.2f}",
-                 val_loss=f"{score.loss:.6f}", val_bits_per_byte=f"{score.bits_per_byte:.6f}")
+    def validation(self, progress: Progress, score, better: bool) -> None:
+        """A line and a row; `score` is an eval.Score."""
+        line = (f"validation loss {score.loss:.4f}  perplexity {score.perplexity:.2f}  "
+                f"bits/byte {score.bits_per_byte:.4f}")
+        if better:
+            line += "  best"
+        self.message(self.at(progress.step) + line)
+        self.write_row(progress, {"val_loss": f"{score.loss:.6f}", "val_bits_per_byte": f"{score.bits_per_byte:.6f}"})
 
-    def name(self, step: int) -> str:
-        return f"step {step:{len(str(self.max_steps))}}/{self.max_steps}"
+    def at(self, step: int) -> str:
+        return f"step {step:{len(str(self.max_steps))}}/{self.max_steps}  "
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """A line that stays, above the live one."""
-        self.show(text, stays=True)
+        self.print_line(text, stays=True)
 
-    def show(self, line: str, stays: bool) -> None:
-        line = visible(line)
-        if self.live and not stays:
-            line = line[: shutil.get_terminal_size().columns - 1]
-        text = f"\r{line:<{self.width}}" if self.live else line
+    def print_line(self, line: str, stays: bool) -> None:
+        if not self.machine.is_main:
+            return
+        line, end = visible(line), "\n"
+        if not stays:
+            line, end = line[: shutil.get_terminal_size().columns - 1], ""
+        text = line
+        if self.live:
+            text = f"\r{line:<{self.width}}"
         self.width = 0 if stays else len(line)
-        if self.machine.is_main:
-            put(text, end="\n" if stays else "")
+        put(text, end=end)
 
     def close(self) -> None:
         """End the live line; the services get what they have not yet."""
         if self.width:
             put("")
         self.width = 0
-        self.tell("close")
+        self.call_services("close")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Services
+# ---- services
 
 
 class Service(NamedTuple):
@@ -217,8 +255,7 @@ def wandb(project: str, folder: Path, first: int, config: dict) -> Service:
     return Service(lambda row: run.log({"step": int(row["step"])} | numbers(row)), lambda: None, run.finish)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows and numbers
+# ---- rows and numbers
 
 
 def read_log(path: Path) -> list[dict[str, str]]:

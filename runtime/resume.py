@@ -11,7 +11,6 @@ from dataclasses import fields
 from pathlib import Path
 
 from configurator import RIVALS, Settings, UserError, cache_folder, need, pick
-from data import prepare
 from lora import LoraSettings
 from model import ModelConfig
 from runtime.files import mismatch
@@ -20,14 +19,9 @@ from runtime.screen import visible
 from text.batches import RULE
 from text.chat import ChatSettings
 from text.corpus import TRAINED, DataSettings, forced
-from text.sft import Split, find_examples
 from text.shards import PREPARED, read_meta, token_content
 
-OUTSIDE = ("environment", "command line")  # of a config file
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
+# ---- settings
 
 
 def names_of(*parts: type) -> set[str]:
@@ -36,7 +30,7 @@ def names_of(*parts: type) -> set[str]:
 
 # A resumed run has three kinds of settings. MUST: they make the shape of its weights or of its examples; they come
 # from the checkpoint, and another value is refused. HERE: they are of this start, or name code or places; they never
-# come from a checkpoint. All others come from the checkpoint, unless this start gives another value, which is said.
+# come from a checkpoint. All others come from the checkpoint, unless this start gives another value, which is printed.
 MAY_CHANGE = {"dropout", "label_smoothing", "init_std", "checkpoint_activations", "vocab_size"}
 MUST = names_of(ModelConfig, LoraSettings, ChatSettings) - MAY_CHANGE - {"use_lora", "lora_base"}
 HERE = names_of(LogSettings) | {
@@ -48,48 +42,44 @@ HERE = names_of(LogSettings) | {
 def adopt(s: Settings, saved: dict, names: set[str]) -> None:
     """Take over what a checkpoint says of `names`, and refuse what contradicts it."""
     for name in sorted(names & saved.keys()):
-        asked = {name: getattr(s, name)}
-        if s.given(name) and asked[name] != saved[name]:
-            of_model = name in ModelConfig.__dataclass_fields__  # 0 may stand there for what the checkpoint has
-            if not of_model or pick(ModelConfig, saved | asked) != pick(ModelConfig, saved):
-                raise UserError(f"the checkpoint has {name}={saved[name]} and you ask for {name}={asked[name]}; "
-                                "leave it out, or begin a new run in another out_dir")
+        asked = getattr(s, name)
+        same = asked == saved[name] or not s.given(name)
+        if not same and name in names_of(ModelConfig):  # 0 may mean what the checkpoint has
+            same = pick(ModelConfig, saved | {name: asked}) == pick(ModelConfig, saved)
+        need(same, f"the checkpoint has {name}={saved[name]} and you ask for {name}={asked}; leave it out, or begin a "
+                   "new run in another out_dir")
         s.set(name, saved[name], "checkpoint")
 
 
 def follow(s: Settings, saved: dict, config: dict, names: set[str], say: Callable) -> None:
-    """Take over what a checkpoint says of `names` where this start says nothing new, and say what is new.
+    """Take over what a checkpoint says of `names` unless this start sets something new, and print both.
 
-    `config` is what the run's config files said: a file that says the same again says nothing new.
+    `config` is what the run's config files said: a file that says the same again sets nothing new.
     """
-
-    def is_new(name: str) -> bool:
-        if s.source[name] in OUTSIDE:
-            return True
-        return name in s.from_config and s.from_config[name] != config.get(name, saved[name])
-
-    names = names & saved.keys()
-    new = {name for name in names if is_new(name)}
+    names, new = names & saved.keys(), set()
+    for name in names:
+        before = config.get(name, saved[name])
+        if s.chosen(name) or s.from_config.get(name, before) != before:
+            new.add(name)
     for rivals in RIVALS:  # a new value ends what the run has for its rivals
         if new & set(rivals):
             new |= names & set(rivals)
     changed, taken = [], []
     for name in sorted(names):
         value = getattr(s, name)
-        if name in new and value != saved[name] and s.source[name] != "default":  # not a rival that it replaced
-            changed.append(f"{name}={value} (before: {saved[name]})")
-        elif name not in new:
+        if name not in new:
+            s.set(name, saved[name], "checkpoint")
             if value != saved[name]:
                 taken.append(f"{name}={saved[name]}")
-            s.set(name, saved[name], "checkpoint")
+        elif value != saved[name] and s.given(name):  # not a rival that it replaced
+            changed.append(f"{name}={value} (before: {saved[name]})")
     if taken:
         say(visible(f"         as before: {', '.join(taken)}"))
     if changed:
         say(visible(f"         new: {', '.join(changed)}"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
+# ---- data
 
 SHAPE = {"rule": int, "train": str, "val": str, "scored": str, "sketch": [int]}
 DATA = ("dataset", "data_path", "val_path", "val_share", "text_field", "mixture", "mixture_unit", "mixture_size")
@@ -103,10 +93,23 @@ def made_of(batches, validation) -> dict:
             "sketch": batches.sketch()}
 
 
+def about_run(s: Settings, start, tokenizer, batches, validation) -> dict:
+    """What a checkpoint says of its run, beside tensors and progress. A resumed run that names no data keeps the names
+    of before, for a sentence."""
+    settings = s.to_dict()
+    if start.saved and not names_data(s):
+        settings |= {name: start.saved[name] for name in (*DATA, "tokenizer")}
+    about = {"settings": settings, "config": start.config | s.from_config, "made_of": made_of(batches, validation),
+             "tokenizer": tokenizer.to_dict()}
+    return {name: json.dumps(value) for name, value in about.items()} | {"base": start.base, "init": start.init}
+
+
 def read_made_of(state: dict) -> dict:
-    """`made_of` of a checkpoint, {} of one that is older."""
+    """`made_of` of a checkpoint, {} of an older one."""
     found = read_part(state, "made_of", SHAPE)
-    return found if found.get("rule") in range(1, RULE + 1) else {}
+    if found.get("rule") not in range(1, RULE + 1):
+        return {}
+    return found
 
 
 def read_part(state: dict, name: str, shape) -> dict:
@@ -115,43 +118,45 @@ def read_part(state: dict, name: str, shape) -> dict:
         found = json.loads(state.get(name, "{}"))
     except (ValueError, TypeError, RecursionError):
         return {}
-    return {} if mismatch(found, shape) else found
+    if mismatch(found, shape):
+        return {}
+    return found
 
 
-def changes(before: dict, now: dict, batches, folder: Path, say: Callable) -> bool:
-    """Say what has changed in the data of the run in `folder`; True if another text is scored than before.
+def has_other_validation(before: dict, batches, validation, out_dir: Path, say: Callable) -> bool:
+    """Whether a resumed run scores another text than before; prints what has changed in its data.
 
     Text may be added to or taken from what a run learns. Other text altogether is refused.
     """
     if not before:
         return False
+    now = made_of(batches, validation)
     if now["train"] != before["train"]:
-        if batches.share_of(before["sketch"]) < LEAST:
-            raise UserError(f"the run in {folder} learned other data, of which this has nothing: set another out_dir "
-                            f"(with INIT_FROM={folder} it starts from these weights)")
+        need(batches.share_of(before["sketch"]) >= LEAST,
+             f"the run in {out_dir} learned other data, of which this has nothing: set another out_dir "
+             f"(with INIT_FROM={out_dir} it starts from these weights)")
         say("         the training data has changed since: the run continues with what is there now")
     if now["scored"] != before["scored"]:
         say("         other validation data than before: best begins again, and the next validation replaces best.pt")
-        return True
-    return False
+    return now["scored"] != before["scored"]
 
 
 def data_words(saved: dict) -> str:
     """The settings that name the data of a run, as one types them: 'DATA_PATH=my.txt VAL_SHARE=0.1'"""
-    default = DataSettings()
-    given = [name for name in DATA if saved.get(name, getattr(default, name)) != getattr(default, name)]
-    if {"data_path", "mixture"} & set(given):
-        given = [name for name in given if name != "dataset"]
+    default = vars(DataSettings())
+    given = [name for name in DATA if saved.get(name, default[name]) != default[name]]
+    if "dataset" in given and {"data_path", "mixture"} & set(given):
+        given.remove("dataset")
     return words(saved, given)
 
 
 def tokenizer_words(saved: dict) -> str:
     """The settings that train the tokenizer of a run again: 'TOKENIZER=unigram VOCAB_SIZE=8000'"""
-    names = [name for name in ("tokenizer", "tokenizer_pattern", "tokenizer_bytes")
-             if saved[name] != getattr(DataSettings(), name)]
+    default = vars(DataSettings())
+    given = [name for name in ("tokenizer", "tokenizer_pattern", "tokenizer_bytes") if saved[name] != default[name]]
     if saved["tokenizer"] in TRAINED and saved["tokenizer"] != "char":
-        names.append("vocab_size")
-    return words(saved, names)
+        given.append("vocab_size")
+    return words(saved, given)
 
 
 def words(saved: dict, names: list[str]) -> str:
@@ -160,12 +165,7 @@ def words(saved: dict, names: list[str]) -> str:
 
 def names_data(s: Settings) -> bool:
     """Whether this start says what to learn."""
-    return any(s.source[name] in OUTSIDE or name in s.from_config for name in DATA)
-
-
-def named_before(s: Settings, saved: dict) -> dict:
-    """The names of its data that a resumed run keeps, where this start names none: for a sentence, later."""
-    return {} if names_data(s) or not saved else {name: saved[name] for name in (*DATA, "tokenizer")}
+    return any(s.chosen(name) or name in s.from_config for name in DATA)
 
 
 def find_tokens(cache_dir: str, tokenizer, wanted: dict[str, str]) -> list[Path]:
@@ -181,36 +181,36 @@ def find_tokens(cache_dir: str, tokenizer, wanted: dict[str, str]) -> list[Path]
     return folders
 
 
-def tokens_to_learn(s: Settings, saved: dict, before: dict, tokenizer, quiet: bool) -> Path:
-    """The folder of tokens for this start of a pretraining run: of the data that it names, else of the data before.
-
-    `saved`, `before` and `tokenizer` are of the checkpoint: its settings, made_of, and the tokenizer that its weights
-    know; {}, {} and None for a run that begins with fresh weights.
-    """
-    if before and not names_data(s) and not forced(s.overwrite):
-        found = find_tokens(s.cache_dir, tokenizer, {split: before[split] for split in ("train", "val")})
-        if found:
-            return found[0]
-        if data_words(saved):
-            raise UserError(f"the data of this run is not in {cache_folder(s.cache_dir)}: name it again, "
-                            f"{data_words(saved)}")
-    return prepare(s, quiet, None if asks_for_another(s, saved, tokenizer) else tokenizer)
-
-
-def examples_to_learn(s: Settings, saved: dict, before: dict) -> Split | None:
-    """The examples of before for this start of a fine-tuning run; None if they are to be read. See `tokens_to_learn`"""
-    if not before or names_data(s):
+def tokens_of_run(s: Settings, start) -> Path | None:
+    """The tokens that a resumed run learned before; None if they are to be prepared from what this start names."""
+    if not start.made_of or names_data(s) or forced(s.overwrite):
         return None
-    found, words = find_examples(s.cache_dir, before), data_words(saved)
+    found = find_tokens(s.cache_dir, start.tokenizer, {split: start.made_of[split] for split in ("train", "val")})
+    if not found and data_words(start.saved):
+        raise UserError(f"the data of this run is not in {cache_folder(s.cache_dir)}: name it again, "
+                        f"{data_words(start.saved)}")
+    return next(iter(found), None)
+
+
+def examples_of_run(s: Settings, start):
+    """The (training, validation) examples that a resumed run learned before; None if they are to be read."""
+    from text.sft import find_examples  # here: few runs have any
+
+    if not start.made_of or names_data(s):
+        return None
+    found, words = find_examples(s.cache_dir, start.made_of), data_words(start.saved)
     need(found or words == "DATASET=stdlib_chat",
          f"the examples of this run are not in {cache_folder(s.cache_dir)}: name them again, {words}")
     return found
 
 
-def asks_for_another(s: Settings, saved: dict, tokenizer) -> bool:
-    """Whether this start wants a tokenizer that is not the checkpoint's."""
-    if tokenizer is None or s.tokenizer not in TRAINED:
-        return True
-    size = s.given("vocab_size") and s.vocab_size not in (saved.get("vocab_size"), tokenizer.vocab_size)
-    kind = s.given("tokenizer") and saved.get("tokenizer") in TRAINED and s.tokenizer != saved["tokenizer"]
-    return size or kind
+def known_tokenizer(s: Settings, start):
+    """The tokenizer that the weights of a start know, None if this start asks for another one."""
+    if start.tokenizer is None or s.tokenizer not in TRAINED:
+        return None
+    before = start.saved.get("tokenizer")
+    if s.given("tokenizer") and before in TRAINED and s.tokenizer != before:
+        return None
+    if s.given("vocab_size") and s.vocab_size not in (start.saved.get("vocab_size"), start.tokenizer.vocab_size):
+        return None
+    return start.tokenizer

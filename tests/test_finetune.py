@@ -15,7 +15,7 @@ import train
 from configurator import UserError, configure
 from conftest import WORDS, tiny_run
 from generate import SamplingSettings, generate
-from runtime import checkpoint, plan
+from runtime import checkpoint, run
 from test_chat import make, talk
 from test_model import shaken, tiny
 from test_reliability import finish, launch
@@ -213,7 +213,7 @@ def test_a_wrong_base_is_refused_and_a_moved_one_is_found(text, base, adapted, t
 @pytest.fixture
 def home(monkeypatch, tmp_path):
     """An empty place for runs."""
-    monkeypatch.setattr(plan, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
     return tmp_path
 
@@ -222,12 +222,12 @@ def test_a_pretraining_config_lends_its_rates_but_not_its_length(tmp_path):
     (tmp_path / "c.py").write_text("lr = 6e-4\nmin_lr = 6e-5\noptimizer = 'adamw'\nmax_tokens = 10**10\n"
                                    "tokenizer = 'char'")
     s = configure(train.SETTINGS, [str(tmp_path / "c.py"), "sft_mode=1"], {})
-    plan.choose_task(s)
+    run.choose_task(s)
     assert (s.lr, s.min_lr) == (pytest.approx(1e-4), pytest.approx(1e-5))
     assert (s.max_steps, s.max_tokens) == (400, 0) and "tokenizer" not in s.report()
     (tmp_path / "c.py").write_text("task = 'sft'\nlr = 6e-4\nmax_steps = 7")
     s = configure(train.SETTINGS, [str(tmp_path / "c.py"), "min_lr=1e-5"], {})
-    plan.choose_task(s)
+    run.choose_task(s)
     assert (s.lr, s.min_lr, s.max_steps) == (6e-4, 1e-5, 7), "a config that is for fine-tuning is taken at its word"
 
 
@@ -235,7 +235,7 @@ def test_a_pretraining_config_lends_its_rates_but_not_its_length(tmp_path):
 def test_fine_tuning_has_the_tokenizer_of_its_base(setting):
     s = configure(train.SETTINGS, ["task=sft", setting], {})
     with pytest.raises(UserError, match="has the tokenizer of its base"):
-        plan.choose_task(s)
+        run.choose_task(s)
 
 
 @pytest.mark.parametrize("config, argv, task", [
@@ -245,7 +245,7 @@ def test_fine_tuning_has_the_tokenizer_of_its_base(setting):
 def test_of_task_and_sft_mode_the_later_source_counts(tmp_path, config, argv, task):
     (tmp_path / "c.py").write_text(config)
     s = configure(train.SETTINGS, [str(tmp_path / "c.py"), *argv], {})
-    plan.choose_task(s)
+    run.choose_task(s)
     assert s.task == s.part(train.SftSettings).task == task
 
 
@@ -254,13 +254,13 @@ def test_a_folder_that_is_named_is_where_the_user_is(tmp_path, monkeypatch):
     for name in ("myrun", "out/quickstart", "tests"):
         assert settle(f"out_dir={name}")[1].resolve() == tmp_path / name
     (tmp_path / "out").mkdir()
-    assert settle()[1] == plan.ROOT / "out" / "quickstart"
+    assert settle()[1] == run.ROOT / "out" / "quickstart"
 
 
 def settle(*argv, **environ):
     s = configure(train.SETTINGS, list(argv), environ)
-    plan.choose_task(s)
-    return s, plan.run_folder(s)
+    run.choose_task(s)
+    return s, run.run_folder(s)
 
 
 def test_use_lora_alone_teaches_the_newest_pretraining_run_to_answer(home, base, adapted):
@@ -270,7 +270,7 @@ def test_use_lora_alone_teaches_the_newest_pretraining_run_to_answer(home, base,
     shutil.copytree(adapted, home / "out" / "mine-sft-lora")  # newer, but no base
     s, folder = settle(USE_LORA="1")
     assert (s.task, s.dataset, s.lr, s.max_steps) == ("sft", "stdlib_chat", 5e-3, 400)
-    assert folder == home / "out" / "mine-sft-lora" and plan.base_of(s) == home / "out" / "mine" / "best.pt"
+    assert folder == home / "out" / "mine-sft-lora" and run.base_of(s) == home / "out" / "mine" / "best.pt"
     s, folder = settle("LR=1e-4", USE_LORA="1", DATA_PATH="more.txt")  # adapters that go on with text
     assert (s.task, s.lr, folder.name) == ("pretrain", 1e-4, "mine-more-lora")
     s, folder = settle(SFT_MODE="1", DATA_PATH="my.jsonl")

@@ -14,20 +14,21 @@ from configurator import UserError
 from runtime import device as machine
 from runtime import log
 from runtime.device import Machine
-from runtime.log import COLUMNS, Log, LogSettings, clock, fixed, read_log
+from runtime.log import COLUMNS, Log, LogSettings, Progress, clock, fixed, read_log
 from test_train import interrupt_at
 
 CPU = Machine(torch.device("cpu"), torch.float32, "")
 
 
-def make(folder, first=0, max_steps=100_000, **settings):
-    made = Log(LogSettings(**settings), folder, max_steps, first, CPU, flops_per_token=6)
+def make(folder, first=0, max_steps=100_000, per_step=64, **settings):
+    made = Log(LogSettings(**settings), folder, CPU, first_step=first, max_steps=max_steps, tokens_per_step=per_step,
+               flops_per_token=6)
     made.begin({})
     return made
 
 
-def progress(step, nats=3.0, learned=1, skipped=0):
-    return train.Progress(step=step, tokens=64 * step, seconds=step / 2, nats=nats, learned=learned, skipped=skipped)
+def progress(step, skipped=0):
+    return Progress(step=step, tokens=64 * step, seconds=step / 2, skipped=skipped)
 
 
 def table(folder):
@@ -42,14 +43,14 @@ def table(folder):
 def test_the_lines_of_a_long_run_are_aligned(tmp_path, capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
-    made = make(tmp_path)
+    made = make(tmp_path, per_step=1000)
     strange = float("nan"), float("inf"), 0.0
     for step, loss, norm in zip(
         (1, 20, 300, 4000, 50_000, 99_998, 99_999, 100_000), (11.2, 9.9, 3.1, 0.02, 2e-5, *strange),
         (123456.7, 1.2, 0.3, 1e-4, 1e-30, *strange), strict=True,
     ):
         now[0] += 10.0 if step < 1000 else 2000.0
-        made.step(progress(step, loss, skipped=step // 99_999), 1e-3, norm, 1000, {})
+        made.training(progress(step, skipped=step // 99_999), loss, norm, lr=1e-3)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8
     for word in ("loss", "tok/s", "left", "lr", "norm", "mfu", "GB"):
@@ -68,9 +69,9 @@ def test_a_terminal_gets_one_line_that_is_rewritten_and_never_wider_than_it(tmp_
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "60")
     made = make(tmp_path)
-    made.step(progress(1), 1e-3, 1.0, 64, {})
-    made.say("short")
-    made.step(progress(2), 1e-3, 1.0, 64, {})
+    made.training(progress(1), 3.0, 1.0, lr=1e-3)
+    made.message("short")
+    made.training(progress(2), 3.0, 1.0, lr=1e-3)
     made.close()
     first, short, second, nothing = re.split("[\r\n]+", capsys.readouterr().out.lstrip("\r"))
     assert first.startswith("step      1/100000  loss  3.0000") and len(first) == len(second) == 59
@@ -79,7 +80,7 @@ def test_a_terminal_gets_one_line_that_is_rewritten_and_never_wider_than_it(tmp_
 
 def test_a_terminal_never_gets_control_characters_of_names(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    make(tmp_path).say(f"{tmp_path}/\x1b[2J cannot be written")
+    make(tmp_path).message(f"{tmp_path}/\x1b[2J cannot be written")
     assert "\x1b" not in (out := capsys.readouterr().out) and "/\\x1b[2J cannot" in out
 
 
@@ -90,9 +91,9 @@ def test_saving_and_validation_do_not_count_in_tokens_per_second(tmp_path, monke
     now[0] += 2
     with made.pause():
         now[0] += 50
-    made.step(progress(4), 1e-3, 1.0, 64, {})
+    made.training(progress(4), 3.0, 1.0, lr=1e-3)
     now[0] += 1
-    made.step(progress(8), 1e-3, 1.0, 64, {})
+    made.training(progress(8), 3.0, 1.0, lr=1e-3)
     assert [row["tokens_per_second"] for row in read_log(tmp_path / "log.csv")] == ["128", "256"]
 
 
@@ -121,19 +122,19 @@ def test_mfu_knows_the_usual_devices_and_no_others(monkeypatch, name, tera):
 def test_half_a_row_at_the_end_is_dropped(tmp_path, tail):
     made = make(tmp_path)
     for step in (11, 12):
-        made.step(progress(step), 1e-3, 1.0, 64, {})
+        made.training(progress(step), 3.0, 1.0, lr=1e-3)
     whole = table(tmp_path)
     with open(tmp_path / "log.csv", "a") as file:
         file.write(tail)
     assert len(whole) == 2 and table(tmp_path) == whole
-    make(tmp_path, first=12).step(progress(13), 1e-3, 1.0, 64, {})
+    make(tmp_path, first=12).training(progress(13), 3.0, 1.0, lr=1e-3)
     assert table(tmp_path)[:2] == whole and [row["step"] for row in table(tmp_path)] == ["11", "12", "13"]
 
 
 def test_a_log_of_an_older_version_goes_on(tmp_path):
     (tmp_path / "log.csv").write_bytes(b"step,loss,val_loss,gone\r\n1,5.0,,x\r\n1,,4.0,x\r\n2,4.5,,x\r\n")
     made = make(tmp_path, first=2)
-    made.step(progress(3), 1e-3, 1.0, 64, {})
+    made.training(progress(3), 3.0, 1.0, lr=1e-3)
     rows = read_log(tmp_path / "log.csv")
     assert list(rows[0]) == COLUMNS
     assert [(row["step"], row["loss"], row["val_loss"]) for row in rows] == [
@@ -149,21 +150,21 @@ class Killed(BaseException):
 def test_a_kill_at_any_row_leaves_neither_gap_nor_duplicate_after_the_resume(go, tmp_path, monkeypatch, at, written):
     """Rows 7 and 14 are the validations of steps 6 and 12."""
     go(out_dir=tmp_path / "whole")
-    original, calls = Log.row, []
+    original, calls = Log.write_row, []
 
-    def row(self, **values):
+    def write_row(self, progress, values):
         calls.append(1)
         if len(calls) != at:
-            return original(self, **values)
+            return original(self, progress, values)
         if written == "half":
             with open(self.path, "a") as file:
-                file.write(f"{values['step']},12")
+                file.write(f"{progress.step},12")
         if written == "all":
-            original(self, **values)
+            original(self, progress, values)
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Log, "row", row)
+        patch.setattr(Log, "write_row", write_row)
         with pytest.raises(Killed):
             go()
     assert go() == 0
@@ -194,17 +195,17 @@ def test_an_interrupt_leaves_whole_rows_up_to_its_step(go, tmp_path, monkeypatch
 def test_rows_that_a_full_disk_refused_are_written_when_it_has_room(tmp_path, capsys):
     """A limit on the size of files stands for the full disk: it cuts a row in its middle, too."""
     made = make(tmp_path)
-    made.step(progress(1), 1e-3, 1.0, 64, {})
+    made.training(progress(1), 3.0, 1.0, lr=1e-3)
     size, limits = made.path.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
         for step in (2, 3):
-            made.step(progress(step), 1e-3, 1.0, 64, {})
+            made.training(progress(step), 3.0, 1.0, lr=1e-3)
         assert made.path.stat().st_size == size, "no half row"
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [row["step"] for row in table(tmp_path)] == ["1"]
-    made.step(progress(4), 1e-3, 1.0, 64, {})
+    made.training(progress(4), 3.0, 1.0, lr=1e-3)
     assert [row["step"] for row in table(tmp_path)] == ["1", "2", "3", "4"]
     assert capsys.readouterr().out.count("File too large); the run continues") == 1
 
@@ -242,17 +243,17 @@ def test_tensorboard_has_every_step_once_after_a_resume(go, tmp_path, monkeypatc
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    original, calls = Log.row, []
+    original, calls = Log.write_row, []
 
-    def row(self, **values):  # the process dies behind the validation of step 6, and its events of step 8 remain
-        original(self, **values)
+    def write_row(self, *args):  # the process dies behind the validation of step 6, and its events of step 8 remain
+        original(self, *args)
         calls.append(1)
         if len(calls) == 9:
-            self.tell("flush")
+            self.call_services("flush")
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Log, "row", row)
+        patch.setattr(Log, "write_row", write_row)
         with pytest.raises(Killed):
             go(tensorboard=True)
     assert go(tensorboard=True) == 0

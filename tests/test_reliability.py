@@ -199,7 +199,7 @@ def test_ctrl_c_while_a_script_is_imported_is_quiet(tmp_path, name):
 
 AT = """
 import signal, sys
-import train
+import eval, sample, train
 from runtime import checkpoint
 
 def at(module, name, do):
@@ -218,8 +218,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("where", ["checkpoint.steps", "train.open_data", "train.LanguageModel", "train.evaluate",
-                                   "train.finish"])
+@pytest.mark.parametrize("where", ["checkpoint.steps", "train.open_data", "train.LanguageModel", "eval.evaluate",
+                                   "sample.write_samples"])
 def test_ctrl_c_is_never_swallowed(text, tmp_path, where):
     """While a run is loaded, its data prepared, its last checkpoint scored, its samples made."""
     script = tmp_path / "presses.py"
@@ -396,7 +396,7 @@ def test_the_run_ends_when_the_goal_is_reached_and_stays_ended(go, tmp_path, cap
 @pytest.mark.parametrize("stop_at", [None, 5])
 def test_patience_counts_validations_without_a_better_one_across_a_resume(go, tmp_path, monkeypatch, stop_at):
     scores = iter([5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 3.3, 1.0])  # the third is the best for four more
-    monkeypatch.setattr(train, "evaluate", lambda *args: Score(next(scores), 1.0))
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args: Score(next(scores), 1.0))
     settings = dict(eval_interval=1, patience=4, max_steps=60)
     if stop_at:
         with monkeypatch.context() as patch:
@@ -426,7 +426,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_goes_on(text, tmp_path
     result = subprocess.run([*limited, *tiny_run(text, run, max_steps=18)], capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert "File too large" in result.stderr and "earlier checkpoints are intact" in result.stderr
-    assert "the run goes on without this checkpoint" in result.stdout  # that of step 12
+    assert "the run continues without this checkpoint" in result.stdout  # that of step 12
     assert (run / "step_00000006.pt").read_bytes() == before and not list(run.glob(".*.tmp"))
     code, out = finish(launch(tiny_run(text, run, max_steps=18)))
     assert code == 0 and "resume   from step 6" in out, out
@@ -513,7 +513,8 @@ def test_a_file_system_without_locks_is_said_and_the_run_goes_on(go, monkeypatch
 def test_a_run_that_ends_with_weights_that_are_no_numbers_says_so(go, tmp_path, monkeypatch):
     def diverge(self, *args):
         self.model.norm.weight.data.fill_(float("nan"))
-        return torch.zeros(())
+        zero = torch.zeros((), dtype=torch.int64)
+        return train.StepResult(norm=zero, finite=zero == 0, nats=zero, learned=zero)
 
     monkeypatch.setattr(train.Run, "step", diverge)
     with pytest.raises(UserError, match="norm.weight is not finite"):

@@ -5,7 +5,6 @@ import csv
 import json
 import math
 import re
-import shlex
 import signal
 
 import pytest
@@ -22,9 +21,8 @@ from conftest import tiny_run
 from generate import SamplingSettings, generate
 from model import LanguageModel, ModelConfig
 from optim import OptimSettings, lr_at
-from runtime import checkpoint, finish
-from runtime.device import Machine
-from runtime.plan import plan_steps, run_folder
+from runtime import checkpoint
+from runtime.run import run_folder
 
 
 def rows(folder):
@@ -112,8 +110,7 @@ def test_accumulation_does_not_change_the_run(go, tmp_path):
 def test_a_large_batch_is_cut_into_the_largest_forward_passes_that_divide():
     for world, expected in ((1, 8), (2, 5), (4, 5), (5, 8), (8, 5)):
         s = configure(train.SETTINGS, ["total_batch_size=640", "seq_len=16", "batch_size=8"], {})
-        machine = Machine(torch.device("cpu"), torch.float32, "", world_size=world)
-        plan = plan_steps(s, machine)
+        plan = train.plan_steps(s, world)
         assert (plan.sequences, plan.per_rank, plan.micro_batch) == (40, 40 // world, expected)
 
 
@@ -125,9 +122,8 @@ def test_max_tokens_sets_the_length(go, tmp_path):
 def test_max_steps_on_the_command_line_is_stronger_than_the_tokens_of_a_config(tmp_path):
     config = tmp_path / "long.py"
     config.write_text("max_tokens = 10_000_000")
-    machine = Machine(torch.device("cpu"), torch.float32, "")
     for argv, expected in (([], -(-10_000_000 // (16 * 256))), (["max_steps=2"], 2), (["max_tokens=8192"], 2)):
-        assert plan_steps(configure(train.SETTINGS, [str(config), *argv], {}), machine).max_steps == expected
+        assert train.plan_steps(configure(train.SETTINGS, [str(config), *argv], {}), 1).max_steps == expected
 
 
 def test_validation_does_not_change_the_training(go, tmp_path):
@@ -324,28 +320,28 @@ def test_a_sample_and_its_prompt_join_with_the_space_of_their_text(go, tmp_path,
             rows.append(ids[len(prompt) - 1 :] if ids[: len(prompt) - 1] == prompt[1:] else [])
         return rows
 
-    original = train.finish
+    original = sample.write_samples
 
-    def finishing(s, plan, machine, out_dir, model, tokenizer, held_out):
+    def write_samples(path, model, tokenizer, *rest):
         lines = (tmp_path / "val.jsonl").read_text().splitlines()
         truth.update(tokenizer=tokenizer, texts=[json.loads(line)["text"] for line in lines])
-        original(s, plan, machine, out_dir, model, tokenizer, held_out)
+        return original(path, model, tokenizer, *rest)
 
-    monkeypatch.setattr(finish, "generate", oracle)
-    monkeypatch.setattr(train, "finish", finishing)
+    monkeypatch.setattr(sample, "generate", oracle)
+    monkeypatch.setattr(sample, "write_samples", write_samples)
     go(**documents, tokenizer=path, vocab_size=None, max_steps=1)
     texts = [text.rstrip("\n") for settings, text in samples(tmp_path / "run") if not settings.endswith("''")]
     assert len(texts) == 9 and set(texts) <= set(truth["texts"])
 
 
 def test_samples_have_a_fixed_number_of_tokens_whatever_the_machine(go, tmp_path, monkeypatch, documents):
-    asked, original = [], finish.generate
+    asked, original = [], sample.generate
 
     def generating(model, prompts, sampling, stops):
         asked.append((len(prompts), sampling.max_new_tokens))
         return original(model, prompts, sampling, stops)
 
-    monkeypatch.setattr(finish, "generate", generating)
+    monkeypatch.setattr(sample, "generate", generating)
     for name, seq_len, tokens in (("short", 16, 8), ("long", 256, 100)):
         go(**documents, out_dir=tmp_path / name, max_steps=1, seq_len=seq_len)
         assert asked == [(4, tokens)] * 3
@@ -368,8 +364,7 @@ def test_samples_that_cannot_be_written_are_a_sentence_and_the_run_is_complete(g
 @pytest.mark.parametrize("here, scripts, run", [(ROOT, "", "{}/run"), ("{}", f"{ROOT}/", "run")])
 def test_the_end_says_what_came_out_and_its_commands_work_here(text, tmp_path, capsys, monkeypatch, here, scripts, run):
     monkeypatch.chdir(str(here).format(tmp_path))
-    monkeypatch.setenv("EVAL_TOKENS", "320")
-    assert train.main(tiny_run(text, tmp_path / "run", eval_tokens=None)) == 0
+    assert train.main(tiny_run(text, tmp_path / "run")) == 0
     out = capsys.readouterr().out
     end = re.search(r"^trained  [\d:]+ for 768 tokens; best validation loss ([\d.]+); peak memory .* GB$", out, re.M)
     assert float(end[1]) == pytest.approx(min(column(tmp_path / "run", "val_loss")), abs=1e-4)
@@ -378,11 +373,7 @@ def test_the_end_says_what_came_out_and_its_commands_work_here(text, tmp_path, c
     assert commands["sample"] == f"python {scripts}sample.py --init_from {run} --prompt ..."
     assert commands["evaluate"] == f"python {scripts}eval.py --init_from {run}"
     assert commands["plot"] == f"python {scripts}plot.py {run}"
-    words = shlex.split(commands["continue"])
-    assert words[:3] == ["EVAL_TOKENS=320", "python", f"{scripts}train.py"] and words.count("MAX_STEPS=24") == 1
-    assert not [word for word in words if word.startswith("max_steps")]
-    assert train.main(words[3:]) == 0
-    assert column(tmp_path / "run", "step")[-1] == 24
+    assert commands["continue"] == "the same command with MAX_STEPS=24"
 
 
 def test_bf16_training_keeps_fp32_masters(go, tmp_path):
@@ -413,7 +404,7 @@ def test_overwrite_train_begins_anew_and_keeps_what_was_there(go, tmp_path, caps
     assert [row["step"] for row in rows(tmp_path / "run")] == [row["step"] for row in rows(tmp_path / "run/before_1")]
     assert go(max_steps=4, seed=5, overwrite="tokens") == 0, "a stage before training includes it"
     assert (tmp_path / "run" / "before_2").is_dir()
-    assert "overwrite=tokens MAX_STEPS=8 OVERWRITE=\n" in capsys.readouterr().out, "which goes on"
+    assert "the same command with MAX_STEPS=8 OVERWRITE=\n" in capsys.readouterr().out
     go(max_steps=6, seed=5, overwrite="")
     assert not (tmp_path / "run" / "before_3").exists()
 

@@ -36,6 +36,18 @@ class ChatSettings:
         check_fields(self)
 
 
+@dataclass
+class SftSettings:
+    task: Literal["pretrain", "sft"] = "pretrain"  # learn to continue text, or to answer
+    sft_mode: bool = False      # fine-tune with examples: SFT_MODE=1 is task=sft
+    packing: bool = True        # put several examples into a row of fine-tuning; they do not see each other
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.sft_mode:
+            self.task = "sft"
+
+
 @dataclass(frozen=True)
 class Format:
     """How a conversation is written: special tokens by their names (see MARKS), texts with places to fill in."""

@@ -11,21 +11,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from textwrap import shorten
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from configurator import UserError, cache_folder, check_fields, need
+from configurator import UserError, cache_folder, need
 from runtime.files import read_notes, replacing, working, write_json
 from runtime.screen import say
 from text.batches import permute, round_keys
-from text.chat import ChatSettings, Template
+from text.chat import ChatSettings, SftSettings, Template
 from text.conversations import Conversation, example_files, read_examples
 from text.corpus import DataSettings, document_hash, open_dataset
 from text.records import json_records, left_out, split_by_name
@@ -33,18 +31,6 @@ from text.tokenizer import Excerpt, Tokenizer
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # ids, targets (B, T) int64, weights float32, positions int64
 Split = tuple[list[Conversation], list[Conversation]]  # training and validation examples
-
-
-@dataclass
-class SftSettings:
-    task: Literal["pretrain", "sft"] = "pretrain"  # learn to continue text, or to answer
-    sft_mode: bool = False      # fine-tune with examples: SFT_MODE=1 is task=sft
-    packing: bool = True        # put several examples into a row of fine-tuning; they do not see each other
-
-    def __post_init__(self):
-        check_fields(self)
-        if self.sft_mode:
-            self.task = "sft"
 
 
 def open_examples(tokenizer: Tokenizer, data: DataSettings, chat: ChatSettings, sft: SftSettings, *, seq_len: int,

@@ -1,0 +1,276 @@
+"""Where a run lives, and what it starts from: fresh weights, those of a checkpoint, or where it was left.
+
+A fine-tuning run starts from a pretraining run and has a folder of its own; a run with adapters (LoRA) keeps them
+alone, with the name and the fingerprint of the base that they belong to.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from configurator import ROOT, Settings, UserError, need, write_path
+from lora import LoraSettings, fingerprint
+from model import ModelConfig
+from optim import OptimSettings
+from runtime import checkpoint
+from runtime.device import Machine, attempt
+from runtime.files import writing
+from runtime.resume import HERE, MUST, adopt, follow, names_of, read_made_of, read_part
+from runtime.screen import tell
+from text.batches import RULE
+from text.corpus import TRAINED, dataset_name, forced
+from text.tokenizer import Tokenizer
+
+# Fine-tuning starts from weights that are good already: unless set for it, its steps are fewer and smaller.
+FINE_TUNING = {"lr": 5e-3, "muon_ratio": 2.5, "max_steps": 400, "warmup_steps": 20, "eval_interval": 100}
+
+
+@dataclass
+class Start:
+    """What a run begins with."""
+
+    weights: dict | None = None  # of the model without adapters; None: fresh ones
+    tokenizer: Tokenizer | None = None  # that the weights were trained with
+    init: str = ""  # the checkpoint that the run began from
+    base: dict | None = None  # {"path", "fingerprint"} of the weights beneath adapters
+    overwrite: bool = False  # the run that is in the folder makes room, once the data is there
+    # Of a run that is resumed:
+    state: dict | None = None  # its checkpoint
+    saved: dict = field(default_factory=dict)  # its settings
+    config: dict = field(default_factory=dict)  # what its config files said
+    made_of: dict = field(default_factory=dict)  # what its data is; {} of an older run
+    rule: int = RULE  # by which its training rows are cut
+    step: int = 0  # updates that it has done
+    samples: int = 0  # rows that it has seen
+
+
+# ---- what the user left open
+
+
+def choose_task(s: Settings) -> None:
+    """Complete the settings that the user left open.
+
+        set                                   task      data
+        nothing                               pretrain  data/stdlib
+        TASK=sft or SFT_MODE=1                sft       data/stdlib_chat
+        USE_LORA=1                            sft       data/stdlib_chat
+        USE_LORA=1 and data                   pretrain  as set
+        TASK=sft or SFT_MODE=1, and data      sft       as set
+
+    Data, rates and steps of a config for pretraining are not those to fine-tune its model with.
+    """
+    need(s.task == "sft" or not s.sft_mode or s.order["task"] != s.order["sft_mode"],
+         f"sft_mode=True and task={s.task} contradict each other: leave one out")
+    if s.given("sft_mode") and s.order["sft_mode"] > s.order["task"]:
+        s.set("task", "sft" if s.sft_mode else "pretrain", s.source["sft_mode"])
+    s.set("sft_mode", s.task == "sft" and s.sft_mode, s.source["sft_mode"])
+    config_tunes = any(s.given(name) and not s.chosen(name) for name in ("task", "sft_mode", "use_lora"))
+    meant = {name for name in s.source if s.chosen(name) or (config_tunes and s.given(name))}  # for this task
+    data_is_set = bool(meant & {"data_path", "dataset", "mixture"})
+    if s.use_lora and not s.given("task") and not data_is_set:
+        s.set("task", "sft", "use_lora without data")
+    for name in sorted(names_of(LoraSettings) - {"use_lora"}):
+        need(s.use_lora or not s.given(name), f"{name} is for adapters: set use_lora=1, or leave it out")
+    if s.lora_dropout and not s.given("lora_targets"):
+        s.set("lora_targets", "all", "lora_dropout")  # it cannot act on the head, which is there by default
+    if s.task == "sft":
+        choose_examples(s, data_is_set)
+    if s.task == "sft" or s.use_lora:
+        need(s.init_from != "scratch",
+             "init_from=scratch: fine-tuning needs trained weights; leave it out, or name a checkpoint")
+        choose_smaller_steps(s, meant)
+
+
+def choose_examples(s: Settings, data_is_set: bool) -> None:
+    """data/stdlib_chat, unless there is data. The tokenizer is that of the base."""
+    if not data_is_set:
+        for name, value in (("data_path", ""), ("dataset", "stdlib_chat"), ("mixture", "")):
+            s.set(name, value, "task=sft")
+    need(not s.mixture, f"mixture={s.mixture} is for pretraining; examples come from data_path= or dataset=")
+    need(s.data_path or not s.val_path, f"val_path={s.val_path} without data_path: set the training examples, too")
+    for name in ("tokenizer", "vocab_size"):
+        value = getattr(s, name)
+        need(not s.chosen(name), f"{name}={value}: fine-tuning has the tokenizer of its base; leave it out")
+        s.set(name, value, "default")
+
+
+def choose_smaller_steps(s: Settings, meant: set[str]) -> None:
+    """FINE_TUNING, but for what is `meant` for fine-tuning. The rates of a pretraining config shrink by the factor by
+    which the default one does."""
+    factor = FINE_TUNING["lr"] / OptimSettings.lr
+    for name in ("lr", "min_lr", "muon_lr", *FINE_TUNING):
+        if name in meant or s.source[name] == "fine-tuning":
+            continue
+        if name in ("lr", "min_lr", "muon_lr") and s.given(name) and getattr(s, name) > 0:
+            s.set(name, getattr(s, name) * factor, "fine-tuning")
+        elif name in FINE_TUNING:
+            s.set(name, FINE_TUNING[name], "fine-tuning")
+    if s.source["max_steps"] == "fine-tuning" and "max_tokens" not in meant:
+        s.set("max_tokens", 0, "fine-tuning")
+
+
+# ---- the folder
+
+
+def run_folder(s: Settings) -> Path:
+    """out_dir, else out/<config name>, with the data and the tokenizer that were set outside of the config.
+
+    >>> DATA_PATH=my.txt TOKENIZER=char python train.py  ->  out/quickstart-my-char
+
+    A fine-tuning run is called after its base.
+    """
+    if s.out_dir:
+        return write_path(s.out_dir)
+    if s.configs:
+        name = s.configs[-1]
+    elif s.task == "sft" or s.use_lora:
+        name = base_of(s).resolve().parent.name
+    else:
+        name = "quickstart"
+    if s.chosen("data_path"):
+        name += f"-{Path(s.data_path).stem}"
+    elif s.chosen("dataset"):
+        name += f"-{dataset_name(s.dataset)}"
+    elif s.chosen("mixture"):
+        name += f"-{dataset_name('mix ' + s.mixture)}"
+    if s.task == "pretrain" and not s.use_lora and s.chosen("tokenizer"):
+        file = Path(s.tokenizer)
+        if file.name in ("tokenizer.json", "tokenizer.model"):  # called after its folder
+            file = file.parent
+            name += f"-{file.name}"
+        else:
+            name += f"-{file.stem}"
+    if s.task == "sft":
+        name += "-sft"
+    if s.use_lora:
+        name += "-lora"
+    return ROOT / "out" / name
+
+
+def base_of(s: Settings) -> Path:
+    """The checkpoint that fine-tuning starts from: init_from, else the run of the config, else the newest pretraining
+    run."""
+    if s.init_from != "auto":
+        return checkpoint.find(s.init_from)
+    if s.configs:
+        return checkpoint.find(ROOT / "out" / s.configs[-1])
+    for run in checkpoint.runs():
+        path = checkpoint.find(run)
+        try:
+            saved = checkpoint.settings(path)
+        except UserError as error:
+            tell(f"{error}: passed over")
+            continue
+        if saved.get("task", "pretrain") == "pretrain" and not saved.get("use_lora"):
+            return path
+    raise UserError("there is no trained model to fine-tune yet: `python train.py` makes one")
+
+
+# ---- the start
+
+
+@contextmanager
+def open_run(s: Settings, out_dir: Path, machine: Machine) -> Iterator[Start]:
+    """Hold the lock of the run's folder. Yields what the run starts from, after which the settings are complete: the
+    shape of the model comes from a checkpoint, and a setting that contradicts it is refused."""
+    lock = nullcontext()
+    if machine.is_main:
+        lock = checkpoint.lock(out_dir)
+    with lock:
+        yield find_start(s, out_dir, machine)
+
+
+def find_start(s: Settings, out_dir: Path, machine: Machine) -> Start:
+    overwrite = "train" in forced(s.overwrite) and not attempt()
+    is_named = s.init_from not in ("auto", "scratch")
+    need(not is_named or checkpoint.find(s.init_from).resolve().parent != out_dir.resolve(),
+         f"init_from={s.init_from} is in the folder of this run, {out_dir}; set another out_dir")
+    if not overwrite and checkpoint.steps(out_dir):
+        need(s.init_from != "scratch",
+             f"{out_dir} holds a run, and init_from=scratch would overwrite it; set another out_dir")
+        return resume_run(s, out_dir, machine)
+    need(overwrite or not (out_dir / "best.pt").is_file(),
+         f"{out_dir} holds a model, and this run would overwrite it; set another out_dir")
+    if s.task == "sft" or s.use_lora or is_named:
+        return start_from(s, base_of(s), machine, overwrite)
+    return Start(overwrite=overwrite)
+
+
+def start_from(s: Settings, path: Path, machine: Machine, overwrite: bool) -> Start:
+    """A new run on top of a checkpoint."""
+    state = checkpoint.load(path)
+    need(not state["base"], f"{path} holds adapters: `python convert.py {path.parent} MERGE=1` makes a base of them")
+    machine.print(f"init     from {path}")
+    saved = checkpoint.saved_settings(state, path, s.parts)
+    tokenizer, weights = checkpoint.tokenizer_of(state, saved, path), checkpoint.weights(state)
+    need(not s.given("tokenizer") or s.tokenizer not in TRAINED or s.tokenizer == saved["tokenizer"],
+         f"tokenizer={s.tokenizer}: {path} knows its own, from tokenizer={saved['tokenizer']}; leave it out, or begin "
+         "with fresh weights")
+    checkpoint.check_weights(path, saved, weights)
+    need(tokenizer.vocab_size == saved["vocab_size"],
+         f"{path} has {saved['vocab_size']} embeddings, but its tokenizer {tokenizer.vocab_size} ids: it cannot be "
+         "trained further")
+    free = {"rope_scaling", "rope_factor", "rope_original", "seq_len"}  # weights may learn a longer context,
+    if s.use_lora:  # but adapters belong to the base as it is: their rows may only be shorter
+        free = {"seq_len"}
+    if saved["position"] == "learned" or (s.use_lora and s.seq_len > saved["seq_len"]):
+        free.remove("seq_len")
+    adopt(s, saved, (names_of(ModelConfig) & MUST) - {name for name in free if s.given(name)})
+    follow(s, saved, {}, {"template", "system", "dtype"}, machine.print)  # what a model knows goes from run to run
+    start = Start(weights, tokenizer, init=str(path.resolve()), overwrite=overwrite)
+    if s.use_lora:
+        start.base = {"path": start.init, "fingerprint": fingerprint(weights)}
+    return start
+
+
+def resume_run(s: Settings, out_dir: Path, machine: Machine) -> Start:
+    """The run in out_dir where it was left."""
+    state = checkpoint.load_newest(out_dir, machine.print)
+    if state is None:
+        raise UserError(f"no step checkpoint in {out_dir} can be read; {checkpoint.without_steps(out_dir)}")
+    step = state["progress"]["step"]
+    machine.print(f"resume   from step {step} (the same command continues a run)")
+    saved = checkpoint.saved_settings(state, out_dir, s.parts)
+    for name in ("task", "use_lora"):
+        need(getattr(s, name) == saved[name],
+             f"the run in {out_dir} has {name}={saved[name]}: set it again, or set another out_dir")
+    if s.init_from != "auto" and checkpoint.find(s.init_from).resolve().parent != Path(state["init"]).parent:
+        raise UserError(f"the run in {out_dir} began from {state['init'] or 'fresh weights'}, not from init_from="
+                        f"{s.init_from}; set another out_dir")
+    tokenizer = checkpoint.tokenizer_of(state, saved, out_dir)
+    weights, adapters = state["model"], None
+    if state["base"]:
+        weights, adapters = checkpoint.load_base(state["base"], out_dir, s.lora_base), weights
+    checkpoint.check_weights(out_dir, saved, weights, adapters)
+    config, made_of = read_part(state, "config", dict), read_made_of(state)
+    adopt(s, saved, MUST)
+    follow(s, saved, config, s.source.keys() - MUST - HERE, machine.print)
+    if not s.given("vocab_size"):
+        s.vocab_size = saved["vocab_size"]
+    if not s.given("tokenizer") and saved["tokenizer"] in TRAINED:
+        s.set("tokenizer", saved["tokenizer"], "checkpoint")
+    sequences = saved["batch_size"] * saved["grad_accum"]  # of a step, for a run that did not count its samples
+    if saved["total_batch_size"]:
+        sequences = saved["total_batch_size"] // saved["seq_len"]
+    return Start(weights, tokenizer, init=state["init"], base=state["base"], state=state, saved=saved, config=config,
+                 made_of=made_of, rule=made_of.get("rule", 1), step=step,
+                 samples=state["progress"].get("samples", step * sequences))
+
+
+def claim_folder(start: Start, out_dir: Path, machine: Machine) -> None:
+    """The data is there, so the run begins: an earlier one makes room, as overwrite=train asks, but nothing is
+    deleted; the folder keeps the tokenizer of the base, and the base of adapters."""
+    if not machine.is_main:
+        return
+    kept = None
+    if start.overwrite:
+        kept = checkpoint.set_aside(out_dir)
+    if kept:
+        machine.print(f"run      starts again; what was there is in {kept}")
+    if start.init and not start.state:
+        with writing(out_dir, "; set another out_dir"):
+            start.tokenizer.save(out_dir)
+        if start.base:
+            checkpoint.keep_base(Path(start.init), out_dir)
+    checkpoint.remember(out_dir)
