@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 import lora
 from configurator import (
@@ -36,16 +35,15 @@ from configurator import (
     check_fields,
     configure,
     need,
-    pick,
 )
 from ffn import update_balance
-from model import LanguageModel, ModelConfig, shapes_only
+from model import LanguageModel, ModelConfig
 from optim import EMA, LossScale, Optimizer, OptimSettings, clip_grad_norm, lr_at
 from runtime import checkpoint, device
 from runtime.device import Machine, MachineSettings
 from runtime.log import Log, LogSettings, Progress
 from runtime.resume import about_run, examples_of_run, has_other_validation, known_tokenizer, tokens_of_run
-from runtime.run import Start, choose_task, claim_folder, open_run, run_folder
+from runtime.run import Start, choose_task, claim_folder, describe_run, longer, open_run, run_folder
 from runtime.screen import clock, run
 from text.batches import Batches, Prefetcher, TokenStream, Validation
 from text.chat import ChatSettings, SftSettings, Template
@@ -91,22 +89,16 @@ def main(argv: list[str] | None = None) -> int:
         machine.print(f"settings\n{s.report()}")
     with open_run(s, out_dir, machine) as start:  # locked; s is complete now: a checkpoint decides the model's shape
         machine.dtype, machine.reason = device.choose_dtype(s.dtype, machine.device)
-        plan = plan_steps(s, machine.world_size, start.step, start.samples)
-        check_memory(s, machine)
+        plan = plan_steps(s, machine.world_size, start.progress)
         # Before the process group: a collective would time out while one process prepares the data.
         tokenizer, batches, validation = open_data(s, start, quiet=not machine.is_main)
         rescored = has_other_validation(start.made_of, batches, validation, out_dir, machine.print)
         claim_folder(start, out_dir, machine)
         device.init_processes(machine)
         try:
-            training = Run(s, start, plan, machine, out_dir, tokenizer, batches, validation, rescored)
-            if training.is_complete():
-                machine.print(training.why_complete())
-                code = 0
-            else:
-                code = training.train()
+            code = Run(s, start, plan, machine, out_dir, tokenizer, batches, validation, rescored).train()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            raise out_of_memory(error, s) or error from None
+            raise device.out_of_memory(error, s.batch_size, s.grad_accum) or error from None
         device.leave_processes(machine)
         return code
 
@@ -125,50 +117,22 @@ class Plan:
     micro_batch: int  # per forward pass
 
 
-def plan_steps(s: Settings, world_size: int, step: int = 0, samples: int = 0) -> Plan:
-    """Divide the step among processes and forward passes. What does not divide is refused, and the nearest named.
-
-    `step` updates are done, and `samples` rows are seen: max_steps counts all updates, max_tokens all tokens.
-    """
-    if s.total_batch_size:
-        unit = world_size * s.seq_len
-        nearest = max(1, round(s.total_batch_size / unit)) * unit
-        need(s.total_batch_size % unit == 0, f"total_batch_size={s.total_batch_size} does not divide into {world_size} "
-                                             f"processes x seq_len={s.seq_len}; nearest: {nearest}")
-        sequences = s.total_batch_size // s.seq_len
-        per_rank = sequences // world_size
-        micro_batch = max(n for n in range(1, s.batch_size + 1) if per_rank % n == 0)
-    else:
-        sequences = s.batch_size * s.grad_accum
-        need(sequences % world_size == 0,
-             f"batch_size x grad_accum = {sequences} sequences do not divide by {world_size} processes; "
-             f"set batch_size={math.ceil(s.batch_size / world_size) * world_size}")
-        per_rank = sequences // world_size
-        micro_batch = min(s.batch_size, per_rank)
-        need(per_rank % micro_batch == 0,
-             f"{per_rank} sequences per process do not divide by batch_size={s.batch_size}")
+def plan_steps(s: Settings, world_size: int, done: Progress) -> Plan:
+    """Divide the step among processes, and their shares into the largest forward passes that divide them. max_steps
+    counts all updates of the run and max_tokens all its tokens, those that are `done` among them."""
+    tokens = s.total_batch_size or s.batch_size * s.grad_accum * s.seq_len
+    unit = world_size * s.seq_len
+    nearest = max(1, round(tokens / unit)) * unit
+    need(tokens % unit == 0, f"total_batch_size={tokens} does not divide into {world_size} processes x seq_len="
+                             f"{s.seq_len}; nearest: {nearest}")
+    per_rank = tokens // unit
+    sequences = per_rank * world_size
+    micro_batch = max(n for n in range(1, s.batch_size + 1) if per_rank % n == 0)
     max_steps = s.max_steps
     if s.max_tokens:
-        rows = max(0, math.ceil(s.max_tokens / s.seq_len) - samples)
-        max_steps = step + math.ceil(rows / sequences)
-    return Plan(max_steps, samples + (max_steps - step) * sequences, sequences, per_rank, micro_batch)
-
-
-def check_memory(s: Settings, machine: Machine) -> None:
-    """Refuse what is wrong or too large before the data is prepared, which may take hours."""
-    for part in SETTINGS:
-        s.part(part)
-    try:
-        with shapes_only():
-            model = LanguageModel(s.part(ModelConfig))
-    except RuntimeError as error:
-        raise UserError(f"there is no memory for a model of these sizes ({error}): lower d_model or d_ff") from None
-    count = sum(p.numel() for p in model.parameters())
-    needed, there = 12 * count, device.memory(machine.device)  # bytes: with a gradient and one moment
-    if s.use_lora:
-        needed = 4 * count
-    need(needed <= there, f"{count / 1e9:,.1f} billion parameters need {needed / 1e9:,.0f} GB to train, and there are "
-                          f"{there / 1e9:,.0f}: lower d_model, d_ff or n_layer")
+        rows = max(0, math.ceil(s.max_tokens / s.seq_len) - done.samples)
+        max_steps = done.step + math.ceil(rows / sequences)
+    return Plan(max_steps, done.samples + (max_steps - done.step) * sequences, sequences, per_rank, micro_batch)
 
 
 def open_data(s: Settings, start: Start, quiet: bool):
@@ -224,7 +188,7 @@ class Run:
         self.model.to(machine.device).train()
         self.compiles = device.wants_compile(s.part(MachineSettings), s.given("compile"), machine)
         self.optimizer = Optimizer(self.model, s.part(OptimSettings), self.compiles)
-        self.ema, self.scale, self.progress = None, None, Progress()
+        self.ema, self.scale, self.progress = None, None, start.progress
         if s.ema:
             self.ema = EMA(self.model, s.ema)
         if machine.dtype == torch.float16:
@@ -242,56 +206,38 @@ class Run:
         self.log = Log(s.part(LogSettings), out_dir, machine, first_step=self.progress.step, max_steps=plan.max_steps,
                        tokens_per_step=plan.sequences * s.seq_len, flops_per_token=self.model.flops_per_token())
         self.about = {"format": checkpoint.FORMAT, **about_run(s, start, tokenizer, batches, validation)}
-        self.describe()
+        machine.print(describe_run(s, plan, self.model, self.optimizer, batches, validation))
 
     def restore(self, start: Start) -> None:
         """Adapters, optimizer and progress of the run that is resumed."""
         state = start.state
         if self.s.use_lora:
             lora.load_adapter(self.model, state["model"])
-        need("optimizer" in state, f"the newest checkpoint in {self.out_dir} has no state of the optimizer: a run in "
-                                   "another out_dir can start from it by init_from=")
+        need("optimizer" in state, f"the newest checkpoint in {self.out_dir} has no optimizer: start from it by "
+                                   "init_from= in another out_dir")
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
             need(state.get("ema"), f"the run in {self.out_dir} kept no average of the weights: continue it with ema=0")
             self.ema.load_state_dict(state["ema"])
         if self.scale and state.get("scale"):
             self.scale.load_state_dict(state["scale"])
-        self.progress = pick(Progress, state["progress"] | {"samples": start.samples})
-        need(start.step <= self.plan.max_steps, f"the run in {self.out_dir} has {start.step} steps already, more than "
-                                                f"{self.plan.max_steps}; set another out_dir, or a larger max_steps")
+        need(self.progress.step <= self.plan.max_steps, f"the run in {self.out_dir} has {self.progress.step} steps, "
+             f"more than max_steps={self.plan.max_steps}: set that larger, or another out_dir")
         self.progress.ended = self.has_ended(self.progress.best)  # by the goals of now
-
-    def describe(self) -> None:
-        counts, plan, say = self.model.count_parameters(), self.plan, self.machine.print
-        active, passes = "", ""
-        if counts["active"] < counts["total"]:
-            active = f"{counts['active']:,} of them active for a token, "
-        if plan.per_rank > plan.micro_batch:
-            passes = f" in {plan.per_rank // plan.micro_batch} forward passes"
-        epochs = plan.samples / self.batches.per_epoch
-        say(f"model    {counts['total']:,} parameters, {active}{counts['total'] - counts['embedding']:,} without "
-            f"embeddings; {self.model.flops_per_token() / 1e6:.0f} MFLOP per token")
-        if self.s.use_lora:
-            say(f"adapters {lora.describe(self.model)}")
-        say(f"data     {self.batches.describe()}; a vocabulary of {self.s.vocab_size:,}; validation on "
-            f"{self.validation.tokens:,} tokens\n"
-            f"steps    {plan.max_steps:,} of {plan.sequences * self.s.seq_len:,} tokens{passes}: {epochs:.2f} epochs")
-        if self.s.task == "pretrain" and epochs > 40:
-            say("         so little text is learned by heart: DATASET=tinystories, DATASET=fineweb_edu:limit=1e9 or "
-                "DATA_PATH= bring more")
-        lr, muon_lr = self.rates()
-        if muon_lr is not None:
-            say(f"rates    lr {lr:g} (AdamW), muon_lr {muon_lr:g} for hidden matrices (Muon)")
-        if self.s.tokenizer == "char" and self.s.dataset == "stdlib" and not self.s.data_path:
-            say("         Python source has few characters: DATA_PATH=<text of yours> brings its own")
 
     # ---- the loop
 
     def train(self) -> int:
         """Returns 0 at the end of the run, 128 + its number if a signal stopped it."""
         s, plan, machine, progress = self.s, self.plan, self.machine, self.progress
-        wrapped, stopped = self.wrap(), False
+        validated = machine.any(self.log.validated) and not self.rescored  # the first process has read the file
+        if progress.ended:
+            machine.print("the run has reached its goal")
+            return 0
+        if progress.step == plan.max_steps and validated:
+            machine.print(f"the run is complete; {longer(self.s, self.plan)} continues it")
+            return 0
+        wrapped, stopped = device.wrap(self.model, machine, self.compiles, s.compile_backend), False
         first_step, first_sample = progress.step, progress.samples
         rates, planned = self.optimizer.settings, plan.samples / plan.sequences  # in steps of the present size
 
@@ -377,35 +323,13 @@ class Run:
             load = update_balance(self.model, machine.all_reduce, torch.where(finite, rate, 0.0))
         return StepResult(norm, finite, torch.where(finite, nats, 0.0), finite * learned, load)
 
-    def wrap(self):
-        """What the loop calls instead of the model: compiled, and averaging gradients over the processes."""
-        model, gpu = self.model, None
-        if self.compiles:
-            self.machine.print("compile  before the first step, which takes a while")
-            if model.chain is not None:  # its backward pass calls the branches one by one
-                model.chain.compile(backend=self.s.compile_backend, dynamic=False)
-            else:
-                model = torch.compile(model, backend=self.s.compile_backend, dynamic=False)
-        if self.machine.world_size > 1:
-            if self.machine.on_cuda:
-                gpu = [self.machine.device.index]
-            model = DistributedDataParallel(model, device_ids=gpu)
-        return model
-
     def due(self, interval: int) -> bool:
         """Whether what comes every `interval` steps, and at the end, follows this step."""
         return self.progress.step % interval == 0 or self.progress.step == self.plan.max_steps
 
-    def rates(self, factor: float = 1.0) -> tuple[float, float | None]:
-        """The learning rates at `factor` times their peaks: AdamW's, and Muon's or None where it does not run."""
-        settings = self.optimizer.settings
-        if self.optimizer.stacks:
-            return factor * settings.lr, factor * settings.muon_lr
-        return factor * settings.lr, None
-
     def report(self, result: StepResult, factor: float) -> None:
         """A line of the log; too many bad steps in a row end the run."""
-        progress, loss, experts = self.progress, math.nan, {}
+        progress, rates, loss, muon_lr, experts = self.progress, self.optimizer.settings, math.nan, None, {}
         nats, learned = self.machine.all_reduce(self.nats).item(), self.learned.item()
         if learned:
             loss = nats / learned
@@ -415,11 +339,13 @@ class Run:
             experts["expert_load"] = result.load.item()
             if self.s.balance == "loss":
                 experts["balance"] = self.model.balance.item()
-        self.log.training(progress, loss, result.norm.item(), *self.rates(factor), experts)
+        if self.optimizer.stacks:
+            muon_lr = factor * rates.muon_lr
+        self.log.training(progress, loss, result.norm.item(), factor * rates.lr, muon_lr, experts)
         if self.bad >= self.s.max_skipped:
-            saved = [*checkpoint.steps(self.out_dir), "none"]
+            good = max(checkpoint.steps(self.out_dir), default="not there yet")
             raise UserError(f"no finite gradient in {int(self.bad)} steps in a row, at step {progress.step}: lower lr; "
-                            f"the last good checkpoint is {saved[-2:][0]}")
+                            f"the last good checkpoint is {good}")
 
     # ---- checkpoints and validation
 
@@ -458,9 +384,9 @@ class Run:
         """Score the weights that we would ship, and keep them in best.pt if there were none better."""
         from eval import evaluate
 
-        progress = self.progress
+        s, machine, progress = self.s, self.machine, self.progress
         with self.averaged():
-            score = evaluate(self.model, self.validation, self.machine, self.s.batch_size)
+            score = evaluate(self.model, self.validation, machine, s.batch_size)
         better = score.loss < progress.best
         if better and self.saved_step != progress.step:  # a run does not resume from best.pt
             self.save(must=False)
@@ -469,7 +395,7 @@ class Run:
             progress.best, progress.worse = score.loss, 0
         progress.ended = self.has_ended(score.loss)
         # A best model alone cannot be continued, and would keep the same command out of its folder.
-        if better and self.machine.is_main and checkpoint.steps(self.out_dir):
+        if better and machine.is_main and checkpoint.steps(self.out_dir):
             try:
                 with self.averaged():
                     state = self.about | {"model": self.weights(), "progress": asdict(progress)}
@@ -478,21 +404,15 @@ class Run:
                 self.log.message(str(error))
         self.log.validation(progress, score, better)
         if self.model.chain is not None:
-            self.check_inverse()
+            with machine.autocast():
+                largest, error = self.model.probe(self.validation.get(0, 1)[0].to(machine.device))
+            self.log.message(f"         reversible: max |x| {largest:.3g}, error of the inverse {error:.2g}")
+            if s.reversible_grid and largest >= 2 ** (24 - s.reversible_grid):
+                self.log.message(f"         beyond the range of reversible_grid={s.reversible_grid}, lower it")
         if progress.ended:
             why = "the goal is reached" if self.reached(score.loss) else f"no better validation in {progress.worse}"
             self.log.message(f"we stop here: {why}")
             self.save(must=True)  # the same command will not train further
-
-    def check_inverse(self) -> None:
-        """Print how exactly reversible blocks are undone."""
-        ids, grid = self.validation.get(0, 1)[0].to(self.machine.device), self.s.reversible_grid
-        with self.machine.autocast():
-            largest, error = self.model.probe(ids)
-        line = f"         reversible: max |x| {largest:.3g}, error of the inverse {error:.2g}"
-        if grid and largest >= 2 ** (24 - grid):
-            line += f"; beyond the range of reversible_grid={grid}, lower it"
-        self.log.message(line)
 
     # ---- the end
 
@@ -503,37 +423,10 @@ class Run:
         """Whether this validation loss, or those that were no better, end the run."""
         return self.reached(loss) or 0 < self.s.patience <= self.progress.worse
 
-    def is_complete(self) -> bool:
-        validated = self.machine.any(self.log.validated) and not self.rescored  # the first process has read the file
-        return self.progress.ended or (self.progress.step == self.plan.max_steps and validated)
-
-    def why_complete(self) -> str:
-        if self.progress.ended:
-            return "the run has reached its goal"
-        return f"the run is complete; {self.longer()} continues it"
-
-    def longer(self) -> str:
-        """What makes the run twice as long, and what keeps its learning rate where that would rise again."""
-        words, rates = f"MAX_STEPS={2 * self.plan.max_steps}", self.optimizer.settings
-        if self.s.max_tokens:
-            words = f"MAX_TOKENS={2 * self.s.max_tokens}"
-        if self.s.overwrite:
-            words += " OVERWRITE="
-        steps = self.plan.samples / self.plan.sequences
-        now, then = rates.lr * lr_at(steps - 1, rates, steps), rates.lr * lr_at(steps, rates, 2 * steps)
-        if then > now:
-            words += f"\n         (which lifts the learning rate from {now:.2g} to {then:.2g}; "
-            words += f"SCHEDULE=constant LR={now:.2g}"
-            if self.s.muon_lr:
-                words += f" MUON_LR={self.s.muon_lr * now / rates.lr:.2g}"
-            words += " keeps it)"
-        return words
-
     def finish(self) -> None:
         """Write samples.txt, and print one sample and what comes next."""
         bad = checkpoint.not_finite(self.weights())  # on every process alike
-        need(not bad, f"{bad} is not finite (nan or inf): this run diverged; train again with a lower lr, in another "
-                      "out_dir")
+        need(not bad, f"{bad} is not finite (nan or inf): this run diverged; lower lr, in another out_dir")
         if self.machine.is_main:
             from sample import next_commands, write_samples
 
@@ -543,17 +436,7 @@ class Run:
                 lora.merge(self.model)
             sample = write_samples(self.out_dir / "samples.txt", self.model, self.tokenizer, self.validation, template)
             self.machine.print(f"\n{sample}\n\n{next_commands(self.out_dir, chat=self.s.task == 'sft')}\n"
-                               f"continue the same command with {self.longer()}")
-
-
-def out_of_memory(error: Exception, s: Settings) -> UserError | None:
-    """The sentence for running out of memory, None for any other error."""
-    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
-        return None
-    smaller = max(1, s.batch_size // 2)
-    return UserError(f"out of memory with batch_size={s.batch_size}: try BATCH_SIZE={smaller} GRAD_ACCUM="
-                     f"{s.grad_accum * s.batch_size // smaller}, CHECKPOINT_ACTIVATIONS=1, or a smaller seq_len; the "
-                     "run is as it was last saved")
+                               f"continue the same command with {longer(self.s, self.plan)}")
 
 
 if __name__ == "__main__":

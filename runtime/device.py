@@ -15,8 +15,9 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from configurator import UserError, check_fields, need, shown
+from configurator import UserError, check_fields, shown
 from optim import matmul_dtype
 from runtime.screen import leaving, tell
 
@@ -41,7 +42,6 @@ class Machine:
     reason: str  # why this dtype
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -91,12 +91,14 @@ def choose_machine(s: MachineSettings) -> Machine:
     """Resolve device and precision; read rank and world size from torchrun's environment (no process group yet)."""
     rank, world_size, local_rank = place_of_process()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        from runtime.workers import watch_parent  # here, because most starts are without torchrun
+        from runtime.workers import watch_parent
 
         watch_parent(os.getppid(), leave_orphaned)
     name = s.device
     if name == "auto":
-        name = fastest_device()
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if s.device == "auto" and torch.cuda.is_available():
+        name = "cuda"
     if name == "cuda" and world_size > 1:
         name = f"cuda:{local_rank}"
     try:
@@ -110,15 +112,7 @@ def choose_machine(s: MachineSettings) -> Machine:
     elif device.type == "cpu":
         keep_memory()
     dtype, reason = choose_dtype(s.dtype, device)
-    return Machine(device, dtype, reason, rank=rank, world_size=world_size, local_rank=local_rank)
-
-
-def fastest_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    if torch.backends.mps.is_available():
-        return "mps"
-    return "cpu"
+    return Machine(device, dtype, reason, rank, world_size)
 
 
 def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -134,27 +128,20 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 def place_of_process(environ=os.environ) -> tuple[int, int, int]:
     """(rank, world size, local rank) as torchrun sets them; (0, 1, 0) without it."""
-    numbers = []
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        text = environ.get(name) or default
-        need(re.fullmatch(r"[0-9]{1,6}", text),
-             f"{name}={shown(text)} in the environment is not a number as torchrun sets it: unset it")
-        numbers.append(int(text))
-    rank, world_size, local_rank = numbers
+    texts = [environ.get("RANK") or "0", environ.get("WORLD_SIZE") or "1", environ.get("LOCAL_RANK") or "0"]
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
-    remedy = "unset them, or start with torchrun --nproc_per_node=2 train.py"
-    need(world_size == 1 or not missing,
-         f"WORLD_SIZE={world_size} in the environment without {', '.join(missing)}: {remedy}")
-    need(rank < world_size, f"RANK={rank} of WORLD_SIZE={world_size} in the environment is no such rank: {remedy}")
-    return rank, world_size, local_rank
+    if all(re.fullmatch(r"[0-9]{1,6}", text) for text in texts):
+        rank, world_size, local_rank = map(int, texts)
+        if rank < world_size and (world_size == 1 or not missing):
+            return rank, world_size, local_rank
+    raise UserError(f"RANK={shown(texts[0])} WORLD_SIZE={shown(texts[1])} LOCAL_RANK={shown(texts[2])} in the "
+                    "environment are not as torchrun sets them: unset them, or start with torchrun --nproc_per_node=2")
 
 
 def attempt() -> int:
     """How often torchrun has restarted all ranks after a crash."""
     text = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
-    if re.fullmatch(r"[0-9]{1,6}", text):
-        return int(text)
-    return 0
+    return int(text) if re.fullmatch(r"[0-9]{1,6}", text) else 0
 
 
 def leave_orphaned() -> None:
@@ -219,6 +206,20 @@ def wants_compile(s: MachineSettings, is_set: bool, machine: Machine) -> bool:
     return s.compile
 
 
+def wrap(model, machine: Machine, compiles: bool, backend: str):
+    """What a training loop calls instead of the model: compiled, and averaging gradients over the processes."""
+    if compiles:
+        machine.print("compile  before the first step, which takes a while")
+        if model.chain is not None:  # its backward pass calls the branches one by one
+            model.chain.compile(backend=backend, dynamic=False)
+        else:
+            model = torch.compile(model, backend=backend, dynamic=False)
+    if machine.world_size > 1:
+        gpu = [machine.device.index] if machine.on_cuda else None
+        model = DistributedDataParallel(model, device_ids=gpu)
+    return model
+
+
 def keep_memory() -> None:
     """Ask glibc to keep freed memory: a training step frees and takes back hundreds of MB, and every page that goes
     through the kernel is zeroed and faulted in again (a quarter of the time of GPT-2's step on two cores)."""
@@ -260,6 +261,16 @@ def memory(device: torch.device) -> float:
     if not hasattr(os, "sysconf"):  # Windows
         return math.inf
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def out_of_memory(error: Exception, batch_size: int, grad_accum: int) -> UserError | None:
+    """The sentence for running out of memory, None for any other error."""
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+        return None
+    smaller = max(1, batch_size // 2)
+    return UserError(f"out of memory with batch_size={batch_size}: try BATCH_SIZE={smaller} GRAD_ACCUM="
+                     f"{grad_accum * batch_size // smaller}, CHECKPOINT_ACTIVATIONS=1, or a smaller seq_len; the run "
+                     "is as it was last saved")
 
 
 def peak_memory(machine: Machine) -> float:

@@ -9,13 +9,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from configurator import ROOT, Settings, UserError, need, write_path
-from lora import LoraSettings, fingerprint
-from model import ModelConfig
-from optim import OptimSettings
+from configurator import ROOT, Settings, UserError, need, pick, write_path
+from lora import LoraSettings, describe, fingerprint
+from model import LanguageModel, ModelConfig, shapes_only
+from optim import Optimizer, OptimSettings, lr_at
 from runtime import checkpoint
-from runtime.device import Machine, attempt
+from runtime.device import Machine, attempt, memory
 from runtime.files import writing
+from runtime.log import Progress
 from runtime.resume import HERE, MUST, adopt, follow, names_of, read_made_of, read_part
 from runtime.screen import tell
 from text.batches import RULE
@@ -41,8 +42,7 @@ class Start:
     config: dict = field(default_factory=dict)  # what its config files said
     made_of: dict = field(default_factory=dict)  # what its data is; {} of an older run
     rule: int = RULE  # by which its training rows are cut
-    step: int = 0  # updates that it has done
-    samples: int = 0  # rows that it has seen
+    progress: Progress = field(default_factory=Progress)  # how far it is
 
 
 # ---- what the user left open
@@ -178,7 +178,9 @@ def open_run(s: Settings, out_dir: Path, machine: Machine) -> Iterator[Start]:
     if machine.is_main:
         lock = checkpoint.lock(out_dir)
     with lock:
-        yield find_start(s, out_dir, machine)
+        start = find_start(s, out_dir, machine)
+        check_memory(s, machine)
+        yield start
 
 
 def find_start(s: Settings, out_dir: Path, machine: Machine) -> Start:
@@ -253,9 +255,26 @@ def resume_run(s: Settings, out_dir: Path, machine: Machine) -> Start:
     sequences = saved["batch_size"] * saved["grad_accum"]  # of a step, for a run that did not count its samples
     if saved["total_batch_size"]:
         sequences = saved["total_batch_size"] // saved["seq_len"]
+    progress = pick(Progress, {"samples": step * sequences} | state["progress"])
     return Start(weights, tokenizer, init=state["init"], base=state["base"], state=state, saved=saved, config=config,
-                 made_of=made_of, rule=made_of.get("rule", 1), step=step,
-                 samples=state["progress"].get("samples", step * sequences))
+                 made_of=made_of, rule=made_of.get("rule", 1), progress=progress)
+
+
+def check_memory(s: Settings, machine: Machine) -> None:
+    """Refuse what is wrong or too large before the data is prepared, which may take hours."""
+    for part in s.parts:
+        s.part(part)
+    try:
+        with shapes_only():
+            model = LanguageModel(s.part(ModelConfig))
+    except RuntimeError as error:
+        raise UserError(f"there is no memory for a model of these sizes ({error}): lower d_model or d_ff") from None
+    count = sum(p.numel() for p in model.parameters())
+    needed, there = 12 * count, memory(machine.device)  # bytes: with a gradient and one moment
+    if s.use_lora:
+        needed = 4 * count
+    need(needed <= there, f"{count / 1e9:,.1f} billion parameters need {needed / 1e9:,.0f} GB to train, and there are "
+                          f"{there / 1e9:,.0f}: lower d_model, d_ff or n_layer")
 
 
 def claim_folder(start: Start, out_dir: Path, machine: Machine) -> None:
@@ -274,3 +293,47 @@ def claim_folder(start: Start, out_dir: Path, machine: Machine) -> None:
         if start.base:
             checkpoint.keep_base(Path(start.init), out_dir)
     checkpoint.remember(out_dir)
+
+
+# ---- what the screen shows
+
+
+def describe_run(s: Settings, plan, model: LanguageModel, optimizer: Optimizer, batches, validation) -> str:
+    """Model, data and steps before the first step. `plan` is a train.Plan."""
+    counts, epochs, active, passes = model.count_parameters(), plan.samples / batches.per_epoch, "", ""
+    if counts["active"] < counts["total"]:
+        active = f"{counts['active']:,} of them active for a token, "
+    if plan.per_rank > plan.micro_batch:
+        passes = f" in {plan.per_rank // plan.micro_batch} forward passes"
+    lines = [f"model    {counts['total']:,} parameters, {active}{counts['total'] - counts['embedding']:,} without "
+             f"embeddings; {model.flops_per_token() / 1e6:.0f} MFLOP per token"]
+    if s.use_lora:
+        lines.append(f"adapters {describe(model)}")
+    lines.append(f"data     {batches.describe()}; a vocabulary of {s.vocab_size:,}; validation on "
+                 f"{validation.tokens:,} tokens")
+    lines.append(f"steps    {plan.max_steps:,} of {plan.sequences * s.seq_len:,} tokens{passes}: {epochs:.2f} epochs")
+    if s.task == "pretrain" and epochs > 40:
+        lines.append("         so little text is learned by heart: DATASET=tinystories, "
+                     "DATASET=fineweb_edu:limit=1e9 or DATA_PATH= bring more")
+    if optimizer.stacks:
+        rates = optimizer.settings
+        lines.append(f"rates    lr {rates.lr:g} (AdamW), muon_lr {rates.muon_lr:g} for hidden matrices (Muon)")
+    if s.tokenizer == "char" and s.dataset == "stdlib" and not s.data_path:
+        lines.append("         Python source has few characters: DATA_PATH=<text of yours> brings its own")
+    return "\n".join(lines)
+
+
+def longer(s: Settings, plan) -> str:
+    """What makes a run twice as long, and what keeps its learning rate where that would rise again."""
+    words, rates, steps = f"MAX_STEPS={2 * plan.max_steps}", s.part(OptimSettings), plan.samples / plan.sequences
+    if s.max_tokens:
+        words = f"MAX_TOKENS={2 * s.max_tokens}"
+    if s.overwrite:
+        words += " OVERWRITE="
+    now, then = s.lr * lr_at(steps - 1, rates, steps), s.lr * lr_at(steps, rates, 2 * steps)
+    if then > now:
+        words += f"\n         (the learning rate rises from {now:.2g} to {then:.2g}; SCHEDULE=constant LR={now:.2g}"
+        if s.muon_lr:
+            words += f" MUON_LR={s.muon_lr * now / s.lr:.2g}"
+        words += " keeps it)"
+    return words

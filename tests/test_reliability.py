@@ -131,7 +131,7 @@ if __name__ == "__main__":
 def test_sizes_that_do_not_divide_by_the_processes_are_refused(text, tmp_path, monkeypatch):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "3"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "0")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="3 processes; set batch_size=6"):
+    with pytest.raises(UserError, match="total_batch_size=64 does not divide into 3 processes .* nearest: 48"):
         train.main(tiny_run(text, tmp_path / "run"))
     with pytest.raises(UserError, match="nearest: 240"):
         train.main(tiny_run(text, tmp_path / "run", total_batch_size=256))

@@ -287,12 +287,12 @@ def test_the_parameters_active_for_a_token_and_both_rates_are_said_and_logged(go
 def test_that_twice_the_steps_lift_the_learning_rate_is_said_with_a_way_that_keeps_it(go, tmp_path, capsys):
     go()
     out = capsys.readouterr().out
-    advice = re.search(r"lifts the learning rate from 0.0003 to 0.00\d+; (SCHEDULE.*) keeps it", out)
+    advice = re.search(r"the learning rate rises from 0.0003 to 0.00\d+; (SCHEDULE.*) keeps it", out)
     new = dict(word.lower().split("=") for word in advice[1].split())
     go(**new, max_steps=24)
     assert column(tmp_path / "run", "lr")[12:] == pytest.approx([3e-4] * 12)
     assert column(tmp_path / "run", "muon_lr")[12:] == pytest.approx([2e-3] * 12)
-    assert "lifts" not in capsys.readouterr().out
+    assert "rises" not in capsys.readouterr().out
 
 
 # ---- saving and validating

@@ -110,7 +110,7 @@ def test_accumulation_does_not_change_the_run(go, tmp_path):
 def test_a_large_batch_is_cut_into_the_largest_forward_passes_that_divide():
     for world, expected in ((1, 8), (2, 5), (4, 5), (5, 8), (8, 5)):
         s = configure(train.SETTINGS, ["total_batch_size=640", "seq_len=16", "batch_size=8"], {})
-        plan = train.plan_steps(s, world)
+        plan = train.plan_steps(s, world, train.Progress())
         assert (plan.sequences, plan.per_rank, plan.micro_batch) == (40, 40 // world, expected)
 
 
@@ -123,7 +123,8 @@ def test_max_steps_on_the_command_line_is_stronger_than_the_tokens_of_a_config(t
     config = tmp_path / "long.py"
     config.write_text("max_tokens = 10_000_000")
     for argv, expected in (([], -(-10_000_000 // (16 * 256))), (["max_steps=2"], 2), (["max_tokens=8192"], 2)):
-        assert train.plan_steps(configure(train.SETTINGS, [str(config), *argv], {}), 1).max_steps == expected
+        s = configure(train.SETTINGS, [str(config), *argv], {})
+        assert train.plan_steps(s, 1, train.Progress()).max_steps == expected
 
 
 def test_validation_does_not_change_the_training(go, tmp_path):
