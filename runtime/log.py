@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,10 +55,7 @@ class Progress:
 
 
 class Log:
-    """Written by the first process only.
-
-    `first_step` is the step that the run continues from: later rows of its file are dropped.
-    """
+    """Written by the first process only. The run continues from `first_step`: later rows of its file are dropped."""
 
     def __init__(self, settings: LogSettings, folder: Path, machine: Machine, *, first_step: int, max_steps: int,
                  tokens_per_step: int, flops_per_token: int):
@@ -89,26 +85,24 @@ class Log:
                 file.write(to_csv(rows, header=True))
         except OSError as error:
             raise UserError(f"cannot write {self.path} ({error.strerror}); set another out_dir") from None
-        self.open_services(config)
+        folder = self.path.parent
+        if self.settings.tensorboard:
+            self.add_service("TensorBoard", open_tensorboard, folder, self.first_step)
+        if self.settings.wandb:
+            self.add_service("W&B", open_wandb, self.settings.wandb, folder, self.first_step, config)
         if rows and int(rows[-1]["step"]) == self.first_step:  # TensorBoard drops what it has from this step on
             self.call_services("write", rows[-1])
 
-    def open_services(self, config: dict) -> None:
-        wanted, folder = {}, self.path.parent
-        if self.settings.tensorboard:
-            wanted["TensorBoard"] = partial(tensorboard, folder, self.first_step)
-        if self.settings.wandb:
-            wanted["W&B"] = partial(wandb, self.settings.wandb, folder, self.first_step, config)
-        for name, make in wanted.items():
-            try:
-                self.services[name] = make()
-            except UserError:
-                raise
-            except Exception as error:
-                self.message(f"{name} cannot be used ({error}); the run continues without it")
+    def add_service(self, name: str, make: Callable, *args) -> None:
+        try:
+            self.services[name] = make(*args)
+        except UserError:
+            raise
+        except Exception as error:  # a service never costs a run
+            self.message(f"{name} failed ({error}); the run continues without it")
 
     def call_services(self, action: str, *args) -> None:
-        """write, flush or close every service; one that fails, for whatever reason, is left out from then on."""
+        """write, flush or close every service; one that fails is left out from then on."""
         for name, service in list(self.services.items()):
             try:
                 getattr(service, action)(*args)
@@ -204,14 +198,14 @@ class Log:
     def print_line(self, line: str, stays: bool) -> None:
         if not self.machine.is_main:
             return
-        line, end = visible(line), "\n"
+        line, width, end = visible(line), 0, "\n"
         if not stays:
-            line, end = line[: shutil.get_terminal_size().columns - 1], ""
-        text = line
+            line = line[: shutil.get_terminal_size().columns - 1]
+            width, end = len(line), ""
         if self.live:
-            text = f"\r{line:<{self.width}}"
-        self.width = 0 if stays else len(line)
-        put(text, end=end)
+            line = f"\r{line:<{self.width}}"
+        self.width = width
+        put(line, end=end)
 
     def close(self) -> None:
         """End the live line; the services get what they have not yet."""
@@ -230,7 +224,7 @@ class Service(NamedTuple):
     close: Callable[[], None]
 
 
-def tensorboard(folder: Path, first: int) -> Service:
+def open_tensorboard(folder: Path, first: int) -> Service:
     """Each column is a curve of the same name; a resumed run replaces what earlier files have from step `first` on."""
     package = optional("torch.utils.tensorboard", "tensorboard")
     writer = package.SummaryWriter(own_folder(folder / "tensorboard"), purge_step=first)
@@ -242,17 +236,22 @@ def tensorboard(folder: Path, first: int) -> Service:
     return Service(write, writer.flush, writer.close)
 
 
-def wandb(project: str, folder: Path, first: int, config: dict) -> Service:
+def open_wandb(project: str, folder: Path, first: int, config: dict) -> Service:
     """A resumed run keeps its id, and curves are over our `step`: W&B's own cannot go back."""
-    package, known = optional("wandb", "wandb"), folder / "wandb.id"
-    name = known.read_text(encoding="utf-8", errors="replace") if first and known.is_file() else ""
+    package, known, name = optional("wandb", "wandb"), folder / "wandb.id", ""
+    if first and known.is_file():
+        name = known.read_text(encoding="utf-8", errors="replace")
     if not re.fullmatch(r"[0-9a-f]{8}", name):
         name = secrets.token_hex(4)
     write_text(known, name)
     own_folder(folder / "wandb")
     run = package.init(project=project, name=folder.name, id=name, resume="allow", dir=str(folder), config=config)
     run.define_metric("*", step_metric="step")
-    return Service(lambda row: run.log({"step": int(row["step"])} | numbers(row)), lambda: None, run.finish)
+
+    def write(row: dict) -> None:
+        run.log({"step": int(row["step"])} | numbers(row))
+
+    return Service(write, flush=lambda: None, close=run.finish)
 
 
 # ---- rows and numbers
