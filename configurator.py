@@ -179,9 +179,14 @@ def configure(parts: list[type], argv: list[str] | None = None, environ=None, do
             value = getattr(settings, name) + value
         settings.set(name, value, "command line", order=len(files) + 2)
     settle_rivals(settings)
-    if environ.get("RANK", "0") in ("", "0"):
+    if process_rank(environ) == "0":
         note_misspelt_variables(settings, environ)
     return settings
+
+
+def process_rank(environ=os.environ) -> str:
+    """RANK as torchrun sets it, "0" without torchrun."""
+    return environ.get("RANK") or "0"
 
 
 def check_fields(settings) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import UserError, check_fields, shown
+from configurator import UserError, check_fields, process_rank, shown
 from optim import matmul_dtype
 from runtime.screen import leaving, tell
 
@@ -128,7 +128,7 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 def place_of_process(environ=os.environ) -> tuple[int, int, int]:
     """(rank, world size, local rank) as torchrun sets them; (0, 1, 0) without it."""
-    texts = [environ.get("RANK") or "0", environ.get("WORLD_SIZE") or "1", environ.get("LOCAL_RANK") or "0"]
+    texts = [process_rank(environ), environ.get("WORLD_SIZE") or "1", environ.get("LOCAL_RANK") or "0"]
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
     if all(re.fullmatch(r"[0-9]{1,6}", text) for text in texts):
         rank, world_size, local_rank = map(int, texts)

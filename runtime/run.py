@@ -136,11 +136,8 @@ def run_folder(s: Settings) -> Path:
         name += f"-{dataset_name('mix ' + s.mixture)}"
     if s.task == "pretrain" and not s.use_lora and s.chosen("tokenizer"):
         file = Path(s.tokenizer)
-        if file.name in ("tokenizer.json", "tokenizer.model"):  # called after its folder
-            file = file.parent
-            name += f"-{file.name}"
-        else:
-            name += f"-{file.stem}"
+        is_plain = file.name in ("tokenizer.json", "tokenizer.model")  # then its folder names it
+        name += f"-{file.parent.name if is_plain else file.stem}"
     if s.task == "sft":
         name += "-sft"
     if s.use_lora:

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from configurator import UserError
+from configurator import UserError, process_rank
 
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG)
 leaving: list[Callable[[int], None]] = []  # what `leave` calls last, with the exit code
@@ -45,7 +45,7 @@ def run(main) -> None:
     """Run a script's `main()`. A UserError, or an output that cannot be written, becomes one sentence and exit code 2;
     Ctrl-C is exit code 130. Anything else is our bug and keeps its traceback."""
     script = Path(sys.argv[0]).name
-    rank = os.environ.get("RANK") or "0"
+    rank = process_rank()
     where = f"{script} [rank {rank}]" if rank != "0" else script
     repair_streams()
     if signal.getsignal(signal.SIGINT) == leave_quietly:
@@ -140,7 +140,7 @@ def say(text: str, quiet: bool) -> None:
 
 def is_first_process() -> bool:
     """Whether we are the process of a launch that prints: the others would print the same."""
-    return os.environ.get("RANK", "0") in ("", "0")
+    return process_rank() == "0"
 
 
 @dataclass
