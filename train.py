@@ -169,7 +169,8 @@ class StepResult(NamedTuple):
     finite: Tensor  # whether it was; if not, the step changed nothing
     nats: Tensor  # cross-entropy summed over this process's share of the tokens; 0 if not finite
     learned: Tensor  # tokens that were learned by all processes; 0 if not finite
-    load: Tensor | None = None  # of the busiest expert of all processes, as a multiple of the mean
+    load: Tensor | None = None  # of the busiest expert, as a multiple of the mean
+    balance: Tensor | None = None  # balance loss of this process's last rows
 
 
 class Run:
@@ -301,7 +302,8 @@ class Run:
                 sync = wrapped.no_sync()
             with sync:
                 with machine.autocast():
-                    loss = wrapped(*(None if t is None else t[rows] for t in batch)).sum()
+                    losses, balance = wrapped(*(None if t is None else t[rows] for t in batch), with_balance=True)
+                loss = losses.sum()
                 mean = loss * (machine.world_size / max(learned, 1))  # DDP averages over the processes
                 if self.scale:
                     mean = mean * self.scale.value
@@ -321,7 +323,7 @@ class Run:
         if self.s.n_expert:
             rate = 0.0 if self.s.use_lora else self.s.balance_rate
             load = update_balance(self.model, machine.all_reduce, torch.where(finite, rate, 0.0))
-        return StepResult(norm, finite, torch.where(finite, nats, 0.0), finite * learned, load)
+        return StepResult(norm, finite, torch.where(finite, nats, 0.0), finite * learned, load, balance)
 
     def due(self, interval: int) -> bool:
         """Whether what comes every `interval` steps, and at the end, follows this step."""
@@ -338,7 +340,7 @@ class Run:
         if result.load is not None:
             experts["expert_load"] = result.load.item()
             if self.s.balance == "loss":
-                experts["balance"] = self.model.balance.item()
+                experts["balance"] = result.balance.item()
         if self.optimizer.stacks:
             muon_lr = factor * rates.muon_lr
         self.log.training(progress, loss, result.norm.item(), factor * rates.lr, muon_lr, experts)
