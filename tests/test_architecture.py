@@ -2,7 +2,9 @@
 
 import ast
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +41,14 @@ def test_imports_make_no_circle():
 @pytest.mark.parametrize("name", sorted(OURS.keys() - SCRIPTS))
 def test_only_scripts_import_scripts(name):
     assert not OURS[name] & SCRIPTS
+
+
+def test_training_loads_few_files():
+    """What reads foreign tokenizers, downloads, evaluates or generates is loaded where it is used."""
+    code = "import sys, train; print(*(getattr(module, '__file__', None) for module in list(sys.modules.values())))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    loaded = sorted(path for path in map(Path, out.split()) if path in FILES)
+    assert len(loaded) <= 24, [str(path.relative_to(ROOT)) for path in loaded]
 
 
 def test_the_documentation_names_every_file():

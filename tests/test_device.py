@@ -1,7 +1,10 @@
+"""The device, its precision, the compiler, and the place of a process among several."""
+
 import pytest
+import torch
 
 from configurator import UserError
-from runtime.device import attempt, place_of_process
+from runtime.device import Machine, MachineSettings, attempt, choose_machine, place_of_process, wants_compile
 
 TORCHRUN = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -26,3 +29,28 @@ def test_a_rank_that_torchrun_did_not_set_is_one_sentence(environ):
 def test_a_count_of_attempts_that_is_none_is_the_first(monkeypatch, text, number):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", text)
     assert attempt() == number
+
+
+def test_device_and_dtype_are_as_set():
+    assert choose_machine(MachineSettings(device="meta")).device == torch.device("meta")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        machine = choose_machine(MachineSettings(device="cpu", dtype=str(dtype).removeprefix("torch.")))
+        assert (machine.dtype, machine.reason) == (dtype, "as set")
+        with machine.autocast():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+@pytest.mark.parametrize("device, compile, is_set, wanted", [
+    ("cpu", False, False, False), ("cuda", False, False, True), ("cuda", False, True, False), ("cpu", True, True, True),
+])
+def test_the_model_is_compiled_as_set_and_else_on_cuda(device, compile, is_set, wanted):
+    machine = Machine(torch.device(device), torch.float32, "")
+    settings = MachineSettings(compile=compile, compile_backend="aot_eager")
+    assert wants_compile(settings, is_set, machine) == wanted
+
+
+def test_the_compiler_has_the_backend_that_is_set(go, monkeypatch):
+    backends = set()
+    monkeypatch.setattr(torch, "compile", lambda function, **how: backends.add(how.get("backend")) or function)
+    go(max_steps=1, compile=True, compile_backend="aot_eager")
+    assert "aot_eager" in backends

@@ -460,6 +460,11 @@ def test_gradients_are_clipped_to_grad_clip_and_the_log_has_their_norm_before(go
     assert min(column(tmp_path / "run", "grad_norm")) > 0.01
 
 
+def test_log_interval_is_the_number_of_steps_between_lines(go, tmp_path):
+    go(log_interval=5)
+    assert [row["step"] for row in rows(tmp_path / "run") if row["loss"]] == ["5", "10", "12"]
+
+
 def test_keep_checkpoints_says_how_many_stay(go, tmp_path):
     go(eval_interval=2, keep_checkpoints=3)
     kept = [path.name for path in checkpoint.steps(tmp_path / "run")]
