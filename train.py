@@ -48,7 +48,7 @@ from runtime.screen import clock, run
 from text.batches import Batches, Prefetcher, TokenStream, Validation
 from text.chat import ChatSettings, SftSettings, Template
 from text.corpus import DataSettings
-from text.tokenizer import load_tokenizer
+from text.tokenizer_files import load_tokenizer
 
 
 @dataclass
