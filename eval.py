@@ -16,10 +16,11 @@ import hashlib
 import json
 import math
 import os
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
@@ -187,7 +188,7 @@ class TextWindows:
     def get(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Windows first ... first + count - 1: ids, targets (B, T) int64, and weights, 0 where a token is not new."""
         rows = self.rows[first : first + count]
-        ids = np.zeros((len(rows), max(len(row) for row, _ in rows)), np.int64)
+        ids = np.zeros((len(rows), len(rows[0][0])), np.int64)  # the longest one is first
         weights = np.zeros((len(rows), ids.shape[1] - 1), np.float32)
         for i, (row, known) in enumerate(rows):
             ids[i, : len(row)] = row
@@ -217,11 +218,8 @@ def begin_ids(tokenizer: Tokenizer, bos: str = "auto") -> list[int]:
         post = files["tokenizer"].get("post_processor") or {}
         steps = [step for each in (post, *post.get("processors", [])) for step in each.get("single", [])]
         wanted = "SpecialToken" in steps[0] if steps else files["config"].get("add_bos_token", False)
-    return [begin_token(tokenizer)] if wanted else []
-
-
-def begin_token(tokenizer: Tokenizer) -> int:
-    return tokenizer.needs("eot" if tokenizer.role("bos") is None else "bos")
+    role = "eot" if tokenizer.role("bos") is None else "bos"
+    return [tokenizer.needs(role)] if wanted else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,6 +234,9 @@ class Row:
     continuation: list[int]
     cut: bool  # whether the context has lost its beginning, so that both have at most seq_len + 1 tokens
 
+    def __len__(self) -> int:
+        return len(self.context) + len(self.continuation)
+
 
 def to_row(tokenizer: Tokenizer, context: str, choice: str, seq_len: int, begin: list[int]) -> Row:
     """The harness's rule: white space at the end of the context goes to the continuation, which is what the ids of the
@@ -245,7 +246,7 @@ def to_row(tokenizer: Tokenizer, context: str, choice: str, seq_len: int, begin:
     before = begin + tokenizer.encode(context.rstrip())
     continuation = whole[len(before) :]
     if not before:  # nothing to condition on
-        before = [begin_token(tokenizer)]
+        before = begin_ids(tokenizer, "yes")
     ids = (before + continuation)[-(seq_len + 1) :]
     border = len(ids) - min(len(continuation), seq_len)  # of a choice that is too long itself, the end counts
     return Row(ids[:border], ids[border:], cut=len(ids) < len(before) + len(continuation))
@@ -257,23 +258,23 @@ def log_likelihoods(model: LanguageModel, rows: list[Row], machine: Machine) -> 
     their choices continue from the cache."""
     from generate import prefill
 
-    longest = max(len(row.context) for row in rows)
-    if longest + max(len(row.continuation) for row in rows) > model.cfg.seq_len + 1:  # padded, they do not fit
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].context))
+    contexts, continuations = [row.context for row in rows], [row.continuation for row in rows]
+    length = max(1, *map(len, continuations))
+    if max(map(len, contexts)) + length > model.cfg.seq_len + 1 and len(rows) > 1:  # padded, they do not fit
+        order = sorted(range(len(rows)), key=lambda i: len(contexts[i]))
         scores = [0.0] * len(rows)
         for half in (order[: len(order) // 2], order[len(order) // 2 :]):
             for i, score in zip(half, log_likelihoods(model, [rows[i] for i in half], machine), strict=True):
                 scores[i] = score
         return scores
-    length = max(1, *(len(row.continuation) for row in rows))
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
     learned = torch.zeros(len(rows), length)
-    for i, row in enumerate(rows):
-        ids[i, : len(row.continuation)] = torch.tensor(row.continuation, dtype=torch.int64)
-        learned[i, : len(row.continuation)] = 1
+    for i, continuation in enumerate(continuations):
+        ids[i, : len(continuation)] = torch.tensor(continuation, dtype=torch.int64)
+        learned[i, : len(continuation)] = 1
     ids, learned = ids.to(machine.device), learned.to(machine.device)
     with machine.autocast():
-        cache, logits = prefill(model, [row.context for row in rows], length)
+        cache, logits = prefill(model, contexts, length)
         scores = logits.float().log_softmax(dim=-1).gather(1, ids[:, :1])[:, 0] * learned[:, 0]  # the first tokens
         if length > 1:
             scores = scores - model(ids[:, :-1], ids[:, 1:].contiguous(), learned[:, 1:], cache=cache).sum(dim=1)
@@ -291,7 +292,7 @@ def cast_products(model: LanguageModel, dtype: torch.dtype) -> None:
 
 def question_batches(rows: list[list[Row]], batch_tokens: int) -> Iterator[list[int]]:
     """Indices of questions, the longest first; their choices, padded, have at most `batch_tokens` tokens."""
-    sizes = [max(len(row.context) + len(row.continuation) for row in choices) for choices in rows]
+    sizes = [max(map(len, choices)) for choices in rows]
     batch, count = [], 0  # and its choices
     for i in sorted(range(len(rows)), key=lambda i: -sizes[i]):
         if batch and (count + len(rows[i])) * sizes[batch[0]] > batch_tokens:
@@ -316,11 +317,11 @@ def run_task(model: LanguageModel, tokenizer: Tokenizer, questions: list, machin
     while machine.any((batch := next(batches, None)) is not None):
         done = []
         if batch:
-            flat = [row for i in batch for row in rows[i]]
-            scores = iter(log_likelihoods(model, flat, machine))
+            flat = chain.from_iterable(rows[i] for i in batch)
+            scores = iter(log_likelihoods(model, list(flat), machine))
             for i in batch:
                 number = machine.rank + i * machine.world_size
-                done.append(result(number, mine[i], rows[i], [next(scores) for _ in rows[i]]))
+                done.append(result(number, mine[i], rows[i], list(islice(scores, len(rows[i])))))
         if machine.world_size > 1:
             parts = [None] * machine.world_size
             torch.distributed.all_gather_object(parts, done)
@@ -331,7 +332,7 @@ def run_task(model: LanguageModel, tokenizer: Tokenizer, questions: list, machin
 def result(number: int, question, rows: list[Row], scores: list[float]) -> dict:
     """What is known of one question: `scores` in nats, `answer` by their sum, `answer_norm` by character of the choice.
     Of equal ones the first counts."""
-    characters = np.array([len(choice) for choice in question.choices], float)
+    characters = np.array(list(map(len, question.choices)), float)
     with np.errstate(divide="ignore", invalid="ignore"):
         norm = int(np.argmax(np.array(scores) / characters))
     answer = int(np.argmax(scores))
@@ -344,11 +345,9 @@ def summarise(results: list[dict]) -> dict:
     """Means and their standard errors (of the sample; None for a single question)."""
     n, summary = len(results), {"n": len(results)}
     for metric in ("acc", "acc_norm"):
-        mean, error = sum(each[metric] for each in results) / n, None
-        if n > 1:
-            variance = sum((each[metric] - mean) ** 2 for each in results) / (n - 1)
-            error = math.sqrt(variance / n)
-        summary |= {metric: mean, f"{metric}_stderr": error}
+        values = [each[metric] for each in results]
+        error = statistics.stdev(values) / math.sqrt(n) if n > 1 else None
+        summary |= {metric: sum(values) / n, f"{metric}_stderr": error}
     return summary | {"cut": sum(each["cut"] for each in results)}
 
 

@@ -17,7 +17,7 @@ ASKED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 def read(tmp_path, record, notes=None):
     (tmp_path / "a.jsonl").write_text(json.dumps(record), encoding="utf-8")
-    return list(read_examples(tmp_path / "a.jsonl", notes))[0]
+    return list(read_examples(tmp_path / "a.jsonl", notes=notes))[0]
 
 
 def open_rows(kind, seq_len=256, **data):

@@ -154,20 +154,23 @@ class Template:
         """The ids of a prompt that the text of its answer continues: none where the answer starts a text."""
         return [] if self.every_text_starts else prompt
 
-    def opening(self, user: Message, system: str = "", first: bool = True) -> list[int]:
-        """What the user says, up to where the assistant begins to speak; `system` goes with the first turn only."""
+    def opening(self, user: Message, system: str | None = None) -> list[int]:
+        """What the user says, up to where the assistant begins to speak. `system`: the text before a first turn, perhaps
+        empty; None for a later turn."""
         form, text, about = self.format, user["content"], user.get("input", "")
         if about and not form.input:
             text = f"{text}\n\n{about}"
         if system and not form.system:
             text = form.joined.format(system=system, user=text)
-        parts = [*form.begin] if first else []
+        parts: list[str] = []
+        if system is not None:
+            parts += form.begin
         if system:
             parts += form.system
         parts += form.user
         if about:
             parts += form.input
-        return self.encode([*parts, *form.assistant], first, system=system, user=text, input=about)
+        return self.encode([*parts, *form.assistant], system is not None, system=system, user=text, input=about)
 
     def render(self, messages: list[Message], learn: str = "response") -> tuple[list[int], list[bool]]:
         """(ids, learned): learned[i] is True if token i is a target that counts, be it predicted or the very first.
@@ -184,8 +187,9 @@ class Template:
             learned.extend([counts] * len(part))
 
         prompts = learn == "all"
-        for n, (user, answer) in enumerate(turns):
-            add(self.opening(user, system if n == 0 else "", first=n == 0), prompts)
+        for user, answer in turns:
+            add(self.opening(user, system), prompts)
+            system = None
             if answer is not None:
                 add([*self.answer(answer["content"]), self.ending[0]], answer.get("learn", True))
                 add(self.ending[1:], prompts)
@@ -205,7 +209,7 @@ class Template:
         The end token of an answer is never in the cache, because choosing it ends the answer, as a limit or an
         interrupt does: so this continues every answer, however it ended.
         """
-        return self.ending + self.opening(user, first=False)
+        return self.ending + self.opening(user)
 
 
 def split_turns(messages: list[Message]) -> tuple[str, list[tuple[Message, Message | None]]]:
@@ -219,7 +223,7 @@ def split_turns(messages: list[Message]) -> tuple[str, list[tuple[Message, Messa
     need(rest, "a conversation needs a message of the user")
     turns = []
     for n, message in enumerate(rest):
-        expected = "assistant" if n % 2 else "user"
+        expected = ("user", "assistant")[n % 2]
         need(message["role"] == expected,
              f"message {len(messages) - len(rest) + n + 1} is of role {message['role']!r}, expected {expected!r}: a "
              "conversation is an optional system text, then user and assistant by turns")

@@ -54,13 +54,13 @@ REFUSED = {"tools", "functions", "tool_calls", "function_call", "tool_call_id", 
 EXPECTED = "expected a record with a list of messages, or with instruction and output"
 
 
-def read_examples(path: str | Path, notes: Counter | None = None) -> Iterator[Conversation]:
-    """The conversations of a file, or of the files of a folder; each ends with an answer.
+def read_examples(*paths: str | Path, notes: Counter | None = None) -> Iterator[Conversation]:
+    """The conversations of files, and of the files of folders; each ends with an answer.
 
     `notes` counts what a reader of the data should know. UserError with file and line for a record that is none.
     """
     notes = Counter() if notes is None else notes
-    for file in example_files(path):
+    for file in chain.from_iterable(map(example_files, paths)):
         kind = text_kind(file)
         if kind == "text":
             yield from text_examples(file, notes)
@@ -200,7 +200,7 @@ def history(fields: Fields) -> Conversation:
     name, pairs = fields.name.get("history"), fields.value("history") or []
     need(isinstance(pairs, list), f"{fields.where}: {name} is not a list of [question, answer]")
     for number, pair in enumerate(pairs, 1):
-        need(isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair),
+        need(isinstance(pair, list) and list(map(type, pair)) == [str, str],
              f"{fields.where}: entry {number} of {name} is not [question, answer]")
         for role, text in zip(("user", "assistant"), pair, strict=True):
             messages.append({"role": role, "content": record_text({name: text}, name, fields.where)})
@@ -213,10 +213,12 @@ def message_list(parts, where: str, notes: Counter, before: int = 0) -> Conversa
     if parts and all(isinstance(part, dict) and "output" in part for part in parts):
         turns, parts = parts, []
         for number, turn in enumerate(turns, 1):
-            fields = Fields(turn, f"{where}: turn {number}", {name: (name,) for name in TURN})
+            fields = Fields(turn, f"{where}: turn {number}", spellings={})
             fields.read.update(TURN)
             fields.note_unread(notes, " of turns")
-            parts += [{"role": role, "content": turn[name]} for name, role in TURN.items() if turn.get(name, "") != ""]
+            for name, role in TURN.items():
+                if turn.get(name, "") != "":
+                    parts.append({"role": role, "content": turn[name]})
     return [message(part, f"{where}: message {number}", notes) for number, part in enumerate(parts, before + 1)]
 
 

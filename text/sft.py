@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from textwrap import shorten
 
@@ -94,7 +94,7 @@ def show_example(ids: list[int], learned: list[bool], tokenizer: Tokenizer) -> s
     """The text of one example, what is learned of it between ⟦ and ⟧."""
     text, before = "", []
     for counts, run in groupby(zip(ids, learned, strict=True), key=lambda pair: bool(pair[1])):
-        part = [i for i, _ in run]
+        part, _ = zip(*run, strict=True)
         shown, before = tokenizer.decode(part, after=before), part
         text += f"⟦{shown}⟧" if counts else shown
     return text
@@ -117,13 +117,12 @@ def read_split(data: DataSettings, fits: Callable[[Conversation], bool] = bool, 
         folder = prepare_examples(data.dataset, data.cache_dir, quiet)
         train_files, val_files = [folder / "train.jsonl"], [folder / "val.jsonl"]
     counts: Counter = Counter()
-    train = [each for file in train_files for each in read_examples(file, counts)]
-    val = [each for file in val_files for each in read_examples(file, counts)]
+    train, val = list(read_examples(*train_files, notes=counts)), list(read_examples(*val_files, notes=counts))
     names = ", ".join(file.name for file in train_files + val_files)
     say(f"examples {len(train) + len(val):,} of {shorten(names, 300)}", quiet)
-    notes += [f"{note} ({count:,} times)" for note, count in counts.items()]
-    for note in notes:
-        say(f"         {note}", quiet)
+    for note in (*notes, *counts):
+        times = f" ({counts[note]:,} times)" if note in counts else ""
+        say(f"         {note}{times}", quiet)
     may_be_empty = not data.data_path  # a corpus of data/ may have no validation examples
     if train and (not val_files or (not val and may_be_empty)):
         train, val = split_examples(train, data.val_share, fits)
@@ -139,15 +138,16 @@ def split_examples(examples: list[Conversation], val_share: float,
 
     Equal conversations never part, and the choice depends neither on a seed nor on the order of the examples.
     """
-    hashes = [example_hash(each) for each in examples]
+    hashes = list(map(example_hash, examples))
     different = dict(zip(hashes, examples, strict=True))
     need(0 < val_share < 1 and len(different) > 1,
          f"val_share={val_share} of {len(different)} different examples leaves nothing to train or validate on: "
          "give a share between 0 and 1 of at least two examples")
     count = min(len(different) - 1, max(1, round(val_share * len(different))))
-    allowed = (key for key in sorted(different) if fits(different[key]))
-    held_out = set(islice(allowed, count))
-    train, val = [], []
+    train, val, held_out = [], [], set()
+    for key in sorted(different):
+        if len(held_out) < count and fits(different[key]):
+            held_out.add(key)
     for key, example in zip(hashes, examples, strict=True):
         part = val if key in held_out else train
         part.append(example)
@@ -185,10 +185,9 @@ def write_examples(path: Path, examples: Iterable) -> None:
 
 def find_examples(cache_dir: str, made_of: dict) -> Split | None:
     """The examples in our cache of which a run is made (see runtime/resume.py), None if they are not there."""
-    wanted = made_of["train"], made_of["val"]
-    if not all(re.fullmatch("[0-9a-f]{16}", each) for each in wanted):  # a checkpoint names no other folder
+    folder, found = examples_folder(cache_dir, made_of["train"], made_of["val"]), []
+    if not re.fullmatch("examples-[0-9a-f]{16}-[0-9a-f]{16}", folder.name):  # a checkpoint names no other folder
         return None
-    folder, found = examples_folder(cache_dir, *wanted), []
     for split in ("train", "val"):
         try:
             part = [record for _, record in json_records(folder / f"{split}.jsonl")]
@@ -271,10 +270,10 @@ class Examples:
             self.ids.append(np.array(ids, np.int32))
             self.weights.append(np.array(learned, bool))
         need(self.ids, f"none of {len(conversations)} examples has an answer that fits into seq_len={seq_len}")
-        lengths = np.array([len(ids) - 1 for ids in self.ids])
+        lengths = np.array(list(map(len, self.ids))) - 1
         order = permute(np.arange(len(lengths)), len(lengths), round_keys(seed, 0)[:-1])
         order = order[np.argsort(-lengths[order], kind="stable")]  # the longest first, equal ones by the seed
-        self.rows = pack(lengths, order, seq_len) if packing else [[int(i)] for i in order]
+        self.rows = pack(lengths, order, seq_len) if packing else order[:, None].tolist()
         self.per_epoch, self.tokens = len(self.rows), int(lengths.sum())
         self.fill = self.tokens / (self.per_epoch * seq_len)
         sizes = template.tokenizer.token_sizes

@@ -54,7 +54,7 @@ HELLASWAG_SHAPE = {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings":
 PIQA_SHAPE = {"goal": str, "sol1": str, "sol2": str, "label": LABEL}
 
 
-def check_shape(record, shape: dict) -> None:
+def require_shape(record, shape: dict) -> None:
     if wrong := mismatch(record, shape):
         raise ValueError(wrong)
 
@@ -62,12 +62,12 @@ def check_shape(record, shape: dict) -> None:
 def parse_arc(record: dict) -> Question:
     """AI2's files have {"question": {"stem", "choices": [{"text", "label"}]}}, those of the Hub two lists."""
     if isinstance(record, dict) and isinstance(record.get("question"), dict):
-        check_shape(record, ARC_AI2_SHAPE)
+        require_shape(record, ARC_AI2_SHAPE)
         question, choices = record["question"]["stem"], record["question"]["choices"]
         texts = [each["text"] for each in choices]
         labels = [each["label"] for each in choices]
     else:
-        check_shape(record, ARC_HUB_SHAPE)
+        require_shape(record, ARC_HUB_SHAPE)
         question, texts, labels = record["question"], record["choices"]["text"], record["choices"]["label"]
     if len(set(labels)) != len(texts):
         raise ValueError(f"{len(texts)} choices with {len(set(labels))} different labels")
@@ -79,9 +79,9 @@ def parse_arc(record: dict) -> Question:
 
 def parse_hellaswag(record: dict) -> Question:
     """capitalize() also lowers the rest of ctx_b: the published scores were made so."""
-    check_shape(record, HELLASWAG_SHAPE)
+    require_shape(record, HELLASWAG_SHAPE)
     query = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
-    return Question(clean(query), [clean(ending) for ending in record["endings"]], int(record["label"]), record)
+    return Question(clean(query), list(map(clean, record["endings"])), int(record["label"]), record)
 
 
 def clean(text: str) -> str:
@@ -91,13 +91,14 @@ def clean(text: str) -> str:
 
 
 def parse_piqa(record: dict) -> Question:
-    check_shape(record, PIQA_SHAPE)
+    require_shape(record, PIQA_SHAPE)
     choices = [record["sol1"], record["sol2"]]
     return Question(f"Question: {record['goal']}\nAnswer:", choices, int(record["label"]), record)
 
 
 def arc(name: str) -> Benchmark:
-    urls = {split: [f"{HUB}/{name}/{split}-00000-of-00001.parquet"] for split in ("test", "train")}
+    urls = {"test": [f"{HUB}/{name}/test-00000-of-00001.parquet"],
+            "train": [f"{HUB}/{name}/train-00000-of-00001.parquet"]}
     return Benchmark(parse_arc, (name.lower().replace("-", ""),), "test", urls)
 
 
@@ -149,14 +150,19 @@ def add_shots(questions: list[Question], pool: list[Question], n_shot: int, has_
     for question in questions:
         shots = generator.sample(pool, count)
         if not has_test:
-            shots = [shot for shot in shots if shot.record != question.record][:n_shot]
+            shots = others(shots, question)[:n_shot]
         if len(shots) < n_shot:  # the question was among them more than once
-            others = [shot for shot in pool if shot.record != question.record]
-            need(len(others) >= n_shot,
-                 f"n_shot={n_shot}, but only {len(others)} training examples differ from a question")
-            shots = generator.sample(others, n_shot)
-        answered = [f"{shot.query} {shot.choices[shot.gold]}\n\n" for shot in shots]
-        question.context = "".join(answered) + question.query
+            rest = others(pool, question)
+            need(len(rest) >= n_shot, f"n_shot={n_shot}, but only {len(rest)} training examples differ from a question")
+            shots = generator.sample(rest, n_shot)
+        question.context = ""
+        for shot in shots:
+            question.context += f"{shot.query} {shot.choices[shot.gold]}\n\n"
+        question.context += question.query
+
+
+def others(pool: list[Question], question: Question) -> list[Question]:
+    return [each for each in pool if each.record != question.record]
 
 
 def read_questions(name: str, files: list[Path]) -> list[Question]:
@@ -210,7 +216,7 @@ def task_files(name: str, split: str, task_dir: str = "", cache_dir: str = "") -
     words, found = TASKS[name].words, []
     for path in sorted(folder.rglob("*"), key=natural_key):
         letters = re.sub("[^a-z]", "", path.relative_to(folder.parent).as_posix().lower())
-        of_task = any(word in letters for word in words)
+        of_task = re.search("|".join(words), letters)
         of_split = SPLITS[split] & set(re.split("[^a-z]+", path.name.lower()))
         if of_task and of_split and path.suffix in (".jsonl", ".parquet") and not path.name.startswith("."):
             found.append(path)
@@ -242,7 +248,7 @@ def are_parts(files: list[Path]) -> bool:
     if len(files) == 1:
         return True
     names = [re.split(r"(\d+)", str(path)) for path in files]  # words, with numbers between them
-    if len({len(name) for name in names}) > 1:
+    if len(set(map(len, names))) > 1:
         return False
     columns = list(zip(*names, strict=True))
     differing = [i for i, column in enumerate(columns) if len(set(column)) > 1]
