@@ -53,7 +53,7 @@ from text.records import Position, files_pieces, text_files, total_size
 from text.shards import rest_of_document
 from text.tokenizer import Excerpt, LostCharacters, Tokenizer
 
-# train.py imports `evaluate` alone, so what only this command needs is imported where it is used.
+# train.py needs `evaluate` alone, so benchmarks, chat and examples are imported where they are used.
 
 
 @dataclass

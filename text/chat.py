@@ -155,8 +155,8 @@ class Template:
         return [] if self.every_text_starts else prompt
 
     def opening(self, user: Message, system: str | None = None) -> list[int]:
-        """What the user says, up to where the assistant begins to speak. `system`: the text before a first turn, perhaps
-        empty; None for a later turn."""
+        """What the user says, up to where the assistant begins to speak. `system` is the text before a first turn,
+        which may be empty; None for a later turn."""
         form, text, about = self.format, user["content"], user.get("input", "")
         if about and not form.input:
             text = f"{text}\n\n{about}"
