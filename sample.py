@@ -1,4 +1,4 @@
-"""Let a trained model write, or talk with it.
+"""Sample from a trained model, or chat with it.
 
     python sample.py --prompt "def "                       # the newest run
     python sample.py --chat                                # a conversation with a fine-tuned model
@@ -20,28 +20,29 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import ROOT, Count, UserError, check_fields, configure, find_path
+from configurator import ROOT, Count, Settings, UserError, check_fields, configure, find_path, need
 from generate import SamplingSettings, before_stop, generate, stream
+from model import LanguageModel
 from runtime import checkpoint
 from runtime.device import MachineSettings, choose_machine
 from runtime.files import write_text
-from runtime.screen import run, visible
+from runtime.screen import run, tell, visible
 from text.chat import Chat, ChatSettings, Template
-from text.tokenizer import StreamDecoder
+from text.tokenizer import StreamDecoder, Tokenizer
 
 __all__ = ["generate", "stream"]  # `from sample import generate`
 
 
 @dataclass
 class SampleSettings:
-    init_from: str = ""         # checkpoint file or run's folder; default: the newest run in out/
     prompt: list[str] = field(default_factory=list)  # text to continue; may be repeated
     prompts_file: str = ""      # file with one prompt per line
+    init_from: str = ""         # checkpoint file or run's folder; default: the newest run in out/
     n_samples: Count = 1        # samples per prompt
     stop: list[str] = field(default_factory=list)  # end a sample before this text; may be repeated
     allow_special: bool = False  # turn names of special tokens in prompts into these tokens
     chat: bool = False          # chat, in the prompt format that the model was fine-tuned with
-    lora_base: str = ""         # adapters: where their base checkpoint is now, if it has moved
+    lora_base: str = ""         # path of the adapters' base checkpoint, if it has moved
 
     def __post_init__(self):
         check_fields(self)
@@ -54,46 +55,52 @@ def main(argv: list[str] | None = None) -> None:
     s = configure(SETTINGS, argv, doc=__doc__)
     machine = choose_machine(s.part(MachineSettings))
     sampling = s.part(SamplingSettings)
-    if "" in s.stop:
-        raise UserError("stop= is empty and would end every sample at once: leave it out")
+    need("" not in s.stop, "stop= is empty and would end every sample at once: leave it out")
     path = checkpoint.find(s.init_from)
     model, tokenizer, state = checkpoint.load_model(path, machine.device, s.lora_base)
     large = model.count_parameters()["total"] > 24e6  # a smaller one stays in a CPU's caches: float32 is as fast there
     if s.given("dtype") or machine.device.type == "cuda" or large:
         model.to(machine.dtype)
-    print(visible(f"[{path}, step {state['progress']['step']}]", sys.stderr), file=sys.stderr)
+    note(f"{path}, step {state['progress']['step']}")
     if s.chat:
         for name in ("n_samples", "stop", "allow_special"):
-            if s.given(name):
-                raise UserError(f"{name} is for samples: leave it out with --chat")
-        talk(s, model, tokenizer, checkpoint.saved_settings(state, path, [ChatSettings]))
-        return
-    texts = [text for text in read_prompts(s) for _ in range(s.n_samples)]
-    whole = [encode_prompt(tokenizer, text, s.allow_special) for text in texts]
-    prompts, first = zip(*(heal(tokenizer, ids) for ids in whole), strict=True)
-    # The sample brings the white space at the end of its prompt itself; it is shown as the user has typed it.
-    typed = [len(tokenizer.decode(ids[len(kept) :], after=kept)) for ids, kept in zip(whole, prompts, strict=True)]
-    too_long = sum(len(ids) > model.cfg.seq_len for ids in prompts)
-    if too_long:
-        print(f"[{too_long} prompts are longer than the context of {model.cfg.seq_len} tokens: we keep their end]",
-              file=sys.stderr)
-    for text in dict.fromkeys(texts):
-        say_what_is_lost(tokenizer, text, "this prompt")
-    stops = stop_ids(tokenizer)
-    if len(prompts) == 1:
-        print(visible(texts[0]), end="", flush=True)
-        ids = (new for (new,) in stream(model, prompts, sampling, stops, first) if new is not None)
-        for piece in written(tokenizer, prompts[0], ids, typed[0], s.stop):
+            need(not s.given(name), f"{name} is for samples: leave it out with --chat")
+        converse(s, model, tokenizer, sampling, checkpoint.saved_settings(state, path, [ChatSettings]))
+    else:
+        print_samples(s, model, tokenizer, sampling)
+
+
+def note(text: str) -> None:
+    tell(f"[{text}]", sys.stderr)
+
+
+def print_samples(s: Settings, model: LanguageModel, tokenizer: Tokenizer, sampling: SamplingSettings) -> None:
+    samples = []
+    for text in read_prompts(s.prompt, s.prompts_file):
+        note_what_is_lost(tokenizer, text, "this prompt")
+        whole = encode_prompt(tokenizer, text, s.allow_special)
+        ids, first = heal(tokenizer, whole)
+        if len(ids) > model.cfg.seq_len:
+            note(f"a prompt of {len(ids)} tokens is longer than the context of {model.cfg.seq_len}: we keep its end")
+        # The sample brings the white space at the end of its prompt itself; it is shown as the user has typed it.
+        typed = len(tokenizer.decode(whole[len(ids) :], after=ids))
+        samples += [(text, ids, first, typed)] * s.n_samples
+    texts, prompts, firsts, typed = zip(*samples, strict=True)
+    stop_ids = tuple({tokenizer.role(name) for name in ("eot", "eos", "pad")} - {None})  # padding is never text
+    if len(samples) == 1:
+        rows = [(new for (new,) in stream(model, prompts, sampling, stop_ids, firsts) if new is not None)]
+    else:
+        rows = generate(model, prompts, sampling, stop_ids, firsts)
+    for i, ids in enumerate(rows):
+        if len(samples) > 1:
+            print(f"--- {i + 1} of {len(samples)}")
+        print(visible(texts[i]), end="", flush=True)
+        for piece in new_text(tokenizer, prompts[i], ids, typed[i], s.stop):
             print(visible(piece), end="", flush=True)
         print(flush=True)
-        return
-    rows = generate(model, prompts, sampling, stops, first)
-    for i, (text, prompt, ids, known) in enumerate(zip(texts, prompts, rows, typed, strict=True)):
-        sample = text + "".join(written(tokenizer, prompt, ids, known, s.stop))
-        print(f"--- {i + 1} of {len(prompts)}\n{visible(sample)}")
 
 
-def written(tokenizer, prompt: list[int], ids: Iterable[int], typed: int, stops: list[str]) -> Iterator[str]:
+def new_text(tokenizer: Tokenizer, prompt: list[int], ids: Iterable[int], typed: int, stops: list[str]):
     """The text of `ids` behind a prompt, in pieces, up to a stop string and without its first `typed` characters."""
 
     def pieces() -> Iterator[str]:
@@ -107,27 +114,81 @@ def written(tokenizer, prompt: list[int], ids: Iterable[int], typed: int, stops:
     return before_stop(pieces(), stops)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Conversations
+# ---- prompts ----
 
 
-HINTS = ("[/reset starts over, /system TEXT says how to answer, // begins a message with /, /quit ends; "
-         "Ctrl-C stops an answer]")
+def read_prompts(prompts: list[str], file: str) -> list[str]:
+    """--prompt, --prompts_file, or what a pipe brings; without any, one empty prompt: the model begins a document."""
+    prompts = [checked_text(text, "prompt") for text in prompts]
+    if file:
+        what = f"prompts_file={file}"
+        try:
+            text = find_path(file).read_bytes().decode("utf-8", "surrogateescape")
+        except OSError as error:
+            raise UserError(f"{what}: {error.strerror}") from None
+        prompts += [line for line in checked_text(text, what).split("\n") if line]
+        need(prompts, f"{what} has no lines")
+    if not prompts and not sys.stdin.isatty() and (piped := sys.stdin.read()):
+        prompts = [checked_text(piped, "the piped prompt").removesuffix("\n")]
+    return prompts or [""]
+
+
+def checked_text(text: str, what: str) -> str:
+    """Text from outside, without byte-order mark and with LF for CRLF; UserError if its bytes were no UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # Python hides such bytes in lone surrogates
+        raise UserError(f"{what} is not UTF-8 text: convert it first: iconv -f <its encoding> -t UTF-8") from None
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def note_what_is_lost(tokenizer: Tokenizer, text: str, what: str) -> None:
+    """The model does not see what its tokenizer cannot spell."""
+    if text and (lost := tokenizer.lost(text)).rate:
+        note(f"{what}: {lost}")
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, allow_special: bool = False) -> list[int]:
+    """Prompt -> ids. An empty one becomes the token before a document."""
+    ids = tokenizer.encode(text, allow_special=allow_special)
+    if ids:
+        return ids
+    for role in ("bos", "eot"):
+        if (begin := tokenizer.role(role)) is not None:
+            return [begin]
+    raise UserError("this tokenizer has no token to begin a document with: give a --prompt")
+
+
+def heal(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], list[int]]:
+    """A prompt that ends in white space -> (the prompt without it, the ids that begin with it); else (ids, []).
+
+    In text, a space is part of the token of the word behind it: "def " as the tokens "def" and " " is something that
+    the model has hardly ever seen. So the model samples a token that begins with the space.
+    """
+    spellings = tokenizer.token_bytes()
+    if len(ids) < 2 or not spellings[ids[-1]].isspace():
+        return ids, []
+    return ids[:-1], [i for i, spelling in enumerate(spellings) if spelling.startswith(spellings[ids[-1]])]
+
+
+# ---- conversations ----
+
 TERMINAL_LINE = 4095  # bytes of a line that a terminal without a line editor keeps; the rest is lost
 
 
-def talk(s, model, tokenizer, saved: dict) -> None:
-    """A conversation, line by line, from the terminal or a pipe. Ctrl-C ends an answer, Ctrl-D or /quit the program."""
+def converse(s: Settings, model: LanguageModel, tokenizer: Tokenizer, sampling: SamplingSettings, saved: dict) -> None:
+    """Chat, line by line, from the terminal or a pipe. Ctrl-C ends an answer, Ctrl-D or /quit the program."""
     if saved.get("task") != "sft":
-        print("[this model was trained to continue text, not to answer: `USE_LORA=1 python train.py` teaches it]",
-              file=sys.stderr)
-    template, system = (getattr(s, name) if s.given(name) else saved[name] for name in ("template", "system"))
-    chat = Chat(model, tokenizer, template, s.part(SamplingSettings), checked_text(system, "system"))
-    say_what_is_lost(tokenizer, chat.system, "the system text")
-    live = sys.stdin.isatty()
-    if live:
-        print(HINTS, file=sys.stderr)
-    for text in read_prompts(s) if s.prompt or s.prompts_file else lines(live):
+        note("this model was trained to continue text, not to answer: fine-tune it with `USE_LORA=1 python train.py`")
+    for name in ("template", "system"):
+        if not s.given(name):
+            s.set(name, saved[name], "checkpoint")
+    chat = Chat(model, tokenizer, s.template, sampling, checked_text(s.system, "system"))
+    note_what_is_lost(tokenizer, chat.system, "the system text")
+    lines = typed_lines()
+    if s.prompt or s.prompts_file:
+        lines = read_prompts(s.prompt, s.prompts_file)
+    for text in lines:
         command, _, rest = text.partition(" ")
         if command == "/quit":
             return
@@ -135,45 +196,45 @@ def talk(s, model, tokenizer, saved: dict) -> None:
             chat.reset()
         elif command == "/system":
             chat.system = rest.strip()
-            say_what_is_lost(tokenizer, chat.system, "the system text")
-        elif command.startswith("/") and not command.startswith("//"):
-            print(visible(f"[{command} is none of /reset, /system and /quit; //... is a message that begins with /]",
-                          sys.stderr), file=sys.stderr)
+            note_what_is_lost(tokenizer, chat.system, "the system text")
+        elif command.startswith("//"):
+            print_answer(chat, text[1:])
+        elif command.startswith("/"):
+            note(f"{command} is none of /reset, /system and /quit; //... is a message that begins with /")
         else:
-            answer(chat, text[1:] if command.startswith("//") else text)
+            print_answer(chat, text)
 
 
-def lines(live: bool) -> Iterator[str]:
+def typed_lines() -> Iterator[str]:
     """What the user types, or a pipe brings, without empty lines. Ctrl-D ends it."""
-    editor = live and sys.stdout.isatty() and has_line_editor()
+    live = sys.stdin.isatty()
+    has_editor = False
+    if live and sys.stdout.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (with it, `input` takes lines of any length)
+
+            has_editor = True
+    if live:
+        note("/reset starts over, /system TEXT says how to answer, // begins a message with /, /quit ends; "
+             "Ctrl-C stops an answer")
     while True:
         try:
             text = input("> " if live else "")
         except EOFError:
             print(file=sys.stderr)
             return
-        if live and not editor and len(text.encode("utf-8", "surrogateescape")) >= TERMINAL_LINE:
-            print(f"[the terminal cut this line after {TERMINAL_LINE:,} bytes: send long messages through a pipe]",
-                  file=sys.stderr)
+        if live and not has_editor and len(text.encode("utf-8", "surrogateescape")) >= TERMINAL_LINE:
+            note(f"the terminal cut this line after {TERMINAL_LINE:,} bytes: send long messages through a pipe")
         if text := text.strip():
             yield text
 
 
-def has_line_editor() -> bool:
-    """Import Python's line editor, with which `input` takes lines of any length."""
-    try:
-        import readline  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def answer(chat: Chat, text: str) -> None:
-    """Print one answer while it is made. A message that does not fit gets a sentence, and the talk continues."""
+def print_answer(chat: Chat, text: str) -> None:
+    """Print an answer while it is made. A message that does not fit gets a sentence, and the conversation continues."""
     before, limit = chat.forgotten, ""
     try:
         text = checked_text(text, "this message")
-        say_what_is_lost(chat.tokenizer, text, "this message")
+        note_what_is_lost(chat.tokenizer, text, "this message")
         with contextlib.closing(chat.say(text)) as pieces:
             for piece in pieces:
                 print(visible(piece), end="", flush=True)
@@ -182,17 +243,16 @@ def answer(chat: Chat, text: str) -> None:
     except KeyboardInterrupt:
         print(" [stopped]", flush=True)
     except UserError as error:
-        print(visible(f"[{error}]", sys.stderr), file=sys.stderr)
+        note(str(error))
     if chat.forgotten > before:
-        print(f"[the context is full: the oldest {chat.forgotten - before} turns are forgotten]", file=sys.stderr)
+        note(f"the context is full: the oldest {chat.forgotten - before} turns are forgotten")
     if limit == "context":
-        print("[the context is full, so the answer ends here; /reset starts over]", file=sys.stderr)
+        note("the context is full, so the answer ends here; /reset starts over")
     elif limit:
-        print(f"[max_new_tokens={chat.sampling.max_new_tokens} ends the answer here]", file=sys.stderr)
+        note(f"max_new_tokens={chat.sampling.max_new_tokens} ends the answer here")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The end of a run
+# ---- the end of a run ----
 
 TEMPERATURES = (0.8, 0.0, 1.0)
 NEW_TOKENS = 100  # of each sample, whatever the machine: the same run writes the same samples
@@ -241,81 +301,17 @@ def beginnings(stream, tokenizer, count: int, size: int = 40) -> list[list[int]]
 
 def next_commands(run: Path, chat: bool) -> str:
     """What to do with the model of a run, from where the user is."""
-    folder, option = shlex.quote(short_path(run)), "--prompt ..."
-    if chat:
-        option = "--chat"
-    sample, evaluate, plot = (shlex.quote(short_path(ROOT / f"{name}.py")) for name in ("sample", "eval", "plot"))
-    return (f"sample   python {sample} --init_from {folder} {option}\n"
-            f"evaluate python {evaluate} --init_from {folder}\n"
-            f"plot     python {plot} {folder}")
+    option = "--chat" if chat else "--prompt ..."
+    return (f"sample   python {short_path(ROOT / 'sample.py')} --init_from {short_path(run)} {option}\n"
+            f"evaluate python {short_path(ROOT / 'eval.py')} --init_from {short_path(run)}\n"
+            f"plot     python {short_path(ROOT / 'plot.py')} {short_path(run)}")
 
 
 def short_path(path: Path) -> str:
-    """The path from here, if it is below."""
-    return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts
-
-
-def read_prompts(s) -> list[str]:
-    """--prompt, --prompts_file, or what a pipe brings; without any, one empty prompt: the model begins a document."""
-    prompts = [checked_text(text, "prompt") for text in s.prompt]
-    if s.prompts_file:
-        what = f"prompts_file={s.prompts_file}"
-        try:
-            text = find_path(s.prompts_file).read_bytes().decode("utf-8", "surrogateescape")
-        except OSError as error:
-            raise UserError(f"{what}: {error.strerror}") from None
-        prompts += [line for line in checked_text(text, what).split("\n") if line]
-        if not prompts:
-            raise UserError(f"{what} has no lines")
-    if not prompts and not sys.stdin.isatty() and (piped := sys.stdin.read()):
-        prompts = [checked_text(piped, "the piped prompt").removesuffix("\n")]
-    return prompts or [""]
-
-
-def checked_text(text: str, what: str) -> str:
-    """Text from outside, without byte-order mark and with LF for CRLF; UserError if its bytes were no UTF-8."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # Python hides such bytes in lone surrogates
-        raise UserError(f"{what} is not UTF-8 text: convert it first: iconv -f <its encoding> -t UTF-8") from None
-    return text.removeprefix("\ufeff").replace("\r\n", "\n")
-
-
-def say_what_is_lost(tokenizer, text: str, what: str) -> None:
-    """The model does not see what its tokenizer cannot spell."""
-    lost = tokenizer.lost(text) if text else None
-    if lost and lost.rate:
-        print(visible(f"[{what}: {lost}]", sys.stderr), file=sys.stderr)
-
-
-def encode_prompt(tokenizer, text: str, allow_special: bool = False) -> list[int]:
-    """Prompt -> ids. An empty one becomes the token before a document."""
-    ids = tokenizer.encode(text, allow_special=allow_special)
-    begin = tokenizer.role("bos") if tokenizer.role("bos") is not None else tokenizer.role("eot")
-    if not ids and begin is None:
-        raise UserError("this tokenizer has no token to begin a document with: give a --prompt")
-    return ids or [begin]
-
-
-def heal(tokenizer, ids: list[int]) -> tuple[list[int], list[int]]:
-    """A prompt that ends in white space -> (the prompt without it, the ids that begin with it); else (ids, []).
-
-    In text, a space is part of the token of the word behind it: "def " as the tokens "def" and " " is something that
-    the model has hardly ever seen. So the model chooses a token that begins with the space.
-    """
-    spellings = tokenizer.token_bytes()
-    if len(ids) < 2 or not spellings[ids[-1]].isspace():
-        return ids, []
-    return ids[:-1], [i for i, spelling in enumerate(spellings) if spelling.startswith(spellings[ids[-1]])]
-
-
-def stop_ids(tokenizer) -> tuple[int, ...]:
-    """End of text, and padding, which is never text."""
-    return tuple({tokenizer.role(name) for name in ("eot", "eos", "pad")} - {None})
+    """The path from here, if it is below, as a shell takes it."""
+    if path.resolve().is_relative_to(Path.cwd()):
+        path = os.path.relpath(path)
+    return shlex.quote(str(path))
 
 
 if __name__ == "__main__":

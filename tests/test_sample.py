@@ -8,13 +8,13 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 import runtime.screen
 import sample
 from configurator import ROOT, UserError
+from runtime import checkpoint
 from runtime.screen import visible
 from text.tokenizer_files import train_tokenizer
 
@@ -31,20 +31,12 @@ def out(capsys, run, *argv):
     return capsys.readouterr().out
 
 
-def test_streaming_prints_what_the_batch_prints(capsys, run):
-    alone = out(capsys, run, "prompt=the quick", "temperature=0")
-    pair = out(capsys, run, "prompt=the quick", "n_samples=2", "temperature=0")
-    assert alone.startswith("the quick")
-    assert pair == f"--- 1 of 2\n{alone}--- 2 of 2\n{alone}"
-
-
 def test_prompts_come_from_arguments_a_file_or_a_pipe(capsys, run, tmp_path, monkeypatch):
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufefffirst\r\nsecond line\r\n\r\n".encode())
-    texts = out(capsys, run, f"prompts_file={file}", "prompt=zero")
-    assert [line[: len(start)] for line, start in zip(
-        [part.splitlines()[1] for part in texts.split("--- ")[1:]], ["zero", "first", "second line"], strict=True
-    )] == ["zero", "first", "second line"]
+    texts = out(capsys, run, f"prompts_file={file}", "prompt=zero").split("--- ")[1:]
+    for text, prompt in zip(texts, ["zero", "first", "second line"], strict=True):
+        assert text.splitlines()[1].startswith(prompt)
     monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
     assert out(capsys, run).startswith("from a pipe")
 
@@ -68,27 +60,18 @@ def test_prompts_longer_than_the_context_keep_their_end_and_say_so(capsys, run):
     assert "longer than the context" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["init_from=nothere"], ["nothere", "not found"]),
-    (["prompts_file=nothere"], ["prompts_file=nothere"]),
-    (["temperature=-1"], ["temperature=-1"]),
+@pytest.mark.parametrize("argument, words", [
+    ("init_from=nothere", "nothere not found"), ("prompts_file=nothere", "prompts_file=nothere"),
+    ("temperature=-1", "temperature=-1"), ("n_samples=0", "n_samples=0 .* must be at least 1"),
+    ("stop=", "stop= is empty"),
 ])
-def test_mistakes_get_one_sentence(run, argv, words):
-    with pytest.raises(UserError) as error:
-        sample.main([f"init_from={run}", *argv])
-    assert all(word in str(error.value) for word in words)
-
-
-def test_a_prompts_file_that_is_not_utf8_is_refused(run, tmp_path):
-    (tmp_path / "p.txt").write_bytes(b"caf\xe9\n")
-    with pytest.raises(UserError, match="UTF-8"):
-        sample.main([f"init_from={run}", f"prompts_file={tmp_path / 'p.txt'}"])
+def test_mistakes_get_one_sentence(run, argument, words):
+    with pytest.raises(UserError, match=words):
+        sample.main([f"init_from={run}", argument])
 
 
 def test_special_tokens_in_a_prompt_are_text_unless_allowed(run):
-    from runtime import checkpoint
-
-    _, tokenizer, _ = checkpoint.load_model(checkpoint.find(run))
+    tokenizer = checkpoint.find_tokenizer(run)
     eot = tokenizer.role("eot")
     assert eot not in sample.encode_prompt(tokenizer, "a<|endoftext|>b")
     assert eot in sample.encode_prompt(tokenizer, "a<|endoftext|>b", allow_special=True)
@@ -111,9 +94,7 @@ def test_generate_can_be_imported_from_sample():
 
 
 def test_a_prompt_that_ends_in_a_space_goes_on_with_a_token_that_begins_with_it(capsys, run):
-    from runtime import checkpoint
-
-    _, tokenizer, _ = checkpoint.load_model(checkpoint.find(run))
+    tokenizer = checkpoint.find_tokenizer(run)
     ids, first = sample.heal(tokenizer, tokenizer.encode("the quick "))
     assert tokenizer.decode(ids) == "the quick" and tokenizer.encode(" fox")[0] in first
     assert all(tokenizer.decode([i]).startswith(" ") for i in first if i < 128)
@@ -127,15 +108,10 @@ def test_white_space_of_the_prompt_ends_nothing():
     tokenizer = train_tokenizer("char", ["a \nbc"], 0)
     ids = tokenizer.encode("\n\nab\n\nc")
     for typed, text in ((0, ""), (2, "ab")):
-        assert "".join(sample.written(tokenizer, tokenizer.encode("a"), ids, typed, ["\n\n"])) == text
+        assert "".join(sample.new_text(tokenizer, tokenizer.encode("a"), ids, typed, ["\n\n"])) == text
 
 
-def test_no_samples_are_a_sentence(run):
-    with pytest.raises(UserError, match=r"n_samples=0 .* must be at least 1"):
-        sample.main([f"init_from={run}", "n_samples=0"])
-
-
-# ---- what the user typed, and stops ---------------------------------------------------------------------------------
+# ---- what the user typed, and stops ----
 
 
 @pytest.fixture
@@ -161,36 +137,33 @@ def test_no_new_tokens_leave_the_prompt_whole(capsys, run):
         assert out(capsys, run, f"prompt={prompt}", "max_new_tokens=0") == f"{prompt}\n"
 
 
-def test_one_sample_and_a_batch_end_at_the_same_of_several_stops(capsys, run):
-    whole = out(capsys, run, "prompt=the", "temperature=0", "max_new_tokens=30").removesuffix("\n")
+def test_streaming_prints_what_the_batch_prints_and_ends_at_the_same_of_several_stops(capsys, run):
+    argv = ["prompt=the", "temperature=0", "max_new_tokens=30"]
+    whole = out(capsys, run, *argv).removesuffix("\n")
     overlapping = [f"stop={whole[12:18]}", f"stop={whole[13:15]}", f"stop={whole[14:20]}"]
-    alone, pair = (out(capsys, run, "prompt=the", "temperature=0", "max_new_tokens=30", *overlapping, f"n_samples={n}")
-                   for n in (1, 2))
-    assert pair == f"--- 1 of 2\n{alone}--- 2 of 2\n{alone}" and len(alone) < len(whole)
-
-
-def test_an_empty_stop_is_refused(run):
-    with pytest.raises(UserError, match="stop= is empty"):
-        sample.main([f"init_from={run}", "stop="])
+    for more in ([], overlapping):
+        alone, pair = (out(capsys, run, *argv, *more, f"n_samples={n}") for n in (1, 2))
+        assert pair == f"--- 1 of 2\n{alone}--- 2 of 2\n{alone}" and alone.startswith("the")
+    assert len(alone) < len(whole)
 
 
 def test_the_word_help_is_a_prompt_like_any_other(capsys, run):
     assert out(capsys, run, "--prompt", "help").startswith("help")
 
 
-# ---- text from outside ----------------------------------------------------------------------------------------------
+# ---- text from outside ----
 
 
 def test_only_newlines_separate_prompts(capsys, run, tmp_path):
     (tmp_path / "p.txt").write_bytes("\ufeffa\u2028b\fc\vd\x85e\r\n\r\nf\n".encode())
-    assert sample.read_prompts(SimpleNamespace(prompt=[], prompts_file=str(tmp_path / "p.txt"))) == [
+    assert sample.read_prompts([], str(tmp_path / "p.txt")) == [
         "a\u2028b\fc\vd\x85e", "f"]
 
 
 def test_a_piped_prompt_loses_its_last_line_end_only(capsys, run, monkeypatch):
     for piped, prompt in (("a\r\n", "a"), ("a\r\nb\n\n", "a\nb\n"), ("\ufeffa", "a"), ("a ", "a ")):
         monkeypatch.setattr(sys, "stdin", io.StringIO(piped, newline=""))
-        assert sample.read_prompts(SimpleNamespace(prompt=[], prompts_file="")) == [prompt]
+        assert sample.read_prompts([], "") == [prompt]
 
 
 @pytest.mark.parametrize("argv", [["prompt=caf\udce9"], ["prompts_file=FILE"], [], ["chat=1", "system=caf\udce9"]])
@@ -202,7 +175,7 @@ def test_text_that_is_no_utf8_is_a_sentence_wherever_it_enters(run, tmp_path, mo
         sample.main([f"init_from={run}", "device=cpu", *argv])
 
 
-# ---- terminals and closed streams -----------------------------------------------------------------------------------
+# ---- terminals and closed streams ----
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
@@ -250,7 +223,7 @@ def test_error_sentences_are_escaped_on_a_terminal(monkeypatch):
     assert r"no file \x1b]0;owned\x07" in screen.getvalue() and "\x1b" not in screen.getvalue()
 
 
-# ---- conversations --------------------------------------------------------------------------------------------------
+# ---- conversations ----
 
 
 @pytest.fixture
@@ -269,7 +242,7 @@ def converse(capsys, monkeypatch, run, *lines, **settings):
 
 def test_two_slashes_begin_a_message_with_one(capsys, monkeypatch, roomy):
     said = []
-    monkeypatch.setattr(sample, "answer", lambda chat, text: said.append(text))
+    monkeypatch.setattr(sample, "print_answer", lambda chat, text: said.append(text))
     shown = converse(capsys, monkeypatch, roomy, "//etc/passwd", "/etc/passwd", "//", "hi", "/quit", "more")
     assert said == ["/etc/passwd", "/", "hi"] and "[/etc/passwd is none of /reset" in shown.err
 
