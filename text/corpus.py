@@ -33,19 +33,9 @@ from typing import Annotated, Literal
 from configurator import ROOT, Amount, Count, Range, Share, UserError, check_fields, find_path, need, shown
 from runtime.files import file_state, require_file
 from runtime.screen import ProgressLine, is_first_process, run, visible
+from text import records
 from text.download import download as download  # for prepare.py
-from text.records import (
-    Piece,
-    Position,
-    files_pieces,
-    find_text,
-    left_out,
-    path_name,
-    reading,
-    split_by_name,
-    text_files,
-    total_size,
-)
+from text.records import Piece, Position, text_files, total_size
 
 TRAINED = ("bpe", "char", "unigram", "spbpe")  # tokenizers that are trained on the corpus
 STAGES = ("download", "mix", "tokenizer", "tokens", "train")  # of a run, in this order
@@ -116,7 +106,7 @@ class Corpus:
 
     def read(self, files: list[Path], progress: ProgressLine | None = None) -> Iterator[Piece]:
         self.position = Position()
-        for piece in files_pieces(files, self.text_field, self.position):
+        for piece in records.files_pieces(files, self.text_field, self.position):
             yield piece
             if progress:
                 progress.show(self.position.now())
@@ -134,11 +124,7 @@ class Corpus:
 
     def sources(self) -> list:
         """[path, bytes, times of the last change in ns] of every file."""
-        result = []
-        for path in self.files:
-            with reading(path):
-                result.append([str(path.resolve()), *file_state(require_file(path))])
-        return result
+        return [[str(path.resolve()), *file_state(require_file(path))] for path in self.files]
 
     def size(self, split: str) -> float:
         """Bytes of a pass over a split, about, or words or tokens of a mixture; 0 if nobody knows."""
@@ -146,6 +132,8 @@ class Corpus:
             return total_size(self.val_files)
         if hasattr(self.module, "size"):
             return self.module.size(split)
+        if self.module:
+            return total_size(self.train_files[1:])  # without its prepare.py
         return total_size(self.train_files)
 
     def done(self, n_bytes: float) -> float:
@@ -154,7 +142,7 @@ class Corpus:
 
     def find(self, test: Callable[[str], bool]) -> str:
         """ "file, line n" of the first text for which `test` is true, "" if nobody knows."""
-        return "" if self.module else find_text(self.files, self.text_field, test)
+        return "" if self.module else records.find_text(self.files, self.text_field, test)
 
 
 def open_corpus(settings: DataSettings) -> Corpus:
@@ -170,16 +158,16 @@ def open_corpus(settings: DataSettings) -> Corpus:
 def open_files(path: str, settings: DataSettings, val: list[Path]) -> Corpus:
     """The text file or folder at `path`, whose text is split unless there are validation files."""
     found = text_files(path)
-    parts = split_by_name(path, found, val)
+    parts = records.split_by_name(path, found, val)
     need(parts.train, f"val_path={settings.val_path} is all the text of data_path; nothing is left to train on")
     need(parts.val or 0 < settings.val_share < 1,
          f"val_share={settings.val_share} must be between 0 and 1, or val_path name a file to validate on")
-    return Corpus(path_name(path), parts.train, parts.val, notes=left_out(path, found) + parts.notes,
+    notes = records.left_out(path, found) + parts.notes
+    return Corpus(records.path_name(path), parts.train, parts.val, notes,
                   text_field=settings.text_field, val_share=settings.val_share)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Corpora of data/
+# ---- Corpora of data/ ------------------------------------------------------------------------------------------------
 
 
 def dataset_name(dataset: str) -> str:
@@ -242,8 +230,7 @@ def show_dataset(script: str) -> None:
     run(main)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Train and val
+# ---- Train and val ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -313,8 +300,7 @@ def split_pieces(pieces: Iterable[Piece], plan: Split, split: str) -> Iterator[P
             is_val = None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Mixtures
+# ---- Mixtures --------------------------------------------------------------------------------------------------------
 
 LONG = 8192      # characters, somewhat more than a thousand words of English
 MOST = 1e9       # a weight is below this

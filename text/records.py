@@ -21,7 +21,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import chain, islice
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -49,7 +49,7 @@ PACKED = {  # suffix: how such a file begins, what unpacks it
     ".zst": (b"\x28\xb5\x2f\xfd", unpack_zstandard),
 }
 KINDS = {".jsonl": "lines", ".ndjson": "lines", ".json": "values", ".csv": "csv", ".tsv": "csv"}  # see `text_kind`
-SUFFIXES = (".parquet", *(kind + packed for kind in (".txt", *KINDS) for packed in ("", *PACKED)))  # in a folder
+SUFFIXES = (".parquet", *map("".join, product((".txt", *KINDS), ("", *PACKED))))  # in a folder
 FOREIGN = {b"PK\x03\x04": "a zip archive: unpack it first", b"7z\xbc\xaf": "a 7z archive: unpack it first",
            b"Rar!": "a RAR archive: unpack it first", b"%PDF": "a PDF: convert it to text first"}
 WIDE = {  # byte-order mark, or which of four bytes in a row are zero: encoding
@@ -59,19 +59,19 @@ WIDE = {  # byte-order mark, or which of four bytes in a row are zero: encoding
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Folders
+# ---- Folders ---------------------------------------------------------------------------------------------------------
 
 
 def natural_key(path: Path | str) -> list:
     """Sort key: train_2 before train_10."""
     parts = re.split(r"(\d+)", str(path))
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+    parts[1::2] = map(int, parts[1::2])
+    return parts
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """All files below a folder, pipes and broken links too, also through links, each real file once. Hidden files and
-    folders are left out."""
+    """All files below a folder, also through links, each real file once, pipes and broken links too, but no hidden
+    files or folders."""
 
     def refuse(error: OSError):
         raise UserError(f"cannot read {error.filename}: {error.strerror}")
@@ -125,17 +125,17 @@ def path_name(path: str | Path) -> str:
 
 def left_out(path: str | Path, taken: list[Path]) -> list[str]:
     """A note about the files of a folder that are not among those taken; none if it has no others."""
-    known, others = set(taken), Counter()
-    if not find_path(path).is_dir():
-        return []
-    for file in walk(find_path(path)):
+    found, known, others = find_path(path), set(taken), Counter()
+    for file in walk(found) if found.is_dir() else ():
         kind = file.suffix or file.name
         if not file.is_file():
             kind = "pipe or device" if file.exists() else "link to nothing"
         if file not in known:
             others[kind] += 1
+    if not others:
+        return []
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common(8))
-    return [f"{path} has files that we left out, because they are no text that we read: {kinds}"] if kinds else []
+    return [f"{path} has files that we left out, because they are no text that we read: {kinds}"]
 
 
 TRAIN = {"train", "training"}                # words in the name of a file
@@ -155,23 +155,23 @@ def split_by_name(path: str | Path, files: list[Path], val: list[Path]) -> Parts
 
     Where all files have such names, these mean nothing; and a single file is what its user named.
     """
-    base, given = find_path(path).absolute(), {file.resolve() for file in val}
-    files = [file for file in files if file.resolve() not in given]
-    words = [set(re.split("[^a-z]+", file.absolute().relative_to(base).as_posix().lower())) for file in files]
-    has_train = any(TRAIN & each for each in words)
-    train, named, tests = [], [], []
-    for file, each in zip(files, words, strict=True):
-        if each & VALIDATION:
+    base, given, words = find_path(path).absolute(), set(map(Path.resolve, val)), {}
+    for file in files:
+        if file.resolve() not in given:
+            words[file] = re.split("[^a-z]+", file.absolute().relative_to(base).as_posix().lower())
+    has_train = not TRAIN.isdisjoint(chain.from_iterable(words.values()))
+    train, named, tests, notes = [], [], [], []
+    for file, each in words.items():
+        if not VALIDATION.isdisjoint(each):
             named.append(file)
-        elif has_train and each & TEST:
+        elif has_train and not TEST.isdisjoint(each):
             tests.append(file)
         else:
             train.append(file)
     if not train:
-        return Parts(files, val, [])
+        return Parts(list(words), val, [])
     chosen = [] if val else named or tests
-    unused = [file for file in named + tests if file not in chosen]
-    notes = []
+    unused = (named + tests)[len(chosen) :]
     for what, some in (("validation on", chosen), ("not used:", unused)):
         if some:
             more = f" and {len(some) - 3:,} more" if len(some) > 3 else ""
@@ -179,8 +179,7 @@ def split_by_name(path: str | Path, files: list[Path], val: list[Path]) -> Parts
     return Parts(train, val or chosen, notes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+# ---- Files -----------------------------------------------------------------------------------------------------------
 
 
 class Position:
@@ -255,8 +254,9 @@ def text_kind(path: Path) -> str:
     if head.startswith(b"PAR1"):
         return "parquet"
     refuse_foreign(path, head)
-    unpacked = path.with_suffix("") if path.suffix.lower() in PACKED else path
-    suffix = unpacked.suffix.lower()
+    suffix = path.suffix.lower()
+    if suffix in PACKED:
+        suffix = Path(path.stem).suffix.lower()
     need(suffix != ".parquet", f"{path} is damaged or no .parquet file: its first bytes are not PAR1")
     kind = KINDS.get(suffix, "text")
     if kind in ("lines", "csv"):
@@ -292,8 +292,7 @@ def is_record(line: str) -> bool:
         return False
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
+# ---- Text ------------------------------------------------------------------------------------------------------------
 
 
 def text_blocks(path: Path, position: Position | None = None) -> Iterator[str]:
@@ -355,8 +354,7 @@ def text_pieces(path: Path, position: Position | None = None) -> Iterator[Piece]
         yield rest[1:], True
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Records
+# ---- Records ---------------------------------------------------------------------------------------------------------
 
 
 def file_records(path: Path, kind: str, text_field: str = "*", position: Position | None = None) -> Iterator[Record]:
