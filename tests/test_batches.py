@@ -23,7 +23,7 @@ from text.batches import (
     permute,
     round_keys,
 )
-from text.shards import FORMAT, ShardWriter, open_shard
+from text.shards import FORMAT, ShardWriter
 
 EOT = 9
 
@@ -39,8 +39,7 @@ def make_stream(tmp_path, ids, shard_tokens=1000, vocab_size=50_000) -> TokenStr
     return TokenStream(tmp_path, "train")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shards
+# ---- Shards ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shard_tokens", [1, 7, 100, 101, 5000])
@@ -58,19 +57,6 @@ def test_rows_equal_slices_of_the_stream(tmp_path, shard_tokens):
     starts = np.random.default_rng(1).integers(0, 101 - 13, 40)
     rows = make_stream(tmp_path, ids, shard_tokens).rows(starts, 13)
     assert np.array_equal(rows, np.stack([ids[start : start + 13] for start in starts]))
-
-
-@pytest.mark.parametrize("vocab_size, dtype", [(256, np.uint16), (65_536, np.uint16), (65_537, np.uint32)])
-def test_dtype_follows_the_vocabulary_and_the_largest_id_survives(tmp_path, vocab_size, dtype):
-    stream = make_stream(tmp_path, [0, vocab_size - 1, 5], vocab_size=vocab_size)
-    assert stream.shards[0].dtype == dtype
-    assert stream.read(0, 3).tolist() == [0, vocab_size - 1, 5]
-
-
-@pytest.mark.parametrize("bad", [300, -1])
-def test_id_outside_the_vocabulary_is_never_written(tmp_path, bad):
-    with pytest.raises(UserError, match="beyond its vocabulary of 300"):
-        ShardWriter(tmp_path, "train", 300, 100).write(np.array([1, bad, 2]))
 
 
 def test_shards_of_another_tokenizer_are_refused_and_both_are_named(tmp_path):
@@ -96,28 +82,7 @@ def test_truncated_and_swapped_shards_are_found_on_opening(tmp_path):
         TokenStream(tmp_path, "train")
 
 
-def test_bin_formats_of_other_programs_are_read(tmp_path):
-    ids = np.arange(1000)
-    header = np.zeros(256, "<i4")
-    file = tmp_path / "x.bin"
-    for first, dtype in (([], "<u2"), ([20240520, 1, 1000], "<u2"), ([20240801, 7, 1000], "<u4")):
-        header[: len(first)] = first
-        file.write_bytes((header.tobytes() if first else b"") + ids.astype(dtype).tobytes())
-        assert np.array_equal(open_shard(file), ids)
-        file.write_bytes(file.read_bytes()[:-1])
-        with pytest.raises(UserError, match="cut short"):
-            open_shard(file)
-
-
-def test_array_that_is_no_row_of_ids_is_refused(tmp_path):
-    for array in (np.zeros((2, 3), np.uint16), np.zeros(3, np.float32)):
-        np.save(tmp_path / "x.npy", array)
-        with pytest.raises(UserError, match="expected a row of token ids"):
-            open_shard(tmp_path / "x.npy")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training rows
+# ---- Training rows ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 1000, 65_537])
@@ -311,8 +276,7 @@ def test_fetching_reads_its_own_rows_alone_however_long_the_corpus(tmp_path, mon
     assert sum(asked) == 12 and peak < 200_000, "the ids take 2 MB, a table of their windows 125 kB"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Validation rows
+# ---- Validation rows -------------------------------------------------------------------------------------------------
 
 
 class Sizes:
@@ -345,8 +309,7 @@ def test_limited_validation_is_spread_evenly_and_exact(tmp_path):
     assert validation.bytes == (targets % 5)[weights == 1].sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prefetching
+# ---- Prefetching -----------------------------------------------------------------------------------------------------
 
 
 def fetch(step: int):

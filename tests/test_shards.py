@@ -1,4 +1,4 @@
-"""Tokenizing by several processes, and after an interruption: the same shards, byte by byte."""
+"""Shards: the same bytes from any number of processes and after an interruption; damage is found; ids of others."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,18 +15,13 @@ import pytest
 from configurator import ROOT, UserError, configure
 from data import prepare
 from model import ModelConfig
+from test_data import made, prose
+from test_data import write as write_text
 from text import shards
 from text.batches import TokenStream
 from text.corpus import Corpus, DataSettings
-from text.shards import CHECKED, read_meta, token_content, write_meta, write_split
+from text.shards import CHECKED, ShardWriter, open_shard, read_meta, token_content, write_meta, write_split
 from text.tokenizer_files import train_tokenizer
-
-WORDS = "the cat sat on a mat and then it ran away from the big red dog because of a long loud noise".split()
-
-
-def prose(n: int, seed: int = 0) -> str:
-    rng = np.random.default_rng(seed)
-    return "".join(f"{rng.integers(1000)} " + " ".join(rng.choice(WORDS, 8)) + "\n" for _ in range(n))
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +59,47 @@ def write(folder, raw=None, workers=1, tokenizer=TOKENIZER, shard_tokens=1500):
 
 def shard_bytes(folder) -> dict:
     return {path.name: path.read_bytes() for path in folder.glob("*.npy")}
+
+
+# ---- files of ids ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab_size, dtype", [(256, np.uint16), (65_536, np.uint16), (65_537, np.uint32)])
+def test_dtype_follows_the_vocabulary_and_the_largest_id_survives(tmp_path, vocab_size, dtype):
+    writer = ShardWriter(tmp_path, "train", vocab_size, 100)
+    writer.write(np.array([0, vocab_size - 1, 5]))
+    assert writer.close() == [["train_00000.npy", 3]]
+    ids = open_shard(tmp_path / "train_00000.npy")
+    assert ids.dtype == dtype and ids.tolist() == [0, vocab_size - 1, 5]
+
+
+@pytest.mark.parametrize("bad", [300, -1])
+def test_id_outside_the_vocabulary_is_never_written(tmp_path, bad):
+    with pytest.raises(UserError, match="beyond its vocabulary of 300"):
+        ShardWriter(tmp_path, "train", 300, 100).write(np.array([1, bad, 2]))
+
+
+def test_bin_formats_of_other_programs_are_read(tmp_path):
+    ids = np.arange(1000)
+    header = np.zeros(256, "<i4")
+    file = tmp_path / "x.bin"
+    for first, dtype in (([], "<u2"), ([20240520, 1, 1000], "<u2"), ([20240801, 7, 1000], "<u4")):
+        header[: len(first)] = first
+        file.write_bytes((header.tobytes() if first else b"") + ids.astype(dtype).tobytes())
+        assert np.array_equal(open_shard(file), ids)
+        file.write_bytes(file.read_bytes()[:-1])
+        with pytest.raises(UserError, match="cut short"):
+            open_shard(file)
+
+
+def test_array_that_is_no_row_of_ids_is_refused(tmp_path):
+    for array in (np.zeros((2, 3), np.uint16), np.zeros(3, np.float32)):
+        np.save(tmp_path / "x.npy", array)
+        with pytest.raises(UserError, match="expected a row of token ids"):
+            open_shard(tmp_path / "x.npy")
+
+
+# ---- documents -> shards ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char", "unigram", "spbpe"])
@@ -139,8 +176,7 @@ def test_damaged_shard_of_an_interrupted_run_is_made_anew(tmp_path):
         assert write(folder) == expected and shard_bytes(folder) == shard_bytes(tmp_path / "whole")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Damage
+# ---- damage ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -311,8 +347,103 @@ def test_damaged_state_of_an_interrupted_run_is_made_again(tmp_path, capsys):
             assert write(folder) == expected and shard_bytes(folder) == shard_bytes(tmp_path / "whole"), kind
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kill and go on, as a user would
+# ---- token ids of others ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def others(tmp_path):
+    """A folder of shards in another program's format, with the tokenizer that made them."""
+    tokenizer = train_tokenizer("bpe", [prose(200)], 300)
+    tokenizer.save(tmp_path / "shards")
+    eot = tokenizer.role("eot")
+    parts = {name: [*tokenizer.encode(prose(100, i)), eot] for i, name in
+             enumerate(("x_train_2", "x_train_10", "x_train_1", "x_val_0"))}
+    for name, ids in parts.items():
+        np.array(ids, "<u2").tofile(tmp_path / "shards" / f"{name}.bin")
+    return SimpleNamespace(folder=tmp_path / "shards", tokenizer=tokenizer, parts=parts)
+
+
+def test_shards_of_others_are_read_in_natural_order_with_their_tokenizer(tmp_path, others):
+    folder = made(tmp_path, data_path=others.folder)
+    train, val = TokenStream(folder, "train", others.tokenizer), TokenStream(folder, "val")
+    p = others.parts
+    assert train.read(0, len(train)).tolist() == p["x_train_1"] + p["x_train_2"] + p["x_train_10"]
+    assert val.read(0, len(val)).tolist() == p["x_val_0"]
+    part = read_meta(folder)["splits"]["train"]
+    assert part["bytes"] == sum(len(prose(100, i).encode()) for i in range(3)) and part["documents"] == 3
+
+
+def test_shards_need_their_tokenizer_and_validation(tmp_path, others):
+    (others.folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match="tokenizer=<its file>"):
+        made(tmp_path, data_path=others.folder)
+    made(tmp_path, data_path=others.folder, tokenizer=tmp_path / "tokenizer.json")
+    (others.folder / "x_val_0.bin").rename(tmp_path / "other.bin")
+    for val_path in ("", write_text(tmp_path / "text.txt", prose(9))):  # text is no shard
+        with pytest.raises(UserError, match="has 3 shards to train on, and there are 0 to validate on"):
+            made(tmp_path, data_path=others.folder, tokenizer=tmp_path / "tokenizer.json", val_path=val_path)
+    made(tmp_path, data_path=others.folder, tokenizer=tmp_path / "tokenizer.json", val_path=tmp_path / "other.bin")
+
+
+def test_only_names_inside_the_folder_say_what_is_for_validation(tmp_path, others):
+    (others.folder / "val").mkdir()
+    (others.folder / "x_train_10.bin").rename(tmp_path / "elsewhere.bin")
+    (others.folder / "val" / "3.bin").symlink_to(tmp_path / "elsewhere.bin")
+    folder = others.folder.rename(tmp_path / "validation study")
+    splits = read_meta(made(tmp_path, data_path=folder))["splits"]
+    assert [[name.rpartition("/")[2] for name, _ in splits[split]["shards"]] for split in ("train", "val")] == [
+        ["x_train_1.bin", "x_train_2.bin"], ["3.bin", "x_val_0.bin"]]
+
+
+def test_headerless_ids_of_eight_bytes_are_refused(tmp_path, others):
+    np.array(others.parts["x_train_1"], "<i8").tofile(others.folder / "x_train_1.bin")
+    with pytest.raises(UserError, match=r"x_train_1\.bin looks like ids of eight bytes"):
+        made(tmp_path, data_path=others.folder)
+
+
+@pytest.mark.parametrize("vocabulary", [300, 70_000])
+def test_headerless_ids_of_four_bytes_are_not_taken_for_two(tmp_path, others, vocabulary):
+    ids = np.array(others.parts["x_train_1"], "<u4")
+    if vocabulary > 65_536:
+        config = json.loads((others.folder / "tokenizer.json").read_text(encoding="utf-8"))
+        vocab = config["model"]["vocab"]
+        vocab.update({f"x{i}": i for i in range(len(vocab) + len(config["added_tokens"]), vocabulary)})
+        (others.folder / "tokenizer.json").write_text(json.dumps(config), encoding="utf-8")
+        ids[::7] = 69_999
+    ids.tofile(others.folder / "x_train_1.bin")
+    with pytest.raises(UserError, match=r"x_train_1\.bin looks like ids of four bytes.* bin_dtype=uint32"):
+        made(tmp_path, data_path=others.folder)
+    for path in others.folder.glob("*.bin"):
+        if path.name != "x_train_1.bin":
+            np.fromfile(path, "<u2").astype("<u4").tofile(path)
+    folder = made(tmp_path, data_path=others.folder, bin_dtype="uint32")
+    assert TokenStream(folder, "train").read(0, len(ids)).tolist() == ids.tolist()
+
+
+def test_copy_of_a_folder_that_names_shards_elsewhere_is_refused(tmp_path, others):
+    folder = made(tmp_path, data_path=others.folder)
+    shutil.copytree(folder, tmp_path / "copy")
+    with pytest.raises(UserError, match="outside of its folder; name that file with DATA_PATH="):
+        TokenStream(tmp_path / "copy", "train")
+
+
+def test_folder_with_text_and_shards_is_not_guessed_at(tmp_path, others):
+    write_text(others.folder / "input.txt", prose(100))
+    with pytest.raises(UserError, match="holds both text and token ids"):
+        made(tmp_path, data_path=others.folder)
+    made(tmp_path, data_path=others.folder / "input.txt")
+
+
+def test_ids_beyond_the_vocabulary_are_refused_wherever_they_are(tmp_path, others):
+    file = others.folder / "x_train_10.bin"
+    ids = np.fromfile(file, "<u2")
+    ids[-5] = 301
+    ids.tofile(file)
+    with pytest.raises(UserError, match=r"x_train_10\.bin holds id 301, but tokenizer \w+ has ids 0 \.\.\. 299"):
+        made(tmp_path, data_path=others.folder)
+
+
+# ---- kill and resume, as a user would --------------------------------------------------------------------------------
 
 SCRIPT = """
 import sys, time
