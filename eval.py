@@ -116,9 +116,7 @@ def evaluate(model: LanguageModel, windows: Validation, machine: Machine, batch_
     return Score(nats / windows.tokens, nats / math.log(2) / windows.bytes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Any text
-
+# ---- any text -------------------------------------------------------------------------------------------------------
 
 class TextWindows:
     """Documents cut into windows for `evaluate`: each starts after a token that begins a text, and each of its tokens
@@ -222,9 +220,7 @@ def begin_ids(tokenizer: Tokenizer, bos: str = "auto") -> list[int]:
     return [tokenizer.needs(role)] if wanted else []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Multiple choice, with the scores of lm-evaluation-harness
-
+# ---- multiple choice, with the scores of lm-evaluation-harness ------------------------------------------------------
 
 @dataclass
 class Row:
@@ -351,9 +347,7 @@ def summarise(results: list[dict]) -> dict:
     return summary | {"cut": sum(each["cut"] for each in results)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-
+# ---- the command ----------------------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> None:
     s = configure(SETTINGS, argv, doc=__doc__)

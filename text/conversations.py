@@ -93,9 +93,7 @@ def checked(messages: Conversation, where: str, notes: Counter) -> Conversation:
     return messages
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Records
-
+# ---- records --------------------------------------------------------------------------------------------------------
 
 class Fields:
     """The fields of a record or message by what they mean, and which of them were read."""
@@ -246,9 +244,7 @@ def message(part, where: str, notes: Counter) -> Message:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-
+# ---- text -----------------------------------------------------------------------------------------------------------
 
 HEADING = re.compile(r"### (Instruction|Input|Response):")
 BEFORE = {"Instruction": ("",), "Input": ("Instruction",), "Response": ("Instruction", "Input")}

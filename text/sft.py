@@ -100,9 +100,7 @@ def show_example(ids: list[int], learned: list[bool], tokenizer: Tokenizer) -> s
     return text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 def read_split(data: DataSettings, fits: Callable[[Conversation], bool] = bool, quiet: bool = False) -> Split:
     """The examples that the settings name. For validation are those of `val_path`, else of files with such names, else
@@ -224,9 +222,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows
-
+# ---- rows -----------------------------------------------------------------------------------------------------------
 
 class Examples:
     """Conversations as an endless row of samples; sample i is a function of (seed, i) and of nothing else.

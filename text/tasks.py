@@ -44,8 +44,7 @@ class Benchmark:
     urls: dict[str, list[str]]  # split -> files
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Records
+# ---- records --------------------------------------------------------------------------------------------------------
 
 LABEL = Either(int, str)  # of the right choice: 1 or "1"
 ARC_HUB_SHAPE = {"question": str, "choices": {"text": [str], "label": [str]}, "answerKey": str}
@@ -124,9 +123,7 @@ def task_names(text: str) -> list[str]:
     return names
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Questions
-
+# ---- questions ------------------------------------------------------------------------------------------------------
 
 def open_task(name: str, n_shot: int = 0, limit: int = 0, task_dir: str = "", cache_dir: str = "",
               ) -> tuple[list[Question], list[Path]]:
@@ -205,9 +202,7 @@ def labelled_records(path: Path) -> Iterator[tuple[str, dict]]:
         yield where, row
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 def task_files(name: str, split: str, task_dir: str = "", cache_dir: str = "") -> list[Path]:
     """The .jsonl or .parquet files of a split, however they are published: one, or numbered parts of one. They are
