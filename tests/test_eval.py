@@ -17,6 +17,7 @@ import torch
 
 import data
 import eval as module
+import train
 from configurator import ROOT, UserError, configure
 from conftest import tiny_run
 from eval import Row, Score, TextWindows, evaluate, log_likelihoods, overlapping
@@ -44,8 +45,6 @@ class Uniform(torch.nn.Module):
 @pytest.fixture(scope="module")
 def base(text, tmp_path_factory):
     """A finished run with averaged weights."""
-    import train
-
     folder = tmp_path_factory.mktemp("runs") / "base"
     train.main(tiny_run(text, folder, ema=0.9))
     return folder
@@ -59,6 +58,14 @@ def command(capsys, *arguments) -> str:
 def summary(run, name) -> dict:
     (path,) = [path for path in (run / "eval").iterdir() if re.fullmatch(rf"{name}(-[0-9a-f]{{6}})?\.json", path.name)]
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def score_again(run, cache, abs=1e-6) -> float:
+    """The loss of a run on its own validation data, which is the best that it reported."""
+    module.main([f"device={MACHINE.device}", f"init_from={run}", f"cache_dir={cache}"])
+    loss = summary(run, "validation")["loss"]
+    assert loss == pytest.approx(checkpoint.load(run / "best.pt")["progress"]["best"], abs=abs)
+    return loss
 
 
 @pytest.mark.parametrize("length, seq_len, stride", [(2, 4, 4), (5, 4, 2), (6, 4, 4), (30, 7, 3), (31, 8, 1)])
@@ -113,8 +120,9 @@ def tokens_of_text(text, run):
     return resume.find_tokens(str(text.parent / "cache"), tokenizer, wanted)[0]
 
 
-def test_perplexity_of_a_run_that_diverged_is_a_number():
-    assert module.Score(1e5, 1.0).perplexity > 1e300 and math.isnan(module.Score(math.nan, 1.0).perplexity)
+def test_perplexity_is_the_exponential_of_the_loss_and_a_number_where_a_run_diverged():
+    assert Score(math.log(7), 1.0).perplexity == pytest.approx(7)
+    assert Score(1e5, 1.0).perplexity > 1e300 and math.isnan(Score(math.nan, 1.0).perplexity)
 
 
 def test_text_in_pieces_and_prepared_tokens_score_alike(base, text):
@@ -138,13 +146,10 @@ def test_more_context_does_not_change_a_short_text_nor_what_is_counted(base):
 
 # ---- the command
 
-
 def test_default_is_the_loss_that_the_run_reported(base, text, capsys):
-    out = command(capsys, f"init_from={base}", f"cache_dir={text.parent / 'cache'}")
-    best = checkpoint.load(base / "best.pt")["progress"]["best"]
-    assert summary(base, "validation")["loss"] == pytest.approx(best, abs=1e-6)
-    shown = re.findall(r"validation: loss ([\d.]+) nats|the best of the run so far was ([\d.]+)$", out, re.MULTILINE)
-    assert [float(a or b) for a, b in shown] == pytest.approx([best, best], abs=2e-6)
+    best = score_again(base, text.parent / "cache")
+    shown = re.findall(r"(?:validation: loss|the best of the run so far was) ([\d.]+)", capsys.readouterr().out)
+    assert list(map(float, shown)) == pytest.approx([best, best], abs=2e-6)
 
 
 def test_without_its_tokens_in_the_cache_a_sentence_names_the_command_that_makes_them(base, text, tmp_path, capsys):
@@ -153,16 +158,12 @@ def test_without_its_tokens_in_the_cache_a_sentence_names_the_command_that_makes
     folder = data.prepare(configure([ModelConfig, data.DataSettings],
                                     [f"data_path={text}", "vocab_size=300", f"cache_dir={tmp_path}"], {}))
     shutil.move(folder, tmp_path / "moved")  # what it holds counts, not its name
-    command(capsys, f"init_from={base}", f"cache_dir={tmp_path}")
-    best = checkpoint.load(base / "best.pt")["progress"]["best"]
-    assert summary(base, "validation")["loss"] == pytest.approx(best, abs=1e-6)
+    score_again(base, tmp_path)
 
 
 @pytest.mark.parametrize("task", ["pretrain", "sft"])
 def test_of_two_projects_with_files_of_one_name_each_run_is_scored_on_its_own(base, text, tmp_path, monkeypatch, task):
-    import train
-
-    losses = {}
+    losses = set()
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
@@ -178,40 +179,24 @@ def test_of_two_projects_with_files_of_one_name_each_run_is_scored_on_its_own(ba
         train.main(tiny_run(text, tmp_path / "out" / name, **more | dict(seq_len=None, cache_dir=tmp_path / "cache")))
     monkeypatch.chdir(tmp_path)
     for name in ("one", "two"):
-        module.main(["device=cpu", f"init_from={tmp_path / 'out' / name}", f"cache_dir={tmp_path / 'cache'}"])
-        losses[name] = summary(tmp_path / "out" / name, "validation")["loss"]
-        best = checkpoint.load(tmp_path / "out" / name / "best.pt")["progress"]["best"]
-        assert losses[name] == pytest.approx(best, abs=2e-6)
-    assert losses["one"] != losses["two"]
+        losses.add(score_again(tmp_path / "out" / name, tmp_path / "cache", abs=2e-6))
+    assert len(losses) == 2
 
 
-def test_a_run_of_before_fingerprints_is_scored_if_its_tokens_are_the_only_ones(base, text, tmp_path, capsys):
+def test_a_run_of_before_fingerprints_is_scored_if_its_tokens_are_the_only_ones(base, text, tmp_path):
     state = torch.load(base / "best.pt", weights_only=True)
     del state["made_of"]
     (tmp_path / "run").mkdir()
     torch.save(state, tmp_path / "run" / "best.pt")
     shutil.copytree(tokens_of_text(text, base), tmp_path / "cache" / "tokens")
-    command(capsys, f"init_from={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}")
-    assert summary(tmp_path / "run", "validation")["loss"] == pytest.approx(state["progress"]["best"], abs=1e-6)
+    score_again(tmp_path / "run", tmp_path / "cache")
 
 
-@pytest.mark.parametrize("more", [dict(sft_mode=True), dict(use_lora=True)])
-def test_a_fine_tuned_run_reports_its_loss_too(base, text, tmp_path, capsys, more):
-    import train
-
-    if "sft_mode" in more:
-        file = tmp_path / "talk.jsonl"
-        records = [{"instruction": f"the dog {i}", "output": "runs home"} for i in range(20)]
-        file.write_text("".join(json.dumps(record) + "\n" for record in records))
-        more = more | {"data_path": str(file), "val_share": 0.2}
-    else:
-        more = more | {"data_path": str(text), "task": "pretrain"}
-    arguments = more | dict(cache_dir=text.parent / "cache", init_from=base, out_dir=tmp_path / "tuned", max_steps=4,
-                            eval_interval=2, batch_size=4, eval_tokens=300, device="cpu", dtype="float32")
-    train.main([f"{name}={value}" for name, value in arguments.items()])
-    command(capsys, f"init_from={tmp_path / 'tuned'}", f"cache_dir={text.parent / 'cache'}")
-    best = checkpoint.load(tmp_path / "tuned" / "best.pt")["progress"]["best"]
-    assert summary(tmp_path / "tuned", "validation")["loss"] == pytest.approx(best, abs=2e-6)
+def test_a_run_with_adapters_reports_its_loss_too(base, text, tmp_path):
+    shape = dict.fromkeys(("vocab_size", "seq_len", "d_model", "n_layer", "n_head", "n_kv_head"))
+    more = dict(use_lora=1, task="pretrain", init_from=base, max_steps=4, eval_interval=2, eval_tokens=300)
+    train.main(tiny_run(text, tmp_path / "tuned", **shape | more))
+    score_again(tmp_path / "tuned", text.parent / "cache", abs=2e-6)
 
 
 def test_any_text_and_prepared_tokens_can_be_scored(base, text, tmp_path, capsys):
@@ -225,8 +210,6 @@ def test_any_text_and_prepared_tokens_can_be_scored(base, text, tmp_path, capsys
 
 
 def test_unknown_characters_are_reported(text, tmp_path, capsys):
-    import train
-
     train.main(tiny_run(text, tmp_path / "char", tokenizer="char", vocab_size=None, max_steps=2, eval_interval=2))
     other = tmp_path / "other.txt"
     other.write_text("the 水 dog\n", encoding="utf-8")
@@ -264,7 +247,6 @@ def test_mistakes_end_in_a_sentence(base, text, tmp_path):
 
 
 # ---- benchmarks
-
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
@@ -329,10 +311,6 @@ def test_what_is_done_before_ctrl_c_stays(base, questions):
     assert 3 <= len(lines) < 40 and all(len(line["scores"]) == 2 for line in lines)
 
 
-def test_perplexity_is_the_exponential_of_the_loss():
-    assert Score(math.log(7), 1.0).perplexity == pytest.approx(7)
-
-
 class AppleTensor(torch.Tensor):
     """A tensor on a device without float64; only what was copied to the CPU may become float64."""
 
@@ -354,10 +332,9 @@ def test_nothing_is_summed_in_float64_on_the_device(base):
     model.register_forward_hook(lambda module, inputs, output: output.as_subclass(AppleTensor))
     windows = TextWindows(tokenizer, model.cfg.seq_len)
     windows.add_text([("the quick brown fox", True)])
-    machine = choose_machine(MachineSettings(device="cpu", dtype="float32"))
-    assert math.isfinite(evaluate(model, windows, machine).loss)
+    assert math.isfinite(evaluate(model, windows, MACHINE).loss)
     rows = [Row([1, 2], [3], False), Row([1, 2], [3, 4], False)]
-    assert all(map(math.isfinite, log_likelihoods(model, rows, machine)))
+    assert all(map(math.isfinite, log_likelihoods(model, rows, MACHINE)))
 
 
 def test_a_benchmark_says_which_files_it_read(base, questions, capsys):
