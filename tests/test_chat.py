@@ -3,6 +3,7 @@
 import io
 import random
 import string
+from itertools import groupby
 from pathlib import Path
 
 import jinja2
@@ -161,14 +162,9 @@ def test_the_learned_part_is_exactly_each_answer_and_its_end(tokenizer, name):
     for n in range(len(ODD)):
         texts = ODD[n:] + ODD[:n]
         ids, learned = template.render(talk(*texts, system=ODD[n]))
-        runs, now = [], None
-        for i, counts in zip(ids, learned, strict=True):
-            if counts:
-                now = [i] if now is None else [*now, i]
-            elif now is not None:
-                runs, now = [*runs, now], None
-        runs += [] if now is None else [now]
-        assert [tokenizer.decode(run) for run in runs] == [answer + end for answer in texts[1::2]]
+        runs = groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1])
+        answers = [tokenizer.decode([i for i, _ in run]) for counts, run in runs if counts]
+        assert answers == [answer + end for answer in texts[1::2]]
 
 
 @pytest.mark.parametrize("name", chat.TEMPLATES)

@@ -191,13 +191,12 @@ def test_a_row_without_anything_to_learn_is_harmless(tokenizer):
 
 
 def test_validation_shows_each_row_once_in_a_fixed_order(template):
-    data = conversations()
-    validation = ExampleValidation(Examples(data, template, 128, seed=1))
-    assert sum(len(validation.get(first, 4)[0]) for first in range(0, len(validation), 4)) == len(validation)
-    weights = torch.cat([validation.get(first, 4)[2] for first in range(0, len(validation), 4)])
-    assert weights.sum() == validation.tokens
-    rows = torch.cat([validation.get(first, 1)[0] for first in range(len(validation))])
-    assert torch.equal(rows, validation.get(0, 10**6)[0]) and len(rows.unique(dim=0)) == len(validation)
+    validation = ExampleValidation(Examples(conversations(), template, 128, seed=1))
+    whole = validation.get(0, 10**6)
+    assert len(whole[0]) == len(whole[0].unique(dim=0)) == len(validation) and whole[2].sum() == validation.tokens
+    for size in (1, 4):
+        parts = [validation.get(first, size) for first in range(0, len(validation), size)]
+        assert torch.equal(torch.cat([ids for ids, *_ in parts]), whole[0])
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -212,14 +211,12 @@ def write(path, *records, newline="\n"):
 def test_both_kinds_of_records_become_messages(tmp_path):
     first = {"instruction": "Translate.", "input": CHINESE, "output": "Moon"}
     second = {"instruction": "3.14 ... i.e. [this]", "input": "", "output": EMOJI, "id": 7}
-    third = {"messages": talk("Hi", "Hello", "So?", "", "And?", "Yes", system="Be brief.")}
-    unlearned = talk("Hi", "Hello", "So?", "", "And?", "Yes", system="Be brief.")
-    unlearned[4]["learn"] = False
+    third = {"messages": talk("Hi", "Hello", "So?", "Yes", system="Be brief.")}
     file = write(tmp_path / "a.jsonl", "\ufeff" + json.dumps(first), "", second, third, newline="\r\n")
     assert list(read_examples(file)) == [
         [{"role": "user", "content": "Translate.", "input": CHINESE}, {"role": "assistant", "content": "Moon"}],
         talk("3.14 ... i.e. [this]", EMOJI),
-        unlearned,
+        third["messages"],
     ]
 
 
@@ -238,8 +235,6 @@ def test_half_a_surrogate_pair_in_json_becomes_text(tmp_path):
     ('{"messages": [{"role": "user", "content": "a"}]}', "no answer"),
     ('{"messages": []}', "needs a message of the user"),
     ('{"messages": [{"role": "user"}]}', "message 1 needs a role and a content"),
-    ('{"messages": [{"role": "user", "content": ["a"]}]}', "'content' holds a list"),
-    ('{"messages": [{"role": "narrator", "content": "a"}]}', "message 1 is of role 'narrator'"),
     ('{"messages": [{"role": "gpt", "content": "a"}]}', "message 1 is of role 'assistant', expected 'user'"),
 ])
 def test_a_broken_line_is_named_with_its_file(tmp_path, line, complaint):

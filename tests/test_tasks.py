@@ -5,6 +5,7 @@ import json
 import random
 import threading
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -162,9 +163,8 @@ def load(name, folder, n_shot=0, limit=0):
 
 
 def ours(name, model, tokenizer, folder, n_shot, limit=None, **how):
-    questions = load(name, folder, n_shot, limit or 0)
-    results = [each for done in run_task(model, tokenizer, questions, MACHINE, **how) for each in done]
-    return sorted(results, key=lambda each: each["id"])
+    batches = run_task(model, tokenizer, load(name, folder, n_shot, limit or 0), MACHINE, **how)
+    return sorted(chain.from_iterable(batches), key=lambda each: each["id"])
 
 
 @pytest.mark.parametrize("name, which, kind, n_shot, limit", [

@@ -127,7 +127,7 @@ def task_names(text: str) -> list[str]:
 
 def open_task(name: str, n_shot: int = 0, limit: int = 0, task_dir: str = "", cache_dir: str = "",
               ) -> tuple[list[Question], list[Path]]:
-    """The first `limit` questions of a task (0: all), each behind n_shot answered ones, and the files they are from."""
+    """The first `limit` questions of a task (0: all), each after n_shot answered ones, and their files."""
     files = task_files(name, TASKS[name].split, task_dir, cache_dir)
     questions = read_questions(name, files)
     if limit:
