@@ -24,18 +24,7 @@ import torch
 from torch import Tensor
 
 import lora
-from configurator import (
-    Amount,
-    Batch,
-    Count,
-    NotNegative,
-    Settings,
-    Size,
-    UserError,
-    check_fields,
-    configure,
-    need,
-)
+from configurator import Amount, Batch, Count, NotNegative, Settings, Size, UserError, check_fields, configure, need
 from ffn import update_balance
 from model import LanguageModel, ModelConfig
 from optim import EMA, LossScale, Optimizer, OptimSettings, clip_grad_norm, lr_at
@@ -151,9 +140,10 @@ def open_data(s: Settings, start: Start, quiet: bool):
         folder = prepare(s, quiet, known_tokenizer(s, start))
     tokenizer = load_tokenizer(folder)
     s.set("vocab_size", tokenizer.vocab_size, "tokenizer")
-    if start.tokenizer and start.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"the checkpoint was trained with tokenizer {start.tokenizer.fingerprint}, but {folder} has "
-                        f"tokens of tokenizer {tokenizer.fingerprint}; another out_dir begins another run")
+    known = start.tokenizer or tokenizer
+    need(known.fingerprint == tokenizer.fingerprint,
+         f"the checkpoint was trained with tokenizer {known.fingerprint}, but {folder} has tokens of tokenizer "
+         f"{tokenizer.fingerprint}; another out_dir begins another run")
     train, held_out = TokenStream(folder, "train", tokenizer), TokenStream(folder, "val", tokenizer)
     batches = Batches(train, s.seq_len, s.seed, s.data_order, s.data_window, start.rule)
     return tokenizer, batches, Validation(held_out, s.seq_len, tokenizer, s.eval_tokens)
@@ -189,11 +179,9 @@ class Run:
         self.model.to(machine.device).train()
         self.compiles = device.wants_compile(s.part(MachineSettings), s.given("compile"), machine)
         self.optimizer = Optimizer(self.model, s.part(OptimSettings), self.compiles)
-        self.ema, self.scale, self.progress = None, None, start.progress
-        if s.ema:
-            self.ema = EMA(self.model, s.ema)
-        if machine.dtype == torch.float16:
-            self.scale = LossScale(machine.device)
+        self.ema = EMA(self.model, s.ema) if s.ema else None
+        self.scale = LossScale(machine.device) if machine.dtype == torch.float16 else None
+        self.progress = start.progress
         if start.state:
             self.restore(start)
         self.saved_step, self.rescored = self.progress.step, rescored
@@ -331,18 +319,17 @@ class Run:
 
     def report(self, result: StepResult, factor: float) -> None:
         """A line of the log; too many bad steps in a row end the run."""
-        progress, rates, loss, muon_lr, experts = self.progress, self.optimizer.settings, math.nan, None, {}
-        nats, learned = self.machine.all_reduce(self.nats).item(), self.learned.item()
-        if learned:
-            loss = nats / learned
+        progress, rates, experts = self.progress, self.optimizer.settings, {}
+        loss = self.machine.all_reduce(self.nats).item() / max(self.learned.item(), 1)
+        if not self.learned:
+            loss = math.nan
         progress.nats, progress.learned = self.nats.zero_().item(), self.learned.zero_().item()
         progress.skipped = progress.step - int(self.optimizer.state["applied"])
         if result.load is not None:
             experts["expert_load"] = result.load.item()
             if self.s.balance == "loss":
                 experts["balance"] = result.balance.item()
-        if self.optimizer.stacks:
-            muon_lr = factor * rates.muon_lr
+        muon_lr = factor * rates.muon_lr if self.optimizer.stacks else None
         self.log.training(progress, loss, result.norm.item(), factor * rates.lr, muon_lr, experts)
         if self.bad >= self.s.max_skipped:
             good = max(checkpoint.steps(self.out_dir), default="not there yet")
@@ -353,26 +340,26 @@ class Run:
 
     def weights(self) -> dict[str, Tensor]:
         """What this run has learned: all weights, or the adapters alone."""
-        if self.s.use_lora:
-            return lora.adapter_state(self.model)
-        return self.model.state_dict()
+        return lora.adapter_state(self.model) if self.s.use_lora else self.model.state_dict()
+
+    def state(self) -> dict:
+        """A checkpoint that can be sampled; `save` adds what resuming needs."""
+        return self.about | {"model": self.weights(), "progress": asdict(self.progress)}
 
     def averaged(self):
         """Inside, the model has the weights that we would ship."""
         return self.ema.applied() if self.ema else nullcontext()
 
     def save(self, must: bool) -> None:
-        """The checkpoint from which the run resumes as if nothing had happened. Comes before validation.
-
-        If it cannot be written, the run says so and continues, unless it `must`: this was its last chance.
-        """
+        """The checkpoint from which the run resumes as if nothing had happened. If it cannot be written, the run says
+        so and continues, unless it `must`: this was its last chance."""
         self.saved_step = self.progress.step
         self.progress.nats = self.machine.all_reduce(self.nats.clone()).item()  # in a checkpoint, of all processes
         self.progress.learned = self.learned.item()
         if not self.machine.is_main:
             return
         self.log.flush()
-        state = self.about | {"model": self.weights(), "progress": asdict(self.progress)}
+        state = self.state()
         for name, part in (("optimizer", self.optimizer), ("ema", self.ema), ("scale", self.scale)):
             state[name] = part.state_dict() if part else None
         try:
@@ -400,8 +387,7 @@ class Run:
         if better and machine.is_main and checkpoint.steps(self.out_dir):
             try:
                 with self.averaged():
-                    state = self.about | {"model": self.weights(), "progress": asdict(progress)}
-                    checkpoint.save(self.out_dir / "best.pt", state)
+                    checkpoint.save(self.out_dir / "best.pt", self.state())
             except UserError as error:
                 self.log.message(str(error))
         self.log.validation(progress, score, better)
@@ -430,15 +416,14 @@ class Run:
         bad = checkpoint.not_finite(self.weights())  # on every process alike
         need(not bad, f"{bad} is not finite (nan or inf): this run diverged; lower lr, in another out_dir")
         if self.machine.is_main:
-            from sample import next_commands, write_samples
+            from sample import write_samples
 
             template = None
             if self.s.task == "sft":
                 template = Template(self.s.template, self.tokenizer)
                 lora.merge(self.model)
-            sample = write_samples(self.out_dir / "samples.txt", self.model, self.tokenizer, self.validation, template)
-            self.machine.print(f"\n{sample}\n\n{next_commands(self.out_dir, chat=self.s.task == 'sft')}\n"
-                               f"continue the same command with {longer(self.s, self.plan)}")
+            words = write_samples(self.out_dir, self.model, self.tokenizer, self.validation, template)
+            self.machine.print(f"\n{words}\ncontinue the same command with {longer(self.s, self.plan)}")
 
 
 if __name__ == "__main__":

@@ -323,10 +323,10 @@ def test_a_sample_and_its_prompt_join_with_the_space_of_their_text(go, tmp_path,
 
     original = sample.write_samples
 
-    def write_samples(path, model, tokenizer, *rest):
+    def write_samples(run, model, tokenizer, *rest):
         lines = (tmp_path / "val.jsonl").read_text().splitlines()
         truth.update(tokenizer=tokenizer, texts=[json.loads(line)["text"] for line in lines])
-        return original(path, model, tokenizer, *rest)
+        return original(run, model, tokenizer, *rest)
 
     monkeypatch.setattr(sample, "generate", oracle)
     monkeypatch.setattr(sample, "write_samples", write_samples)
