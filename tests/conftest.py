@@ -1,5 +1,6 @@
 """One thread a process (two spinning thread pools on two cores are poison), and the scripts on the path."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -31,6 +32,31 @@ def tiny_run(text, out_dir, **changes) -> list[str]:
                     muon_lr=0.02, log_interval=1, eval_interval=6, eval_tokens=640,
                     device="cpu", dtype="float32")
     return [f"{name}={value}" for name, value in (settings | changes).items() if value is not None]
+
+
+def tune(text, base, examples, out_dir, **changes) -> list[str]:
+    """Arguments for a fine-tuning run; the model's shape comes from the base."""
+    shape = dict.fromkeys(("vocab_size", "seq_len", "d_model", "n_layer", "n_head", "n_kv_head"))
+    settings = dict(task="sft", init_from=base, data_path=examples, lr=1e-2, muon_lr=1e-2)
+    return tiny_run(text, out_dir, **(shape | settings | changes))
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory):
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    pairs = [(f"say {a} and {b}", f"{a} {b}") for a in WORDS[:12] for b in WORDS[:8]]
+    path.write_text("".join(json.dumps({"instruction": q, "output": a}) + "\n" for q, a in pairs), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def base(text, tmp_path_factory):
+    """A pretraining run of some seconds, for the tests that fine-tune it."""
+    import train
+
+    folder = tmp_path_factory.mktemp("base") / "run"
+    train.main(tiny_run(text, folder, vocab_size=320, seq_len=64, max_steps=8, eval_interval=8))
+    return folder
 
 
 @pytest.fixture

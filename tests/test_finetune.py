@@ -1,7 +1,6 @@
 """Fine-tuning as a whole: train.main(), sample.main() and convert.main() with real files."""
 
 import io
-import json
 import sys
 
 import pytest
@@ -13,7 +12,7 @@ import lora
 import sample
 import train
 from configurator import UserError, configure
-from conftest import WORDS, tiny_run
+from conftest import tiny_run, tune
 from generate import SamplingSettings, generate
 from runtime import checkpoint, run
 from test_chat import make, talk
@@ -23,31 +22,6 @@ from test_train import column, interrupt_at, same
 from text.chat import ChatSettings, Template
 from text.corpus import DataSettings
 from text.sft import Examples, SftSettings, open_examples
-
-
-@pytest.fixture(scope="module")
-def base(text, tmp_path_factory):
-    """A pretraining run of some seconds."""
-    folder = tmp_path_factory.mktemp("base") / "run"
-    train.main(tiny_run(text, folder, vocab_size=320, seq_len=64, max_steps=8, eval_interval=8))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory):
-    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
-    pairs = [(f"say {a} and {b}", f"{a} {b}") for a in WORDS[:12] for b in WORDS[:8]]
-    path.write_text("".join(json.dumps({"instruction": q, "output": a}) + "\n" for q, a in pairs), encoding="utf-8")
-    return path
-
-
-def tune(text, base, questions, out, **changes):
-    """Arguments for a fine-tuning run; the model's shape comes from the base."""
-    settings = dict(task="sft", init_from=base, data_path=questions, max_steps=12, eval_interval=6, lr=1e-2,
-                    muon_lr=1e-2)
-    shape = dict.fromkeys(("vocab_size", "seq_len", "d_model", "n_layer", "n_head", "n_kv_head"))
-    return tiny_run(text, out, **(settings | shape | changes))
-
 
 # ---- the run
 
@@ -231,13 +205,6 @@ def test_a_pretraining_config_lends_its_rates_but_not_its_length(tmp_path):
     assert (s.lr, s.min_lr, s.max_steps) == (6e-4, 1e-5, 7), "a config that is for fine-tuning is taken at its word"
 
 
-@pytest.mark.parametrize("setting", ["tokenizer=char", "vocab_size=300"])
-def test_fine_tuning_has_the_tokenizer_of_its_base(setting):
-    s = configure(train.SETTINGS, ["task=sft", setting], {})
-    with pytest.raises(UserError, match="has the tokenizer of its base"):
-        run.choose_task(s)
-
-
 @pytest.mark.parametrize("config, argv, task", [
     ("task = 'sft'", ["sft_mode=0"], "pretrain"), ("sft_mode = True", ["task=pretrain"], "pretrain"),
     ("task = 'pretrain'", ["sft_mode=1"], "sft"), ("", ["sft_mode=1", "task=sft"], "sft"),
@@ -359,15 +326,6 @@ def test_reset_and_system_change_the_talk(adapted, monkeypatch):
     assert seen == [("one", "", 0), ("two", "be brief", 1), ("three", "be brief", 0)]
 
 
-def test_averaged_weights_are_loaded_into_both_names_of_a_tied_head(text, tmp_path):
-    train.main(tiny_run(text, tmp_path / "run", ema=0.9))
-    state = checkpoint.load(tmp_path / "run" / "step_00000012.pt")
-    model, _, _ = checkpoint.load_model(tmp_path / "run" / "step_00000012.pt")
-    assert torch.equal(model.embed.weight, state["ema"]["weights"]["embed.weight"])
-    best, _, _ = checkpoint.load_model(tmp_path / "run" / "best.pt")
-    assert torch.equal(best.embed.weight, model.embed.weight)  # the last validation was the best
-
-
 def test_adapters_leave_the_balance_of_frozen_experts_alone(text, questions, tmp_path):
     shape = dict(n_expert=4, d_expert=16, balance="bias", balance_rate=0.05, vocab_size=320, seq_len=64)
     train.main(tiny_run(text, tmp_path / "base", max_steps=7, **shape))  # so large a rate swings: after 6 it is 0
@@ -392,7 +350,9 @@ def test_a_base_that_trains_on_does_not_cost_its_adapters(text, questions, tmp_p
 
 @pytest.mark.parametrize("argv, word", [
     (["sft_mode=1", "task=pretrain"], "contradict"), (["lora_rank=8"], "use_lora=1"),
-    (["sft_mode=1", "val_path=x.jsonl"], "data_path")])
+    (["sft_mode=1", "val_path=x.jsonl"], "data_path"), (["task=sft", "mixture=a:1 b:1"], "is for pretraining"),
+    (["task=sft", "tokenizer=char"], "has the tokenizer of its base"),
+    (["task=sft", "vocab_size=300"], "has the tokenizer of its base")])
 def test_settings_that_contradict_each_other_are_refused(home, argv, word):
     with pytest.raises(UserError, match=word):
         settle(*argv)

@@ -6,9 +6,8 @@ import torch
 import sample
 import train
 from configurator import ROOT
-from conftest import tiny_run
+from conftest import tiny_run, tune
 from runtime import checkpoint
-from test_finetune import questions, tune  # noqa: F401  (a fixture)
 from test_model import KINDS, shaken, tiny
 from test_train import column, same
 
@@ -22,7 +21,7 @@ MORE = {"mla_moe": dict(kv_rank=16, rope_dim=4, d_expert=16), "pretrain_enigma":
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_trains_loads_samples_and_takes_adapters(text, questions, tmp_path, capsys, preset):  # noqa: F811
+def test_every_preset_trains_loads_samples_and_takes_adapters(text, questions, tmp_path, capsys, preset):
     toy = TOY | {"n_kv_head": 4} | MORE.get(preset, {}) | ({} if preset != "mla_moe" else {"n_kv_head": 0})
     config = str(ROOT / "config" / f"{preset}.py")
     run = tmp_path / "run"

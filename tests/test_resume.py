@@ -10,7 +10,7 @@ import torch
 import convert
 import train
 from configurator import UserError
-from conftest import WORDS, tiny_run
+from conftest import WORDS, tiny_run, tune
 from optim import OptimSettings, lr_at
 from runtime import checkpoint
 from test_reliability import finish, launch
@@ -324,66 +324,49 @@ def test_resume_is_bit_exact_where_validations_are_not_saves(go, tmp_path, monke
 # ---- from run to run
 
 
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory):
-    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
-    pairs = [(f"say {a} and {b}", f"{a} {b}") for a in WORDS[:8] for b in WORDS[:6]]
-    path.write_text("".join(json.dumps({"instruction": q, "output": a}) + "\n" for q, a in pairs), encoding="utf-8")
-    return path
-
-
-def tune(text, base, data, out, **changes):
-    shape = dict.fromkeys(("vocab_size", "d_model", "n_layer", "n_head", "n_kv_head", "seq_len"))
-    settings = dict(task="sft", init_from=base, data_path=data, max_steps=2, eval_interval=2)
-    return train.main(tiny_run(text, out, **shape | settings | changes))
-
-
-@pytest.fixture(scope="module")
-def base(text, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "run"
-    train.main(tiny_run(text, folder, vocab_size=320, seq_len=64, max_steps=4, eval_interval=4))
-    return folder
+def tune_now(text, base, examples, out_dir, **changes):
+    return train.main(tune(text, base, examples, out_dir, **(dict(max_steps=2, eval_interval=2) | changes)))
 
 
 def test_template_and_system_follow_the_model_from_run_to_run(text, base, questions, tmp_path):
-    tune(text, base, questions, tmp_path / "a", template="alpaca", system="be brief")
-    tune(text, tmp_path / "a", questions, tmp_path / "b")
-    tune(text, tmp_path / "b", questions, tmp_path / "c", use_lora=1, lora_rank=2)
-    tune(text, tmp_path / "c", questions, tmp_path / "c", use_lora=1, init_from=None, max_steps=3)  # resumed
+    tune_now(text, base, questions, tmp_path / "a", template="alpaca", system="be brief")
+    tune_now(text, tmp_path / "a", questions, tmp_path / "b")
+    tune_now(text, tmp_path / "b", questions, tmp_path / "c", use_lora=1, lora_rank=2)
+    tune_now(text, tmp_path / "c", questions, tmp_path / "c", use_lora=1, init_from=None, max_steps=3)  # resumed
     convert.main([str(tmp_path / "c"), str(tmp_path / "d"), "MERGE=1"])
-    tune(text, tmp_path / "d", text, tmp_path / "e", task="pretrain")  # text between the fine-tunings
-    tune(text, tmp_path / "e", questions, tmp_path / "f")
+    tune_now(text, tmp_path / "d", text, tmp_path / "e", task="pretrain")  # text between the fine-tunings
+    tune_now(text, tmp_path / "e", questions, tmp_path / "f")
     for name in "abcf":
         assert (saved(tmp_path / name)["template"], saved(tmp_path / name)["system"]) == ("alpaca", "be brief"), name
-    tune(text, tmp_path / "a", questions, tmp_path / "g", template="chatml")  # a new run may choose another one
+    tune_now(text, tmp_path / "a", questions, tmp_path / "g", template="chatml")  # a new run may choose another one
     assert (saved(tmp_path / "g")["template"], saved(tmp_path / "g")["system"]) == ("chatml", "be brief")
 
 
 def test_adapters_learn_from_rows_shorter_than_those_of_their_base(text, base, questions, tmp_path):
-    tune(text, base, questions, tmp_path / "run", use_lora=1, seq_len=32)
+    tune_now(text, base, questions, tmp_path / "run", use_lora=1, seq_len=32)
     assert saved(tmp_path / "run")["seq_len"] == 32
     with pytest.raises(UserError, match="seq_len=64"):
-        tune(text, base, questions, tmp_path / "longer", use_lora=1, seq_len=128)
+        tune_now(text, base, questions, tmp_path / "longer", use_lora=1, seq_len=128)
 
 
 def test_examples_may_be_added_and_are_found_without_their_file(text, base, questions, tmp_path, capsys):
     data, cache = tmp_path / "mine.jsonl", tmp_path / "cache"
     data.write_text(questions.read_text())
-    tune(text, base, data, tmp_path / "run", cache_dir=cache)
+    tune_now(text, base, data, tmp_path / "run", cache_dir=cache)
     with open(data, "a", encoding="utf-8") as file:
         file.write(json.dumps({"instruction": "new", "output": "words"}) + "\n")
     capsys.readouterr()
-    tune(text, base, data, tmp_path / "run", cache_dir=cache, max_steps=4)
+    tune_now(text, base, data, tmp_path / "run", cache_dir=cache, max_steps=4)
     assert "the training data has changed" in capsys.readouterr().out
     data.unlink()
-    tune(text, base, None, tmp_path / "run", cache_dir=cache, max_steps=6)
+    tune_now(text, base, None, tmp_path / "run", cache_dir=cache, max_steps=6)
     assert progress(tmp_path / "run")["step"] == 6
     with pytest.raises(UserError, match=f"name them again, DATA_PATH={data}"):
-        tune(text, base, None, tmp_path / "run", cache_dir=tmp_path / "empty", max_steps=8)
+        tune_now(text, base, None, tmp_path / "run", cache_dir=tmp_path / "empty", max_steps=8)
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"instruction": f"{i}?", "output": f"{i}!"}) + "\n" for i in range(30)))
     with pytest.raises(UserError, match="learned other data"):
-        tune(text, base, other, tmp_path / "run", cache_dir=cache, max_steps=8)
+        tune_now(text, base, other, tmp_path / "run", cache_dir=cache, max_steps=8)
 
 
 @pytest.mark.parametrize("goal, other", [("stop_loss", 0), ("stop_ppl", 1), ("stop_loss", 0.5)])
