@@ -31,13 +31,12 @@ from optim import EMA, LossScale, Optimizer, OptimSettings, clip_grad_norm, lr_a
 from runtime import checkpoint, device
 from runtime.device import Machine, MachineSettings
 from runtime.log import Log, LogSettings, Progress
-from runtime.resume import about_run, examples_of_run, has_other_validation, known_tokenizer, tokens_of_run
-from runtime.run import Start, choose_task, claim_folder, describe_run, longer, open_run, run_folder
+from runtime.resume import Start, about_run, examples_of_run, has_other_validation, known_tokenizer, tokens_of_run
+from runtime.run import choose_task, claim_folder, describe_run, longer, open_run, run_folder
 from runtime.screen import clock, run
 from text.batches import Batches, Prefetcher, TokenStream, Validation
 from text.chat import ChatSettings, SftSettings, Template
 from text.corpus import DataSettings
-from text.tokenizer_files import load_tokenizer
 
 
 @dataclass
@@ -133,6 +132,8 @@ def open_data(s: Settings, start: Start, quiet: bool):
         return start.tokenizer, *open_examples(
             start.tokenizer, s.part(DataSettings), s.part(ChatSettings), s.part(SftSettings), seq_len=s.seq_len,
             seed=s.seed, eval_tokens=s.eval_tokens, found=examples_of_run(s, start), quiet=quiet)
+    from text.tokenizer_files import load_tokenizer
+
     folder = tokens_of_run(s, start)
     if folder is None:
         from data import prepare

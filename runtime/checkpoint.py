@@ -25,7 +25,6 @@ from model import LanguageModel, ModelConfig, shapes_only
 from runtime.files import Either, locked, misfit, mismatch, replacing, require_file, unless_empty, write_text, writing
 from runtime.screen import tell, visible
 from text.tokenizer import Tokenizer
-from text.tokenizer_files import kind_of, load_tokenizer, tokenizer_file, tokenizer_from_dict
 
 FORMAT = 2
 ELSEWHERE = "; set another out_dir"
@@ -258,6 +257,8 @@ def settings(path: Path) -> dict:
 
 def tokenizer_of(state: dict, saved: dict, path: Path) -> Tokenizer:
     """The tokenizer of a checkpoint, whose settings are `saved`."""
+    from text.tokenizer_files import tokenizer_from_dict
+
     try:
         tokenizer = tokenizer_from_dict(part_of(state, "tokenizer", path, {"tokenizer": dict, "config": dict}))
     except UserError as error:
@@ -356,6 +357,8 @@ def find(where: str | Path = "", root: Path | None = None) -> Path:
 
 def find_tokenizer(where: str | Path) -> Tokenizer:
     """The tokenizer that the user names: its file or folder, an encoding of tiktoken, a checkpoint, or a run."""
+    from text.tokenizer_files import kind_of, load_tokenizer, tokenizer_file, tokenizer_from_dict
+
     path = find_path(where)
     if path.is_dir() and not tokenizer_file(path):
         path = next(iter(checkpoints(path)), path)

@@ -7,25 +7,45 @@ out of a checkpoint never names code or a place: the data is found by what it ho
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from configurator import RIVALS, Settings, UserError, cache_folder, need, pick
 from lora import LoraSettings
 from model import ModelConfig
 from runtime.files import mismatch
-from runtime.log import LogSettings
+from runtime.log import LogSettings, Progress
 from runtime.screen import visible
 from text.batches import RULE
 from text.chat import ChatSettings
 from text.corpus import TRAINED, DataSettings, forced
 from text.shards import PREPARED, read_meta, token_content
+from text.tokenizer import Tokenizer
+
+
+@dataclass
+class Start:
+    """What a run begins with."""
+
+    weights: dict | None = None  # of the model without adapters; None: fresh ones
+    tokenizer: Tokenizer | None = None  # that the weights were trained with
+    init: str = ""  # the checkpoint that the run began from
+    base: dict | None = None  # {"path", "fingerprint"} of the weights beneath adapters
+    overwrite: bool = False  # the run that is in the folder makes room, once the data is there
+    # Of a run that is resumed:
+    state: dict | None = None  # its checkpoint
+    saved: dict = field(default_factory=dict)  # its settings
+    config: dict = field(default_factory=dict)  # what its config files said
+    made_of: dict = field(default_factory=dict)  # what its data is; {} of an older run
+    rule: int = RULE  # by which its training rows are cut
+    progress: Progress = field(default_factory=Progress)  # how far it is
+
 
 # ---- settings
 
 
 def names_of(*parts: type) -> set[str]:
-    return {field.name for part in parts for field in fields(part)}
+    return {each.name for part in parts for each in fields(part)}
 
 
 # A resumed run has three kinds of settings. MUST: they make the shape of its weights or of its examples; they come
@@ -93,7 +113,7 @@ def made_of(batches, validation) -> dict:
             "sketch": batches.sketch()}
 
 
-def about_run(s: Settings, start, tokenizer, batches, validation) -> dict:
+def about_run(s: Settings, start: Start, tokenizer, batches, validation) -> dict:
     """What a checkpoint says of its run, beside tensors and progress. A resumed run that names no data keeps the names
     of before, for a sentence."""
     settings = s.to_dict()
@@ -181,7 +201,7 @@ def find_tokens(cache_dir: str, tokenizer, wanted: dict[str, str]) -> list[Path]
     return folders
 
 
-def tokens_of_run(s: Settings, start) -> Path | None:
+def tokens_of_run(s: Settings, start: Start) -> Path | None:
     """The tokens that a resumed run learned before; None if they are to be prepared from what this start names."""
     if not start.made_of or names_data(s) or forced(s.overwrite):
         return None
@@ -192,7 +212,7 @@ def tokens_of_run(s: Settings, start) -> Path | None:
     return next(iter(found), None)
 
 
-def examples_of_run(s: Settings, start):
+def examples_of_run(s: Settings, start: Start):
     """The (training, validation) examples that a resumed run learned before; None if they are to be read."""
     from text.sft import find_examples  # here: few runs have any
 
@@ -204,7 +224,7 @@ def examples_of_run(s: Settings, start):
     return found
 
 
-def known_tokenizer(s: Settings, start):
+def known_tokenizer(s: Settings, start: Start):
     """The tokenizer that the weights of a start know, None if this start asks for another one."""
     if start.tokenizer is None or s.tokenizer not in TRAINED:
         return None

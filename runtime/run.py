@@ -6,7 +6,6 @@ alone, with the name and the fingerprint of the base that they belong to.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from configurator import ROOT, Settings, UserError, need, pick, write_path
@@ -17,32 +16,12 @@ from runtime import checkpoint
 from runtime.device import Machine, attempt, memory
 from runtime.files import writing
 from runtime.log import Progress
-from runtime.resume import HERE, MUST, adopt, follow, names_of, read_made_of, read_part
+from runtime.resume import HERE, MUST, Start, adopt, follow, names_of, read_made_of, read_part
 from runtime.screen import tell
-from text.batches import RULE
 from text.corpus import TRAINED, dataset_name, forced
-from text.tokenizer import Tokenizer
 
 # Fine-tuning starts from weights that are good already: unless set for it, its steps are fewer and smaller.
 FINE_TUNING = {"lr": 5e-3, "muon_ratio": 2.5, "max_steps": 400, "warmup_steps": 20, "eval_interval": 100}
-
-
-@dataclass
-class Start:
-    """What a run begins with."""
-
-    weights: dict | None = None  # of the model without adapters; None: fresh ones
-    tokenizer: Tokenizer | None = None  # that the weights were trained with
-    init: str = ""  # the checkpoint that the run began from
-    base: dict | None = None  # {"path", "fingerprint"} of the weights beneath adapters
-    overwrite: bool = False  # the run that is in the folder makes room, once the data is there
-    # Of a run that is resumed:
-    state: dict | None = None  # its checkpoint
-    saved: dict = field(default_factory=dict)  # its settings
-    config: dict = field(default_factory=dict)  # what its config files said
-    made_of: dict = field(default_factory=dict)  # what its data is; {} of an older run
-    rule: int = RULE  # by which its training rows are cut
-    progress: Progress = field(default_factory=Progress)  # how far it is
 
 
 # ---- what the user left open

@@ -34,7 +34,6 @@ from configurator import ROOT, Amount, Count, Range, Share, UserError, check_fie
 from runtime.files import file_state, require_file
 from runtime.screen import ProgressLine, is_first_process, run, visible
 from text import records
-from text.download import download as download  # for prepare.py
 from text.records import Piece, Position, text_files, total_size
 
 TRAINED = ("bpe", "char", "unigram", "spbpe")  # tokenizers that are trained on the corpus

@@ -19,7 +19,6 @@ import regex
 import tiktoken
 
 from configurator import UserError
-from runtime.workers import in_order
 
 # To llama.cpp, gpt2, gpt4, qwen2 and o200k are gpt-2, llama-bpe, qwen2 and gpt-4o.
 PATTERNS = {
@@ -222,6 +221,8 @@ def count_pieces(texts: Iterable[str], pattern: str, max_bytes: int = 0, workers
     """
     total, n_bytes, forgot = Counter(), 0, False
     batches = batches_of(first_bytes(texts, max_bytes))
+    from runtime.workers import in_order
+
     for _, (counts, size) in in_order(partial(count_batch, pattern), batches, workers):
         total.update(counts)
         n_bytes += size

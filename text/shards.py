@@ -28,7 +28,6 @@ import numpy as np
 from configurator import UserError, find_path, need
 from runtime.files import file_state, read_json, read_notes, replacing, require_file, write_json
 from runtime.screen import ProgressLine, say
-from runtime.workers import in_order
 from text.corpus import Corpus, Mixture
 from text.records import SEPARATOR, Parts, Piece, list_files, reading, split_by_name
 from text.tokenizer import Excerpt, Unwritable
@@ -270,6 +269,8 @@ def write_split(folder: Path, split: str, raw: Corpus, tokenizer, shard_tokens: 
     `replace` writes U+FFFD for characters that the tokenizer lacks, and counts them; without it they are a UserError
     with file and line.
     """
+    from runtime.workers import in_order
+
     state = read_state(folder, quiet)
     if "content" in state.get(split, {}):  # the whole split was done
         return state[split]

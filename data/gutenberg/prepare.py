@@ -27,7 +27,8 @@ if __name__ == "__main__":
 from configurator import UserError
 from runtime.files import Either, read_json, write_text
 from runtime.screen import ProgressLine, is_first_process
-from text.corpus import download, plan_split, show_dataset
+from text.corpus import plan_split, show_dataset
+from text.download import download
 
 FOLDER = Path(__file__).resolve().parent
 CATALOGUE = "https://gutendex.com/books/?languages=en&author_year_end=500&sort=popular"  # 32 books a page

@@ -11,7 +11,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))  # a command finds its own folder only
 
-from text.corpus import download, show_dataset
+from text.corpus import show_dataset
+from text.download import download
 
 FILE = Path(__file__).resolve().parent / "input.txt"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

@@ -12,7 +12,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))  # a command finds its own folder only
 
-from text.corpus import document_hash, download, show_dataset
+from text.corpus import document_hash, show_dataset
+from text.download import download
 from text.records import text_pieces
 
 FOLDER = Path(__file__).resolve().parent
