@@ -417,14 +417,15 @@ class Run:
         bad = checkpoint.not_finite(self.weights())  # on every process alike
         need(not bad, f"{bad} is not finite (nan or inf): this run diverged; lower lr, in another out_dir")
         if self.machine.is_main:
-            from sample import write_samples
+            from sample import next_commands, write_samples
 
             template = None
             if self.s.task == "sft":
                 template = Template(self.s.template, self.tokenizer)
                 lora.merge(self.model)
-            words = write_samples(self.out_dir, self.model, self.tokenizer, self.validation, template)
-            self.machine.print(f"\n{words}\ncontinue the same command with {longer(self.s, self.plan)}")
+            sample = write_samples(self.out_dir / "samples.txt", self.model, self.tokenizer, self.validation, template)
+            self.machine.print(f"\n{sample}\n\n{next_commands(self.out_dir, chat=template is not None)}\n"
+                               f"continue the same command with {longer(self.s, self.plan)}")
 
 
 if __name__ == "__main__":
