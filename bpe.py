@@ -39,30 +39,9 @@ from configurator import ROOT, UserError, need, write_path
 from runtime.files import Either, read_json, write_json, writing
 from runtime.screen import run
 from text.merges import BYTES, INVISIBLE, VISIBLE, Pair, encode_piece, learn_merges, numbered
-from text.pieces import (
-    CUTTABLE,
-    PATTERNS,
-    compile_pattern,
-    count_pieces,
-    find_names,
-    find_pieces,
-    is_cuttable,
-    safe_chunks,
-    split_text,
-    utf8,
-)
+from text.pieces import CUTTABLE, PATTERNS, count_pieces, find_names, find_pieces, safe_chunks, split_text, utf8
 from text.records import files_pieces, text_files
-from text.tokenizer import (
-    CONFIG,
-    LARGEST_ID,
-    SPECIALS,
-    Tokenizer,
-    Unwritable,
-    check_shape,
-    config_for,
-    naming,
-    read_config,
-)
+from text.tokenizer import LARGEST_ID, SPECIALS, Tokenizer, Unwritable, check_files, config_for, naming, read_config
 
 # ---- the textbook ----------------------------------------------------------------------------------------------------
 
@@ -177,7 +156,7 @@ class BPETokenizer(Tokenizer):
         for left, right in self.merges:
             if not (left in self.vocab and right in self.vocab and left + right in self.vocab):
                 raise UserError(f"the merge {spell(left)} {spell(right)} needs a token that is not in the vocabulary")
-        for i in self._bytes:
+        for i in (min(self._bytes), max(self._bytes)):
             need(0 <= i <= LARGEST_ID, f"a token has the id {i}, and ids are numbers from 0 to {LARGEST_ID:,}")
         # A name may be in the vocabulary and among the added tokens, if it has one id.
         ids: dict[bytes | str, int] = dict(self.vocab)
@@ -190,7 +169,7 @@ class BPETokenizer(Tokenizer):
                 need(not token.get(flag), f"the added token {token['content']} asks for {flag}, which we do not have")
         for pattern in self.patterns:
             if pattern not in CUTTABLE:
-                compile_pattern(pattern)
+                find_pieces("", pattern)  # refuses what is no pattern
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, pattern: str = "gpt2", specials: Iterable[str] = SPECIALS,
@@ -254,10 +233,7 @@ class BPETokenizer(Tokenizer):
         return super().encode_batch(texts, allow_special, threads)
 
     def independent_chunks(self, texts: Iterable[str], allow_special: bool = False) -> Iterator[str]:
-        """A file may bring split patterns that we do not know (`is_cuttable`): then all of the text is one chunk."""
-        if not is_cuttable(self.patterns):
-            return iter(["".join(texts)])
-        return safe_chunks(texts, self._names[allow_special])
+        return safe_chunks(texts, self._names[allow_special], self.patterns)
 
     def _segments(self, text: str, allow_special: bool) -> list[int | str]:
         """Find the added tokens: "a<|pad|>b" -> ["a", 258, "b"]. UserError for text that cannot be encoded."""
@@ -296,7 +272,7 @@ class BPETokenizer(Tokenizer):
             return None
         tokens = dict(zip(self.vocab.values(), self.vocab, strict=True))
         ranks = numbered(map(tokens.__getitem__, order))
-        # A pattern that we do not know may take for ever there, so it cuts here and not there.
+        # An unknown pattern may never end there, so it cuts here, with a time limit, and tiktoken gets single pieces.
         pattern = self.patterns[-1] if self.patterns[-1] in CUTTABLE else r"[\s\S]+"
         core = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens=NEVER)
         return core, np.array(order, np.uint32)
@@ -364,7 +340,7 @@ class BPETokenizer(Tokenizer):
     def from_dict(cls, d: dict, source: str = "this tokenizer") -> "BPETokenizer":
         """Inverse of `to_dict`. `tokenizer_files.load_tokenizer` also reads what others write."""
         with naming(source):
-            check_shape(d, {"tokenizer": DOCUMENT, "config": CONFIG})
+            check_files(d, DOCUMENT)
             document, model = d["tokenizer"], d["tokenizer"]["model"]
             splits = document["pre_tokenizer"].get("pretokenizers", [])[:-1]
             patterns = [split.get("pattern", {"Regex": ""})["Regex"] for split in splits] or [PATTERNS["gpt2"]]

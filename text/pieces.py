@@ -49,7 +49,7 @@ DEEPSEEK = (r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^""" "\r\n" r"\
 CUTTABLE = {*PATTERNS.values(), NEMO}  # SAFE_CUT holds for them, also behind a cut at one of these:
 DIGITS = {r"\p{N}", r"\p{N}+", r"\p{N}{1,3}"}  # StarCoder
 CHINESE_AND_JAPANESE = "[一-龥぀-ゟ゠-ヿ]+"  # DeepSeek
-PATIENCE = 60  # seconds for one search with a pattern that a file brings: some take for ever
+PATIENCE = 60  # seconds for one search with a pattern that a file brings: some never end
 
 
 def utf8(text: str) -> bytes:
@@ -79,7 +79,7 @@ def find_pieces(text: str, pattern: str) -> list[str]:
     try:
         return [found[0] for found in compile_pattern(pattern).finditer(text, timeout=PATIENCE)]
     except TimeoutError:
-        raise UserError(f"the split pattern {pattern} takes for ever on {text[:20]!r}...: change it in the tokenizer's "
+        raise UserError(f"the split pattern {pattern} does not end on {text[:20]!r}...: change it in the tokenizer's "
                         "file") from None
 
 
@@ -164,13 +164,18 @@ def is_cuttable(patterns: list[str]) -> bool:
     return last in CUTTABLE or last == DEEPSEEK and not DIGITS.isdisjoint(before)
 
 
-def safe_chunks(texts: Iterable[str], names: Collection[str] = (), limit: int = 0) -> Iterator[str]:
+def safe_chunks(texts: Iterable[str], names: Collection[str] = (), patterns: list[str] | None = None,
+                limit: int = 0) -> Iterator[str]:
     """Cut the concatenation of `texts` into chunks below 2 `limit` characters that have the same pieces as the whole.
 
     None of `names` is cut either. The work is linear: a chunk is searched once, from its end, and what is left over
-    holds no cut. If `limit` characters (0: CHUNK) hold none, the chunk ends anyway, and the ids around there may differ
-    from those of the whole text; decoding still gives the text.
+    holds no cut. If `limit` characters (0: CHUNK) hold none, the chunk ends anyway, and ids near there may differ from
+    those of the whole text; decoding still gives the text. With `patterns` that are not `is_cuttable`, all of the text
+    is one chunk.
     """
+    if patterns and not is_cuttable(patterns):
+        yield "".join(texts)
+        return
     limit, finder = limit or CHUNK, find_names(names)
     reach = max(map(len, names), default=0)
     held, size = [], 0
@@ -213,7 +218,7 @@ def count_pieces(texts: Iterable[str], pattern: str, max_bytes: int = 0, workers
 
     `workers` processes share the work (0: one per CPU); the counts do not depend on their number.
 
-    Numbers, hashes and links bring new pieces for ever. When MAX_PIECES are there (some GB of text), we forget the
+    Numbers, hashes and links never stop bringing new pieces. When MAX_PIECES are there (some GB of text), we forget the
     rarest until half of them are left, with a message: those seen once, if need be those seen twice, and so on.
     Such pieces are far too rare to make a merge of their own, and what is frequent is soon counted again.
 

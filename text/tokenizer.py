@@ -23,6 +23,7 @@ import numpy as np
 
 from configurator import UserError, need
 from runtime.files import Either, mismatch, read_json, write_json
+from text.merges import numbered
 from text.pieces import find_names, first_bytes, safe_chunks, utf8
 
 SPECIALS = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]  # our trainers always reserve these
@@ -124,7 +125,7 @@ class Tokenizer:
 
     @cached_property
     def token_sizes(self) -> np.ndarray:
-        """How many bytes each id stands for; 0 for special tokens."""
+        """Bytes of each id; 0 for special tokens."""
         return np.array([len(token) for token in self.token_bytes()])
 
     def role(self, name: str) -> int | None:
@@ -184,7 +185,7 @@ class CharTokenizer(Tokenizer):
 
     def __init__(self, chars: Iterable[str], specials: list[str], config: dict | None = None):
         self.chars = sorted(chars)
-        ids = {name: len(self.chars) + i for i, name in enumerate(specials)}
+        ids = numbered(specials, len(self.chars))
         need(len(set(self.chars)) == len(self.chars) and len(ids) == len(specials),
              "two characters or two special tokens are the same")
         need("<unk>" in ids and "" not in ids and ids.keys().isdisjoint(self.chars),
@@ -289,6 +290,11 @@ def check_shape(value, shape, name: str = "") -> None:
     need(not wrong, f"not a tokenizer that we can read: {wrong}")
 
 
+def check_files(d: dict, document: object) -> None:
+    """UserError if `d` is no {"tokenizer": a document of this shape, "config": tokenizer_config.json}."""
+    check_shape(d, {"tokenizer": document, "config": CONFIG})
+
+
 def read_config(path: Path) -> dict:
     """The tokenizer_config.json beside a tokenizer's file; {} if there is none."""
     path = path.with_name("tokenizer_config.json")
@@ -297,8 +303,6 @@ def read_config(path: Path) -> dict:
 
 def config_for(specials: Iterable[str]) -> dict:
     """The tokenizer_config.json of a tokenizer with some of our SPECIALS."""
-    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    for role, name in (("eos_token", "<|endoftext|>"), ("pad_token", "<|pad|>")):
-        if name in specials:
-            config[role] = name
-    return config
+    roles = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
+    known = {role: name for role, name in roles.items() if name in specials}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **known}

@@ -27,11 +27,11 @@ from text.corpus import TRAINED
 from text.merges import BYTES, encode_piece, numbered
 from text.pieces import CUTTABLE, PATTERNS
 from text.tokenizer import (
-    CONFIG,
     LARGEST_ID,
     SPECIALS,
     CharTokenizer,
     Tokenizer,
+    check_files,
     check_shape,
     config_for,
     naming,
@@ -140,7 +140,7 @@ def tokenizer_from_dict(d: dict | str, source: str = "this tokenizer") -> Tokeni
                 d = json.loads(d)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"it cannot be read as JSON: {error}") from None
-        check_shape(d, {"tokenizer": dict, "config": CONFIG})
+        check_files(d, dict)
         document = d["tokenizer"]
         if document.get("type") == "char":
             check_shape(document, {"chars": str, "specials": [str]})
