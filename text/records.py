@@ -314,8 +314,10 @@ def text_blocks(path: Path, position: Position | None = None) -> Iterator[str]:
                                 f"line {line}; convert it first: iconv -f <its encoding> -t UTF-8") from None
             done += len(block)
             line += text.count("\n")
+            if "\r" in text:
+                text = text.replace("\r\n", "\n")
             if text:
-                yield text.replace("\r\n", "\n")
+                yield text
 
 
 def text_lines(path: Path, position: Position | None = None) -> Iterator[str]:
@@ -442,12 +444,13 @@ def csv_records(path: Path, position: Position | None = None) -> Iterator[Record
 def parquet_records(path: Path, text_field: str = "*", position: Position | None = None) -> Iterator[Record]:
     """The rows of a .parquet file, read a thousand at a time; of the column `text_field` alone, unless it is *."""
     parquet = optional("pyarrow.parquet", "pyarrow", f"{path}: to read .parquet files")
-    number = 0
+    number, size = 0, total_size([path])
     with opened(path, position) as file:
         try:
-            table = parquet.ParquetFile(file, page_checksum_verification=True)
+            table = parquet.ParquetFile(path, page_checksum_verification=True)
             columns = [text_field] if text_field in table.schema_arrow.names else None
             for batch in table.iter_batches(1000, columns=columns):
+                file.seek(size * number // max(table.metadata.num_rows, 1))  # for `position`
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", row
