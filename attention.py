@@ -34,7 +34,7 @@ class Place:
     balance: list[Tensor] | None = None  # blocks with experts append their balance loss; None: not wanted
 
 
-# ---- Caches: what one layer keeps of the past, allocated once --------------------------------------------------------
+# ---- caches: what one layer keeps of the past, allocated once --------------------------------------------------------
 
 
 class KVCache:
@@ -79,7 +79,7 @@ class LatentCache:
         return self.rows[:, :end]
 
 
-# ---- Grouped-query attention -----------------------------------------------------------------------------------------
+# ---- grouped-query attention -----------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -194,7 +194,7 @@ def use_explicit(q: Tensor, length: int, dropout: float) -> bool:
     return trains_on_cpu and 1 < q.shape[2] == length <= 1024 and not dropout
 
 
-# ---- Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) -----------------------------------------------------
+# ---- multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) -----------------------------------------------------
 
 
 class LatentAttention(nn.Module):
@@ -211,8 +211,7 @@ class LatentAttention(nn.Module):
 
     A query or key has nope_dim channels without and rope_dim channels with position, a value v_dim. q_rank > 0 makes
     the queries from a latent of their own, which saves weights, not cache. As in DeepSeek's models, latents are
-    normalised, and only kv_down, q_down and o have biases. `norm_eps` is 1e-6 there, whatever the rest of the model
-    has. In shapes below, R = kv_rank + rope_dim.
+    normalised with eps = 1e-6, and only kv_down, q_down and o have biases. In shapes below, R = kv_rank + rope_dim.
     """
 
     def __init__(self, d_model: int, n_head: int, kv_rank: int, q_rank: int, nope_dim: int, rope_dim: int, v_dim: int,
@@ -319,7 +318,7 @@ class LatentAttention(nn.Module):
         return y.reshape(B, H, T, R)[..., : self.kv_rank] @ v_up.mT  # (B, H, T, v_dim)
 
 
-# ---- Masks: who sees whom --------------------------------------------------------------------------------------------
+# ---- masks: who sees whom --------------------------------------------------------------------------------------------
 
 
 def causal_mask(T: int, S: int, device) -> Tensor:
@@ -358,7 +357,7 @@ def example_mask(positions: Tensor) -> Tensor:
     return ((example[:, :, None] == example[:, None, :]) & causal_mask(T, T, positions.device))[:, None]
 
 
-# ---- Positions by rotation (RoFormer, arXiv 2104.09864), and the sinusoids of the first transformer ------------------
+# ---- positions by rotation (RoFormer, arXiv 2104.09864), and the sinusoids of the first transformer ------------------
 
 
 @dataclass
@@ -374,7 +373,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling, device=N
     """(Dh/2,) radians per position: theta^(-2i/Dh), stretched.
 
     linear    all by the factor (arXiv 2306.15595)
-    llama3    wavelengths above original by the factor, those below original/4 not at all, between them in between
+    llama3    wavelengths above original by the factor, below original/4 not at all, between them in proportion
     yarn      the same idea, by the index of the channel (arXiv 2309.00071)
     """
     channel = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
@@ -387,7 +386,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling, device=N
         turns = scaling.original * frequency / (2 * math.pi)  # in the original context
         keep = ((turns - 1) / (4 - 1)).clamp(0, 1)
     else:
-        beta_fast, beta_slow = 32, 1  # full turns in the original context
+        beta_fast, beta_slow = 32, 1  # turns in the original context: more are kept, fewer are stretched
         low = max(math.floor(channel_of(beta_fast, head_dim, theta, scaling)), 0)
         high = min(math.ceil(channel_of(beta_slow, head_dim, theta, scaling)), head_dim - 1)
         keep = 1 - ((channel / 2 - low) / max(high - low, 0.001)).clamp(0, 1)
@@ -395,7 +394,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling, device=N
 
 
 def channel_of(turns: float, head_dim: int, theta: float, scaling: RopeScaling) -> float:
-    """Which channel pair turns this often in the original context; YaRN's equation for it solved for the pair."""
+    """The channel pair that makes this many turns in the original context."""
     return head_dim * math.log(scaling.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
 
@@ -437,7 +436,7 @@ def sinusoids(positions: Tensor, d_model: int) -> Tensor:
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
 
-# ---- Positions by distance, ALiBi: the further away, the less (arXiv 2108.12409) -------------------------------------
+# ---- positions by distance, ALiBi: the further away, the less (arXiv 2108.12409) -------------------------------------
 
 
 def alibi_slopes(n_head: int) -> list[float]:

@@ -27,11 +27,11 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float,
                 softcap: float) -> Tensor:
-        """x (N, D), weight (V, D), targets (N,), weights (N,) -> weighted nats (N,) fp32, products as autocast says."""
+        """x (N, D), weight (V, D), targets (N,), N weights -> weighted nats (N,) fp32, products as autocast says."""
         dtype = product_dtype(x)
         ctx.dtypes, ctx.smoothing, ctx.softcap = (x.dtype, weight.dtype), smoothing, softcap
         x, weight = x.to(dtype), weight.to(dtype)
-        scale = torch.ones(len(x), device=x.device) if weights is None else weights.float()
+        scale = torch.ones(len(x), device=x.device) if weights is None else weights.float().flatten()
         need_grad, need_dweight = any(ctx.needs_input_grad), ctx.needs_input_grad[1]
         nats, dx, dweight = head_pass(x, weight, targets, scale, smoothing, softcap, need_grad, need_dweight)
         if need_grad:

@@ -124,13 +124,15 @@ class Block(nn.Module):
             place.balance.append(balance)
         return self.dropout(y)
 
-    def forward(self, x: Tensor, place: Place, caches: tuple = (None, None)) -> Tensor:
+    def forward(self, x: Tensor, place: Place, cache=None) -> Tensor:
         """x (B, T, D) -> (B, T, D), on a single stream."""
-        attended = x + self.attend(x, place, caches[0])
+        attended = x + self.attend(x, place, cache)
+        if self.parallel:
+            return attended + self.think(x, place)
         if self.post:
             attended = self.attn_norm(attended)
             return self.ffn_norm(attended + self.think(attended, place))
-        return attended + self.think(x if self.parallel else attended, place)
+        return attended + self.think(attended, place)
 
     def branches(self) -> list[Branch]:
         """What a reversible model puts on two streams."""
@@ -154,13 +156,13 @@ def make_attention(cfg: ModelConfig, layer: int) -> nn.Module:
             kv_rank=cfg.kv_rank, q_rank=cfg.q_rank,
             nope_dim=cfg.head_dim, rope_dim=cfg.rope_dim, v_dim=cfg.head_dim,
             bias=cfg.bias, dropout=cfg.dropout)
-    has_window = cfg.window_pattern[layer % len(cfg.window_pattern)] == "S"
+    sees_all = cfg.window_pattern[layer % len(cfg.window_pattern)] == "L"
     return Attention(
         d_model=cfg.d_model, n_head=cfg.n_head, n_kv_head=cfg.n_kv_head, head_dim=cfg.head_dim,
         bias=cfg.bias, dropout=cfg.dropout,
         qk_norm=cfg.qk_norm, norm_eps=cfg.norm_eps,
         alibi=cfg.position == "alibi",
-        window=cfg.window if has_window else 0)
+        window=0 if sees_all else cfg.window)
 
 
 def make_ffn(cfg: ModelConfig, layer: int) -> nn.Module:
@@ -255,16 +257,17 @@ class LanguageModel(nn.Module):
         the experts); in training every token carries its share of it, in the gradient, not in the nats.
         Raises ValueError past seq_len.
         """
-        cfg, T = self.cfg, ids.shape[1]
-        if cache is None and T > cfg.seq_len:
-            raise ValueError(f"{T} tokens are more than seq_len={cfg.seq_len}")
-        if cache is not None and cache.length + T > cache.size:
-            raise ValueError(f"{cache.length + T} tokens are more than the cache={cache.size}")
+        cfg = self.cfg
+        past, room = (0, cfg.seq_len) if cache is None else (cache.length, cache.size)
+        if past + ids.shape[1] > room:
+            raise ValueError(f"{past + ids.shape[1]} tokens are more than the context or the cache holds: {room}")
         x, place = self.embed_at(ids, positions, cache)
         place.weights = weights
         if self.training and targets is not None and cfg.n_expert and cfg.balance == "loss":
             place.balance = []
         x = self.norm(self.through_blocks(x, place, cache))
+        if cache is not None:
+            cache.length += ids.shape[1]
         if targets is None:
             last = x[:, -n_logits:].contiguous()  # -0 takes all; a slice would be multiplied row by row
             return soft_cap(self.head(last), cfg.logit_softcap)
@@ -272,7 +275,9 @@ class LanguageModel(nn.Module):
         balance = nats.new_zeros(())
         if place.balance:
             balance = torch.stack(place.balance).mean()
-            shares = cfg.balance_loss * balance * (torch.ones_like(nats) if weights is None else weights)
+            shares = cfg.balance_loss * balance * torch.ones_like(nats)
+            if weights is not None:
+                shares = shares * weights
             nats = nats + (shares - shares.detach())
         if with_balance:
             return nats, balance.detach()
@@ -305,20 +310,15 @@ class LanguageModel(nn.Module):
         return self.dropout(x), place
 
     def through_blocks(self, x: Tensor, place: Place, cache: Cache | None) -> Tensor:
-        """(B, T, D) -> (B, T, D); the cache is filled."""
-        recompute = self.cfg.checkpoint_activations and self.training and cache is None
+        """(B, T, D) -> (B, T, D)"""
         if self.chain is not None:
-            x = self.through_chain(x, place, cache)
-        else:
-            for i, block in enumerate(self.blocks):
-                if recompute:
-                    x = checkpoint(block, x, place, use_reentrant=False)
-                elif cache is not None:
-                    x = block(x, place, cache.blocks[i])
-                else:
-                    x = block(x, place)
-        if cache is not None:
-            cache.length += x.shape[1]
+            return self.through_chain(x, place, cache)
+        recompute = self.cfg.checkpoint_activations and self.training and cache is None
+        for i, block in enumerate(self.blocks):
+            if recompute:
+                x = checkpoint(block, x, place, use_reentrant=False)
+            else:
+                x = block(x, place, None if cache is None else cache.blocks[i][0])
         return x
 
     def through_chain(self, x: Tensor, place: Place, cache: Cache | None) -> Tensor:
@@ -343,8 +343,6 @@ class LanguageModel(nn.Module):
         head = self.head.weight
         if not torch.is_grad_enabled():  # an autograd function asks its tensors and not the mode
             head = head.detach()
-        if weights is not None:
-            weights = weights.flatten()
         smoothing = self.cfg.label_smoothing if self.training else 0.0
         nats = HeadLoss.apply(x.flatten(0, 1), head, targets.flatten(), weights, smoothing, self.cfg.logit_softcap)
         return nats.view(targets.shape)
@@ -377,13 +375,10 @@ class LanguageModel(nn.Module):
 
     def count_parameters(self) -> dict[str, int]:
         """{'total', 'embedding', 'active'}: all of them (tied ones once), the lookup tables, those a token uses."""
-        total = active = sum(p.numel() for p in self.parameters())
-        for moe in self.experts():
-            active -= moe.idle()
-        tables = self.embed.weight.numel()
-        if self.position is not None:
-            tables += self.position.weight.numel()
-        return {"total": total, "embedding": tables, "active": active}
+        total = sum(p.numel() for p in self.parameters())
+        tables = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
+        idle = sum(moe.idle() for moe in self.experts())
+        return {"total": total, "embedding": tables, "active": total - idle}
 
     def flops_per_token(self, seq_len: int | None = None) -> int:
         """FLOPs of forward and backward per token at a context of seq_len, as the PaLM paper counts (appendix B).
@@ -393,8 +388,7 @@ class LanguageModel(nn.Module):
         """
         cfg = self.cfg
         matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        for moe in self.experts():
-            matrices += moe.experts.numel() - moe.idle()
+        matrices += sum(moe.experts.numel() - moe.idle() for moe in self.experts())
         channels = 2 * cfg.head_dim
         if cfg.attention == "mla":
             channels += cfg.rope_dim
@@ -428,8 +422,7 @@ def shapes_only():
 def fill_defaults(cfg: ModelConfig) -> None:
     """Sizes that are 0 and follow from others."""
     if not cfg.head_dim:
-        need(cfg.d_model % cfg.n_head == 0,
-             f"d_model={cfg.d_model} does not divide by n_head={cfg.n_head}: change one of them")
+        needs_multiples(cfg, f"n_head={cfg.n_head}", d_model=cfg.n_head)
         cfg.head_dim = cfg.d_model // cfg.n_head
     cfg.n_kv_head = cfg.n_kv_head or cfg.n_head
     cfg.d_ff = cfg.d_ff or default_d_ff(cfg.d_model, cfg.ffn)
@@ -445,60 +438,65 @@ def fill_defaults(cfg: ModelConfig) -> None:
 def check_sizes(cfg: ModelConfig) -> None:
     """UserError for settings that do not fit together."""
     need(cfg.n_layer + cfg.n_enigma, "n_layer=0 must be at least 1: a model needs a block")
-    need(cfg.n_head % cfg.n_kv_head == 0, f"n_head={cfg.n_head} does not divide by n_kv_head={cfg.n_kv_head}: set "
-         f"n_kv_head={math.gcd(cfg.n_head, cfg.n_kv_head)}, or 0 for as many as n_head")
+    needs_multiples(cfg, f"n_kv_head={cfg.n_kv_head}", n_head=cfg.n_kv_head)
     need(cfg.window_pattern and set(cfg.window_pattern) <= {"S", "L"},
          f"window_pattern={cfg.window_pattern} must be a pattern of S (window) and L (all)")
     if cfg.norm_position == "post":  # tied, a token would predict itself at first
-        demand(cfg, "norm_position=post", residual="serial", tie_embeddings=False)
-    need(cfg.position != "rope" or cfg.head_dim % 2 == 0,
-         f"head_dim={cfg.head_dim} is odd, but rotary positions turn channels in pairs")
-    need(cfg.position != "sinusoidal" or cfg.d_model % 2 == 0,
-         f"d_model={cfg.d_model} is odd, but sinusoidal positions come in pairs")
+        needs_values(cfg, "norm_position=post", residual="serial", tie_embeddings=False)
+    if cfg.position == "rope":  # turns channels in pairs
+        needs_multiples(cfg, "position=rope", head_dim=2)
+    if cfg.position == "sinusoidal":
+        needs_multiples(cfg, "position=sinusoidal", d_model=2)
     if cfg.rope_scaling == "none":
         need(cfg.rope_factor == 1, f"rope_factor={cfg.rope_factor} needs rope_scaling=linear, yarn or llama3")
     else:
-        demand(cfg, f"rope_scaling={cfg.rope_scaling}", position="rope")
+        needs_values(cfg, f"rope_scaling={cfg.rope_scaling}", position="rope")
         need(cfg.rope_factor >= 1, f"rope_factor={cfg.rope_factor} must be at least 1")
         need(cfg.rope_scaling == "linear" or cfg.rope_original,
              f"rope_scaling={cfg.rope_scaling} needs rope_original=<context of the first training>")
     if cfg.attention == "mla":
-        demand(cfg, "attention=mla", position="rope", qk_norm=False, window=0, n_enigma=0)
+        needs_values(cfg, "attention=mla", position="rope", qk_norm=False, window=0, n_enigma=0)
         need(cfg.rope_scaling != "yarn", "attention=mla has no rope_scaling=yarn: set rope_scaling=linear or llama3")
-        need(cfg.rope_dim % 2 == 0, f"rope_dim={cfg.rope_dim} is odd, but rotary positions turn channels in pairs")
+        needs_multiples(cfg, "attention=mla", rope_dim=2)
     if cfg.n_expert:
         check_experts(cfg)
     if cfg.reversible:  # every branch is computed twice, and must give the same
-        demand(cfg, "reversible=True", dropout=0, checkpoint_activations=False, norm_position="pre", residual="serial")
+        needs_values(cfg, "reversible=True", dropout=0, checkpoint_activations=False)
+        needs_values(cfg, "reversible=True", norm_position="pre", residual="serial")
     if cfg.n_enigma:
-        demand(cfg, f"n_enigma={cfg.n_enigma}", reversible=True, norm="rmsnorm", window=0)
-        need(cfg.wheels == "none" or cfg.n_head % 2 == cfg.n_kv_head % 2 == 0, f"n_head={cfg.n_head} and n_kv_head="
-             f"{cfg.n_kv_head} must be even, as half of the heads turn with wheels, or set wheels=none")
-        need(cfg.kernel <= cfg.seq_len, f"kernel={cfg.kernel} must be at most seq_len={cfg.seq_len}")
+        needs_values(cfg, f"n_enigma={cfg.n_enigma}", reversible=True, norm="rmsnorm", window=0)
         need(cfg.head_dim >= 4, f"head_dim={cfg.head_dim} must be at least 4 in Enigma blocks")
-        need(not cfg.kernel or cfg.d_model % cfg.n_head == 0,
-             f"d_model={cfg.d_model} does not divide by n_head={cfg.n_head}, as the convolution must: set kernel=0")
+        if cfg.wheels != "none":  # half of the heads turn
+            needs_multiples(cfg, f"wheels={cfg.wheels}", n_head=2, n_kv_head=2)
+        if cfg.kernel:
+            needs_multiples(cfg, f"n_head={cfg.n_head}", d_model=cfg.n_head)
+        need(cfg.kernel <= cfg.seq_len, f"kernel={cfg.kernel} must be at most seq_len={cfg.seq_len}")
 
 
 def check_experts(cfg: ModelConfig) -> None:
     need(cfg.n_dense < cfg.n_layer,
          f"n_dense={cfg.n_dense} must be below n_layer={cfg.n_layer}: experts need a block")
     need(cfg.top_k <= cfg.n_expert, f"top_k={cfg.top_k} must be between 1 and n_expert={cfg.n_expert}")
-    need(cfg.n_expert % cfg.n_group == 0,
-         f"n_expert={cfg.n_expert} does not divide by n_group={cfg.n_group}: change one of them")
+    need(cfg.top_k > 1 or not cfg.router_renormalise,
+         "top_k=1 with router_renormalise=True weighs every expert by 1, and the router learns nothing: set it False")
+    needs_multiples(cfg, f"n_expert={cfg.n_expert}", d_model=8, d_expert=8)  # the grouped product reads whole 16 bytes
+    needs_multiples(cfg, f"n_group={cfg.n_group}", n_expert=cfg.n_group)
     need(cfg.topk_group <= cfg.n_group, f"topk_group={cfg.topk_group} must be at most n_group={cfg.n_group}")
     need(cfg.topk_group * cfg.n_expert // cfg.n_group >= cfg.top_k,
          f"topk_group={cfg.topk_group} of {cfg.n_group} groups do not hold top_k={cfg.top_k} experts: raise topk_group")
-    need(cfg.d_model % 8 == cfg.d_expert % 8 == 0,  # the grouped product wants rows of whole 16 bytes
-         f"d_model={cfg.d_model} and d_expert={cfg.d_expert} must be multiples of 8 with experts")
-    need(cfg.top_k > 1 or not cfg.router_renormalise,
-         "top_k=1 with router_renormalise=True weighs every expert by 1, and the router learns nothing: set it False")
     need(not cfg.reversible or cfg.balance != "loss",
          "reversible=True computes experts again, and their loss with them: set balance=bias")
 
 
-def demand(cfg: ModelConfig, who: str, **values) -> None:
-    """UserError unless these settings have these values, which `who` needs."""
+def needs_values(cfg: ModelConfig, owner: str, **values) -> None:
+    """needs_values(cfg, "attention=mla", window=0): UserError unless cfg.window is 0, which `owner` needs."""
     for name, value in values.items():
         have = getattr(cfg, name)
-        need(have == value, f"{who} needs {name}={value}, not {have}")
+        need(have == value, f"{owner} needs {name}={value}, not {have}")
+
+
+def needs_multiples(cfg: ModelConfig, owner: str, **divisors: int) -> None:
+    """needs_multiples(cfg, "position=rope", head_dim=2): UserError unless head_dim is even, which `owner` needs."""
+    for name, divisor in divisors.items():
+        have = getattr(cfg, name)
+        need(have % divisor == 0, f"{owner} needs {name}={have} to be a multiple of {divisor}")

@@ -239,7 +239,7 @@ EXPERTS = dict(n_expert=8, top_k=3, d_expert=24)
     ("n_group=3", EXPERTS | dict(n_group=3)),
     ("topk_group=1", EXPERTS | dict(n_group=4, topk_group=1)),
     ("topk_group=5", EXPERTS | dict(n_group=4, topk_group=5)),
-    ("d_expert=20 must be multiples of 8", EXPERTS | dict(d_expert=20)),
+    ("d_expert=20 to be a multiple of 8", EXPERTS | dict(d_expert=20)),
     ("d_model=36", EXPERTS | dict(d_model=36, position="none")),
     ("set d_expert", dict(n_expert=4, d_ff=8)),
     ("n_dense=2", EXPERTS | dict(n_dense=2)),
@@ -262,7 +262,7 @@ def test_a_cache_that_is_full_says_so():
     model = tiny()
     cache = model.new_cache(1, 8)
     model(torch.zeros(1, 8, dtype=torch.long), cache=cache)
-    with pytest.raises(ValueError, match="cache=8"):
+    with pytest.raises(ValueError, match="cache holds: 8"):
         model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
 
 
