@@ -312,15 +312,19 @@ def test_a_talk_is_held_in_the_template_and_with_the_system_text_of_the_run(text
     run, chats = tmp_path / "run", []
     train.main(tune(text, base, questions, run, template="alpaca", system="be brief", max_steps=2, eval_interval=2))
     assert "be brief\n\n### Instruction:" in capsys.readouterr().out  # in the example that is shown
-    monkeypatch.setattr(sample, "answer", lambda chat, said: chats.append(chat))
+    monkeypatch.setattr(sample, "print_answer", lambda chat, said: chats.append(chat))
     sample.main([f"init_from={run}", "--chat", "--prompt", "hello", "device=cpu"])
     assert chats[0].template.name == "alpaca" and chats[0].system == "be brief"
 
 
 def test_reset_and_system_change_the_talk(adapted, monkeypatch):
     seen = []
-    monkeypatch.setattr(sample, "answer", lambda chat, said: (seen.append((said, chat.system, len(chat.turns))),
-                                                              list(chat.say(said))))
+
+    def print_answer(chat, said):
+        seen.append((said, chat.system, len(chat.turns)))
+        list(chat.say(said))
+
+    monkeypatch.setattr(sample, "print_answer", print_answer)
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n/system be brief\ntwo\n/reset\nthree"))
     sample.main([f"init_from={adapted}", "--chat", "device=cpu", "max_new_tokens=2"])
     assert seen == [("one", "", 0), ("two", "be brief", 1), ("three", "be brief", 0)]
