@@ -38,8 +38,8 @@ import tiktoken
 from configurator import ROOT, UserError, need, write_path
 from runtime.files import Either, read_json, write_json, writing
 from runtime.screen import run
-from text.merges import BYTES, INVISIBLE, VISIBLE, Pair, encode_piece, learn_merges, numbered
-from text.pieces import CUTTABLE, PATTERNS, count_pieces, find_names, find_pieces, safe_chunks, split_text, utf8
+from text.merges import BYTES, INVISIBLE, VISIBLE, Pair, encode_piece, learn_merges
+from text.pieces import CUTTABLE, PATTERNS, count_pieces, find_names, find_pieces, ids_of, safe_chunks, split_text, utf8
 from text.records import files_pieces, text_files
 from text.tokenizer import LARGEST_ID, SPECIALS, Tokenizer, Unwritable, check_files, config_for, naming, read_config
 
@@ -79,7 +79,7 @@ def learn_merges_textbook(pieces: dict[bytes, int], n_merges: int, forbidden: Co
     Of equally frequent pairs that with the smaller (older) left id wins, then that with the smaller right id. Tokens in
     `forbidden` are not made. Ends early if no pair is left. Slow, because it counts everything again for each merge.
     """
-    ids = numbered(BYTES)
+    ids = ids_of(BYTES)
     words = {piece: split_bytes(piece) for piece in pieces}
     merges = []
     while len(merges) < n_merges:
@@ -147,7 +147,7 @@ class BPETokenizer(Tokenizer):
                 always_found.append(name)
         super().__init__(spellings, specials, config)
         self._check()
-        self._ranks = numbered(merges)
+        self._ranks = ids_of(merges)
         self._names = {True: list(self.added_ids), False: always_found}  # by allow_special
         self._finders = {True: find_names(self.added_ids), False: find_names(always_found)}
         self._missing = b"".join(set(BYTES) - vocab.keys())
@@ -192,8 +192,8 @@ class BPETokenizer(Tokenizer):
         if len(merges) < vocab_size - least:
             print(f"the text has pairs for {least + len(merges):,} tokens only, not for {vocab_size:,}",
                   file=sys.stderr)
-        vocab = numbered([*BYTES, *map(b"".join, merges)])
-        added = added_tokens(numbered(specials, len(vocab)))
+        vocab = ids_of([*BYTES, *map(b"".join, merges)])
+        added = added_tokens(ids_of(specials, len(vocab)))
         return cls(vocab, merges, [PATTERNS[pattern]], added, config=config_for(specials))
 
     def encode_to_numpy(self, text: str, allow_special: bool = False, starts: bool = True) -> np.ndarray:
@@ -271,7 +271,7 @@ class BPETokenizer(Tokenizer):
         if not order:
             return None
         tokens = dict(zip(self.vocab.values(), self.vocab, strict=True))
-        ranks = numbered(map(tokens.__getitem__, order))
+        ranks = ids_of(map(tokens.__getitem__, order))
         # An unknown pattern may never end there, so it cuts here, with a time limit, and tiktoken gets single pieces.
         pattern = self.patterns[-1] if self.patterns[-1] in CUTTABLE else r"[\s\S]+"
         core = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens=NEVER)

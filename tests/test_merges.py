@@ -20,7 +20,7 @@ def test_incremental_merges_are_those_of_the_textbook(pattern):
     counts = {piece.encode(): n for piece, n in pieces.count_pieces(TEXTS, PATTERNS[pattern], workers=1).items()}
     learned = merges.learn_merges(counts, 250)
     assert learned == bpe.learn_merges_textbook(counts, 250)
-    ranks = merges.numbered(learned)
+    ranks = pieces.ids_of(learned)
     for piece in counts:
         assert merges.encode_piece(piece, ranks.get) == bpe.encode_textbook(piece, ranks)
 

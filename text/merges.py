@@ -5,8 +5,10 @@
 
 import heapq
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from itertools import pairwise
+
+from text.pieces import ids_of
 
 Pair = tuple[bytes, bytes]
 
@@ -14,11 +16,6 @@ Pair = tuple[bytes, bytes]
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 INVISIBLE = [byte for byte in range(256) if byte not in VISIBLE]
 BYTES = [bytes([byte]) for byte in VISIBLE + INVISIBLE]
-
-
-def numbered(names: Iterable, first: int = 0) -> dict:
-    """["a", "b"], 5 -> {"a": 5, "b": 6}"""
-    return {name: i for i, name in enumerate(names, first)}
 
 
 def learn_merges(pieces: dict[bytes, int], n_merges: int, forbidden: Collection[bytes] = (),
@@ -48,7 +45,7 @@ class PairCounts:
     """
 
     def __init__(self, pieces: dict[bytes, int], n_merges: int):
-        ids = numbered(VISIBLE + INVISIBLE)
+        ids = ids_of(VISIBLE + INVISIBLE)
         self.words = [piece.decode("latin-1").translate(ids) for piece in pieces]
         self.times = list(pieces.values())  # words[i] occurs times[i] times
         # Nearly all pairs are rare, so only those that occur `floor` times are kept. It begins at 8 times what the last

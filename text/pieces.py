@@ -61,6 +61,11 @@ def utf8(text: str) -> bytes:
                         "text.encode('utf-8', 'replace').decode() repairs it") from None
 
 
+def ids_of(names: Iterable, first: int = 0) -> dict:
+    """["a", "b"], 5 -> {"a": 5, "b": 6}"""
+    return {name: i for i, name in enumerate(names, first)}
+
+
 # ---- cutting text ----------------------------------------------------------------------------------------------------
 
 

@@ -23,8 +23,7 @@ import numpy as np
 
 from configurator import UserError, need
 from runtime.files import Either, mismatch, read_json, write_json
-from text.merges import numbered
-from text.pieces import find_names, first_bytes, safe_chunks, utf8
+from text.pieces import find_names, first_bytes, ids_of, safe_chunks, utf8
 
 SPECIALS = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]  # our trainers always reserve these
 LARGEST_ID = 1 << 24  # a model has a row for every id up to the largest, and so have our tables
@@ -185,7 +184,7 @@ class CharTokenizer(Tokenizer):
 
     def __init__(self, chars: Iterable[str], specials: list[str], config: dict | None = None):
         self.chars = sorted(chars)
-        ids = numbered(specials, len(self.chars))
+        ids = ids_of(specials, len(self.chars))
         need(len(set(self.chars)) == len(self.chars) and len(ids) == len(specials),
              "two characters or two special tokens are the same")
         need("<unk>" in ids and "" not in ids and ids.keys().isdisjoint(self.chars),

@@ -24,8 +24,8 @@ from bpe import BPETokenizer, added_tokens, cached_numbers
 from configurator import UserError, find_path, need
 from runtime.files import Either, read_json, require_file
 from text.corpus import TRAINED
-from text.merges import BYTES, encode_piece, numbered
-from text.pieces import CUTTABLE, PATTERNS
+from text.merges import BYTES, encode_piece
+from text.pieces import CUTTABLE, PATTERNS, ids_of
 from text.tokenizer import (
     LARGEST_ID,
     SPECIALS,
@@ -286,7 +286,7 @@ RANKS = {
     (100256, 100255): ("cl100k", {"<|endoftext|>": 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259,
                                   "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276}),
     (199998, 199997): ("o200k", {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}),
-    (128000, 127999): ("gpt4", numbered(LLAMA_3, 128000)),  # Llama 3.1 and later
+    (128000, 127999): ("gpt4", ids_of(LLAMA_3, 128000)),  # Llama 3.1 and later
 }
 
 
@@ -313,7 +313,7 @@ def read_ranks(path: Path, pattern: str = "") -> BPETokenizer:
     last = max(ranks.values(), default=0)
     known, specials = RANKS.get((len(ranks), last), (TIKTOKEN.get(path.stem, "gpt4"), None))
     if specials is None:
-        specials = numbered(SPECIALS, last + 1)
+        specials = ids_of(SPECIALS, last + 1)
     return from_ranks(ranks, PATTERNS[pattern or known], specials)
 
 
