@@ -93,13 +93,17 @@ def lr_at(step: float, s: OptimSettings, max_steps: float) -> float:
     return low + (1 - low) * high
 
 
+def gradients(params: Iterable[Tensor]) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]
+
+
 def clip_grad_norm(params: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale the gradients in place to a global norm of at most max_norm; 0 only measures.
 
     Returns the norm before, a 0-D fp32 tensor. On an accelerator the host does not wait for it. Gradients must be
     unscaled first, where a loss scale is used.
     """
-    grads = [p.grad for p in params if p.grad is not None]
+    grads = gradients(params)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
     if max_norm > 0:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -278,7 +282,9 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, settings: OptimSettings, compile: bool = False):
         self.settings, found = settings, roles(model)
-        self.params = {name: p for group in found.values() for name, p in group.items()}
+        self.params: dict[str, Tensor] = {}
+        for group in found.values():
+            self.params |= group
         if not self.params:
             raise ValueError("the model has no trainable parameter")
         self.device = next(iter(self.params.values())).device
@@ -302,7 +308,8 @@ class Optimizer:
             for i in range(0, len(names), size):
                 chunk = names[i : i + size]
                 momentum = torch.zeros(len(chunk), *shape, device=self.device)
-                self.state |= {f"{name}.momentum": own for name, own in zip(chunk, momentum, strict=True)}
+                for name, own in zip(chunk, momentum, strict=True):
+                    self.state[f"{name}.momentum"] = own
                 self.stacks.append(([self.params[name] for name in chunk], momentum))
 
     @torch.no_grad()
@@ -312,8 +319,9 @@ class Optimizer:
         finite: 0-D boolean. Where it is False nothing changes, neither weights nor state; on a GPU the host does not
         wait to know. A parameter without a gradient is an error: it would not be trained at all.
         """
-        if missing := [name for name, p in self.params.items() if p.grad is None]:
-            raise RuntimeError(f"no gradient for {', '.join(missing)}: is it used in the forward pass?")
+        for name, p in self.params.items():
+            if p.grad is None:
+                raise RuntimeError(f"no gradient for {name}: is it used in the forward pass?")
         s = self.settings
         if finite is not None and self.device.type == "cpu":
             if not finite:
@@ -329,13 +337,15 @@ class Optimizer:
 
     def step_adamw(self, tensors: list[tuple[Tensor, ...]], scalars: Tensor, finite: Tensor | None) -> None:
         """One AdamW step for a list of (p, g, m, v), by the fastest way there is."""
-        if self.device.type == "cpu":
-            least = 2**16 if self.compiled else math.inf  # elements; below, a compiled call's 20 us are not worth it
-            adamw_blocks([t for t in tensors if t[0].numel() < least], scalars.tolist())
-            tensors = [t for t in tensors if t[0].numel() >= least]
-        update = self.compiled or adamw
-        for p, g, m, v in tensors:  # flat, so that one compiled function serves every shape
-            update(p.view(-1), g.view(-1), m.view(-1), v.view(-1), scalars, finite)
+        update, in_blocks = self.compiled or adamw, []
+        for p, g, m, v in tensors:
+            small = p.numel() < 2**16  # a compiled call's 20 us are not worth it
+            if self.device.type == "cpu" and (small or not self.compiled):
+                in_blocks.append((p, g, m, v))
+            else:  # flat, so that one compiled function serves every shape
+                update(p.view(-1), g.view(-1), m.view(-1), v.view(-1), scalars, finite)
+        if in_blocks:
+            adamw_blocks(in_blocks, scalars.tolist())
 
     def zero_grad(self) -> None:
         for p in self.params.values():
@@ -373,7 +383,7 @@ class LossScale:
         self.good = torch.zeros((), device=device)  # steps since the last change
 
     def unscale(self, params: Iterable[Tensor]) -> None:
-        torch._foreach_mul_([p.grad for p in params if p.grad is not None], 1 / self.value)
+        torch._foreach_mul_(gradients(params), 1 / self.value)
 
     def update(self, finite: Tensor) -> None:
         """After each step: `finite` is whether its gradient was."""
