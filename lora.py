@@ -200,10 +200,8 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy a state of `adapter_state` into a model that is adapted the same way. Scales are settings, not in there.
-
-    Raises UserError if a name or a shape differs, before anything is changed.
-    """
+    """Copy a state of `adapter_state` into a model that is adapted the same way; UserError, before anything is changed,
+    if a name or a shape differs. Scales are settings, which the caller keeps beside the state."""
     own = adapter_state(model)
     wrong = misfit(own, state)
     need(not wrong, f"the adapter does not fit the model: {wrong}; use the base, rank and targets that it has")
@@ -227,10 +225,8 @@ def unmerge(model: nn.Module) -> None:
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """A state dict with the names and shapes that the model had before `inject`, and the effective weights.
-
-    An adapted head is no longer tied to the embedding: its state belongs in a model with tie_embeddings=False.
-    """
+    """A state dict with the names and shapes that the model had before `inject`, and the effective weights. An adapted
+    head is no longer tied to the embedding: such a state belongs in a model with tie_embeddings=False."""
     modules = adapted(model, every_name=True)
     state = {}
     for key, tensor in model.state_dict().items():
@@ -238,10 +234,8 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
         owner = name.removesuffix(".base")
         if owner not in modules:
             state[key] = tensor
-        elif owner != name and kind == "weight":
-            state[f"{owner}.weight"] = modules[owner].weight.detach()
-        elif owner != name:  # a bias; what is the adapter's own is left out
-            state[f"{owner}.{kind}"] = tensor
+        elif owner != name:  # the base's own entry; those of the adapter are left out
+            state[f"{owner}.{kind}"] = getattr(modules[owner], kind).detach()
     return state
 
 

@@ -98,11 +98,8 @@ def gradients(params: Iterable[Tensor]) -> list[Tensor]:
 
 
 def clip_grad_norm(params: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale the gradients in place to a global norm of at most max_norm; 0 only measures.
-
-    Returns the norm before, a 0-D fp32 tensor. On an accelerator the host does not wait for it. Gradients must be
-    unscaled first, where a loss scale is used.
-    """
+    """Scale the gradients in place to a global norm of at most max_norm; 0 only measures. Returns the norm before, a
+    0-D fp32 tensor, for which the host does not wait on an accelerator. A loss scale must be taken out first."""
     grads = gradients(params)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
     if max_norm > 0:
@@ -116,10 +113,8 @@ def clip_grad_norm(params: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 def adamw_scalars(t: Tensor, lr: float, weight_decay: float, s: OptimSettings, finite: Tensor | None) -> Tensor:
-    """What `adamw` needs for its step number t = 1, 2, … (0-D): (5,) fp32 on t's device.
-
-    Where `finite` is False they make a step that changes nothing.
-    """
+    """What `adamw` needs for its step number t = 1, 2, … (0-D): (5,) fp32 on t's device. Where `finite` is False, its
+    step changes nothing."""
     bias1 = -torch.expm1(t * math.log(s.beta1))  # 1 - beta1^t without cancellation
     bias2_root = (-torch.expm1(t * math.log(s.beta2))).sqrt()
     one, zero = torch.ones_like(bias1), torch.zeros_like(bias1)
@@ -152,8 +147,7 @@ BLOCK = 2**17  # elements per thread: 7 passes over 5 x 512 KiB that come from t
 
 def adamw_blocks(tensors: list[tuple[Tensor, ...]], scalars: list[float]) -> None:
     """The same step without a compiler, for the CPU, on many (p, g, m, v): a block at a time, so that only the first
-    touch reads from memory. 2.5 times faster than the same on whole tensors, which is what torch does by default.
-    """
+    touch reads from memory. 2.5 times faster than the same on whole tensors, which is what torch does by default."""
     decayed, one_beta1, one_beta2, eps, lr = scalars
     for p, g, m, v in blocks(tensors, BLOCK * torch.get_num_threads()):
         torch._foreach_lerp_(m, g, one_beta1)
@@ -167,10 +161,8 @@ def adamw_blocks(tensors: list[tuple[Tensor, ...]], scalars: list[float]) -> Non
 
 
 def blocks(tensors: list[tuple[Tensor, ...]], size: int) -> Iterator[tuple[tuple[Tensor, ...], ...]]:
-    """Cut each large (p, g, m, v) into pieces, and yield (ps, gs, ms, vs) of at most `size` elements each at a time.
-
-    Tensors of 5, 1 and 1 elements in blocks of 3: (3), (2, 1), (1).
-    """
+    """Cut each large (p, g, m, v) into pieces, and yield (ps, gs, ms, vs) of at most `size` elements each at a time:
+    tensors of 5, 1 and 1 elements in blocks of 3 are (3), (2, 1), (1)."""
     block, room = [], size
     for group in tensors:
         cut = [group]
@@ -317,7 +309,7 @@ class Optimizer:
         """Update the parameters, with learning rates of `factor` times their peaks.
 
         finite: 0-D boolean. Where it is False nothing changes, neither weights nor state; on a GPU the host does not
-        wait to know. A parameter without a gradient is an error: it would not be trained at all.
+        wait to know.
         """
         for name, p in self.params.items():
             if p.grad is None:

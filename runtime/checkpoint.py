@@ -33,10 +33,8 @@ ELSEWHERE = "; set another out_dir"
 
 
 def save(path: Path, state: dict) -> None:
-    """Write `state` to a temporary name, force it to the disk, rename. The old file stays until the new one is whole.
-
-    Raises UserError if it cannot be written (disk full, read-only folder); nothing is left behind then.
-    """
+    """Write `state` to a temporary name, force it to the disk, rename: the old file stays until the new one is whole.
+    Raises UserError if it cannot be written (disk full, read-only folder); nothing is left behind then."""
     failed: list[OSError] = []
     try:
         with replacing(path) as file:
@@ -126,10 +124,8 @@ class Foreign(Exception):
 
 
 def load(path: str | Path, device: str = "cpu") -> dict:
-    """Read a checkpoint; device "meta" leaves out what is in the tensors.
-
-    Raises UserError if it is missing, damaged, of another kind, or lacks a part.
-    """
+    """Read a checkpoint; device "meta" leaves out what is in the tensors. Raises UserError if it is missing, damaged,
+    of another kind, or lacks a part."""
     path = Path(path)
     need(path.exists(), f"checkpoint {path} not found")
     try:
@@ -156,12 +152,9 @@ def check_parts(state) -> None:
 
 
 def read(path: Path, device: str):
-    """What torch.save wrote.
-
-    torch.load would check no checksum, would trust the sizes that the file claims, and would build more than tensors,
-    numbers, strings, lists and tables of them. Here a file takes no more memory than it has bytes. Raises Foreign, and
-    for damage whatever zipfile and pickle raise.
-    """
+    """What torch.save wrote. torch.load would check no checksum, would trust the sizes that the file claims, and would
+    build more than tensors, numbers, strings, lists and tables. Here a file takes no more memory than it has bytes.
+    Raises Foreign, and for damage whatever zipfile and pickle raise."""
     with open(require_file(path), "rb") as file, zipfile.ZipFile(file) as archive:
         entries, size = {}, 0
         for entry in archive.infolist():
@@ -227,23 +220,15 @@ def rebuild_tensor(flat: torch.Tensor, offset: int, size: tuple, stride: tuple, 
     return flat.as_strided(size, stride, offset)
 
 
-def part_of(state: dict, name: str, path: Path, shape=dict):
-    """A part of a checkpoint that is kept as JSON."""
-    try:
-        content = json.loads(state[name])
-        wrong = mismatch(content, shape, name)
-    except (ValueError, RecursionError) as error:
-        wrong = f"its {name} cannot be read ({error})"
-    need(not wrong, f"{path} is not a checkpoint of this program: {wrong}")
-    return content
-
-
 def saved_settings(state: dict, path: Path, parts: list[type]) -> dict:
-    """The settings of a checkpoint; those of `parts` are typed and complete.
-
-    A run that is older than a setting gets its default: a default says what was done before there was the choice.
-    """
-    saved = part_of(state, "settings", path)
+    """The settings of a checkpoint; those of `parts` are typed and complete. A run that is older than a setting gets
+    its default: a default says what was done before there was the choice."""
+    try:
+        saved = json.loads(state["settings"])
+        wrong = mismatch(saved, dict, "settings")
+    except (ValueError, RecursionError) as error:
+        wrong = f"its settings cannot be read ({error})"
+    need(not wrong, f"{path} is not a checkpoint of this program: {wrong}")
     table = Settings(parts)
     for name in table.source.keys() & saved.keys():
         table.set(name, check(table.part_of[name], name, saved[name], f"the settings in {path}"), "checkpoint")
@@ -259,10 +244,7 @@ def tokenizer_of(state: dict, saved: dict, path: Path) -> Tokenizer:
     """The tokenizer of a checkpoint, whose settings are `saved`."""
     from text.tokenizer_files import tokenizer_from_dict
 
-    try:
-        tokenizer = tokenizer_from_dict(part_of(state, "tokenizer", path, {"tokenizer": dict, "config": dict}))
-    except UserError as error:
-        raise UserError(f"the tokenizer in {path} cannot be used: {error}") from None
+    tokenizer = tokenizer_from_dict(state["tokenizer"], f"the tokenizer in {path}")
     need(tokenizer.vocab_size <= saved["vocab_size"], f"{path} does not fit its own settings: its tokenizer has "
          f"{tokenizer.vocab_size} ids, its model {saved['vocab_size']}")
     return tokenizer
@@ -270,9 +252,7 @@ def tokenizer_of(state: dict, saved: dict, path: Path) -> Tokenizer:
 
 def check_weights(path: Path, saved: dict, found: dict[str, torch.Tensor], adapters: dict | None = None) -> None:
     """UserError if the weights, or the adapters on them, are not those of a model with these settings, or not finite.
-
-    The model is built without memory, and what its settings claim is compared with the file's size before that.
-    """
+    The model is built without memory, and what its settings claim is compared with the file's size before that."""
     cfg, unfit = pick(ModelConfig, saved), f"{path} does not fit its own settings:"
     total = sum(tensor.numel() for tensor in found.values())
     need(cfg.n_layer + cfg.n_enigma <= len(found), f"{unfit} the n_layer there needs more weights than it holds")
@@ -339,10 +319,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def find(where: str | Path = "", root: Path | None = None) -> Path:
-    """A checkpoint file: `where` itself, the best (else the newest) one of folder `where`, or of the newest run.
-
-    Raises UserError if there is none.
-    """
+    """A checkpoint file: `where` itself, the best (else the newest) one of folder `where`, or of the newest run."""
     if not where:
         found = runs(root)
         need(found, "there is no trained model yet: `python train.py` makes one")
@@ -363,7 +340,7 @@ def find_tokenizer(where: str | Path) -> Tokenizer:
     if path.is_dir() and not tokenizer_file(path):
         path = next(iter(checkpoints(path)), path)
     if path.is_file() and kind_of(path) == "checkpoint":
-        return tokenizer_from_dict(load(path, "meta")["tokenizer"], str(path))
+        return tokenizer_from_dict(load(path, "meta")["tokenizer"], f"the tokenizer in {path}")
     return load_tokenizer(where)
 
 
@@ -396,11 +373,9 @@ def weights(state: dict) -> dict[str, torch.Tensor]:
 
 
 def load_base(base: dict, folder: Path, moved_to: str = "") -> dict[str, torch.Tensor]:
-    """The weights beneath the adapters in `folder`; `base` is what their checkpoint says of them.
-
-    They are at `moved_to` if given, else in the copy that the run kept, else where they were. That last place is
-    believed of our own runs only: elsewhere a stranger's checkpoint would choose which file we open.
-    """
+    """The weights beneath the adapters in `folder`; `base` is what their checkpoint says of them: at `moved_to` if
+    given, else in the copy that the run kept, else where they were. That last place is believed of our own runs only:
+    elsewhere a stranger's checkpoint would choose which file we open."""
     was = Path(base["path"])
     paths = [folder / "base.pt"]
     if was.resolve().is_relative_to((ROOT / "out").resolve()):
