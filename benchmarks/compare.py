@@ -6,31 +6,17 @@ DATA_PATH is tiny Shakespeare; the other corpus is the standard library.
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from benchmarks.decode import cache_bytes
 from benchmarks.recipe import SAME_TOKENS, SMOKE, run_nanogpt, run_ours, shakespeare, train
-from configurator import Count, Settings, Size, check_fields, configure
+from configurator import Settings, configure
 from generate import SamplingSettings, stream
 from model import LanguageModel, ModelConfig
 from runtime import checkpoint
-
-
-@dataclass
-class CompareSettings:
-    data_path: str = ""         # tiny Shakespeare's input.txt
-    nanogpt: str = ""           # checkout of nanoGPT to compare with
-    seeds: Count = 3            # runs of each variant, with seeds 1, 2, ...
-    smoke: bool = False         # tiny sizes, everything once: shows that a comparison runs, and compares nothing
-    only: str = ""              # ablation: the one corpus to do, stdlib or shakespeare
-    steps: Size = 0             # optimizer steps of a run, if not those of the comparison
-
-    def __post_init__(self):
-        check_fields(self)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kinds of model
@@ -46,7 +32,7 @@ MODELS = {  # about 2.4 M active parameters each, by d_ff
 }
 
 
-def compare_models(s: Settings) -> dict:
+def compare_models(s: Settings, argv: list[str]) -> dict:
     """Each kind on the standard library, the same tokens; the speed of a process alone on this machine."""
     base = dict(vocab_size=4096, seq_len=256, d_model=192, n_head=6, n_kv_head=2, n_layer=4, max_steps=s.steps or 240,
                 eval_interval=s.steps or 240, eval_tokens=100_000)
@@ -96,7 +82,7 @@ ABLATION = {
 }
 
 
-def compare_ablation(s: Settings) -> dict:
+def compare_ablation(s: Settings, argv: list[str]) -> dict:
     """Validation bits per byte of runs of equal parameters (by d_ff) and tokens, several seeds, on two corpora."""
     corpora = {"shakespeare": {"data_path": s.data_path, "tokenizer": "char"}, "stdlib": {"vocab_size": 4096}}
     base = dict(seq_len=128, d_model=128, n_head=4, n_kv_head=4, n_layer=0, n_enigma=4, reversible=1, batch_size=16,
@@ -147,7 +133,7 @@ def width_for(settings: dict, base: dict) -> int:
 # nanoGPT's CPU recipe for tiny Shakespeare by characters
 
 
-def compare_shakespeare(s: Settings) -> dict:
+def compare_shakespeare(s: Settings, argv: list[str]) -> dict:
     """Validation loss and wall-clock seconds, model of the same size and the same number of tokens, several seeds."""
     text = shakespeare(s.data_path)
     rows: dict[str, list[tuple[float, float]]] = {}

@@ -1,17 +1,17 @@
-"""Benchmarks of decoding, called by bench.py: kinds of attention, Hugging Face, and the way to the first token."""
+"""Decoding: five kinds of models, the same weights in Hugging Face's generate, and the time to the first token."""
 
 import statistics
-import subprocess
 import sys
-import time
+from functools import partial
 
 import torch
 
-from benchmarks.timing import TINY, limits, take_turns, timed
-from configurator import ROOT, Settings, UserError
+from benchmarks.timing import TINY, limits, output_of, take_turns, timed
+from configurator import Settings, UserError
 from generate import SamplingSettings, generate
 from model import LanguageModel, ModelConfig
 from runtime.device import MachineSettings, choose_machine
+from runtime.files import optional
 
 GPT2 = dict(vocab_size=50257, seq_len=1024, d_model=768, n_layer=12, n_head=12, n_kv_head=12, ffn="gelu", bias=True,
             norm="layernorm", norm_eps=1e-5, qk_norm=False, position="learned")
@@ -31,7 +31,7 @@ def cache_bytes(cache) -> int:
 
 @torch.inference_mode()
 def bench_decode(s: Settings, argv: list[str]) -> dict:
-    """Tokens/s behind a context, of kinds of models of GPT-2's width and depth; the kinds take turns."""
+    """Tokens/s after a context, for five kinds of models of GPT-2's width and depth, which take turns."""
     machine = choose_machine(s.part(MachineSettings))
     top, rows, models = limits(machine, s.smoke), {}, {}
     batches, contexts, base = (1, 8, 64), (128, 1024, 4096), MODERN
@@ -60,7 +60,9 @@ def bench_decode(s: Settings, argv: list[str]) -> dict:
             times = take_turns({name: lambda n=name: step(n) for name in models}, s.repeats, count=4)
             for name, model in models.items():
                 size, seconds = cache_bytes(caches[name]), statistics.median(times[name])
-                read = model.count_parameters()["active"] - model.embed.weight.numel() * (not model.cfg.tie_embeddings)
+                read = model.count_parameters()["active"]
+                if not model.cfg.tie_embeddings:  # of a table of embeddings a step reads one row
+                    read -= model.embed.weight.numel()
                 share = (read * machine.dtype.itemsize + size) / seconds / top["bandwidth"]
                 rows[f"{batch} {context} {name}"] = {"cache_mb": size / 1e6, "ms": seconds * 1e3, "share": share,
                                                      "tokens_per_s": batch / seconds, "first_ms": first[name] * 1e3}
@@ -70,15 +72,12 @@ def bench_decode(s: Settings, argv: list[str]) -> dict:
 
 
 def as_transformers(model: LanguageModel):
-    """The same GPT-2 in Hugging Face's classes, with our weights. (Theirs are transposed, and q, k, v side by side.)"""
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel
-    except ImportError:
-        raise UserError("this benchmark compares with transformers: pip install transformers") from None
-    cfg = model.cfg
-    peer = GPT2LMHeadModel(GPT2Config(vocab_size=cfg.vocab_size, n_positions=cfg.seq_len, n_embd=cfg.d_model,
-                                      n_layer=cfg.n_layer, n_head=cfg.n_head, bos_token_id=None, eos_token_id=None,
-                                      activation_function="gelu_new")).eval()
+    """The same GPT-2 in Hugging Face's classes, with our weights: transposed, and q, k, v side by side."""
+    transformers, cfg = optional("transformers", "transformers", "this benchmark"), model.cfg
+    shape = transformers.GPT2Config(vocab_size=cfg.vocab_size, n_positions=cfg.seq_len, n_embd=cfg.d_model,
+                                    n_layer=cfg.n_layer, n_head=cfg.n_head, bos_token_id=None, eos_token_id=None,
+                                    activation_function="gelu_new")
+    peer = transformers.GPT2LMHeadModel(shape).eval()
     weights = {"transformer.wte.weight": model.embed.weight, "transformer.wpe.weight": model.position.weight,
                "transformer.ln_f.weight": model.norm.weight, "transformer.ln_f.bias": model.norm.bias,
                "lm_head.weight": model.embed.weight}
@@ -149,17 +148,13 @@ STAGES = {"python": ["-c", "pass"], "import torch": ["-c", "import torch"], "imp
 
 
 def bench_start(s: Settings, argv: list[str]) -> dict:
-    """Seconds from a cold `python sample.py` to its first token, with the newest run, and where they go: each stage is
-    a process of its own that does what the one before does, and more."""
-    def start(arguments: list[str]) -> float:
-        begin = time.perf_counter()
-        result = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
-        if result.returncode:
-            raise UserError(result.stderr.strip().splitlines()[-1])
-        return time.perf_counter() - begin
+    """Seconds from a cold `python sample.py` to its first token, with the newest run. Each stage is a process that does
+    what the one before does, and more."""
+    def start(arguments: list[str]) -> None:
+        output_of([sys.executable, *arguments])
 
-    times = take_turns({name: lambda a=arguments: start(a) for name, arguments in STAGES.items()}, s.repeats,
-                       warm=0 if s.smoke else 1)
+    stages = {name: partial(start, arguments) for name, arguments in STAGES.items()}
+    times = take_turns(stages, s.repeats, warm=0 if s.smoke else 1)
     medians = {name: statistics.median(t) for name, t in times.items()}
     before = 0.0
     for name, seconds in medians.items():

@@ -1,4 +1,4 @@
-"""Benchmark of evaluation, called by bench.py: questions a second against lm-evaluation-harness, the same weights."""
+"""Evaluation: questions per second against lm-evaluation-harness with the same weights."""
 
 import random
 import statistics
@@ -12,21 +12,19 @@ from configurator import Settings, UserError
 from eval import cast_products, run_task
 from model import LanguageModel, ModelConfig
 from runtime.device import MachineSettings, choose_machine
+from runtime.files import optional
 from text.tasks import Question
 from text.tokenizer_files import train_tokenizer
 
-# Words of the context and of a choice, and how many questions: about as long as those of the tasks.
+# Words of the context and of a choice, as long as the tasks' own, and the number of questions.
 KINDS = {"ARC, 0 shots": (22, 4, 48), "HellaSwag, 0 shots": (45, 20, 24), "ARC, 25 shots": (600, 4, 6)}
 
 
 def bench_eval(s: Settings, argv: list[str]) -> dict:
     """Made questions with four choices, from text to scores, by GPT-2 124M in fp32 and in this machine's precision."""
-    try:
-        from lm_eval.api.instance import Instance
-        from lm_eval.models.huggingface import HFLM
-        from transformers import PreTrainedTokenizerFast
-    except ImportError:
-        raise UserError("this benchmark compares with the harness: pip install lm_eval transformers") from None
+    Instance = optional("lm_eval.api.instance", "lm_eval", "this benchmark").Instance
+    HFLM = optional("lm_eval.models.huggingface", "lm_eval", "this benchmark").HFLM
+    transformers = optional("transformers", "transformers", "this benchmark")
     machine = choose_machine(s.part(MachineSettings))
     torch.manual_seed(0)
     kinds, shape, entries = KINDS, GPT2, 4000
@@ -38,7 +36,7 @@ def bench_eval(s: Settings, argv: list[str]) -> dict:
     tokenizer = train_tokenizer("bpe", [" " + " ".join(words)] * 2, entries)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
-        peer = PreTrainedTokenizerFast.from_pretrained(folder)
+        peer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     rows = {}
     print(f"{'dtype':<9} {'':<20} {'questions/s':>12} {'harness':>9} {'ratio':>7} {'largest difference of scores':>30}")
     for dtype in dict.fromkeys((torch.float32, machine.dtype)):

@@ -1,8 +1,8 @@
-"""Tokenizers against those of others: `python -m benchmarks bpe` trains them, `encode` encodes with them.
+"""Tokenizers against those of others: `bpe` trains them, `encode` encodes with them.
 
 The text is the Python source on this machine, the standard library and installed packages, in the order of the paths:
-no download, and no text twice. Each measurement is made in a process of its own, in turn, which reads the text itself.
-Others are what is installed of `tokenizers` and `sentencepiece`; tiktoken is always there.
+no download, and no text twice. Each measurement has a process of its own, in turn, which reads the text itself.
+The others are `tokenizers` and `sentencepiece`, if they are installed, and tiktoken.
 """
 
 import hashlib
@@ -11,7 +11,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -24,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 import bpe
-from configurator import ROOT, Settings, UserError
+from configurator import Settings
 from text.tokenizer_files import load_tokenizer
 
 SAMPLE = 2_000_000  # bytes for the textbook's loop, which would take days for all
@@ -163,11 +162,10 @@ VARIANTS = {"ours": train_ours, "tokenizers": train_tokenizers, "sentencepiece":
 def alone(name: str, mb: float, vocab_size: int, cores: int, folder: str) -> dict:
     """Run a variant in a process of its own: what it returns, with the seconds, CPU seconds and memory of it all."""
     line = [sys.executable, "-m", "benchmarks.text", json.dumps([name, mb, vocab_size, cores, folder])]
-    env = os.environ | {"RAYON_NUM_THREADS": str(cores), "TOKENIZERS_PARALLELISM": "true"}
-    result = subprocess.run(line, capture_output=True, text=True, env=env, cwd=ROOT)
-    if result.returncode:
-        raise UserError(f"{name}: {result.stderr.strip().splitlines()[-1]}")
-    return json.loads(result.stdout.splitlines()[-1])
+    from benchmarks.timing import output_of  # and torch, which the process of a variant must not load
+
+    printed = output_of(line, RAYON_NUM_THREADS=str(cores), TOKENIZERS_PARALLELISM="true")
+    return json.loads(printed.splitlines()[-1])
 
 
 def main() -> None:

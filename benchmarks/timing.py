@@ -1,14 +1,17 @@
-"""Fair timing: candidates in turn, medians with their spread, and the machine's own limits to hold them against."""
+"""Fair timing: candidates in turn, medians with their spread, and the limits of the machine to compare them with."""
 
+import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 
 import torch
 
+from configurator import ROOT, need
 from runtime.device import Machine
 
-# SMOKE=1: any model of a benchmark with these sizes, to see in seconds that the benchmark runs.
+# SMOKE=1: sizes of every model, to see in seconds that a benchmark runs.
 TINY = dict(vocab_size=512, seq_len=160, d_model=32, n_layer=2, n_head=2, n_kv_head=2)
 
 
@@ -30,8 +33,19 @@ def take_turns(candidates: dict[str, Callable], repeats: int, warm: int = 1, cou
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(warm + repeats):
         for name, step in candidates.items():
-            seconds[name] += timed(step, count) if turn >= warm else timed(step, 1)[:0]
+            if turn < warm:
+                timed(step, 1)
+            else:
+                seconds[name] += timed(step, count)
     return seconds
+
+
+def output_of(command: list[str], **environment: str) -> str:
+    """What a command prints, run beside the scripts; UserError with the last line of its errors if it fails."""
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
+    said = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+    need(result.returncode == 0, f"{' '.join(command)[:100]}: {said[-1]}")
+    return result.stdout
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
@@ -43,9 +57,10 @@ def summary(seconds: list[float]) -> dict[str, float]:
 def show(rows: dict[str, dict], base: str = "") -> dict:
     """Print a table of {variant: {unit: value}}, with the speed relative to `base`, and return both."""
     for name, row in rows.items():
-        ratio = f"{rows[base]['ms'] / row['ms']:6.2f}x" if base else ""
-        print(f"  {name:<28}" + "".join(f"{value:>12,.1f} {unit}" for unit, value in row.items()) + f"  {ratio}",
-              flush=True)
+        columns = [f"  {name:<28}", *(f"{value:>12,.1f} {unit}" for unit, value in row.items())]
+        if base:
+            columns.append(f"  {rows[base]['ms'] / row['ms']:6.2f}x")
+        print("".join(columns), flush=True)
     return {"rows": rows, "base": base}
 
 

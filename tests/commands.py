@@ -41,7 +41,8 @@ class Command:
 def commands(path: Path) -> list[Command]:
     """In the order of the page: lines of indented blocks, and `spans` in the text."""
     text = path.read_text(encoding="utf-8")
-    prose = re.sub(r"(?m)^    .*$|^```.*?^```$", lambda block: re.sub(r"[^\n]", " ", block[0]), text, flags=re.DOTALL)
+    blocks = r"(?m)^    [^\n]*$|^```[\s\S]*?^```$"
+    prose = re.sub(blocks, lambda block: re.sub(r"[^\n]", " ", block[0]), text)  # each character keeps its place
     found = []
     for match in re.finditer(rf"(?m)^    ({STARTS}.*)$", text):
         found.append((match.start(), re.split(r"\s# ", match[1])[0].strip()))

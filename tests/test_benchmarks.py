@@ -1,9 +1,13 @@
-"""Every benchmark and comparison runs, at sizes of a second; what it would measure is another matter."""
+"""Every benchmark runs, at sizes of a second, and what it calls equal is equal."""
 
 import pytest
+import torch
 
 import commands
-from benchmarks import __main__ as bench
+from benchmarks import compare
+from benchmarks.__main__ import BENCHMARKS
+from configurator import configure
+from model import LanguageModel, ModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -28,4 +32,22 @@ def test_every_documented_benchmark_runs(folder, command):
 
 def test_every_benchmark_is_documented():
     names = {line.partition("-m benchmarks ")[2].split()[0] for line in documented}
-    assert names == bench.BENCHMARKS.keys() | bench.COMPARISONS.keys()
+    assert names == BENCHMARKS.keys()
+
+
+@pytest.mark.parametrize("table", ["MODELS", "ABLATION"])
+def test_the_compared_models_use_equally_many_parameters(table):
+    base = dict(vocab_size=64, seq_len=64, d_model=192, n_layer=4, n_head=6, n_kv_head=6)
+    if table == "ABLATION":
+        base |= {"n_enigma": 4, "n_layer": 0, "reversible": 1}
+    counts = []
+    for text in getattr(compare, table).values():
+        own = dict(pair.split("=") for pair in text.split())
+        if table == "ABLATION" and own.get("n_layer") == "4":
+            own["n_enigma"] = 0
+        own = base | own
+        own["d_ff"] = compare.width_for(own, base)
+        with torch.device("meta"):
+            model = LanguageModel(configure([ModelConfig], [f"{k}={v}" for k, v in own.items()], {}).part(ModelConfig))
+        counts.append(model.count_parameters()["active"])
+    assert max(counts) / min(counts) < 1.02

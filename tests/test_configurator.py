@@ -236,14 +236,15 @@ def test_every_config_file_is_accepted():
 
 
 def parts() -> list[type]:
+    import convert
+    import data
     import eval
     import plot
     import sample
     import train
     from benchmarks import __main__ as bench
-    from benchmarks import compare
 
-    more = [compare.CompareSettings, plot.PlotSettings, bench.BenchSettings]
+    more = [plot.PlotSettings, convert.ConvertSettings, bench.BenchSettings, data.OnlyTokenizer]
     return list(dict.fromkeys([*train.SETTINGS, *sample.SETTINGS, *eval.SETTINGS, *more]))
 
 

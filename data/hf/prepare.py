@@ -25,6 +25,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))  # a command finds its own folder only
 
 from configurator import UserError, find_path
+from runtime.files import optional
 from text.corpus import document_hash, plan_split, show_dataset, split_pieces
 from text.records import Piece, list_files
 
@@ -190,10 +191,7 @@ def open_splits(choice: Choice) -> tuple[Iterable[dict], Iterable[dict] | None]:
 
 def package():
     """`datasets`, of a version that runs no code out of a dataset."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("datasets of Hugging Face need their package: pip install 'datasets>=4'") from None
+    datasets = optional("datasets", "'datasets>=4'", "a dataset of Hugging Face")
     if int(datasets.__version__.split(".")[0]) < 4:
         raise UserError(f"datasets {datasets.__version__} may run code that a dataset brings along; "
                         "pip install -U 'datasets>=4'")
