@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/enigma.md: python docs/pictures.py (needs matplotlib: pip install matplotlib).
+"""Draw the pictures of docs/enigma.md: python docs/pictures.py. Needs matplotlib: pip install matplotlib
 
 depth.json is the last line of `python -m benchmarks depth`.
 """
@@ -7,21 +7,15 @@ import json
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import torch
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-try:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-except ImportError:
-    sys.exit("matplotlib is missing: pip install matplotlib")
-
-import torch  # noqa: E402
-
 from enigma import wheel_offsets, wheel_sizes  # noqa: E402
 
+plt.switch_backend("Agg")  # no window
 BLUE, RED, GREY = "#2b6cb0", "#c05621", "#4a5568"
 
 
@@ -50,11 +44,12 @@ def draw_block(path):
         ax.plot([left, right], [y, y], color=GREY, lw=1.3, zorder=1)
         arrow(ax, (right - 0.05, y), (right + 0.25, y))
         ax.text(left - 0.15, y, name, ha="right", va="center", fontsize=9)
-        ax.text(right + 0.4, y, {high: "stream 1", low: "stream 2"}[y], va="center", fontsize=9)
+        ax.text(right + 0.4, y, name, va="center", fontsize=9)
     for i, (name, color) in enumerate(steps):
         x = left + 0.9 + 2.85 * i
-        source, target = (high, low) if i % 2 == 0 else (low, high)
-        toward = -1 if source > target else 1
+        source, target, toward = high, low, -1
+        if i % 2 == 1:
+            source, target, toward = low, high, 1
         middle = (high + low) / 2
         arrow(ax, (x, source), (x, middle - toward * 0.49), color)
         box(ax, x, middle, name, color)
@@ -68,16 +63,17 @@ def draw_block(path):
 
 
 def draw_wheels(path, positions=200, head_dim=16):
-    """Offsets of three wheels over positions: all stepping, and carrying as in an odometer."""
+    """Offsets of three wheels over positions: free, and carrying as in an odometer."""
     sizes = wheel_sizes(3, 2 * head_dim)
+    titles = {False: "free: every wheel steps with every token",
+              True: "carrying: a wheel steps when the one before it has completed a turn"}
     fig, axes = plt.subplots(2, 1, figsize=(9, 4), sharex=True)
-    for ax, carry in zip(axes, (False, True), strict=True):
+    for ax, (carry, title) in zip(axes, titles.items(), strict=True):
         offsets = wheel_offsets(torch.arange(positions), sizes, carry)
         for row, n, color in zip(offsets, sizes, (BLUE, RED, "#2f855a"), strict=True):
             ax.step(range(positions), row.tolist(), where="post", lw=1.1, color=color, label=f"wheel of {n}")
         ax.set_ylabel("offset o(t)")
-        ax.set_title("carrying: a wheel steps when the one before it has gone round" if carry
-                     else "free: every wheel steps with every token", fontsize=9, loc="left")
+        ax.set_title(title, fontsize=9, loc="left")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].legend(ncol=3, fontsize=8, loc="upper right", framealpha=0.9, bbox_to_anchor=(1, 1.28))
     axes[1].set_xlabel("position t")
@@ -87,7 +83,7 @@ def draw_wheels(path, positions=200, head_dim=16):
 
 
 def draw_depth(path, data):
-    """Memory and time of a training step against the number of layers."""
+    """Memory and time of a training step, against the number of layers."""
     rows = json.loads(data.read_text(encoding="utf-8"))["rows"]
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.2))
     styles = {"plain": (GREY, "o"), "checkpointing": (RED, "s"), "reversible": (BLUE, "D"),
