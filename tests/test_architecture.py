@@ -51,6 +51,27 @@ def test_training_loads_few_files():
     assert len(loaded) <= 26, [str(path.relative_to(ROOT)) for path in loaded]
 
 
+def test_the_root_is_what_people_read_and_run():
+    """Few files, and the model begins near the top of its file. A later capability can add one file, up to 20."""
+    assert len([path for path in FILES if path.parent == ROOT]) <= 17
+    lines = (ROOT / "model.py").read_text(encoding="utf-8").splitlines()
+    first = next(number for number, line in enumerate(lines, start=1) if re.match(r"class \w+\(nn\.Module\)", line))
+    assert first < 120
+
+
+def test_a_top_level_name_exists_in_one_file_only():
+    found = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name != "main":
+                found.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert not {name: files for name, files in found.items() if len(files) > 1}
+
+
+def test_no_line_is_kept_from_a_formatter():
+    assert not [path.name for path in FILES if "fmt: skip" in path.read_text(encoding="utf-8")]
+
+
 def test_the_documentation_names_every_file():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert not [name for name in OURS if f"{name.replace('.', '/')}.py" not in text and "__init__" not in name]
