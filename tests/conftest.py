@@ -1,4 +1,4 @@
-"""One thread a process (two spinning thread pools on two cores are poison), and the scripts on the path."""
+"""One thread per process, because two thread pools that spin on two cores are slow, and the scripts on the path."""
 
 import json
 import os

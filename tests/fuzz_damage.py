@@ -1,15 +1,15 @@
 """Damage files of runs at random and use them: python tests/fuzz_damage.py 500 [SEED]
 
-Each trial copies two small runs (one of them adapters) and their tokens, damages one file, continues the run, and loads
-its best model. It counts what came of that, by file:
+Each trial copies two small runs (one of them adapters) and their tokens, damages one file, resumes the run, and loads
+its best model. It counts the results by file:
 
-    recovered   it was said, and the end has the same bits as without the damage
+    recovered   a message, and the same bits at the end as without the damage
     said        one sentence, and no result
-    harmless    nothing was said, and the end has the same bits
-    silent      nothing was said, and the end has other bits: a fault of ours
-    traceback   a fault of ours
+    harmless    no message, and the same bits at the end
+    silent      no message, and other bits at the end: our fault
+    traceback   our fault
 
-Of log.csv, changed figures that are still figures do not count.
+In log.csv, numbers that changed into other numbers do not count.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import plot  # noqa: E402
-import train  # noqa: E402
-from configurator import UserError  # noqa: E402
-from conftest import tiny_run  # noqa: E402
-from runtime import checkpoint  # noqa: E402  (after the thread count is set)
-from test_train import same  # noqa: E402
+import plot
+import train
+from configurator import UserError
+from conftest import tiny_run
+from runtime import checkpoint
+from test_train import same
 
 KINDS = {  # the run that is used, and the file that is damaged
     "newest step": ("run", "run/step_00000004.pt"), "best": ("run", "run/best.pt"), "log": ("run", "run/log.csv"),
@@ -44,9 +44,11 @@ RESULTS = ("recovered", "said", "harmless", "silent", "traceback")
 
 
 def settings(folder: Path, name: str, steps: int) -> list[str]:
-    more = dict(use_lora=1) if name == "lora" else {}
-    if name == "lora" and not (folder / name).exists():
-        more["init_from"] = folder / "run"
+    more = {}
+    if name == "lora":
+        more["use_lora"] = 1
+        if not (folder / name).exists():
+            more["init_from"] = folder / "run"
     return tiny_run(folder / "text" / "words.txt", folder / name, max_steps=steps, eval_interval=2, eval_tokens=64,
                     schedule="constant", cache_dir=folder / f"{name}-cache", **more)
 
@@ -87,7 +89,7 @@ def damage(path: Path, chance: random.Random) -> str:
 
 
 def use(folder: Path, kind: str):
-    """(what came out of using the runs there, what was said)"""
+    """(the weights after using the runs there, what was printed)"""
     name, said = KINDS[kind][0], io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         if kind == "log":
@@ -112,9 +114,9 @@ def trial(whole: Path, folder: Path, kind: str, expected, chance: random.Random)
     finally:
         shutil.rmtree(folder)
     spoken = any(word in said for word in ("damaged", "cannot be read", "not a checkpoint", "was removed"))
-    if same(got, expected):
-        return "recovered" if spoken else "harmless", how
-    return "silent", f"{how}, {said[-1000:]}"
+    if not same(got, expected):
+        return "silent", f"{how}, {said[-1000:]}"
+    return "recovered" if spoken else "harmless", how
 
 
 def fuzz(trials: int, seed: int = 0) -> dict[str, Counter]:

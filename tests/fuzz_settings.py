@@ -1,10 +1,10 @@
-"""Random settings: a script begins its work or says in one sentence why not, and a model is built and trains a step.
+"""Random settings: a script begins its work or refuses in one sentence; a model trains a step or is refused.
 
     python tests/fuzz_settings.py 3000            # command lines, environments and config files of all scripts
     python tests/fuzz_settings.py models 4000     # configurations of models
     python tests/fuzz_settings.py 1 77            # one case from number 77, to see it again
 
-Nothing is trained and no data are read: a script has succeeded where it would open a checkpoint or a corpus.
+A script has succeeded where it would open a checkpoint or a corpus: it trains nothing and reads no data.
 """
 
 import contextlib
@@ -24,19 +24,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-import sample  # noqa: E402
-import train  # noqa: E402
-from configurator import ROOT, UserError, configure, kind_and_range  # noqa: E402
-from model import LanguageModel, ModelConfig  # noqa: E402
-from runtime import (
-    checkpoint,  # noqa: E402  (the scripts are on the path now)
-    plan,  # noqa: E402
-)
+import data
+import eval as evaluation
+import sample
+import train
+from configurator import UserError, configure, kind_and_range
+from model import LanguageModel, ModelConfig
+from runtime import checkpoint, run
 
-SECONDS = 60  # that a case may take, which only a hanging one does
-LARGEST = 2_000_000  # parameters of a model that we build
+SECONDS = 60  # more than any case takes that does not hang
+LARGEST = 2_000_000  # parameters of the largest model that we build
 
 NUMBERS = ["0", "1", "2", "3", "7", "8", "16", "64", "100", "-1", "-5", "1e5", "1e30", "1_000", "1e-3", "0.5", "0.9",
            "1.5", "nan", "inf", "-inf", "1e-45", "1e308", "1e400", str(2**31), str(2**63), str(10**19), "9" * 5000,
@@ -61,6 +58,14 @@ def stop(*arguments, **more):
     raise Reached
 
 
+def sentence(error: UserError) -> str:
+    """What the error says; a fault if that is more than a sentence."""
+    said = str(error)
+    if "\n" in said or len(said) >= 500:
+        return f"FAULT: not one sentence: {said!r}"
+    return said
+
+
 def run_data(argv: list[str]) -> None:
     data.prepare(configure([ModelConfig, data.DataSettings], argv), quiet=True)
 
@@ -74,11 +79,11 @@ SCRIPTS = {
 
 
 def random_text(rng: random.Random, part: type, name: str) -> str:
-    """A value as it is written on the command line: of the right kind, as a rule."""
+    """A value as it is written on the command line, most often of the right kind."""
     kind = kind_and_range(part, name)[0]
     if rng.random() < 0.75 and kind is not bool:
-        default = vars(configure([part], [], {}))[name]
-        return str(default) if not isinstance(default, list) else "x"
+        default = getattr(configure([part], [], {}), name)
+        return "x" if isinstance(default, list) else str(default)
     if rng.random() < 0.1:
         return rng.choice(NUMBERS + TEXTS + BOOLEANS)
     if typing.get_origin(kind) is typing.Literal:
@@ -126,7 +131,7 @@ def run_case(number: int, folder: Path) -> str:
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.dict(os.environ, kept | environ, clear=True))
-            replaced = [(plan, "ROOT", folder), (checkpoint, "ROOT", folder), (train, "open_data", stop),
+            replaced = [(run, "ROOT", folder), (checkpoint, "ROOT", folder), (train, "open_data", stop),
                         (checkpoint, "load", stop), (data, "find_source", stop)]
             for module, name, value in replaced:
                 stack.enter_context(mock.patch.object(module, name, value))
@@ -137,13 +142,10 @@ def run_case(number: int, folder: Path) -> str:
     except Reached:
         return "reached"
     except UserError as error:
-        sentence = str(error)
-        return sentence if "\n" not in sentence and len(sentence) < 500 else f"FAULT: not one sentence: {sentence!r}"
+        return sentence(error)
     except SystemExit as error:
         return "help" if error.code == 0 else f"FAULT: exit {error.code}"
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
+    except Exception:
         return f"FAULT: {script} {argv} {environ}\n{traceback.format_exc()}"
 
 
@@ -179,7 +181,7 @@ def random_config(rng: random.Random) -> dict:
 
 
 def parameters(cfg: ModelConfig) -> int:
-    """About so many, at least: enough to know that a model is too large to be built here."""
+    """A lower bound, to know that a model is too large to be built here."""
     attention = cfg.d_model * cfg.n_head * cfg.head_dim * 4 + cfg.kv_rank + cfg.q_rank
     hidden = cfg.d_ff + cfg.n_expert * cfg.d_expert + cfg.n_shared * cfg.d_expert
     blocks = cfg.n_layer + cfg.n_enigma
@@ -203,13 +205,9 @@ def run_model(number: int) -> str:
         nats.sum().backward()
         return "trained"
     except UserError as error:
-        sentence = str(error)
-        return sentence if "\n" not in sentence and len(sentence) < 500 else f"FAULT: not one sentence: {sentence!r}"
+        return sentence(error)
     except Exception:
         return f"FAULT: ModelConfig(**{chosen})\n{traceback.format_exc()}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def hanging(*_):
@@ -233,8 +231,10 @@ def fuzz(kind: str, count: int, first: int = 0) -> tuple[list[str], int]:
 
 def main() -> None:
     words = sys.argv[1:]
-    kind = words.pop(0) if words and words[0] == "models" else "settings"
-    count, first = int(words[0]), int(words[1]) if len(words) > 1 else 0
+    kind = "settings"
+    if words[0] == "models":
+        kind = words.pop(0)
+    count, first = [*map(int, words), 0][:2]
     faults, reached = fuzz(kind, count, first)
     print("\n\n".join(faults))
     print(f"{kind}: {count} cases from {first}, {reached} accepted, {len(faults)} faults")
@@ -242,6 +242,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    assert ROOT.is_dir()
     torch.set_num_threads(1)
     main()
