@@ -35,6 +35,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}/big.bin"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
+    def answer(self, path: str) -> tuple[str, bytes]:
+        """The word for a request, and the body that it asks for."""
+        return self.script.pop(0) if len(self.script) > 1 else self.script[0], self.body
+
     def handle_error(self, *args):
         pass  # a client that was killed
 
@@ -47,7 +51,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         server, begin = self.server, 0
-        word = server.script.pop(0) if len(server.script) > 1 else server.script[0]
+        word, whole = server.answer(self.path)
         asked = self.headers.get("Range", "")
         server.asked.append((word, asked))
         self.close_connection = True
@@ -59,14 +63,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.end_headers()
         if asked and word != "whole" and self.headers.get("If-Range", server.tag) == server.tag:
             begin = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
-        if begin >= len(server.body):
+        if begin >= len(whole):
             self.send_response(416)
             self.send_header("Content-Length", "0")
             return self.end_headers()
         self.send_response(206 if begin else 200)
         if begin:
-            self.send_header("Content-Range", f"bytes {begin}-{len(server.body) - 1}/{len(server.body)}")
-        body = server.body[begin:]
+            self.send_header("Content-Range", f"bytes {begin}-{len(whole) - 1}/{len(whole)}")
+        body = whole[begin:]
         body = body[:100] if word == "short" else body
         if server.tag:
             self.send_header("ETag", server.tag)

@@ -3,12 +3,10 @@
 import csv
 import gzip
 import hashlib
-import http.server
 import json
 import re
 import subprocess
 import sys
-import threading
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +17,7 @@ import pytest
 import data
 from configurator import ROOT, UserError, configure
 from model import ModelConfig
+from test_download import Server
 from text import corpus
 from text.shards import read_meta
 
@@ -152,7 +151,7 @@ def test_tinystories_are_downloaded_once_and_checked(tinystories, tmp_path, serv
     monkeypatch.setattr(module, "BASE", server.url)
     assert [path.read_bytes() for path in module.sources()] == list(files.values())[::-1]
     module.sources()
-    assert len(server.asked) == 2
+    assert len(server.paths) == 2
     (tmp_path / module.FILES["val"][0]).unlink()
     monkeypatch.setitem(module.FILES, "val", (*module.FILES["val"][:2], "0" * 64))
     with pytest.raises(UserError, match="not the expected"):
@@ -287,43 +286,29 @@ def test_volumes_of_the_chosen_translation_belong_to_the_work():
     assert [row["id"] for row in prepare("gutenberg").select(lives)] == [4], "the whole work holds the volumes"
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """`files`: path -> content; `script`: path -> what happens at each request of it, one after the other: a status,
-    or "cut". A page of the catalogue is asked for with ?page=, and holds four entries."""
+class Library(Server):
+    """Serves `files`, and the catalogue of `entries`, four a page (?page=); `script`: path -> words of its answers."""
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.files, self.script, self.entries, self.asked = {}, {}, [], []
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+        super().__init__()
+        self.url, self.tag, self.script = self.url.removesuffix("/big.bin"), "", {}
+        self.files, self.entries, self.paths = {}, [], []
 
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        server, url = self.server, urlsplit(self.path)
-        server.asked.append(self.path)
-        trouble = server.script.get(url.path)
-        trouble = trouble.pop(0) if trouble else ""
-        content = server.files.get(url.path)
+    def answer(self, path: str) -> tuple[str, bytes]:
+        self.paths.append(path)
+        url = urlsplit(path)
+        words, content = self.script.get(url.path), self.files.get(url.path)
         if url.path == "/books/":
             page = int(parse_qs(url.query).get("page", ["1"])[0])
-            more = page * 4 < len(server.entries)
-            content = json.dumps({"results": server.entries[page * 4 - 4 : page * 4],
-                                  "next": f"{server.url}/books/?page={page + 1}" if more else None}).encode()
-        if isinstance(trouble, int) or content is None:
-            return self.send_error(trouble or 404)
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[: len(content) // 2] if trouble == "cut" else content)
+            more = page * 4 < len(self.entries)
+            content = json.dumps({"results": self.entries[page * 4 - 4 : page * 4],
+                                  "next": f"{self.url}/books/?page={page + 1}" if more else None}).encode()
+        return (words.pop(0) if words else "404" if content is None else "ok"), content
 
 
 @pytest.fixture
 def server():
-    with Server() as server:
+    with Library() as server:
         yield server
         server.shutdown()
 
@@ -366,16 +351,16 @@ def test_gutenberg_splits_by_work_before_it_cuts(gutenberg):
 
 def test_gutenberg_leaves_a_manifest_and_asks_for_nothing_twice(gutenberg):
     files = gutenberg.module.sources()
-    assert len(gutenberg.server.asked) == 11 + 40 == len(gutenberg.slept), "pages of the catalogue, texts"
-    assert set(gutenberg.slept) == {0.3} and "author_year_end=500" in gutenberg.server.asked[0]
+    assert len(gutenberg.server.paths) == 11 + 40 == len(gutenberg.slept), "pages of the catalogue, texts"
+    assert set(gutenberg.slept) == {0.3} and "author_year_end=500" in gutenberg.server.paths[0]
     with open(gutenberg.folder / "manifest.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[0] == {"id": "41", "title": "Dialogue Bx, Volume 1", "author": "Plato", "born": "-428", "died": "-348",
                        "translators": "", "volume": "1", "downloads": "5000", "work": "plato: dialogue bx"}
     assert len(rows) == 40 and "2" not in [row["id"] for row in rows]
-    gutenberg.server.asked.clear()
+    gutenberg.server.paths.clear()
     assert gutenberg.module.sources() == files and both(gutenberg.module)[0]
-    assert gutenberg.server.asked == []
+    assert gutenberg.server.paths == []
 
 
 def test_gutenberg_takes_as_many_works_as_it_is_told(gutenberg):
@@ -390,7 +375,8 @@ def test_gutenberg_takes_as_many_works_as_it_is_told(gutenberg):
 
 
 def test_gutenberg_outlives_a_bad_line(gutenberg):
-    gutenberg.server.script = {"/books/": ["cut", 503, "", 429], "/5.txt": ["cut", "cut"], "/6.txt": [500, 503]}
+    gutenberg.server.script = {"/books/": ["cut100", "503", "ok", "429"], "/5.txt": ["cut100", "cut100"],
+                               "/6.txt": ["500", "503"]}
     train, val = both(gutenberg.module)
     assert len(set(" ".join(train + val).split())) == 40 * 3000
 
@@ -408,7 +394,7 @@ def test_gutenberg_text_that_does_not_come_is_named_and_the_others_come(gutenber
 
 def test_gutenberg_gives_up_at_once_where_nothing_comes(gutenberg):
     for path in list(gutenberg.server.files):
-        gutenberg.server.script[path] = [404]
+        gutenberg.server.script[path] = ["404"]
     with pytest.raises(UserError, match="3 texts did not come"):
         gutenberg.module.sources()
 
@@ -428,7 +414,7 @@ def test_catalogue_leads_to_no_other_place(gutenberg, elsewhere):
     (gutenberg.folder / "catalogue" / "001.json").write_text(json.dumps(page))
     with pytest.raises(UserError, match="page 1 of the catalogue names a page elsewhere"):
         gutenberg.module.sources()
-    assert gutenberg.server.asked == []
+    assert gutenberg.server.paths == []
 
 
 def test_page_that_is_no_catalogue_is_one_sentence(gutenberg):
@@ -648,16 +634,16 @@ def test_one_command_goes_from_downloads_to_samples_and_does_nothing_twice(ancie
             "eval_tokens=1000", "device=cpu"]
     first = subprocess.run(argv, capture_output=True, text=True, timeout=120)
     assert first.returncode == 0, first.stderr
-    assert len(ancients.asked) == len(set(ancients.asked)) == 7 + 26 + 2, "pages of the catalogue, texts, stories"
+    assert len(ancients.paths) == len(set(ancients.paths)) == 7 + 26 + 2, "pages of the catalogue, texts, stories"
     assert "training a bpe tokenizer" in first.stdout and "train: gutenberg 40.0% wanted" in first.stdout
     (folder,) = [path.parent for path in tmp_path.glob("cache/*/meta.json")]
     mixed = read_meta(folder)["splits"]["train"]["mixture"]
     assert 0.38 < mixed["gutenberg"]["got"] < 0.46 and mixed["gutenberg"]["words"] < 10_000
-    ancients.asked.clear()
+    ancients.paths.clear()
     second = subprocess.run([*argv, "max_steps=4"], capture_output=True, text=True, timeout=120)
     assert second.returncode == 0, second.stderr
     assert f"{folder.name} is current: downloads, tokenizer and tokens are there" in second.stdout
-    assert "is complete" in second.stdout and "training a" not in second.stdout and ancients.asked == []
+    assert "is complete" in second.stdout and "training a" not in second.stdout and ancients.paths == []
 
 
 def test_stage_is_made_anew_with_all_behind_it_and_nothing_before_it(ancients, monkeypatch, capsys):
@@ -670,15 +656,15 @@ def test_stage_is_made_anew_with_all_behind_it_and_nothing_before_it(ancients, m
         ("all", 28, "training a", True),
     ):
         capsys.readouterr()
-        ancients.asked.clear()
+        ancients.paths.clear()
         written = (folder / "meta.json").stat().st_ino
         monkeypatch.setattr("text.overwrite.launch_id", lambda stage=stage: stage)  # another launch
         folder = ask(overwrite=stage)
-        assert len(ancients.asked) == downloads and said in capsys.readouterr().out, stage
+        assert len(ancients.paths) == downloads and said in capsys.readouterr().out, stage
         assert ((folder / "meta.json").stat().st_ino != written) == made, stage
         assert {path.name: path.read_bytes() for path in folder.glob("*.npy")} == tokens
-        ancients.asked.clear()
-        assert ask(overwrite=stage) == folder and ancients.asked == [], "one process has done it for all"
+        ancients.paths.clear()
+        assert ask(overwrite=stage) == folder and ancients.paths == [], "one process has done it for all"
         assert "training a" not in capsys.readouterr().out
 
 
