@@ -51,18 +51,12 @@ def test_equal_documents_cannot_be_split_and_the_sentence_says_so(tmp_path):
         splits(data_path=write(tmp_path / "a.jsonl", '{"text": "the same"}\n' * 500))
 
 
-def test_single_document_is_cut_at_a_line_near_its_end(tmp_path):
+@pytest.mark.parametrize("piece", [100, 1 << 20])
+def test_single_document_is_cut_once_at_a_line_near_its_end(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr("text.records.PIECE", piece)
     text = "".join(f"line {i}\n" for i in range(2000))
-    train, val = splits(data_path=write(tmp_path / "a.txt", text), val_share=0.1)
-    assert train[0] + val[0] == text and train[0].endswith("\n")
-    assert 0.099 < len(val[0]) / len(text) < 0.102
-
-
-def test_single_document_of_many_pieces_is_cut_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("text.records.PIECE", 100)
-    text = "".join(f"line {i}\n" for i in range(2000))
-    train, val = splits(data_path=write(tmp_path / "a.txt", text), val_share=0.1)
-    assert train[0] + val[0] == text and 0.099 < len(val[0]) / len(text) < 0.102
+    (train,), (val,) = splits(data_path=write(tmp_path / "a.txt", text), val_share=0.1)
+    assert train + val == text and train.endswith("\n") and 0.099 < len(val) / len(text) < 0.102
 
 
 def test_document_without_newlines_is_cut_all_the_same(tmp_path):

@@ -115,22 +115,15 @@ def test_cut_connection_is_taken_up_where_it_ended(tmp_path, server, slept, size
     assert [asked for _, asked in server.asked] == ["", "bytes=100000-", "bytes=100000-", "bytes=150000-"]
 
 
-def test_busy_server_is_asked_again_after_growing_pauses(tmp_path, server, slept):
-    server.script = ["503", "429", "500", "ok"]
-    assert download(server.url, tmp_path / "a.bin").read_bytes() == BODY
-    assert slept == [1, 2, 4]
-
-
-def test_server_may_say_how_long_to_wait(tmp_path, server, slept):
-    server.script, server.headers = ["503", "ok"], {"Retry-After": "7"}
-    download(server.url, tmp_path / "a.bin")
-    assert slept == [7]
-
-
-def test_tries_that_bring_something_new_do_not_use_up_the_patience(tmp_path, server, slept):
-    server.script = ["cut20000"] * 14 + ["ok"]
+@pytest.mark.parametrize("script, after, pauses", [
+    (["503", "429", "500", "ok"], "", [1, 2, 4]), (["503", "ok"], "7", [7]),  # as long as the server says
+    (["cut20000"] * 14 + ["ok"], "", [1] * 14),  # tries that bring something new do not count
+    (["cut100000", "whole"], "", [1]),           # this server cannot resume
+])
+def test_busy_server_is_asked_again_after_growing_pauses(tmp_path, server, slept, script, after, pauses):
+    server.script, server.headers = script, {"Retry-After": after}
     assert download(server.url, tmp_path / "a.bin", len(BODY), SHA256).read_bytes() == BODY
-    assert slept == [1] * 14
+    assert slept == pauses
 
 
 @pytest.mark.parametrize("word", ["503", "cut0", "cut5000", "long", "chunked"])
@@ -141,7 +134,7 @@ def test_server_that_stays_bad_ends_in_one_sentence_and_leaves_nothing(tmp_path,
     assert len(server.asked) <= len(module.PAUSES) + 2 and left_over(tmp_path) == []
 
 
-def test_a_server_whose_name_nobody_knows_is_asked_for_three_times(tmp_path, slept, monkeypatch):
+def test_server_whose_name_nobody_knows_is_asked_for_three_times(tmp_path, slept, monkeypatch):
     def unknown(*_):
         raise urllib.error.URLError(socket.gaierror(socket.EAI_NONAME, "Name or service not known"))
 
@@ -184,11 +177,6 @@ def test_left_over_is_not_trusted_where_there_is_no_hash(tmp_path, server, slept
     assert download(server.url, tmp_path / "a.bin", len(BODY)).read_bytes() == BODY
 
 
-def test_server_that_cannot_resume_begins_anew(tmp_path, server, slept):
-    server.script = ["cut100000", "whole"]
-    assert download(server.url, tmp_path / "a.bin", len(BODY), SHA256).read_bytes() == BODY
-
-
 def test_two_versions_of_a_file_are_never_mixed(tmp_path, server, slept, monkeypatch):
     newer = BODY[::-1]
 
@@ -217,8 +205,7 @@ def test_wrong_file_on_a_bad_line_is_fetched_twice_at_most(tmp_path, server, sle
 
 def test_answer_of_a_wrong_length_does_not_cost_us_what_we_have(tmp_path, server, slept):
     (tmp_path / "a.bin.part").write_bytes(BODY[:1000])
-    server.script, server.tag = ["whole"], '"portal"'
-    server.body = b"<html>please log in</html>"
+    server.script, server.tag, server.body = ["whole"], '"portal"', b"<html>please log in</html>"
     with pytest.raises(UserError, match="26 bytes, not the expected 300,000"):
         download(server.url, tmp_path / "a.bin", len(BODY), SHA256)
     assert (tmp_path / "a.bin.part").read_bytes() == BODY[:1000]
