@@ -151,7 +151,7 @@ def test_answers_that_are_not_to_be_learned_have_no_weight(learn):
     both = template.render(whole, learn)
     answer = [*template.tokenizer.encode("b"), template.ending[0]]
     assert ids == both[0] and sum(both[1]) - sum(learned) == len(answer)
-    assert Examples([some], template, 256, learn).learned == sum(learned[1:])
+    assert Examples([some], template, 256, learn).tokens == sum(learned[1:])
 
 
 @pytest.mark.parametrize("content", [
@@ -214,7 +214,7 @@ def test_validation_examples_that_are_too_long_are_passed_over(tmp_path):
     records = [{"instruction": f"a{i}", "output": "b" * (500 if i < 19 else 1)} for i in range(21)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
     rows, val = open_rows("bpe", seq_len=64, data_path=str(tmp_path), cache_dir=str(tmp_path / "cache"))
-    assert (len(rows.ids), rows.dropped, len(val.examples.ids), val.examples.dropped) == (1, 19, 1, 0)
+    assert (len(rows.ids), rows.dropped, len(val.ids), val.dropped) == (1, 19, 1, 0)
 
 
 def test_what_the_tokenizer_loses_of_the_examples_is_said(tmp_path, capsys):

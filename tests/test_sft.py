@@ -11,12 +11,12 @@ import torch
 
 from configurator import UserError, configure
 from test_chat import BLOCKS, CHINESE, EMOJI, make, model_for, talk
-from text.chat import TEMPLATES, Template
+from text.chat import TEMPLATES, ChatSettings, Template
 from text.corpus import DataSettings
 from text.sft import (
     Examples,
-    ExampleValidation,
     SftSettings,
+    held_out_rows,
     pack,
     prepare_examples,
     read_examples,
@@ -112,11 +112,11 @@ def test_counts_are_those_of_the_rows(template):
     examples = Examples(data, template, 128)
     rows = [part for row in all_rows(examples) for part in runs(row)]
     real = [(ids, weights) for ids, weights in rows if set(ids) != {examples.pad}]
-    assert examples.tokens == sum(len(weights) for _, weights in real)
-    assert examples.learned == sum(sum(weights) for _, weights in real)
+    assert examples.places == sum(len(weights) for _, weights in real)
+    assert examples.tokens == sum(sum(weights) for _, weights in real)
     answers = [m["content"] for messages in data for m in messages if m["role"] == "assistant"]
     assert examples.bytes == sum(len(answer.encode()) for answer in answers)
-    assert examples.fill == examples.tokens / (128 * examples.per_epoch)
+    assert examples.fill == examples.places / (128 * examples.per_epoch)
     assert examples.fill > 1.3 * Examples(data, template, 128, packing=False).fill, "packing is worth it"
 
 
@@ -180,18 +180,18 @@ def test_packed_examples_get_the_loss_that_each_has_alone(template, blocks):
 def test_a_row_without_anything_to_learn_is_harmless(tokenizer):
     template = Template("chatml", tokenizer)
     examples = Examples([talk("Hi")], template, 32)
-    assert examples.learned == 0
+    assert examples.tokens == 0
     model = model_for(tokenizer, 32).train()
     ids, targets, weights, positions = examples.get(0, 2)
     loss = model(ids, targets, weights, positions=positions).sum()
     loss.backward()
     assert loss.item() == 0 and all(not p.grad.any() for p in model.parameters() if p.grad is not None)
     with pytest.raises(UserError, match="validation"):
-        ExampleValidation(examples)
+        held_out_rows([talk("Hi")], template, ChatSettings(), packing=True, seq_len=32, seed=0, eval_tokens=0)
 
 
 def test_validation_shows_each_row_once_in_a_fixed_order(template):
-    validation = ExampleValidation(Examples(conversations(), template, 128, seed=1))
+    validation = Examples(conversations(), template, 128, seed=1, shuffled=False)
     whole = validation.get(0, 10**6)
     assert len(whole[0]) == len(whole[0].unique(dim=0)) == len(validation) and whole[2].sum() == validation.tokens
     for size in (1, 4):

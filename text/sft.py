@@ -35,7 +35,7 @@ Split = tuple[list[Conversation], list[Conversation]]  # training and validation
 
 def open_examples(tokenizer: Tokenizer, data: DataSettings, chat: ChatSettings, sft: SftSettings, *, seq_len: int,
                   seed: int, eval_tokens: int, found: Split | None = None, quiet: bool = False,
-                  ) -> tuple["Examples", "ExampleValidation"]:
+                  ) -> tuple["Examples", "Examples"]:
     """Training and validation rows of `data_path`, or of data/<dataset>/; shows one example as the model will see it.
 
     `found` are the examples of a resumed run, which are not read again.
@@ -65,16 +65,18 @@ def open_examples(tokenizer: Tokenizer, data: DataSettings, chat: ChatSettings, 
 
 
 def held_out_rows(val: list[Conversation], template: Template, chat: ChatSettings, *, packing: bool, seq_len: int,
-                  seed: int, eval_tokens: int) -> "ExampleValidation":
-    """What is scored of the validation examples: those within the first `eval_tokens` ids, all if it is 0."""
+                  seed: int, eval_tokens: int) -> "Examples":
+    """What `eval.evaluate` scores of the validation examples: those within the first `eval_tokens` ids, all if it is 0.
+    """
     content = digest(*val)
     val = [with_system(each, chat.system) for each in val]
     if eval_tokens:
         ends = np.cumsum([length_of(each, template, seq_len) for each in val])
         val = val[: max(1, int((ends < eval_tokens).sum()))]
-    rows = Examples(val, template, seq_len, chat.learn, seed, packing, content)
     scored = digest(content, chat.template, chat.system, chat.learn, packing, seq_len, eval_tokens)
-    return ExampleValidation(rows, scored)
+    rows = Examples(val, template, seq_len, chat.learn, seed, packing, content, scored, shuffled=False)
+    need(rows.bytes, "the answers of the validation examples hold no text: the loss would measure nothing")
+    return rows
 
 
 def with_system(conversation: Conversation, text: str) -> Conversation:
@@ -232,20 +234,23 @@ class Examples:
     with each example, by which the model keeps them apart (see `example_mask`); what remains of a row is
     padding of weight 0, set apart in the same way.
 
-    Rows are made once, and each epoch shows each row once, in an order of its own. With `packing` the longest examples
-    come first and each goes to the fullest row that has room (best-fit decreasing); else each has a row for itself.
-    An example longer than seq_len + 1 ids loses its beginning if at least its last answer fits, else it is dropped.
+    Rows are made once, and each epoch shows each row once, in an order of its own; for validation, where they are not
+    `shuffled`, there is one epoch. With `packing` the longest examples come first and each goes to the fullest row that
+    has room (best-fit decreasing); else each has a row for itself. An example longer than seq_len + 1 ids loses its
+    beginning if at least its last answer fits, else it is dropped.
 
-    per_epoch   rows                        tokens    predictions in them, of weight 0 too
-    learned     predictions of weight 1     bytes     of text that these stand for
-    cut, dropped  examples too long         fill      the share of the rows that is no padding
+    per_epoch     rows                      fill    the share of the rows that is no padding
+    places        predictions in them       tokens  those of weight 1, which count
+    cut, dropped  examples too long         bytes   of text that these stand for (none for the end of an answer)
     """
 
     rule = 1  # by which rows are made
 
     def __init__(self, conversations: list[Conversation], template: Template, seq_len: int, learn: str = "response",
-                 seed: int = 0, packing: bool = True, content: str = ""):
-        self.conversations, self.content, self.seq_len, self.seed = conversations, content, seq_len, seed
+                 seed: int = 0, packing: bool = True, content: str = "", scored: str = "",
+                 shuffled: bool = True):
+        self.conversations, self.content, self.scored = conversations, content, scored
+        self.seq_len, self.seed, self.shuffled = seq_len, seed, shuffled
         self.pad = template.tokenizer.role("pad")
         if self.pad is None:
             self.pad = template.tokenizer.role("eot") or 0
@@ -270,13 +275,16 @@ class Examples:
         order = permute(np.arange(len(lengths)), len(lengths), round_keys(seed, 0)[:-1])
         order = order[np.argsort(-lengths[order], kind="stable")]  # the longest first, equal ones by the seed
         self.rows = pack(lengths, order, seq_len) if packing else order[:, None].tolist()
-        self.per_epoch, self.tokens = len(self.rows), int(lengths.sum())
-        self.fill = self.tokens / (self.per_epoch * seq_len)
+        self.per_epoch, self.places = len(self.rows), int(lengths.sum())
+        self.fill = self.places / (self.per_epoch * seq_len)
         sizes = template.tokenizer.token_sizes
-        self.learned = self.bytes = 0
+        self.tokens = self.bytes = 0
         for ids, weights in zip(self.ids, self.weights, strict=True):
-            self.learned += int(weights[1:].sum())
+            self.tokens += int(weights[1:].sum())
             self.bytes += int(sizes[ids[1:][weights[1:]]].sum())
+
+    def __len__(self) -> int:
+        return self.per_epoch
 
     def hashes(self) -> set[int]:
         return set(map(example_hash, self.conversations))
@@ -291,14 +299,16 @@ class Examples:
 
     def describe(self) -> str:
         """For the screen."""
-        text = (f"{len(self.ids):,} examples in {self.per_epoch:,} rows, {self.fill:.0%} full; {self.learned:,} of "
-                f"{self.tokens:,} tokens are learned")
+        text = (f"{len(self.ids):,} examples in {self.per_epoch:,} rows, {self.fill:.0%} full; {self.tokens:,} of "
+                f"{self.places:,} tokens are learned")
         if self.cut or self.dropped:
             text += f"; {self.cut:,} too long and cut, {self.dropped:,} dropped"
         return text
 
     def get(self, first: int, count: int) -> Batch:
-        """Samples first ... first + count - 1."""
+        """Samples first ... first + count - 1; fewer at the end of what is not shuffled."""
+        if not self.shuffled:
+            return self.to_batch(list(range(len(self)))[first : first + count])
         epochs, rows = np.divmod(np.arange(first, first + count), self.per_epoch)
         for epoch in np.unique(epochs):
             now = epochs == epoch
@@ -359,25 +369,3 @@ def pack(lengths: np.ndarray, order: np.ndarray, size: int) -> list[list[int]]:
         if left > length:
             bisect.insort(spaces, (left - length, row))
     return rows
-
-
-class ExampleValidation:
-    """The rows of `examples` in a fixed order, each once, for `eval.evaluate`.
-
-    `tokens` is the number of predictions that count, and `bytes` the text that they stand for; the end token of an
-    answer is a prediction that stands for no bytes.
-    """
-
-    def __init__(self, examples: Examples, scored: str = ""):
-        self.examples, self.scored = examples, scored
-        self.content, self.conversations = examples.content, examples.conversations
-        self.tokens, self.bytes = examples.learned, examples.bytes
-        need(self.bytes, "the answers of the validation examples hold no text: the loss would measure nothing")
-
-    def __len__(self) -> int:
-        """The number of rows."""
-        return self.examples.per_epoch
-
-    def get(self, first: int, count: int) -> Batch:
-        """Rows first ... first + count - 1, fewer at the end."""
-        return self.examples.to_batch(list(range(len(self)))[first : first + count])
