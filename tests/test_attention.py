@@ -11,7 +11,6 @@ from attention import (
     alibi_slopes,
     apply_rope,
     attend,
-    example_mask,
     explicit_attention,
     padding_mask,
     rope_table,
@@ -169,16 +168,14 @@ def turner(positions, rope_dim=SIZES["rope_dim"]):
     return partial(apply_rope, rope=rope_table(positions, rope_dim))
 
 
-def stepwise(attn, x, chunks, dtype=torch.float32, pad=None):
-    """x (B, T, D) through the cache in chunks -> (B, T, D), each row behind pad[i] padding tokens."""
+def stepwise(attn, x, chunks, dtype=torch.float32):
+    """x (B, T, D) through the cache in chunks -> (B, T, D)."""
     B, T, _ = x.shape
     cache, start, out = attn.new_cache(B, T, dtype, "cpu"), 0, []
-    for n in chunks:
-        positions, mask = torch.arange(start, start + n), None
-        if pad is not None:
-            mask, positions = padding_mask(positions, pad), (positions - pad[:, None]).clamp(min=0)
-        out.append(attn(x[:, start : start + n], turner(positions), cache, start, mask))
-        start += n
+    for part in x.split(chunks, dim=1):
+        end = start + part.shape[1]
+        out.append(attn(part, turner(torch.arange(start, end)), cache, start))
+        start = end
     return torch.cat(out, dim=1)
 
 
@@ -373,26 +370,6 @@ def test_nothing_of_a_later_token_comes_through():
     assert attn.absorbing_is_cheaper(3, 33)  # so the other form, this time
     (grad,) = torch.autograd.grad(attn(new, turner(torch.arange(30, 33)), cache, 30)[:, 1].sum(), new)
     assert grad[:, 2].abs().max() == 0.0 and grad[:, :2].abs().amin(dim=(0, 2)).min() > 0
-
-
-@pytest.mark.parametrize("chunks", [[9], [6, 1, 1, 1], [1] * 9], ids=str)
-def test_left_padding_changes_nothing(chunks):
-    attn, x, pad = make(), torch.randn(2, 9, 32), torch.tensor([0, 4])
-    with torch.no_grad():
-        padded = stepwise(attn, x, chunks, pad=pad)
-        for i, n in enumerate(pad.tolist()):
-            alone = attn(x[i : i + 1, n:], turner(torch.arange(9 - n)))
-            assert torch.allclose(padded[i : i + 1, n:], alone, atol=1e-5)
-    assert padded.isfinite().all()
-
-
-def test_packed_texts_do_not_see_each_other():
-    attn, x = make(), torch.randn(1, 9, 32)
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    with torch.no_grad():
-        packed = attn(x, turner(positions), mask=example_mask(positions))
-        alone = [attn(part, turner(torch.arange(part.shape[1]))) for part in x.split((4, 5), dim=1)]
-    assert torch.allclose(packed, torch.cat(alone, dim=1), atol=1e-5)
 
 
 # ---- precision, adapters, reversible stacks, dropout -----------------------------------------------------------------

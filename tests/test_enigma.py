@@ -160,7 +160,7 @@ def test_every_part_has_an_effect(variant):
     assert torch.equal(base(ids), changed(ids)) == (variant == "as it is")
 
 
-@pytest.mark.parametrize("kind", ["enigma", "reversible", "alibi", "quickstart", "gpt2"])
+@pytest.mark.parametrize("kind", ["enigma", "reversible", "alibi", "quickstart", "gpt2", "mla", "window"])
 def test_packed_examples_do_not_touch(kind):
     model = shaken(tiny(kind))
     ids = torch.randint(97, (2, 24))

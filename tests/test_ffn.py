@@ -177,18 +177,6 @@ def test_kernel_and_loop_agree(monkeypatch):
         assert_close(ours, theirs, 1e-5)
 
 
-def test_a_token_never_changes_an_output_before_it():
-    moe = tiny("deepseek")
-    x = torch.randn(2, 12, 16)
-    before = moe(x)
-    for t in (1, 6, 11):
-        changed = x.clone()
-        changed[:, t] = torch.randn(2, 16)
-        after = moe(changed)
-        assert_close(after[:, :t], before[:, :t], 1e-5)  # the sizes of groups change the order of sums
-        assert (after[:, t] - before[:, t]).abs().max() > 0.1
-
-
 # ---- precision, compilation ------------------------------------------------------------------------------------------
 
 
