@@ -441,7 +441,7 @@ def test_prepared_folder_is_taken_as_it_is_unless_the_tokenizer_differs(tmp_path
 
 
 def test_shards_out_of_a_prepared_folder_keep_their_tokenizer(tmp_path, corpus_file, theirs):
-    """Named one by one they are bare shards, yet what lies beside them says who made them."""
+    """Named one by one they are bare shards, yet the files beside them say who made them."""
     folder = made(tmp_path, data_path=corpus_file)
     files = {"data_path": folder / "train_00000.npy", "val_path": folder / "val_00000.npy"}
     assert read_meta(made(tmp_path, **files))["tokenizer"] == read_meta(folder)["tokenizer"]

@@ -57,6 +57,17 @@ def write(folder, raw=None, workers=1, tokenizer=TOKENIZER, shard_tokens=1500):
     return write_split(folder, "train", raw or corpus(), tokenizer, shard_tokens, workers, quiet=True)
 
 
+def interrupt(folder, stop_at: int, **changes) -> None:
+    """Ctrl-C before the piece of this number."""
+
+    def pieces(split):
+        yield from list(corpus().pieces(split))[:stop_at]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(folder, made_of(pieces), **changes)
+
+
 def shard_bytes(folder) -> dict:
     return {path.name: path.read_bytes() for path in folder.glob("*.npy")}
 
@@ -118,17 +129,8 @@ def test_number_of_workers_changes_nothing(tmp_path, kind):
 @pytest.mark.parametrize("stop_at", [120, 151, 200, 299])
 def test_interrupted_run_goes_on_and_encodes_nothing_twice_that_is_in_a_whole_shard(tmp_path, monkeypatch, stop_at,
                                                                                     workers):
-    expected = write(tmp_path / "whole")
-
-    def broken(split):
-        for number, piece in enumerate(corpus().pieces(split)):
-            if number == stop_at:
-                raise KeyboardInterrupt
-            yield piece
-
-    folder = tmp_path / "again"
-    with pytest.raises(KeyboardInterrupt):
-        write(folder, made_of(broken), workers)
+    expected, folder = write(tmp_path / "whole"), tmp_path / "again"
+    interrupt(folder, stop_at, workers=workers)
     done = json.loads((folder / "state.json").read_text())["train"]
     times = {name: (folder / name).stat().st_mtime_ns for name, _ in done["shards"]}
     assert times
@@ -143,37 +145,17 @@ def test_unknown_tokens_are_counted_over_an_interruption(tmp_path):
     tokenizer = train_tokenizer("char", ["abc \n"], 0)
     expected = write(tmp_path / "whole", tokenizer=tokenizer)
     assert 0 < expected["unknown"] < expected["tokens"]
-
-    def broken(split):
-        yield from list(corpus().pieces(split))[:200]
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "again", made_of(broken), tokenizer=tokenizer)
+    interrupt(tmp_path / "again", 200, tokenizer=tokenizer)
     assert write(tmp_path / "again", tokenizer=tokenizer) == expected
 
 
 def test_text_that_is_another_one_after_an_interruption_is_refused_once(tmp_path):
-    def broken(split):
-        yield from ((text, True) for text in DOCUMENTS[:100])
-        raise KeyboardInterrupt
-
     for changed in (corpus([prose(5, 99), *DOCUMENTS]), corpus(["short\n"])):
-        with pytest.raises(KeyboardInterrupt):
-            write(tmp_path, made_of(broken))
+        interrupt(tmp_path, 100)
         with pytest.raises(UserError, match="not that of the interrupted run"):
             write(tmp_path, changed)
         assert write(tmp_path, changed)["documents"] in (302, 1)
         (tmp_path / "state.json").unlink()
-
-
-def test_damaged_shard_of_an_interrupted_run_is_made_anew(tmp_path):
-    expected = write(tmp_path / "whole")
-    for name in ("train_00003.npy", "train_00000.npy"):
-        folder = tmp_path / name
-        write(folder)
-        (folder / name).write_bytes((folder / name).read_bytes()[:-7])
-        assert write(folder) == expected and shard_bytes(folder) == shard_bytes(tmp_path / "whole")
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------
@@ -293,27 +275,18 @@ def test_meta_of_a_stranger_chooses_no_path(tokens, tmp_path, name):
         TokenStream(folder, "train")
 
 
-def test_damaged_meta_of_our_cache_is_made_again(tokens, capsys):
-    folder, argv = tokens
-    right = (folder / "meta.json").read_bytes()
-    for kind in ("a bit", "empty", "list", "deep", "null"):
-        (folder / "meta.json").write_bytes(damages(right, 1)[kind])
+@pytest.mark.parametrize("name, kinds", [("meta.json", ("a bit", "empty", "list", "deep", "null")),
+                                         ("train_00000.npy", ("missing", "a bit", "cut", "longer"))])
+def test_damaged_file_of_our_cache_is_made_again(tokens, capsys, name, kinds):
+    (folder, argv), path = tokens, tokens[0] / name
+    right = path.read_bytes()
+    for kind in kinds:
+        path.unlink()
+        if kind != "missing":
+            path.write_bytes(damages(right, 1)[kind])
         assert prepare(configure([ModelConfig, DataSettings], argv, environ={})) == folder
         assert "the tokens are made again" in capsys.readouterr().out, kind
-        assert (folder / "meta.json").read_bytes() == right
-
-
-@pytest.mark.parametrize("damage", ["missing", "short", "flipped"])
-def test_damaged_shard_of_our_cache_is_made_again(tokens, capsys, damage):
-    folder, argv = tokens
-    path = folder / "train_00000.npy"
-    right = path.read_bytes()
-    path.unlink()
-    if damage != "missing":
-        path.write_bytes(right[:-4] if damage == "short" else right[:-1] + bytes([right[-1] ^ 1]))
-    assert prepare(configure([ModelConfig, DataSettings], argv, environ={})) == folder
-    assert "the tokens are made again" in capsys.readouterr().out
-    assert path.read_bytes() == right
+        assert path.read_bytes() == right
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["tokens", "tokenizer alone"])
@@ -332,13 +305,8 @@ def test_damaged_tokenizer_of_our_cache_is_made_again(tokens, tmp_path, capsys, 
 
 
 def test_damaged_state_of_an_interrupted_run_is_made_again(tmp_path, capsys):
-    def broken(split):
-        yield from ((text, True) for text in DOCUMENTS[:100])
-        raise KeyboardInterrupt
-
     expected = write(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "cut", made_of(broken))
+    interrupt(tmp_path / "cut", 100)
     for name in ("state.json", "train_00000.npy"):
         data = (tmp_path / "cut" / name).read_bytes()
         for kind, damaged in damages(data, 3).items():
