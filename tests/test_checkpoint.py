@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from configurator import ROOT, UserError
+from configurator import ROOT, UserError, configure
 from conftest import tiny_run
 from model import LanguageModel, ModelConfig
 from runtime import checkpoint
@@ -47,20 +47,6 @@ def test_a_truncated_file_is_found(tmp_path, size):
         checkpoint.load(path)
 
 
-def test_any_flipped_bit_in_the_tensors_is_found(tmp_path):
-    path = checkpoint.save_step(tmp_path, 1, state(), 2)
-    content = bytearray(path.read_bytes())
-    start = content.index(state_bytes := torch.load(path)["model"]["w"].numpy().tobytes()[:64])
-    for position in (start, start + 4001, start + 7999):
-        content[position] ^= 1 << 3
-        path.write_bytes(content)
-        with pytest.raises(UserError, match="damaged"):
-            checkpoint.load(path)
-        content[position] ^= 1 << 3
-    path.write_bytes(content)
-    assert checkpoint.load(path) and state_bytes
-
-
 def test_any_flipped_byte_is_found_or_changes_nothing(tmp_path):
     saved = state() | {"model": {"w": torch.randn(3)}}
     path = checkpoint.save_step(tmp_path, 1, saved, 2)
@@ -95,19 +81,10 @@ class Evil:
 def test_loading_executes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"format": checkpoint.FORMAT, "model": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(UserError, match="evil.pt"):
+    with pytest.raises(UserError, match="evil.pt") as error:
         checkpoint.load(tmp_path / "evil.pt")
     assert not Path("executed").exists()
-
-
-def test_a_refused_file_is_not_followed_by_advice_to_load_it_all_the_same(tmp_path):
-    torch.save({"format": checkpoint.FORMAT, "model": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(UserError) as error:
-        checkpoint.load(tmp_path / "evil.pt")
-    assert "mkdir" in str(error.value) and "weights_only" not in str(error.value)
-
-
-# ---- checkpoints of others
+    assert "mkdir" in str(error.value) and "weights_only" not in str(error.value)  # no advice to load it all the same
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +185,6 @@ def test_a_checkpoint_older_than_a_setting_gets_its_default(trained, text, tmp_p
 
 @pytest.mark.parametrize("config", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
 def test_every_model_of_ours_passes_the_check_of_its_weights(config):
-    from configurator import configure
-
     s = configure(train.SETTINGS, [str(config), "d_model=32", "n_head=4", "n_kv_head=2", "n_layer=2", "vocab_size=64",
                                    "seq_len=32", "head_dim=8"], environ={})
     model = LanguageModel(s.part(ModelConfig))

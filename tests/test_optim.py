@@ -43,9 +43,6 @@ def assert_identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
     assert not different
 
 
-# ---- AdamW
-
-
 def torch_adamw(model: nn.Module, s: OptimSettings) -> torch.optim.AdamW:
     plain = [p for name, p in model.named_parameters() if p.ndim < 2 or name in ("embed.weight", "position.weight")]
     decayed = [p for p in model.parameters() if all(p is not q for q in plain)]
@@ -105,9 +102,6 @@ def test_decay_shrinks_matrices_but_not_embeddings_norms_and_biases():
             torch.testing.assert_close(p.detach(), before[key] * keep, msg=key)
 
 
-# ---- Muon
-
-
 def test_muon_equals_torch(monkeypatch):
     monkeypatch.setattr(optim, "matmul_dtype", lambda device: torch.bfloat16)  # as torch, on every machine
     torch.manual_seed(0)
@@ -153,9 +147,6 @@ def test_muon_treats_stacks_and_experts_as_single_matrices():
         optim.muon_step([p], torch.zeros(1, 24, 16), 0.1, OptimSettings(), torch.float32, None)
         torch.testing.assert_close(stacked[i], p)
         torch.testing.assert_close(experts[i], p)
-
-
-# ---- both
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -285,9 +276,6 @@ def test_half_precision_master_weights_are_refused():
         Optimizer(small_model().bfloat16(), OptimSettings())
 
 
-# ---- settings and schedules
-
-
 @pytest.mark.parametrize("setting, words", [
     ({"optimizer": "sgd"}, "choose one of muon, adamw"), ({"lr": 0.0}, "lr"), ({"min_lr": 1.0}, "min_lr"),
     ({"schedule": "step"}, "choose one of cosine, cosine_restarts, linear, wsd, constant"), ({"beta2": 1.0}, "beta2"),
@@ -322,12 +310,9 @@ def test_the_first_step_is_not_zero_and_the_last_has_min_lr(schedule, max_steps)
         assert factors[-1] * s.lr == pytest.approx(2e-3, rel=1e-12)
 
 
-def test_min_lr_is_a_tenth_of_lr_unless_set():
+def test_min_lr_is_a_tenth_of_lr_unless_set_and_a_run_of_one_step_uses_the_peak():
     assert lr_at(99, OptimSettings(lr=1.0), 100) == pytest.approx(0.1)
     assert lr_at(99, OptimSettings(lr=1.0, min_lr=0.0), 100) == 0.0
-
-
-def test_a_run_of_one_step_uses_the_peak():
     assert [lr_at(0, settings(schedule), 1) for schedule in SCHEDULES] == [1.0] * 5
 
 
@@ -373,9 +358,6 @@ def test_both_optimizers_follow_the_schedule():
         torch.testing.assert_close(2 * update, updates[1][name], rtol=1e-3, atol=1e-6, msg=name)
 
 
-# ---- gradient norm
-
-
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
 def test_clip_grad_norm_equals_torch(max_norm):
     ours, theirs = small_model(), small_model()
@@ -403,9 +385,6 @@ def test_clip_grad_norm_reports_what_is_not_finite():
         set_gradients(model, 0)
         model.norm.weight.grad[0] = value
         assert not clip_grad_norm(model.parameters(), 1.0).isfinite()
-
-
-# ---- average of the weights
 
 
 def train_with_average(model: nn.Module, ema: EMA, seeds) -> None:

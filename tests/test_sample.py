@@ -111,9 +111,6 @@ def test_white_space_of_the_prompt_ends_nothing():
         assert "".join(sample.new_text(tokenizer, tokenizer.encode("a"), ids, typed, ["\n\n"])) == text
 
 
-# ---- what the user typed, and stops ----
-
-
 @pytest.fixture
 def letters(go, tmp_path):
     """A run whose tokenizer knows few characters."""
@@ -151,9 +148,6 @@ def test_the_word_help_is_a_prompt_like_any_other(capsys, run):
     assert out(capsys, run, "--prompt", "help").startswith("help")
 
 
-# ---- text from outside ----
-
-
 def test_only_newlines_separate_prompts(capsys, run, tmp_path):
     (tmp_path / "p.txt").write_bytes("\ufeffa\u2028b\fc\vd\x85e\r\n\r\nf\n".encode())
     assert sample.read_prompts([], str(tmp_path / "p.txt")) == [
@@ -173,9 +167,6 @@ def test_text_that_is_no_utf8_is_a_sentence_wherever_it_enters(run, tmp_path, mo
     argv = [arg.replace("FILE", str(tmp_path / "p.txt")) for arg in argv]
     with pytest.raises(UserError, match="is not UTF-8 text: convert it"):
         sample.main([f"init_from={run}", "device=cpu", *argv])
-
-
-# ---- terminals and closed streams ----
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
@@ -221,9 +212,6 @@ def test_error_sentences_are_escaped_on_a_terminal(monkeypatch):
     with pytest.raises(SystemExit):
         runtime.screen.run(main)
     assert r"no file \x1b]0;owned\x07" in screen.getvalue() and "\x1b" not in screen.getvalue()
-
-
-# ---- conversations ----
 
 
 @pytest.fixture
