@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache, partial
-from itertools import chain
+from itertools import chain, count
 
 import numpy as np
 import regex
@@ -63,7 +63,7 @@ def utf8(text: str) -> bytes:
 
 def ids_of(names: Iterable, first: int = 0) -> dict:
     """["a", "b"], 5 -> {"a": 5, "b": 6}"""
-    return {name: i for i, name in enumerate(names, first)}
+    return dict(zip(names, count(first), strict=False))
 
 
 # ---- cutting text ----------------------------------------------------------------------------------------------------
@@ -286,10 +286,11 @@ def count_batch(pattern: str, texts: list[str]) -> tuple[Counter[str], int]:
         for block in safe_chunks([text], limit=BLOCK):
             finder = fast if is_basic(block) else slow
             counts.update(finder.findall(block))
-    for piece in [piece for piece in counts if len(piece) > LONGEST]:
-        times = counts.pop(piece)
-        for start in range(0, len(piece), LONGEST):
-            counts[piece[start : start + LONGEST]] += times
+    for piece in list(counts):
+        if len(piece) > LONGEST:
+            times = counts.pop(piece)
+            for start in range(0, len(piece), LONGEST):
+                counts[piece[start : start + LONGEST]] += times
     return counts, n_bytes
 
 

@@ -88,8 +88,8 @@ def read_tokenizer(path: Path, pattern: str) -> Tokenizer:
         from text.spm import SentencePieceTokenizer
 
         return SentencePieceTokenizer.load(file)
-    with naming(file):
-        if kind == "ranks":
+    if kind == "ranks":
+        with naming(file):
             return read_ranks(file, pattern)
     document = read_json(file)
     if file.name.endswith("vocab.json") or document and set(map(type, document.values())) == {int}:
@@ -155,21 +155,21 @@ def tokenizer_from_dict(d: dict | str, source: str = "this tokenizer") -> Tokeni
 # ---- Hugging Face's tokenizer.json -----------------------------------------------------------------------------------
 
 STEP = Either({"type": str}, None)
-SHAPE = {"model": dict, "added_tokens?": Either([bpe.ADDED], None), "normalizer?": STEP, "pre_tokenizer?": STEP,
-         "decoder?": STEP, "post_processor?": Either(dict, None)}
-MODEL = {"vocab": {str: int}, "merges": list, "ignore_merges?": Either(bool, None)}
-SPLIT = {"pattern": Either({"Regex": str}, {"String": str}), "behavior": str, "invert": bool}
+FOREIGN = {"model": dict, "added_tokens?": Either([bpe.ADDED], None), "normalizer?": STEP, "pre_tokenizer?": STEP,
+           "decoder?": STEP, "post_processor?": Either(dict, None)}
+FOREIGN_MODEL = {"vocab": {str: int}, "merges": list, "ignore_merges?": Either(bool, None)}
+FOREIGN_SPLIT = {"pattern": Either({"Regex": str}, {"String": str}), "behavior": str, "invert": bool}
 
 
 def read_tokenizer_json(document: dict, config: dict) -> BPETokenizer:
-    """The tokenizer of a file that we or others wrote. What it asks for and we do not have is named in a UserError, but
-    its settings for truncating and padding, which say how a program called `tokenizers`, are left out."""
+    """A tokenizer.json of anybody. UserError names what it asks for and we do not have. Its settings for truncating and
+    padding are left out: they say how a program called `tokenizers`."""
     need("model" in document, "not a tokenizer.json: it has no model")
-    check_shape(document, SHAPE)
+    check_shape(document, FOREIGN)
     model, added = document["model"], document.get("added_tokens") or []
     kind = model.get("type") or "BPE"
     refuse(kind != "BPE", f"a {kind} model")
-    check_shape(model, MODEL, "model")
+    check_shape(model, FOREIGN_MODEL, "model")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         refuse(model.get(key), f"{key}={model.get(key)}")
     normalizers = steps_of(document, "normalizer", "normalizers")
@@ -212,7 +212,7 @@ def split_pattern(step: dict) -> str:
     if step["type"] == "Digits":
         return r"\p{N}+"
     refuse(step["type"] != "Split", pre_tokenizer_of(step))
-    check_shape(step, SPLIT, "a Split")
+    check_shape(step, FOREIGN_SPLIT, "a Split")
     pattern = step["pattern"].get("Regex") or regex.escape(step["pattern"]["String"])
     isolated = step["behavior"] == "Isolated" and not step["invert"]
     # To remove what does not match is the same, if the pattern matches every text.
@@ -359,7 +359,12 @@ def from_ranks(ranks: dict[bytes, int], pattern: str, specials: dict[str, int]) 
         cuts = []
         for token in tokens:
             parts = encode_piece(token, lambda pair: ranks.get(pair[0] + pair[1]), until=2)
-            cuts.append({1: 0, 2: len(parts[0])}.get(len(parts), -1))
+            if len(parts) == 2:
+                cuts.append(len(parts[0]))
+            elif len(token) == 1:
+                cuts.append(0)
+            else:
+                cuts.append(-1)
         return cuts
 
     if len(ranks) > bpe.SLOW:
