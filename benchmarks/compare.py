@@ -1,4 +1,4 @@
-"""Recipes and models compared by what they learn: equal parameters, equal tokens, several seeds.
+"""Models and recipes compared by what they learn from equal parameters and equal tokens, with several seeds.
 
 DATA_PATH is tiny Shakespeare; the other corpus is the standard library.
 """
@@ -33,7 +33,7 @@ MODELS = {  # about 2.4 M active parameters each, by d_ff
 
 
 def compare_models(s: Settings, argv: list[str]) -> dict:
-    """Each kind on the standard library, the same tokens; the speed of a process alone on this machine."""
+    """Each kind of model trained on the same tokens of the standard library, one process at a time."""
     base = dict(vocab_size=4096, seq_len=256, d_model=192, n_head=6, n_kv_head=2, n_layer=4, max_steps=s.steps or 240,
                 eval_interval=s.steps or 240, eval_tokens=100_000)
     models, rows = list(MODELS.items()), {}
@@ -60,7 +60,7 @@ def compare_models(s: Settings, argv: list[str]) -> dict:
 
 
 def decode_speed(model: LanguageModel) -> float:
-    """Tokens per second of one sample, behind 16 tokens, without the first, which reads the prompt."""
+    """Tokens per second of one sample after a prompt of 16 tokens, not counting the first, which reads the prompt."""
     times = [time.perf_counter() for _ in stream(model, [list(range(16))], SamplingSettings(max_new_tokens=200))]
     return (len(times) - 1) / (times[-1] - times[0])
 
@@ -83,7 +83,7 @@ ABLATION = {
 
 
 def compare_ablation(s: Settings, argv: list[str]) -> dict:
-    """Validation bits per byte of runs of equal parameters (by d_ff) and tokens, several seeds, on two corpora."""
+    """Validation bits per byte on two corpora, with equal parameters (by d_ff), equal tokens and several seeds."""
     corpora = {"shakespeare": {"data_path": s.data_path, "tokenizer": "char"}, "stdlib": {"vocab_size": 4096}}
     base = dict(seq_len=128, d_model=128, n_head=4, n_kv_head=4, n_layer=0, n_enigma=4, reversible=1, batch_size=16,
                 max_steps=s.steps or 400, eval_interval=s.steps or 400, eval_tokens=100_000, lr=1e-2)
@@ -134,10 +134,11 @@ def width_for(settings: dict, base: dict) -> int:
 
 
 def compare_shakespeare(s: Settings, argv: list[str]) -> dict:
-    """Validation loss and wall-clock seconds, model of the same size and the same number of tokens, several seeds."""
-    text = shakespeare(s.data_path)
+    """Validation loss and wall-clock seconds of models of the same size on the same tokens, with several seeds."""
+    text, recipe = shakespeare(s.data_path), SAME_TOKENS
     rows: dict[str, list[tuple[float, float]]] = {}
-    recipe = SAME_TOKENS | SMOKE if s.smoke else SAME_TOKENS
+    if s.smoke:
+        recipe = SAME_TOKENS | SMOKE
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(1, s.seeds + 1):
             if s.nanogpt:

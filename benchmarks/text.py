@@ -34,7 +34,8 @@ def source_texts(mb: float) -> Iterator[str]:
     """The different .py files on this machine until `mb` MB are full."""
     size, seen = 0, set()
     folders = dict.fromkeys(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
-    for path in (path for folder in folders for path in sorted(Path(folder).rglob("*.py"))):
+    paths = [path for folder in folders for path in sorted(Path(folder).rglob("*.py"))]
+    for path in paths:
         try:
             data = path.read_bytes()
             text = data.decode("utf-8")
@@ -50,7 +51,7 @@ def source_texts(mb: float) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Variants: each runs in a process of its own and returns what is to be compared
+# Variants: each runs in a process of its own and returns what we compare
 
 
 def train_ours(mb: float, vocab_size: int, cores: int, folder: str) -> dict:
@@ -101,7 +102,7 @@ def train_sample(mb: float, vocab_size: int, cores: int, folder: str) -> dict:
 
 
 def encode_with(name: str) -> Callable:
-    """A variant that encodes all texts in groups. Its seconds hold only that: reading and checking come after."""
+    """A variant that encodes all texts in groups. Its seconds hold only that, not reading and checking."""
 
     def variant(mb: float, vocab_size: int, cores: int, folder: str) -> dict:
         texts = list(source_texts(mb))
@@ -160,7 +161,7 @@ VARIANTS = {"ours": train_ours, "tokenizers": train_tokenizers, "sentencepiece":
 
 
 def alone(name: str, mb: float, vocab_size: int, cores: int, folder: str) -> dict:
-    """Run a variant in a process of its own: what it returns, with the seconds, CPU seconds and memory of it all."""
+    """Run a variant in a process of its own: what it returns, with the seconds, CPU seconds and memory of all."""
     line = [sys.executable, "-m", "benchmarks.text", json.dumps([name, mb, vocab_size, cores, folder])]
     from benchmarks.timing import output_of  # and torch, which the process of a variant must not load
 
@@ -180,7 +181,7 @@ def main() -> None:
 
 
 def own_peak() -> int:
-    """KB. Linux hands the peak of the process that started us on to ru_maxrss, so we look for our own."""
+    """KB. On Linux ru_maxrss includes the peak of the process that started us, so we read our own."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
@@ -206,8 +207,12 @@ def _turns(names: list[str], repeats: int, *args) -> dict[str, list[dict]]:
 
 
 def _medians(found: dict[str, list[dict]]) -> dict[str, dict]:
-    return {name: {key: statistics.median(each[key] for each in results) for key, value in results[0].items()
-                   if isinstance(value, float)} | {"n": len(results)} for name, results in found.items()}
+    medians = {}
+    for name, results in found.items():
+        numbers = [key for key, value in results[0].items() if isinstance(value, float)]
+        row = {key: statistics.median(each[key] for each in results) for key in numbers}
+        medians[name] = row | {"n": len(results)}
+    return medians
 
 
 def bench_bpe(s: Settings, argv: list[str]) -> dict:
@@ -225,8 +230,9 @@ def bench_bpe(s: Settings, argv: list[str]) -> dict:
     print(f"training of {vocab_size:,} entries on {size:.1f} MB of Python source, {cores} processes or threads")
     for name, row in rows.items():
         print(f"  {name:<22}" + "".join(f"{value:>9,.1f} {key}" for key, value in row.items()))
+    verdict = "the same" if sample["same"] else "DIFFERENT"
     print(f"  a sample of {SAMPLE / 1e6:g} MB, 60 merges: textbook {sample['textbook s']:.1f} s, ours "
-          f"{sample['ours s']:.2f} s, merges {'the same' if sample['same'] else 'DIFFERENT'}")
+          f"{sample['ours s']:.2f} s, merges {verdict}")
     merges = [found[name][0]["merges"] for name in names]
     agree = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*merges, strict=False)))
     common = len({tuple(m) for m in merges[0]} & {tuple(m) for m in merges[-1]})
@@ -249,11 +255,12 @@ def bench_encode(s: Settings, argv: list[str]) -> dict:
         rows[name] = {"MB/s": size / row["encode s"], "MB memory": row["MB memory"], "n": row["n"],
                       "same ids": all(each["ids"] == reference for each in found[name])}
     for name, row in rows.items():
-        ratios = "".join(f"{row['MB/s'] / rows[peer]['MB/s']:>6.2f} of {label}"
-                         for peer, label in ((RUST, "tokenizers"), ("tiktoken", "tiktoken"))
-                         if peer in rows)
-        print(f"  {name:<30}{row['MB/s']:>8.1f} MB/s{ratios}{row['MB memory']:>9,.0f} MB memory  "
-              f"{'same ids' if row['same ids'] else 'OTHER IDS'}")
+        ratios = ""
+        for peer, label in ((RUST, "tokenizers"), ("tiktoken", "tiktoken")):
+            if peer in rows:
+                ratios += f"{row['MB/s'] / rows[peer]['MB/s']:>6.2f} of {label}"
+        verdict = "same ids" if row["same ids"] else "OTHER IDS"
+        print(f"  {name:<30}{row['MB/s']:>8.1f} MB/s{ratios}{row['MB memory']:>9,.0f} MB memory  {verdict}")
     return {"rows": rows, "mb": size}
 
 
