@@ -34,7 +34,7 @@ def wheel_sizes(count: int, head_dim: int) -> list[int]:
     """
     sizes: list[int] = []
     for n in range(head_dim // 2, 1, -1):
-        if all(math.gcd(n, other) == 1 for other in sizes):
+        if math.gcd(n, math.prod(sizes)) == 1:
             sizes.append(n)
     return [sizes[i % len(sizes)] for i in range(count)]
 

@@ -249,8 +249,9 @@ class MoE(nn.Module):
     def bar_groups(self, choice: Tensor) -> Tensor:
         """(N, E) -> (N, E): -inf for experts outside each token's topk_group best groups."""
         groups = choice.unflatten(1, (self.n_group, -1))  # (N, G, E / G)
-        # A group is as good as its best two experts (DeepSeek-V3), with softmax as its best one (V2).
-        judged = min(2, groups.shape[-1]) if self.sigmoid else 1
+        judged = 1  # a group is as good as its best expert (DeepSeek-V2) ...
+        if self.sigmoid:
+            judged = min(2, groups.shape[-1])  # ... or its best two (V3)
         quality = groups.topk(judged, dim=-1).values.sum(dim=-1)  # (N, G)
         best = quality.topk(self.topk_group, dim=-1).indices
         barred = torch.ones_like(quality, dtype=torch.bool).scatter_(1, best, False)
