@@ -69,12 +69,13 @@ class DataSettings:
 
 def forced(overwrite: str) -> tuple[str, ...]:
     """The stages that a run makes again: the first one that `overwrite` names and all behind it."""
-    names = overwrite.replace(",", " ").split()
-    names = ["download" if name.startswith("download:") else name for name in names]
-    if unknown := set(names) - {*STAGES, "all"}:
-        raise UserError(f"overwrite={shown(overwrite)}: there is no stage {min(unknown)}, only {', '.join(STAGES)} "
-                        "and all")
-    return STAGES[0 if "all" in names else min(map(STAGES.index, names)) :] if names else ()
+    first = len(STAGES)
+    for name in overwrite.replace(",", " ").split():
+        stage = "download" if name.startswith("download:") else name
+        need(stage in (*STAGES, "all"), f"overwrite={shown(overwrite)}: there is no stage {stage}, only "
+                                        f"{', '.join(STAGES)} and all")
+        first = min(first, STAGES.index(stage.replace("all", STAGES[0])))
+    return STAGES[first:]
 
 
 @dataclass
@@ -322,21 +323,22 @@ def mixture_shares(text: str) -> dict[str, float]:
 def open_mixture(settings: DataSettings, count: Callable[[str], int] | None = None) -> Corpus:
     """The corpora of mixture="gutenberg:0.4 tinystories:0.6". `count` measures a text where the unit is not words."""
     shares = mixture_shares(settings.mixture)
-    parts, files, notes, own = {}, [], [], Counter()
+    parts, files, notes, names, own = {}, [], [], ["mix"], Counter()
     for name in shares:
         if is_dataset(name) or not find_path(name).exists():
             part = open_dataset(name, settings.text_field)  # or the sentence that names what there is
         else:
             part = open_files(name, settings, [])
-            own.update(path.resolve() for path in part.files)
+            own.update(map(Path.resolve, part.files))
         parts[name] = part
         files += part.files
+        names.append(part.name)
         notes += [f"{name}: {note}" for note in part.notes]
     for path, uses in own.items():
         need(uses == 1, f"mixture={settings.mixture}: {path} is in two of its parts; name it in one")
-    name = dataset_name("mix " + " ".join(part.name for part in parts.values()))
-    mixture = Mixture(parts, shares, settings.mixture_size, settings.mixture_unit, count or count_words)
-    return Corpus(name, files, notes=notes, module=mixture, unit=settings.mixture_unit, scale=1)
+    unit = settings.mixture_unit
+    mixture = Mixture(parts, shares, train_size=settings.mixture_size, unit=unit, count=count or count_words)
+    return Corpus(dataset_name(" ".join(names)), files, notes=notes, module=mixture, unit=unit, scale=1)
 
 
 def count_words(text: str) -> int:

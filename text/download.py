@@ -85,7 +85,8 @@ def network():
     except urllib.error.HTTPError as error:
         after = str(error.headers.get("Retry-After", ""))
         wait = int(after) if after.isdecimal() else 0
-        raise Trouble(str(error), 99 if error.code in TEMPORARY else 0, wait) from error
+        retries = 99 if error.code in TEMPORARY else 0
+        raise Trouble(str(error), retries, wait) from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         retries = 2 if isinstance(reason, socket.gaierror) else 99  # a network that is away stays away
@@ -158,8 +159,9 @@ class Transfer:
                 raise Trouble(f"it has {total:,} bytes, not the expected {self.size:,}", retries=0)
             if not resumes:
                 self.restart()
-            tag = response.headers.get("ETag", "")
-            self.tag = "" if tag.startswith("W/") else tag  # a weak one does not promise the same bytes
+            self.tag = response.headers.get("ETag", "")
+            if self.tag.startswith("W/"):  # a weak one does not promise the same bytes
+                self.tag = ""
             self.whole = self.progress.total = self.size or total
             block = None
             while block != b"":
