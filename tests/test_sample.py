@@ -263,7 +263,7 @@ def at_a_terminal(argv, sent: list[tuple[bytes, bytes]]) -> tuple[bytes, int]:
     last = sent[-1][1]
 
     def insist():
-        for _ in range(60):
+        for _ in range(600):
             if ended.wait(1):
                 return
             if not sent:
