@@ -34,17 +34,9 @@ from model import ModelConfig
 from runtime.checkpoint import find_tokenizer
 from runtime.files import Either, read_json, read_notes, require_file, working, write_json, writing
 from runtime.screen import ProgressLine, run, say, visible
+from text import corpus
 from text.batches import TokenStream
-from text.corpus import (
-    TRAINED,
-    Corpus,
-    DataSettings,
-    is_dataset,
-    mixture_shares,
-    open_corpus,
-    open_dataset,
-    open_mixture,
-)
+from text.corpus import TRAINED, Corpus, DataSettings
 from text.overwrite import Overwrite
 from text.records import SEPARATOR, files_pieces, path_name, reading, text_files
 from text.shards import FORMAT, PREPARED, count_shards, find_shards, read_meta, write_meta, write_split
@@ -110,7 +102,7 @@ class Preparation:
         self.data, self.asked_size, self.quiet, self.cache = data, asked_size, quiet, cache_folder(data.cache_dir)
         self.overwrite = Overwrite(data.overwrite, self.cache)
         if data.mixture:
-            self.overwrite.put_downloads_aside(list(mixture_shares(data.mixture)), quiet)
+            self.overwrite.put_downloads_aside(list(corpus.mixture_shares(data.mixture)), quiet)
         elif not data.data_path:
             self.overwrite.put_downloads_aside([data.dataset], quiet)
         self.raw, self.tokenizer, self.shards = find_source(data)  # no tokenizer: one is trained
@@ -130,8 +122,8 @@ class Preparation:
         """The complete folder."""
         folder = self.folder_for(self.tokenizer)
         if known and not self.tokenizer:
-            is_known = (folder / "meta.json").is_file() and read_meta(folder)["tokenizer"] == known.fingerprint
-            if not is_known:
+            made_by_known = (folder / "meta.json").is_file() and read_meta(folder)["tokenizer"] == known.fingerprint
+            if not made_by_known:
                 self.tokenizer, folder = known, self.folder_for(known)
         if self.is_current(folder, self.quiet):
             say(f"data: {folder} is current: downloads, tokenizer and tokens are there", self.quiet)
@@ -178,10 +170,14 @@ class Preparation:
             notes.insert(0, raw.module.describe())
         say("\n".join(f"data: {each}" for each in notes), quiet)
         tokenizer = self.tokenizer or self.train()
+
+        def count_tokens(text: str) -> int:
+            return len(tokenizer.encode_to_numpy(tokenizer.repaired(text)[0])) + 1  # end-of-text
+
         need(tokenizer.role("eot") is not None,
              f"tokenizer={data.tokenizer} has no end-of-text token to put between documents")
         if data.mixture and data.mixture_unit == "tokens":
-            raw = open_mixture(data, lambda text: len(tokenizer.encode_to_numpy(tokenizer.repaired(text)[0])) + 1)
+            raw = corpus.open_mixture(data, count_tokens)
         splits = {}
         for split in ("val", "train"):
             if self.shards:
@@ -281,10 +277,10 @@ def find_source(data: DataSettings) -> tuple[Corpus, object, dict[str, list[Path
     if data.mixture:
         need(not data.data_path and not data.val_path,
              f"mixture={data.mixture} leaves no place for data_path= or val_path=; take those or it away")
-        return open_mixture(data), tokenizer, {}
+        return corpus.open_mixture(data), tokenizer, {}
     parts = find_shards(data.data_path, data.val_path) if data.data_path else None
     if not parts:
-        return open_corpus(data), tokenizer, {}
+        return corpus.open_corpus(data), tokenizer, {}
     if tokenizer is None:
         beside = parts.train[0].parent / "tokenizer.json"
         need(beside.is_file(), f"{data.data_path} holds token ids, and only their own tokenizer reads them: "
@@ -415,8 +411,8 @@ def only_tokenizer(inputs: list[str], s: Settings) -> str:
 
 def all_text(name: str, text_field: str) -> Iterator[str]:
     """The text of a corpus of ours, or of a file or folder, without keeping any for validation."""
-    if is_dataset(name):
-        pieces = open_dataset(name, text_field).pieces("train")
+    if corpus.is_dataset(name):
+        pieces = corpus.open_dataset(name, text_field).pieces("train")
     else:
         pieces = files_pieces(text_files(name), text_field)
     return (text for text, _ in pieces)
@@ -426,7 +422,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     inputs = list(takewhile(is_input, argv))
     argv = argv[len(inputs) :]
-    if len(inputs) == 1 and is_dataset(inputs[0]):
+    if len(inputs) == 1 and corpus.is_dataset(inputs[0]):
         argv = [f"dataset={inputs[0]}", "data_path=", *argv]
     elif len(inputs) == 1:
         argv = [f"data_path={inputs[0]}", *argv]
