@@ -91,8 +91,8 @@ ANY = {int: Range(least=-(10**15), most=10**15), float: Range()}  # a plain int 
 class Settings:
     """A flat table: `s.lr`, its origin `s.source["lr"]`, and `s.part(OptimSettings)` for one concern."""
 
-    def __init__(self, parts: list[type], argv: list[str] = ()):
-        self.parts, self.argv = parts, argv
+    def __init__(self, parts: list[type]):
+        self.parts = parts
         self.part_of: dict[str, type] = {}  # the dataclass that declares a setting
         self.defaults: dict[str, object] = {}
         self.source: dict[str, str] = {}  # "default", a config file, "environment", "command line", or our reason
@@ -165,7 +165,7 @@ def configure(parts: list[type], argv: list[str] | None = None, environ=None, do
         argv = sys.argv[1:]
     if environ is None:
         environ = os.environ
-    settings = Settings(parts, argv)
+    settings = Settings(parts)
     if argv == ["help"] or {"-h", "--help"} & set(argv):
         print(help_text(settings, doc))
         sys.exit(0)
