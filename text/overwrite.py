@@ -42,7 +42,10 @@ class Overwrite:
         if "download" not in self.stages:
             return
         corpora = [name.partition(":")[0] for name in datasets]
-        named = {name.partition(":")[2] for name in self.names if name.startswith("download:")}
+        named = set()
+        for name in self.names:
+            if name.startswith("download:"):
+                named.add(name.partition(":")[2])
         unknown = ", ".join(named - set(corpora))
         need(not unknown, f"overwrite: {unknown} is no corpus of this run; it has {', '.join(corpora)}")
         for corpus in filter(is_dataset, corpora):
@@ -58,7 +61,8 @@ class Overwrite:
 
 def launch_id() -> str:
     """The same for all processes that one torchrun starts, and another for each start."""
-    names = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "GROUP_RANK")]
+    get = os.environ.get
+    names = [get("TORCHELASTIC_RUN_ID", ""), get("MASTER_PORT", ""), get("GROUP_RANK", "")]
     process = os.getppid() if names[0] else os.getpid()
     try:  # another process may have had this number before, but not with this time of its start
         began = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
