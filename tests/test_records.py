@@ -170,8 +170,10 @@ def test_zstandard_is_read_where_its_package_is_there_and_else_named(tmp_path):
     try:
         import zstandard
 
-        file = write(tmp_path / "a.jsonl.zst", zstandard.compress(LINES.encode()))
-        assert read(file) == ["one\nline", "two"]
+        packed = zstandard.compress(LINES.encode())
+        assert read(write(tmp_path / "a.jsonl.zst", packed)) == ["one\nline", "two"]
+        with pytest.raises(UserError, match="is damaged or cut short: its last frame"):
+            read(write(tmp_path / "b.jsonl.zst", packed + packed[:-1]))
     except ImportError:
         with pytest.raises(UserError, match="pip install zstandard"):
             read(write(tmp_path / "a.zst", b"\x28\xb5\x2f\xfd"))

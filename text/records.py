@@ -37,9 +37,36 @@ Piece = tuple[str, bool]     # (text, True if the document ends with it)
 Record = tuple[str, object]  # ("file, line n", what the file has there: a dict, if it is a record)
 
 
+class Zstandard(io.RawIOBase):
+    """What a .zst file of one or more frames holds; EOFError where the last is cut short, which the package's reader takes
+    for the end. Little is unpacked at once, as 4 bytes may stand for 128 KB."""
+
+    def __init__(self, file: BinaryIO):
+        package = optional("zstandard", "zstandard", f"{file.name}: to read Zstandard")
+        self.file, self.new_frame = file, package.ZstdDecompressor().decompressobj
+        self.frame, self.packed, self.unpacked = None, b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self.unpacked:
+            self.packed = self.packed or self.file.read(1 << 12)
+            if not self.packed and self.frame is None:
+                return 0
+            if not self.packed:
+                raise EOFError("its last frame is cut short")
+            self.frame = self.frame or self.new_frame()
+            self.unpacked, self.packed = memoryview(self.frame.decompress(self.packed)), b""
+            if self.frame.eof:
+                self.packed, self.frame = self.frame.unused_data, None
+        size = min(len(buffer), len(self.unpacked))
+        buffer[:size], self.unpacked = self.unpacked[:size], self.unpacked[size:]
+        return size
+
+
 def unpack_zstandard(file: BinaryIO) -> BinaryIO:
-    zstandard = optional("zstandard", "zstandard", f"{file.name}: to read Zstandard")
-    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+    return io.BufferedReader(Zstandard(file))
 
 
 PACKED = {  # suffix: how such a file begins, what unpacks it
