@@ -38,8 +38,8 @@ Record = tuple[str, object]  # ("file, line n", what the file has there: a dict,
 
 
 class Zstandard(io.RawIOBase):
-    """What a .zst file of one or more frames holds; EOFError where the last is cut short, which the package's reader takes
-    for the end. Little is unpacked at once, as 4 bytes may stand for 128 KB."""
+    """What a .zst file of one or more frames holds; EOFError where the last is cut short, which the package overlooks.
+    Little is unpacked at once, as 4 bytes may stand for 128 KB."""
 
     def __init__(self, file: BinaryIO):
         package = optional("zstandard", "zstandard", f"{file.name}: to read Zstandard")

@@ -1,1 +1,0 @@
-"""What a run stands on: devices and processes, checkpoints, logs, files, workers."""

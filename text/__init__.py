@@ -1,1 +1,0 @@
-"""From files to batches: corpora, tokenizers, shards of token ids, conversations."""
