@@ -91,14 +91,14 @@ class Attention(nn.Module):
     """
 
     def __init__(self, d_model: int, n_head: int, n_kv_head: int, head_dim: int, bias: bool = False,
-                 qk_norm: bool = False, dropout: float = 0.0, norm_eps: float = 1e-6,
+                 qkv_bias: bool = False, qk_norm: bool = False, dropout: float = 0.0, norm_eps: float = 1e-6,
                  alibi: bool = False, window: int = 0):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = n_head, n_kv_head, head_dim
         self.dropout, self.window = dropout, window
-        self.q = Linear(d_model, n_head * head_dim, bias=bias)
-        self.k = Linear(d_model, n_kv_head * head_dim, bias=bias)
-        self.v = Linear(d_model, n_kv_head * head_dim, bias=bias)
+        self.q = Linear(d_model, n_head * head_dim, bias=bias or qkv_bias)
+        self.k = Linear(d_model, n_kv_head * head_dim, bias=bias or qkv_bias)
+        self.v = Linear(d_model, n_kv_head * head_dim, bias=bias or qkv_bias)
         self.o = Linear(n_head * head_dim, d_model, bias=bias)
         self.q_norm = self.k_norm = None
         if qk_norm:
@@ -215,8 +215,9 @@ class LatentAttention(nn.Module):
     """
 
     def __init__(self, d_model: int, n_head: int, kv_rank: int, q_rank: int, nope_dim: int, rope_dim: int, v_dim: int,
-                 bias: bool = False, dropout: float = 0.0, norm_eps: float = 1e-6):
+                 q_scale: float = 1.0, bias: bool = False, dropout: float = 0.0, norm_eps: float = 1e-6):
         super().__init__()
+        self.q_scale = q_scale  # DeepSeek's YaRN makes all scores larger
         self.n_head, self.kv_rank, self.q_rank, self.dropout = n_head, kv_rank, q_rank, dropout
         self.nope_dim, self.rope_dim, self.v_dim = nope_dim, rope_dim, v_dim
         if q_rank:
@@ -243,6 +244,8 @@ class LatentAttention(nn.Module):
         B, T, _ = x.shape
         # 1) project
         q = self.queries(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, nope_dim + rope_dim)
+        if self.q_scale != 1:
+            q = q * self.q_scale
         q_nope, q_rope = q.split((self.nope_dim, self.rope_dim), dim=-1)
         latent, key = self.kv_down(x).split((self.kv_rank, self.rope_dim), dim=-1)  # (B, T, kv_rank), (B, T, rope_dim)
         latent = norm_heads(latent, self.kv_norm).type_as(key)
@@ -367,6 +370,7 @@ class RopeScaling:
     kind: str = "none"  # none, linear, yarn, llama3
     factor: float = 1.0
     original: int = 0
+    grows: bool = True  # yarn: queries and keys become longer, too
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling, device=None) -> Tensor:
@@ -410,7 +414,9 @@ def rope_table(positions: Tensor, head_dim: int, theta: float = 10000.0,
     angle = positions[..., None].float() * frequency  # (..., T, Dh/2)
     if positions.ndim == 2:
         angle = angle[:, None]  # the same for all heads
-    length = 1 + 0.1 * math.log(scaling.factor) if scaling.kind == "yarn" else 1.0  # YaRN also stretches q and k
+    length = 1.0
+    if scaling.kind == "yarn" and scaling.grows:
+        length += 0.1 * math.log(scaling.factor)
     return angle.cos() * length, angle.sin() * length
 
 

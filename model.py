@@ -52,6 +52,7 @@ class ModelConfig:
     rope_theta: Annotated[float, Range(above=1)] = 10000.0  # base of the rotary wavelengths
     rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"  # stretch rotary wavelengths for long contexts
     rope_factor: Positive = 1.0  # rope_scaling: how many times longer the context becomes
+    rope_mscale: NotNegative = 0.0  # mla with yarn: scores grow by (1 + rope_mscale ln(rope_factor) / 10)²; 0 = as yarn
     rope_original: Size = 0     # rope_scaling=yarn, llama3: context length before stretching
     window: Size = 0            # sliding window: tokens visible to each position, itself included; 0 = all
     window_pattern: str = "S"   # which blocks have the window, repeated: S has it, L sees all; SSL = two of three
@@ -76,6 +77,7 @@ class ModelConfig:
     balance_loss: NotNegative = 0.01  # balance=loss: coefficient of the loss, which is 1 at balance
     balance_rate: NotNegative = 1e-3  # balance=bias: how far the router bias moves each step
     bias: bool = False          # biases in linear layers and LayerNorm
+    qkv_bias: bool = False      # biases of queries, keys and values alone, as in Qwen2
     dropout: BelowOne = 0.0     # dropout on embeddings, attention weights and branch outputs
     init_std: NotNegative = 0.02  # standard deviation of initial weights; for branch outputs divided by √branches
     checkpoint_activations: bool = False  # save memory: keep only the blocks' inputs, recompute the rest
@@ -155,11 +157,12 @@ def make_attention(cfg: ModelConfig, layer: int) -> nn.Module:
             d_model=cfg.d_model, n_head=cfg.n_head,
             kv_rank=cfg.kv_rank, q_rank=cfg.q_rank,
             nope_dim=cfg.head_dim, rope_dim=cfg.rope_dim, v_dim=cfg.head_dim,
+            q_scale=(1 + 0.1 * cfg.rope_mscale * math.log(cfg.rope_factor)) ** 2,
             bias=cfg.bias, dropout=cfg.dropout)
     sees_all = cfg.window_pattern[layer % len(cfg.window_pattern)] == "L"
     return Attention(
         d_model=cfg.d_model, n_head=cfg.n_head, n_kv_head=cfg.n_kv_head, head_dim=cfg.head_dim,
-        bias=cfg.bias, dropout=cfg.dropout,
+        bias=cfg.bias, qkv_bias=cfg.qkv_bias, dropout=cfg.dropout,
         qk_norm=cfg.qk_norm, norm_eps=cfg.norm_eps,
         alibi=cfg.position == "alibi",
         window=0 if sees_all else cfg.window)
@@ -302,7 +305,7 @@ class LanguageModel(nn.Module):
         elif cfg.position == "sinusoidal":
             x = x + sinusoids(positions, cfg.d_model).to(x.dtype)
         elif cfg.position == "rope":
-            scaling = RopeScaling(cfg.rope_scaling, cfg.rope_factor, cfg.rope_original)
+            scaling = RopeScaling(cfg.rope_scaling, cfg.rope_factor, cfg.rope_original, grows=not cfg.rope_mscale)
             width = cfg.rope_dim if cfg.attention == "mla" else cfg.head_dim
             place.turn = rotation(positions, width, cfg.rope_theta, scaling)
         if cfg.n_enigma and cfg.wheels != "none":
@@ -454,9 +457,10 @@ def check_sizes(cfg: ModelConfig) -> None:
         need(cfg.rope_factor >= 1, f"rope_factor={cfg.rope_factor} must be at least 1")
         need(cfg.rope_scaling == "linear" or cfg.rope_original,
              f"rope_scaling={cfg.rope_scaling} needs rope_original=<context of the first training>")
+    if cfg.rope_mscale:
+        needs_values(cfg, "rope_mscale", attention="mla", rope_scaling="yarn")
     if cfg.attention == "mla":
-        needs_values(cfg, "attention=mla", position="rope", qk_norm=False, window=0, n_enigma=0)
-        need(cfg.rope_scaling != "yarn", "attention=mla has no rope_scaling=yarn: set rope_scaling=linear or llama3")
+        needs_values(cfg, "attention=mla", position="rope", qk_norm=False, qkv_bias=False, window=0, n_enigma=0)
         needs_multiples(cfg, "attention=mla", rope_dim=2)
     if cfg.n_expert:
         check_experts(cfg)
@@ -464,7 +468,7 @@ def check_sizes(cfg: ModelConfig) -> None:
         needs_values(cfg, "reversible=True", dropout=0, checkpoint_activations=False)
         needs_values(cfg, "reversible=True", norm_position="pre", residual="serial")
     if cfg.n_enigma:
-        needs_values(cfg, f"n_enigma={cfg.n_enigma}", reversible=True, norm="rmsnorm", window=0)
+        needs_values(cfg, f"n_enigma={cfg.n_enigma}", reversible=True, norm="rmsnorm", qkv_bias=False, window=0)
         need(cfg.head_dim >= 4, f"head_dim={cfg.head_dim} must be at least 4 in Enigma blocks")
         if cfg.wheels != "none":  # half of the heads turn
             needs_multiples(cfg, f"wheels={cfg.wheels}", n_head=2, n_kv_head=2)
