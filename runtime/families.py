@@ -1,8 +1,8 @@
 """Families of models: how Hugging Face and llama.cpp call the settings and the tensors that we have.
 
     family = family_of(cfg)                                  # ours -> theirs, or a sentence that says why not
-    config = family.write_config(cfg)                        # config.json
-    cfg = read_config(config)                                # and back
+    config = family.write_hf_config(cfg)                        # config.json
+    cfg = read_hf_config(config)                                # and back
     for ours, theirs in family.tensors(cfg): …               # names in a file, with what is done to the tensor
 
 A family is a table. Its rows serve both directions and both formats; the few families that store a tensor in another
@@ -187,7 +187,7 @@ def differences(family: Family, cfg: ModelConfig) -> list[str]:
 # config.json
 
 
-def write_config(family: Family, cfg: ModelConfig) -> dict:
+def write_hf_config(family: Family, cfg: ModelConfig) -> dict:
     """config.json of a model of ours, without what its tokenizer decides. Every key is written: where one is missing,
     transformers takes a default of its own, and another one in each version."""
     config = {"architectures": [family.architecture], "model_type": family.model_type}
@@ -220,7 +220,7 @@ def write_scaling(cfg: ModelConfig) -> dict | None:
     return scaling
 
 
-def read_config(config: dict, where: str) -> tuple[Family, ModelConfig]:
+def read_hf_config(config: dict, where: str) -> tuple[Family, ModelConfig]:
     """(family, settings of ours) of a config.json; UserError, beginning with `where`, for what we cannot be."""
     need(isinstance(config.get("model_type"), str), f"{where}: it names no model_type")
     need(config["model_type"] in BY_TYPE, f"{where}: the model_type {shown(config['model_type'])} is none of "
@@ -237,7 +237,7 @@ def read_config(config: dict, where: str) -> tuple[Family, ModelConfig]:
         if config.get(hf) is not None:
             found[ours] = config[hf]
     found |= family_settings(family, config, where) | read_scaling(config, found.get("seq_len", 0), where)
-    return family, checked(found, where)
+    return family, to_config(found, where)
 
 
 def family_settings(family: Family, config: dict, where: str) -> dict:
@@ -282,7 +282,7 @@ def read_scaling(config: dict, seq_len, where: str) -> dict:
     return {"rope_theta": theta, "rope_scaling": kind, "rope_factor": factor, "rope_original": original or 0} | more
 
 
-def checked(found: dict, where: str) -> ModelConfig:
+def to_config(found: dict, where: str) -> ModelConfig:
     """ModelConfig checks types and ranges; its sentence gets the file's name."""
     known = {each.name for each in fields(ModelConfig)}
     for name in ("rope_theta", "rope_factor", "norm_eps", "router_scale"):
@@ -404,7 +404,7 @@ def join_up(tensors: list[Tensor]) -> list[Tensor]:
 # GGUF's metadata
 
 
-def write_meta(family: Family, cfg: ModelConfig) -> dict:
+def write_gguf_meta(family: Family, cfg: ModelConfig) -> dict:
     """The metadata of a model of ours, without its tokenizer's; UserError where llama.cpp would compute otherwise."""
     arch = family.gguf
     if family.model_type == "qwen3_moe":
@@ -445,7 +445,7 @@ def rope_factors(cfg: ModelConfig) -> Tensor:
                                     RopeScaling(cfg.rope_scaling, cfg.rope_factor, cfg.rope_original))
 
 
-def read_meta(meta: dict, shapes: dict[str, tuple], factors: Tensor | None, where: str) -> tuple[Family, ModelConfig]:
+def read_gguf_meta(meta: dict, shapes: dict[str, tuple], factors: Tensor | None, where: str) -> tuple[Family, ModelConfig]:
     """(family, settings of ours) of a GGUF file: its metadata, the shapes of its tensors, its ROPE_FACTORS."""
     arch = meta.get("general.architecture")
     known = sorted({family.gguf for family in FAMILIES})
@@ -469,7 +469,7 @@ def read_meta(meta: dict, shapes: dict[str, tuple], factors: Tensor | None, wher
         found["n_kv_head"] = 0
     if family.needs["position"] == "rope":
         found |= {"rope_theta": own.get("rope.freq_base", 10000.0)} | read_meta_scaling(own, found, factors, where)
-    return family, checked(found, where)
+    return family, to_config(found, where)
 
 
 def read_meta_scaling(own: dict, found: dict, factors: Tensor | None, where: str) -> dict:
