@@ -445,7 +445,8 @@ def rope_factors(cfg: ModelConfig) -> Tensor:
                                     RopeScaling(cfg.rope_scaling, cfg.rope_factor, cfg.rope_original))
 
 
-def read_gguf_meta(meta: dict, shapes: dict[str, tuple], factors: Tensor | None, where: str) -> tuple[Family, ModelConfig]:
+def read_gguf_meta(meta: dict, shapes: dict[str, tuple], factors: Tensor | None,
+                   where: str) -> tuple[Family, ModelConfig]:
     """(family, settings of ours) of a GGUF file: its metadata, the shapes of its tensors, its ROPE_FACTORS."""
     arch = meta.get("general.architecture")
     known = sorted({family.gguf for family in FAMILIES})
