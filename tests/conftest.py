@@ -13,6 +13,18 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "peers: compares with llama.cpp or the real SmolLM2 (make test-peers fetches)")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests marked `peers` run only when -m asks for them."""
+    if not config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("peers")])
+        items[:] = [item for item in items if not item.get_closest_marker("peers")]
+
+
 WORDS = "the quick brown fox jumps over a lazy dog and runs home to eat some honey with its seven friends".split()
 
 
@@ -68,3 +80,28 @@ def go(text, tmp_path):
         return train.main(tiny_run(text, changes.pop("out_dir", tmp_path / "run"), **changes))
 
     return start
+
+
+# ---- peers: what `make test-peers` fetches. A test that lacks it fails, because a skipped one is easily overlooked.
+
+
+def fetched(path: Path) -> Path:
+    assert path.exists(), f"{path} is missing: `make test-peers` fetches it"
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama_cpp():
+    """llama.cpp's library: llama_cpp.load("model.gguf") -> tokenize, logits."""
+    import peers
+    from llama_cpp import LlamaCpp
+
+    return LlamaCpp(fetched(peers.LLAMA_CPP))
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf():
+    """The real SmolLM2-135M-Instruct: Q4_1, and Q8_0 for the embedding."""
+    import peers
+
+    return fetched(peers.SMOLLM2)
