@@ -212,10 +212,7 @@ def begin_ids(tokenizer: Tokenizer, bos: str = "auto") -> list[int]:
     """The ids before a text. auto: a begin token if the tokenizer's files say so: Llama's do, GPT-2's do not."""
     wanted = bos == "yes"
     if bos == "auto":
-        files = tokenizer.to_dict()
-        post = files["tokenizer"].get("post_processor") or {}
-        steps = [step for each in (post, *post.get("processors", [])) for step in each.get("single", [])]
-        wanted = "SpecialToken" in steps[0] if steps else files["config"].get("add_bos_token", False)
+        wanted = tokenizer.adds_bos()
     role = "eot" if tokenizer.role("bos") is None else "bos"
     return [tokenizer.needs(role)] if wanted else []
 

@@ -34,10 +34,11 @@ class SamplingSettings:
 
 
 def generate(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSettings | None = None,
-             stop_ids: tuple[int, ...] = (), first: list[list[int]] | None = None) -> list[list[int]]:
+             stop_ids: tuple[int, ...] = (), first: list[list[int]] | None = None,
+             unused: list[int] | None = None) -> list[list[int]]:
     """Continue every prompt; returns the new ids of each, without the stop token. See `stream`."""
     rows: list[list[int]] = [[] for _ in prompts]
-    for new in stream(model, prompts, sampling, stop_ids, first):
+    for new in stream(model, prompts, sampling, stop_ids, first, unused):
         for row, token in zip(rows, new, strict=True):
             if token is not None:
                 row.append(token)
@@ -46,20 +47,22 @@ def generate(model: LanguageModel, prompts: list[list[int]], sampling: SamplingS
 
 @torch.inference_mode()
 def stream(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSettings | None = None,
-           stop_ids: tuple[int, ...] = (), first: list[list[int]] | None = None) -> Iterator[list[int | None]]:
+           stop_ids: tuple[int, ...] = (), first: list[list[int]] | None = None,
+           unused: list[int] | None = None) -> Iterator[list[int | None]]:
     """Yield the next token of every row until all have ended or max_new_tokens is reached.
 
     Prompts may differ in length but not be empty; they share one batch, padded on the left, and the logits of a row
     do not depend on the others. When a row has filled the context, the newest half of it is read again and the rest
     forgotten; longer prompts keep their newest seq_len tokens. `first[i]`, if not empty, are the only ids that row i
-    may begin with. The model is left in the mode it was in.
+    may begin with; `unused` are ids that no token has (`Tokenizer.unused_ids`) and that are never chosen. The model is
+    left in the mode it was in.
     """
     sampling = sampling or SamplingSettings()
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token")
     device = model.embed.weight.device
     generator = torch.Generator(device).manual_seed(sampling.seed)
-    seq_len = model.cfg.seq_len
+    seq_len, never = model.cfg.seq_len, torch.tensor(unused or [], dtype=torch.int64, device=device)
     context = [list(prompt[-seq_len:]) for prompt in prompts]  # what is read of each row
     generated: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
@@ -71,7 +74,7 @@ def stream(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSet
             logits = allow_only(logits, first)
         for step in range(sampling.max_new_tokens):
             banned = stop_ids if step < sampling.min_new_tokens else ()
-            tokens = sample_tokens(logits, sampling, generator, generated, banned).tolist()
+            tokens = sample_tokens(logits, sampling, generator, generated, banned, never).tolist()
             new: list[int | None] = [None] * len(prompts)
             for i, token in enumerate(tokens):
                 ended[i] = ended[i] or token in stop_ids
@@ -127,13 +130,17 @@ def allow_only(logits: Tensor, ids: list[list[int]]) -> Tensor:
 
 
 def sample_tokens(logits: Tensor, sampling: SamplingSettings, generator: torch.Generator,
-                  generated: list[list[int]], banned: tuple[int, ...] = ()) -> Tensor:
-    """logits (B, V) -> sampled ids (B,). `generated` are the new tokens of each row, for penalty and bans.
+                  generated: list[list[int]], banned: tuple[int, ...] = (), unused: Tensor | None = None) -> Tensor:
+    """logits (B, V) -> sampled ids (B,). `generated` are the new tokens of each row, for penalty and bans; `unused` are
+    ids that are never chosen.
 
     Every positive temperature and penalty has a limit: a temperature near 0 takes the most likely token, a very large
     one any token that is allowed.
     """
-    logits, largest = logits.float(), torch.finfo(torch.float32).max
+    logits, largest, room = logits.float(), torch.finfo(torch.float32).max, logits.shape[1]
+    if unused is not None and len(unused):
+        logits = logits.index_fill(1, unused, float("-inf"))
+        room -= len(unused)
     for i, row in enumerate(generated):
         if sampling.repetition_penalty != 1 and row:
             seen = torch.tensor(sorted(set(row)), device=logits.device)  # once per token, however often it came
@@ -141,7 +148,7 @@ def sample_tokens(logits: Tensor, sampling: SamplingSettings, generator: torch.G
             penalty = within_float32(sampling.repetition_penalty)
             logits[i, seen] = torch.where(values > 0, values / penalty, values * penalty).clamp(-largest, largest)
         ban = [*banned, *ngram_bans(row, sampling.no_repeat_ngram)]
-        if len(set(ban)) < logits.shape[1]:  # something must remain
+        if len(set(ban)) < room:  # something must remain
             logits[i, ban] = float("-inf")
     best = logits.amax(dim=-1, keepdim=True)
     if not best.isfinite().all():

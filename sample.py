@@ -86,11 +86,11 @@ def print_samples(s: Settings, model: LanguageModel, tokenizer: Tokenizer, sampl
         typed = len(tokenizer.decode(whole[len(ids) :], after=ids))
         samples += [(text, ids, first, typed)] * s.n_samples
     texts, prompts, firsts, typed = zip(*samples, strict=True)
-    stop_ids = tuple({tokenizer.role(name) for name in ("eot", "eos", "pad")} - {None})  # padding is never text
+    stop_ids, unused = tokenizer.stop_ids(), tokenizer.unused_ids(model.cfg.vocab_size)
     if len(samples) == 1:
-        rows = [(new for (new,) in stream(model, prompts, sampling, stop_ids, firsts) if new is not None)]
+        rows = [(new for (new,) in stream(model, prompts, sampling, stop_ids, firsts, unused) if new is not None)]
     else:
-        rows = generate(model, prompts, sampling, stop_ids, firsts)
+        rows = generate(model, prompts, sampling, stop_ids, firsts, unused)
     for i, ids in enumerate(rows):
         if len(samples) > 1:
             print(f"--- {i + 1} of {len(samples)}")
@@ -264,7 +264,7 @@ def write_samples(path: Path, model, tokenizer, validation, template: Template |
     The prompts are the beginnings of validation documents, or with a `template` the questions of validation examples:
     the model has not seen how they continue.
     """
-    written, texts, skip = [], [], 0
+    written, texts, skip, unused = [], [], 0, tokenizer.unused_ids(model.cfg.vocab_size)
     if template:
         prompts, stops = [template.prompt(talk[:-1]) for talk in validation.conversations[:3]], template.stop_ids
     else:
@@ -274,7 +274,7 @@ def write_samples(path: Path, model, tokenizer, validation, template: Template |
         sampling = SamplingSettings(max_new_tokens=min(NEW_TOKENS, model.cfg.seq_len // 2), temperature=temperature)
         if temperature == 0:
             sampling.top_p = 1.0
-        for prompt, row in zip(prompts, generate(model, prompts, sampling, stops), strict=True):
+        for prompt, row in zip(prompts, generate(model, prompts, sampling, stops, unused=unused), strict=True):
             texts.append(tokenizer.decode((prompt + row)[skip:]))  # together: SentencePiece's spaces belong to words
             written.append(f"-------- temperature {temperature:g}, top_p {sampling.top_p:g}, seed {sampling.seed}; "
                            f"the prompt is {tokenizer.decode(prompt[skip:])!r}\n{texts[-1]}\n")

@@ -128,7 +128,7 @@ def open_data(s: Settings, start: Start, quiet: bool):
     if s.task == "sft":
         from text.sft import open_examples
 
-        s.set("vocab_size", start.tokenizer.vocab_size, "tokenizer")
+        s.set("vocab_size", start.vocab_size(start.tokenizer), "tokenizer")
         return start.tokenizer, *open_examples(
             start.tokenizer, s.part(DataSettings), s.part(ChatSettings), s.part(SftSettings), seq_len=s.seq_len,
             seed=s.seed, eval_tokens=s.eval_tokens, found=examples_of_run(s, start), quiet=quiet)
@@ -140,7 +140,7 @@ def open_data(s: Settings, start: Start, quiet: bool):
 
         folder = prepare(s, quiet, known_tokenizer(s, start))
     tokenizer = load_tokenizer(folder)
-    s.set("vocab_size", tokenizer.vocab_size, "tokenizer")
+    s.set("vocab_size", start.vocab_size(tokenizer), "tokenizer")
     known = start.tokenizer or tokenizer
     need(known.fingerprint == tokenizer.fingerprint,
          f"the checkpoint was trained with tokenizer {known.fingerprint}, but {folder} has tokens of tokenizer "

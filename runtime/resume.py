@@ -40,6 +40,12 @@ class Start:
     rule: int = RULE  # by which its training rows are cut
     progress: Progress = field(default_factory=Progress)  # how far it is
 
+    def vocab_size(self, tokenizer: Tokenizer) -> int:
+        """Entries of the model: as many as its tokenizer's, or what its weights have, which may be more."""
+        if self.weights is None:
+            return tokenizer.vocab_size
+        return len(self.weights["embed.weight"])
+
 
 # ---- settings
 

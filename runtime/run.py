@@ -186,9 +186,6 @@ def start_from(s: Settings, path: Path, machine: Machine, overwrite: bool) -> St
          f"tokenizer={s.tokenizer}: {path} knows its own, from tokenizer={saved['tokenizer']}; leave it out, or begin "
          "with fresh weights")
     checkpoint.check_weights(path, saved, weights)
-    need(tokenizer.vocab_size == saved["vocab_size"],
-         f"{path} has {saved['vocab_size']} embeddings, but its tokenizer {tokenizer.vocab_size} ids: it cannot be "
-         "trained further")
     free = {"rope_scaling", "rope_factor", "rope_original", "seq_len"}  # weights may learn a longer context,
     if s.use_lora:  # but adapters belong to the base as it is: their rows may only be shorter
         free = {"seq_len"}

@@ -1,6 +1,7 @@
 """Fine-tuning as a whole: train.main(), sample.main() and convert.main() with real files."""
 
 import io
+import json
 import sys
 
 import pytest
@@ -385,3 +386,44 @@ def test_a_longer_context_can_be_trained_from_a_checkpoint(text, base, tmp_path)
 def test_no_example_left_is_a_sentence(text, base, questions, tmp_path):
     with pytest.raises(UserError, match="no example left"):
         train.main(tune(text, base, questions, tmp_path / "run", val_path=questions))
+
+
+# ---- a model with more entries than its tokenizer
+
+
+@pytest.fixture(scope="module")
+def padded(base, tmp_path_factory):
+    """The base with 26 entries more: whatever the model says, some of them have the largest logits."""
+    state = checkpoint.load(checkpoint.find(base))
+    saved = json.loads(state["settings"])
+    model = state["model"]
+    for name in ("embed.weight", "head.weight"):
+        rows = model[name]
+        more = rows.abs().amax(dim=0).expand(13, -1) * 50
+        model[name] = torch.cat([rows, more, -more])
+    saved["vocab_size"] += 26
+    folder = tmp_path_factory.mktemp("padded") / "run"
+    folder.mkdir()
+    checkpoint.save(folder / "best.pt", {"format": checkpoint.FORMAT, "settings": json.dumps(saved), "config": "{}",
+                                         "made_of": "{}", "base": None, "init": "", "tokenizer": state["tokenizer"],
+                                         "progress": state["progress"], "model": model})
+    return folder
+
+
+@pytest.mark.parametrize("changes", [dict(task="pretrain"), dict(use_lora=1, lora_rank=4)])
+def test_a_model_with_more_entries_than_its_tokenizer_is_trained_resumed_and_sampled(changes, text, padded, questions,
+                                                                                     tmp_path, capsys):
+    data = text if "task" in changes else questions
+    run = tmp_path / "run"
+    arguments = tune(text, padded, data, run, max_steps=6, eval_interval=3, **changes)
+    assert train.main(arguments) == 0
+    assert train.main([*arguments, "max_steps=8"]) == 0
+    model, tokenizer, _ = checkpoint.load_model(checkpoint.find(run))
+    assert model.cfg.vocab_size == tokenizer.vocab_size + 26
+    capsys.readouterr()
+    for temperature in (0, 3):
+        options = ["init_from=" + str(run), "max_new_tokens=20", f"temperature={temperature}", "device=cpu"]
+        sample.main([*options, "prompt=the", "n_samples=2"])
+        if "task" not in changes:
+            sample.main([*options, "chat=1", "prompt=say fox"])
+    assert "is not in this vocabulary" not in capsys.readouterr().err

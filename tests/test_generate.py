@@ -247,3 +247,14 @@ def test_what_might_begin_a_stop_waits_and_comes_if_it_was_none():
         cuts = sorted(rng.randrange(len(text) + 1) for _ in range(3))
         for pieces in (text, [text], [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]):
             assert "".join(before_stop(pieces, stops)) == (text[: min(begins)] if ends else text)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_ids_without_a_token_are_never_chosen(temperature):
+    """Not by a batch, not where everything else is banned, and the others keep their probabilities."""
+    model = tiny()
+    unused = [i for i in range(model.cfg.vocab_size) if i % 4]
+    sampling = SamplingSettings(max_new_tokens=40, temperature=temperature, no_repeat_ngram=1, repetition_penalty=0.1)
+    rows = generate(model, [[1], [2, 3]], sampling, unused=unused)
+    assert all(len(row) == 40 for row in rows) and not set(unused) & set(rows[0] + rows[1])
+    assert generate(model, [[1]], sampling) == generate(model, [[1]], sampling, unused=[])

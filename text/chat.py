@@ -116,7 +116,7 @@ class Template:
         self.name, self.tokenizer, self.format = name, tokenizer, format_for(name, tokenizer)
         # Many SentencePiece models put a space before a text that starts; in Mistral's encoder every text does.
         self.every_text_starts = name == "inst"
-        known = tokenizer.specials | {role: tokenizer.role(role) for role in ("bos", "eos", "eot", "pad")}
+        known = tokenizer.specials | {role: tokenizer.role(role) for role in ("bos", "eos", "eot")}
         if known["eos"] is None:
             known["eos"] = known["eot"]
         self.marks: dict[str, int] = {}
@@ -132,8 +132,7 @@ class Template:
             raise UserError(f"template={name} writes {text!r}, and this tokenizer lacks "
                             f"{tokenizer.lost(text).first!r}: train with a tokenizer that has it")
         self.ending, self.stop_texts = self.encode(self.format.ending), self.format.stop_texts
-        stops = {*self.marks.values(), known["eos"], known["eot"], known["pad"]}
-        self.stop_ids = tuple(sorted(stops - {None}))
+        self.stop_ids = tuple(sorted({*self.marks.values(), *tokenizer.stop_ids()}))
 
     def encode(self, parts: Iterable[str], first: bool = False, **texts: str) -> list[int]:
         """Parts of a format -> ids; the first of them may start the conversation."""
@@ -255,6 +254,7 @@ class Chat:
         """`sampling` are generate.SamplingSettings."""
         self.model, self.tokenizer, self.template = model.eval(), tokenizer, Template(template, tokenizer)
         self.sampling, self.system = sampling, system  # another system text holds from the next turn on
+        self.unused = torch.tensor(tokenizer.unused_ids(model.cfg.vocab_size), device=model.embed.weight.device).long()
         self.reset()
 
     def reset(self) -> None:
@@ -344,4 +344,4 @@ class Chat:
         new = torch.tensor([ids[len(known) :]], device=self.model.embed.weight.device)
         logits = self.model(new, cache=cache, n_logits=1)[:, -1]
         self.known, self.cache = ids, cache
-        return sample_tokens(logits, self.sampling, self.generator, [answer], banned).item()
+        return sample_tokens(logits, self.sampling, self.generator, [answer], banned, self.unused).item()

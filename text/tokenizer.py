@@ -40,7 +40,9 @@ ROLES = {
 }
 _TOKEN = Either(str, {"content": str}, None)  # a token by its name; transformers writes either
 CONFIG = {"roles?": Either({str: str}, None), "added_tokens_decoder?": Either({str: {"content": str}}, None),
-          "bos_token?": _TOKEN, "eos_token?": _TOKEN, "pad_token?": _TOKEN, "unk_token?": _TOKEN}
+          "bos_token?": _TOKEN, "eos_token?": _TOKEN, "pad_token?": _TOKEN, "unk_token?": _TOKEN,
+          "stop_tokens?": Either([str], None), "add_bos_token?": Either(bool, None),
+          "chat_template?": Either(str, [{"name": str, "template": str}], None)}
 
 
 class LostCharacters(NamedTuple):
@@ -62,7 +64,8 @@ class Tokenizer:
 
     vocab_size  one more than the largest id
     specials    {name: id}; in a text, the names are plain text unless `allow_special`
-    config      tokenizer_config.json, with "roles": {role: name of its token} of our own
+    config      tokenizer_config.json, with two keys of our own: "roles": {role: name of its token}, and "stop_tokens",
+                the names of further tokens that end an answer
     adds_space  the model puts a space before a text that starts (SentencePiece); with starts=False, none is added
     """
 
@@ -138,11 +141,34 @@ class Tokenizer:
             return self.role("eos")
         if token is None:
             return None
-        ids = self.encode(token, allow_special=True)
-        need(len(ids) == 1, f"{token!r} is to be the {name} token, but this tokenizer has no such token")
-        if name == "unk" and ids[0] == self.role("eot"):
+        i = self.id_of(token, name)
+        if name == "unk" and i == self.role("eot"):
             return None  # GPT-2's files name end-of-text here, which is a token of its own
+        return i
+
+    def id_of(self, token: str, what: str) -> int:
+        """The id of a token by its name, special or not."""
+        ids = self.encode(token, allow_special=True)
+        need(len(ids) == 1, f"{token!r} is to be the {what} token, but this tokenizer has no such token")
         return ids[0]
+
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer or a document: by their roles, and the config's "stop_tokens"."""
+        stops = {self.role(name) for name in ("eot", "eos", "pad", "end_of_turn")}  # padding is never text
+        stops.update(self.id_of(name, "stop") for name in self.config.get("stop_tokens") or [])
+        return tuple(sorted(stops - {None}))
+
+    def unused_ids(self, vocab_size: int) -> list[int]:
+        """Ids of a model that no token has: holes, and what its vocabulary has beyond ours."""
+        return [i for i in range(vocab_size) if i not in self._bytes]
+
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer's files put a begin-of-text token before a text: Llama's do, GPT-2's do not."""
+        post = self.to_dict()["tokenizer"].get("post_processor") or {}
+        steps = [step for each in (post, *post.get("processors", [])) for step in each.get("single", [])]
+        if steps:
+            return "SpecialToken" in steps[0]
+        return bool(self.config.get("add_bos_token"))
 
     def needs(self, name: str) -> int:
         """`role(name)`; UserError where there is none."""

@@ -1,0 +1,183 @@
+"""Tokenizers in folders of Hugging Face's models: transformers loads ours with equal ids; what theirs say is found."""
+
+import json
+import random
+
+import pytest
+import transformers
+
+from configurator import UserError
+from test_bpe import TEXTS, fuzz, train
+from test_tokenizer_files import layout
+from text.tokenizer import SPECIALS, CharTokenizer
+from text.tokenizer_files import load_tokenizer, train_tokenizer
+from text.tokenizer_hf import generation_config, read_hf_tokenizer, write_hf_tokenizer
+
+HARD = [*fuzz(300, extra=(*SPECIALS, "<|im_start|>user\n")), "", " "]
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def folder_of(tmp_path, name="llama3", **files):
+    """A model's folder with a tokenizer of `layout` and these JSON files; its special tokens are ids 0, 1, 2."""
+    layout(name).save(str(tmp_path / "tokenizer.json"))
+    for file, content in files.items():
+        (tmp_path / f"{file}.json").write_text(json.dumps(content), encoding="utf-8")
+    return tmp_path
+
+
+# ---- writing
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt4", "qwen2", "o200k", "char", "spbpe"])
+def test_transformers_loads_what_we_write_with_equal_ids(kind, tmp_path):
+    if kind in ("char", "spbpe"):
+        ours = train_tokenizer(kind, TEXTS, 0 if kind == "char" else 700, workers=1)
+    else:
+        ours = train(700, kind)
+    ours.config["chat_template"] = TEMPLATE
+    write_hf_tokenizer(ours, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in HARD:
+        assert theirs.encode(text) == ours.encode(text, allow_special=True)
+    assert len(theirs) == ours.vocab_size and theirs.chat_template == TEMPLATE
+    assert theirs.eos_token_id == ours.role("eos") and theirs.pad_token_id == ours.role("pad")
+    assert theirs.bos_token is None and theirs.unk_token_id == ours.role("unk")
+    ids = ours.encode("it's 12, naïve.")
+    assert theirs.decode(ids).strip() == ours.decode(ids)
+
+
+def test_what_we_write_comes_back(tmp_path):
+    ours = train(400)
+    ours.config |= {"chat_template": TEMPLATE, "stop_tokens": ["<|im_start|>"]}
+    write_hf_tokenizer(ours, tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation_config(ours)), encoding="utf-8")
+    again = read_hf_tokenizer(tmp_path)
+    assert again.fingerprint == ours.fingerprint and again.stop_ids() == ours.stop_ids()
+    assert again.config["chat_template"] == TEMPLATE
+    assert {role: again.role(role) for role in ("bos", "eos", "pad")} == {
+        role: ours.role(role) for role in ("bos", "eos", "pad")}
+
+
+def test_a_begin_token_is_added_where_the_files_say_it(tmp_path):
+    ours = load_tokenizer(folder_of(tmp_path, "llama3"))
+    assert ours.adds_bos() and not train(300).adds_bos()
+    for post in (ours.post, None):
+        ours.post, ours.config = post, {"add_bos_token": True}
+        write_hf_tokenizer(ours, tmp_path / "out")
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+        assert theirs.encode("a") == [ours.role("bos"), *ours.encode("a")]
+
+
+def test_generation_ends_at_every_stop_token_and_the_end_of_a_text_is_the_first():
+    ours = train(400)
+    found = generation_config(ours)
+    assert found["eos_token_id"] == [396, 397, 399] and found["bos_token_id"] is None and found["pad_token_id"] == 397
+    assert transformers.GenerationConfig(**found).eos_token_id == found["eos_token_id"]
+
+
+# ---- reading
+
+
+@pytest.mark.parametrize("where", ["generation_config", "config"])
+@pytest.mark.parametrize("stops, names", [(2, ["<|eot_id|>"]), ([2, 1, 2], ["<|eot_id|>", "<|end_of_text|>"])])
+def test_stop_tokens_come_from_the_files_of_the_model(where, stops, names, tmp_path):
+    folder = folder_of(tmp_path, tokenizer_config={"eos_token": "<|end_of_text|>"}, **{where: {"eos_token_id": stops}})
+    tokenizer = read_hf_tokenizer(folder)
+    assert tokenizer.config["stop_tokens"] == names and tokenizer.stop_ids() == (1, 2)
+
+
+def test_generation_config_is_stronger_than_config(tmp_path):
+    folder = folder_of(tmp_path, generation_config={"eos_token_id": 0}, config={"eos_token_id": 2})
+    assert read_hf_tokenizer(folder).config["stop_tokens"] == ["<|begin_of_text|>"]
+
+
+def test_ordinary_text_ends_no_answer(tmp_path):
+    """A config.json of transformers without an end token means 2, and a file may name ids that do not exist."""
+    folder = folder_of(tmp_path, "gpt2", generation_config={"eos_token_id": [2, 10**9, -1]})
+    assert "stop_tokens" not in read_hf_tokenizer(folder).config
+
+
+@pytest.mark.parametrize("entry", [TEMPLATE, [{"name": "tool_use", "template": "x"},
+                                              {"name": "default", "template": TEMPLATE}]])
+def test_the_chat_template_is_that_of_the_config_or_of_its_own_file(entry, tmp_path):
+    folder = folder_of(tmp_path, tokenizer_config={"chat_template": entry})
+    assert read_hf_tokenizer(folder).config["chat_template"] == TEMPLATE
+    (folder / "chat_template.jinja").write_text("own", encoding="utf-8")
+    assert read_hf_tokenizer(folder).config["chat_template"] == "own"
+
+
+def test_a_folder_without_a_template_and_stop_tokens_has_none(tmp_path):
+    config = read_hf_tokenizer(folder_of(tmp_path)).config
+    assert not config.keys() & {"chat_template", "stop_tokens"}
+
+
+def test_tokens_that_a_config_names_and_the_tokenizer_lacks_have_no_role(tmp_path):
+    folder = folder_of(tmp_path, tokenizer_config={"pad_token": {"content": "[PAD]"}, "eos_token": "<|eot_id|>"})
+    tokenizer = read_hf_tokenizer(folder)
+    assert tokenizer.role("pad") is None and tokenizer.role("eos") == 2
+
+
+def test_older_folders_name_their_tokens_in_files_of_their_own(tmp_path):
+    folder = folder_of(tmp_path, special_tokens_map={"eos_token": "<|eot_id|>", "additional_special_tokens": ["x"]})
+    assert read_hf_tokenizer(folder).role("eos") == 2
+
+
+def test_a_folder_with_a_sentencepiece_model_is_read_by_that(tmp_path):
+    """The tokenizer.json of Llama 2 and Mistral is not byte-level, and leaves out what their model says."""
+    model = train_tokenizer("spbpe", TEXTS, 700, workers=1)
+    (tmp_path / "tokenizer.model").write_bytes(model.model)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "byte_fallback": True}}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|tool|>": 700}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 700}))
+    tokenizer = read_hf_tokenizer(tmp_path)
+    assert tokenizer.encode(TEXTS[1]) == model.encode(TEXTS[1]) and tokenizer.adds_bos()
+    assert tokenizer.specials["<|tool|>"] == 700 and 700 in tokenizer.stop_ids()
+
+
+@pytest.mark.parametrize("file, content, what", [
+    ("generation_config.json", '{"eos_token_id": "2"}', "eos_token_id is a str"),
+    ("generation_config.json", "[1]", "a list"),
+    ("config.json", '{"eos_token_id": [true]}', "expected int"),
+    ("tokenizer_config.json", '{"chat_template": {"a": 1}}', "chat_template"),
+    ("tokenizer_config.json", '{"chat_template": [{"name": "default"}]}', "chat_template is a list"),
+    ("tokenizer_config.json", '{"stop_tokens": [1]}', "stop_tokens"),
+    ("special_tokens_map.json", "{", "JSON"),
+    ("chat_template.jinja", "\udcff", "UTF-8"),
+    ("chat_template.jinja", "x" * (1 << 20) + "x", "no chat template has so many"),
+])
+def test_whatever_is_wrong_in_the_files_beside_a_tokenizer_is_one_sentence(file, content, what, tmp_path):
+    folder = folder_of(tmp_path, "gpt2")
+    (folder / file).write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=what) as error:
+        read_hf_tokenizer(folder)
+    assert "\n" not in str(error.value)
+
+
+# ---- stop ids, and ids without a token
+
+
+def test_stop_ids_are_those_of_the_roles_and_of_the_config():
+    ours = train(400)
+    assert ours.stop_ids() == (396, 397, 399)  # <|endoftext|>, <|pad|>, <|im_end|>
+    ours.config["stop_tokens"] = ["<|im_start|>"]
+    assert ours.stop_ids() == (396, 397, 398, 399)
+    ours.config["stop_tokens"] = ["<|none|>"]
+    with pytest.raises(UserError, match=r"<\|none\|>.*no such token"):
+        ours.stop_ids()
+    assert CharTokenizer("ab", ["<unk>"]).stop_ids() == ()
+
+
+def test_stop_tokens_and_templates_do_not_change_the_fingerprint():
+    ours = train(400)
+    before = ours.fingerprint
+    ours.config |= {"stop_tokens": ["<|im_start|>"], "chat_template": "x"}
+    assert train(400).fingerprint == before == type(ours).from_dict(ours.to_dict()).fingerprint
+
+
+def test_unused_ids_are_holes_and_what_a_model_has_beyond():
+    ours = train(400)
+    assert ours.unused_ids(400) == [] and ours.unused_ids(403) == [400, 401, 402]
+    token = random.Random(0).choice(sorted(ours.vocab))
+    ours._bytes.pop(ours.vocab[token])
+    assert ours.unused_ids(400) == [ours.vocab[token]]

@@ -1,0 +1,169 @@
+"""Tokenizers in the folders of Hugging Face's models, with their chat template and stop tokens, read and written.
+
+    tokenizer = read_hf_tokenizer(Path("SmolLM2-135M-Instruct"))
+    tokenizer.stop_ids(), tokenizer.config.get("chat_template")
+    write_hf_tokenizer(tokenizer, Path("exported"))         # what transformers.AutoTokenizer loads
+    generation_config(tokenizer)                            # {"eos_token_id": [2, 0], ...}
+
+Which file of a folder holds the tokenizer, `tokenizer_files` knows.
+"""
+
+from pathlib import Path
+
+from bpe import BPETokenizer, added_tokens
+from configurator import UserError, need
+from runtime.files import Either, read_json, replacing, require_file, write_json
+from text.tokenizer import CharTokenizer, Tokenizer
+from text.tokenizer_files import load_tokenizer, tokenizer_from_dict
+
+NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+LARGEST_TEMPLATE = 1 << 20  # bytes of a chat template; known ones have up to 30,000
+STOPS = {"eos_token_id?": Either(int, [int], None)}
+BEGIN_BY_DEFAULT = {"LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "GemmaTokenizerFast"}
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_hf_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model's folder. Its config has the chat template as one string, and the stop tokens."""
+    files = load_tokenizer(folder).to_dict()
+    files["config"] = complete_config(folder, files["config"])
+    tokenizer = tokenizer_from_dict(files, str(folder))
+    config = tokenizer.config
+    for key in NAMED:  # a config may name tokens that the tokenizer lacks: to transformers, they are new ones
+        name = token_name(config.get(key))
+        if name is not None and len(tokenizer.encode(name, allow_special=True)) != 1:
+            del config[key]
+    stops = stop_tokens(tokenizer, read_stops(folder))
+    if stops:
+        config["stop_tokens"] = stops
+    return tokenizer
+
+
+def token_name(entry: str | dict | None) -> str | None:
+    if isinstance(entry, dict):
+        return entry["content"]
+    return entry
+
+
+def complete_config(folder: Path, config: dict) -> dict:
+    """tokenizer_config.json with what older folders have in files of their own."""
+    config = dict(config)
+    for key, entry in read_if_there(folder / "special_tokens_map.json", dict).items():
+        if key in NAMED:
+            config.setdefault(key, entry)
+    if not config.get("added_tokens_decoder"):
+        added = read_if_there(folder / "added_tokens.json", {str: int})
+        if added:
+            config["added_tokens_decoder"] = {str(i): {"content": name} for name, i in added.items()}
+    if config.get("tokenizer_class") in BEGIN_BY_DEFAULT:
+        config.setdefault("add_bos_token", True)
+    template = read_chat_template(folder, config.pop("chat_template", None))
+    if template:
+        config["chat_template"] = template
+    return config
+
+
+def read_if_there(path: Path, shape: dict | type) -> dict:
+    if not path.exists():
+        return {}
+    return read_json(path, shape)
+
+
+def read_chat_template(folder: Path, entry: str | list | None) -> str | None:
+    """chat_template.jinja, else the entry of tokenizer_config.json: a text, or a list of which "default" is meant."""
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        size = require_file(path).stat().st_size
+        need(size <= LARGEST_TEMPLATE, f"{path} has {size:,} bytes: no chat template has so many")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
+    if isinstance(entry, list):
+        named = {each["name"]: each["template"] for each in entry}
+        entry = named.get("default", next(iter(named.values()), None))
+    size = len(entry or "")
+    need(size <= LARGEST_TEMPLATE, f"the chat template in {folder} has {size:,} characters: none has so many")
+    return entry
+
+
+def read_stops(folder: Path) -> list[int]:
+    """The ids that end an answer: generation_config.json says it, or else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        found = read_if_there(folder / name, STOPS).get("eos_token_id")
+        if isinstance(found, int):
+            found = [found]
+        if found:
+            return found
+    return []
+
+
+def stop_tokens(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """The names of the ids that are special or added tokens: ordinary text ends no answer (a config.json without an
+    eos_token_id means 2, whatever token that is)."""
+    names = {i: name for name, i in tokenizer.specials.items()}
+    if isinstance(tokenizer, BPETokenizer):
+        names |= {i: name for name, i in tokenizer.added_ids.items()}
+    return [names[i] for i in dict.fromkeys(ids) if i in names]
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a tokenizer into a model's folder, for transformers.AutoTokenizer. UserError for what has no form there."""
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    for key in NAMED:
+        i = tokenizer.role(key.removesuffix("_token"))
+        if i is None and key == "eos_token":
+            i = tokenizer.role("eot")
+        if i is not None:
+            config[key] = tokenizer.decode_bytes([i]).decode()
+    if tokenizer.config.get("chat_template"):
+        config["chat_template"] = tokenizer.config["chat_template"]
+    document = tokenizer.to_dict()["tokenizer"]
+    if isinstance(tokenizer, CharTokenizer):
+        document = char_document(tokenizer)
+    elif not isinstance(tokenizer, BPETokenizer):
+        config = {"bos_token": None} | config  # without the key, it has one
+        config |= {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": tokenizer.adds_bos(),
+                   "add_prefix_space": tokenizer.adds_space}
+        document = None
+        with replacing(folder / "tokenizer.model") as file:
+            file.write(tokenizer.model)
+    elif tokenizer.adds_bos():
+        document["post_processor"] = tokenizer.post or begin_with(config["bos_token"], tokenizer.role("bos"))
+    write_json(folder / "tokenizer_config.json", config)
+    if document:
+        write_json(folder / "tokenizer.json", document)
+
+
+def begin_with(token: str, i: int) -> dict:
+    """The post-processor that puts a token before every text."""
+    return {"type": "TemplateProcessing", "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]}},
+            "single": [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+                     {"Sequence": {"id": "B", "type_id": 0}}]}
+
+
+def char_document(tokenizer: CharTokenizer) -> dict:
+    """The tokenizer.json of a character tokenizer: every character is a word."""
+    vocab = {char: i for i, char in enumerate(tokenizer.chars)} | tokenizer.specials
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added_tokens(tokenizer.specials),
+            "normalizer": None, "post_processor": None, "decoder": {"type": "Fuse"},
+            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated",
+                              "invert": False},
+            "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}}
+
+
+def generation_config(tokenizer: Tokenizer) -> dict:
+    """generation_config.json: what ends an answer, and how we sample by default."""
+    from generate import SamplingSettings
+
+    sampling, stops = SamplingSettings(), tokenizer.stop_ids()
+    first = {tokenizer.role("eos"), tokenizer.role("eot")} & set(stops)  # before padding and further tokens
+    return {"bos_token_id": tokenizer.role("bos"), "eos_token_id": [*sorted(first), *(set(stops) - first)],
+            "pad_token_id": tokenizer.role("pad"), "do_sample": True, "temperature": sampling.temperature,
+            "top_p": sampling.top_p}
