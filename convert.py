@@ -1,63 +1,191 @@
 """Convert models from one form into another.
 
-    python convert.py out/quickstart-sft-lora MERGE=1                 # adapters and their base -> one model beside them
-    python convert.py out/quickstart-sft-lora out/mine MERGE=1
-    python convert.py out/a-lora MERGE=1 LORA_BASE=out/a              # where the base is now, if it has moved
+    python convert.py smollm2.gguf out/smollm2                        # a GGUF file becomes a run of ours
+    python convert.py ~/models/Qwen3-0.6B out/qwen3                   # and so does a Hugging Face folder
+    python convert.py out/smollm2 exported/ DTYPE=bfloat16            # a run -> a Hugging Face folder
+    python convert.py out/smollm2 smollm2.gguf DTYPE=q8_0             # a run -> a GGUF file for llama.cpp
+    python convert.py out/smollm2-sft-lora MERGE=1                    # adapters and their base -> one run beside them
+    python convert.py out/smollm2-sft-lora out/mine MERGE=1 TO=run    # the same in another folder
+    python convert.py out/smollm2-sft-lora mine.gguf MERGE=1          # the same as a GGUF file
+
+What the source is shows in its content, what it becomes in the target's name.
 """
 
 import runtime.screen  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
 
 import json
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
-from configurator import check_fields, configure, need, write_path
+import torch
+
+from configurator import ROOT, check_fields, configure, find_path, need, pick, write_path
 from lora import LoraLinear, merged_state
 from model import ModelConfig
 from runtime import checkpoint
 from runtime.files import own_folder, unless_empty
 from runtime.screen import run
+from text.chat import ChatSettings
+
+USAGE = "say: python convert.py SOURCE TARGET [DTYPE=...] [MERGE=1] [TO=run] [LORA_BASE=CHECKPOINT]"
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}  # in a GGUF file
 
 
 @dataclass
 class ConvertSettings:
-    folders: list[str] = field(default_factory=list)  # a run and, if you like, a new folder; given as plain arguments
+    paths: list[str] = field(default_factory=list)  # the model, and the new file or folder; given as plain arguments
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0", "q4_0"] = "float32"  # numbers of an exported file
     merge: bool = False         # merge the adapters of the run into their base
-    lora_base: str = ""         # checkpoint of the base, if it has moved
+    to: Literal["", "run"] = ""  # run: merged adapters become a run of ours, whatever the target's name
+    lora_base: str = ""         # checkpoint of the adapters' base, if it has moved or the adapters come from others
 
     def __post_init__(self):
         check_fields(self)
 
 
 def main(argv: list[str] | None = None) -> None:
-    s = configure([ConvertSettings], argv, doc=__doc__, plain="folders")
-    need(s.merge and len(s.folders) in (1, 2), "say: python convert.py RUN [NEW_FOLDER] MERGE=1 [LORA_BASE=CHECKPOINT]")
-    print(f"wrote {merge_run(*s.folders, lora_base=s.lora_base)}")
+    s = configure([ConvertSettings], argv, doc=__doc__, plain="paths")
+    need(len(s.paths) in (1, 2), USAGE)
+    source, target = find_path(s.paths[0]), "".join(s.paths[1:])
+    kind = kind_of_model(source)
+    if kind != "run":
+        need(not target.endswith(".gguf"),
+             f"{source} is not a run of ours: import it first (python convert.py {source} out/NAME), then export that")
+        need(s.dtype == "float32" and not s.merge, f"{source} becomes a run, in float32: leave DTYPE and MERGE out")
+        print(f"wrote {import_model(source, kind, target, s.lora_base)}")
+        return
+    path = checkpoint.find(source)
+    adapters = checkpoint.load(path, "meta")["base"] is not None
+    need(adapters or not s.merge, f"{path} holds no adapters: it is a whole model already")
+    need(s.merge or not s.to, "TO=run is for MERGE=1: other sources that become a run become one without it")
+    if s.merge and (s.to or not target):
+        print(f"wrote {merge_run(path, target, s.lora_base)}")
+        return
+    need(target, USAGE)
+    print(f"wrote {export_model(path, target, s.dtype, adapters and not s.merge, s.lora_base)}")
 
 
-def merge_run(run_folder: str, target: str = "", lora_base: str = "") -> Path:
-    """Put the adapters of a run into their base, in fp32, and save a plain checkpoint in `target`; returns its path.
+def kind_of_model(path: Path) -> str:
+    """gguf, peft, hf or run: what a file or a folder holds."""
+    need(path.exists(), f"{path} not found")
+    if path.is_dir():
+        if checkpoint.checkpoints(path):
+            return "run"
+        if (path / "adapter_config.json").exists():
+            return "peft"
+        if (path / "config.json").exists():
+            return "hf"
+        files = sorted(path.glob("*.gguf"))
+        need(not files, f"{path} is a folder: name the GGUF file in it")
+        need(False, f"{path} holds no model: we look for best.pt, adapter_config.json and config.json")
+    need(path.suffix != ".safetensors", f"{path} is a file of a Hugging Face folder: name the folder")
+    with open(checkpoint.require_file(path), "rb") as file:
+        return "gguf" if file.read(4) == b"GGUF" else "run"
 
-    Adapters on a tied head untie it: lookups keep the base's weights.
-    """
-    path = checkpoint.find(run_folder)
-    model, _, state = checkpoint.load_model(path, lora_base=lora_base)
-    need(state["base"], f"{path} holds no adapters: it is a whole model already")
-    saved = checkpoint.saved_settings(state, path, [ModelConfig])
-    saved["use_lora"] = False
+
+def new_target(target: str) -> Path:
+    """A file that does not exist, or a folder that is empty or does not exist; UserError otherwise."""
+    path = write_path(target)
+    full = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    need(not full, f"{path} exists already and is not empty: name another target")
+    return path
+
+
+# ---- in
+
+
+def import_model(source: Path, kind: str, target: str, lora_base: str) -> Path:
+    """A model of others becomes a run; returns its checkpoint."""
+    folder = new_target(target or str(ROOT / "out" / source.resolve().stem))
+    if kind == "peft":
+        need(lora_base, f"{source} holds adapters: LORA_BASE=<run> names the imported model that they belong to")
+        need(False, f"{source} holds adapters of PEFT: we cannot read them yet")
+    from runtime.foreign import load_weights, read_gguf_model, read_hf_folder
+
+    read = {"gguf": read_gguf_model, "hf": read_hf_folder}[kind]
+    model = read(source)
+    tokenizer = model.tokenizer
+    need(tokenizer.vocab_size <= model.cfg.vocab_size,
+         f"{source}: its tokenizer has {tokenizer.vocab_size} ids, its model {model.cfg.vocab_size}")
+    cfg, weights = load_weights(model)
+    settings = asdict(cfg) | {"task": "pretrain", "template": choose_template(tokenizer)}
+    about = {"tokenizer": json.dumps(tokenizer.to_dict()), "progress": {"step": 0, "best": math.inf}}
+    return save_run(folder, settings, weights, about)
+
+
+def choose_template(tokenizer) -> str:
+    """How a conversation with an imported model is written."""
+    known = get_args(ChatSettings.__annotations__["template"])
+    if "chat_template" in tokenizer.config and "model" in known:
+        return "model"
+    return "chatml" if "<|im_start|>" in tokenizer.specials else "alpaca"
+
+
+def save_run(folder: Path, settings: dict, weights: dict, about: dict) -> Path:
+    """A whole model as a run of ours; `about`: what its checkpoint says beside that. Returns the checkpoint."""
+    state = {"format": checkpoint.FORMAT, "settings": json.dumps(settings), "config": "{}", "made_of": "{}",
+             "base": None, "init": "", "model": weights}
+    with unless_empty(folder):
+        checkpoint.save(folder / "best.pt", state | about)
+    return folder / "best.pt"
+
+
+# ---- out
+
+
+def export_model(path: Path, target: str, dtype: str, adapters: bool, lora_base: str) -> Path:
+    """A run becomes a GGUF file, a Hugging Face folder, or, if these are `adapters`, a PEFT folder."""
+    from runtime.foreign import write_gguf_model, write_hf_folder
+
+    to, is_gguf = new_target(target), target.endswith(".gguf")
+    need(is_gguf or not dtype.startswith("q"), f"DTYPE={dtype} is for GGUF: name the target *.gguf, or set "
+                                               "DTYPE=bfloat16")
+    need(not (is_gguf and adapters), f"{path} holds adapters, and a GGUF file a whole model: add MERGE=1")
+    need(not adapters, f"{path} holds adapters: add MERGE=1")
+    cfg, weights, tokenizer = whole_model(path, lora_base)
+    if not is_gguf:
+        write_hf_folder(to, cfg, weights, tokenizer, getattr(torch, dtype))
+        return to
+    if cfg.window:
+        print(f"note: llama.cpp lets every token see all others: use {to} for texts of up to {cfg.window} tokens")
+    write_gguf_model(to, cfg, weights, tokenizer, DTYPES[dtype])
+    return to
+
+
+def whole_model(path: Path, lora_base: str):
+    """(settings, weights, tokenizer) of a run; adapters are merged into their base."""
+    state = checkpoint.load(path)
+    if state["base"]:
+        model, tokenizer, _ = checkpoint.load_model(path, lora_base=lora_base)
+        return pick(ModelConfig, merged_settings(model, vars(model.cfg))), merged_state(model), tokenizer
+    saved, weights = checkpoint.saved_settings(state, path, [ModelConfig]), checkpoint.weights(state)
+    checkpoint.check_weights(path, saved, weights)
+    return pick(ModelConfig, saved), weights, checkpoint.tokenizer_of(state, saved, path)
+
+
+# ---- adapters into their base
+
+
+def merged_settings(model, saved: dict) -> dict:
+    """Adapters on a tied head untie it: lookups keep the base's weights."""
     if isinstance(model.head, LoraLinear):
-        saved["tie_embeddings"] = False
+        return saved | {"tie_embeddings": False}
+    return saved
+
+
+def merge_run(path: Path, target: str = "", lora_base: str = "") -> Path:
+    """Put the adapters of a run into their base, in fp32, and save a plain checkpoint in `target`; returns its path."""
     folder = path.parent.with_name(path.parent.name + "-merged")
-    if target:
-        folder = write_path(target)
-    need(not list(folder.glob("*.pt")), f"{folder} holds a model already; name another folder")
-    merged = {"format": checkpoint.FORMAT, "settings": json.dumps(saved), "base": None, "init": "",
-              "tokenizer": state["tokenizer"], "progress": state["progress"], "model": merged_state(model)}
+    folder = new_target(target or str(folder))
+    model, _, state = checkpoint.load_model(path, lora_base=lora_base)
+    saved = merged_settings(model, checkpoint.saved_settings(state, path, [ModelConfig])) | {"use_lora": False}
+    keep = {name: state[name] for name in ("tokenizer", "progress", "config", "made_of") if name in state}
     with unless_empty(folder):
         if not target:
             own_folder(folder)
-        checkpoint.save(folder / "best.pt", merged)
-    return folder / "best.pt"
+        return save_run(folder, saved, merged_state(model), keep)
 
 
 if __name__ == "__main__":

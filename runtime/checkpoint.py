@@ -254,11 +254,7 @@ def check_weights(path: Path, saved: dict, found: dict[str, torch.Tensor], adapt
     """UserError if the weights, or the adapters on them, are not those of a model with these settings, or not finite.
     The model is built without memory, and what its settings claim is compared with the file's size before that."""
     cfg, unfit = pick(ModelConfig, saved), f"{path} does not fit its own settings:"
-    total = sum(tensor.numel() for tensor in found.values())
-    need(cfg.n_layer + cfg.n_enigma <= len(found), f"{unfit} the n_layer there needs more weights than it holds")
-    for name, size in vars(cfg).items():
-        if type(size) is int and name not in ("seq_len", "window", "rope_original"):
-            need(size <= total, f"{unfit} the {name} there needs more weights than it holds")
+    check_claims(cfg, len(found), sum(tensor.numel() for tensor in found.values()), unfit)
     with shapes_only():
         model = LanguageModel(cfg)
         wrong = misfit(model.state_dict(), found)
@@ -271,6 +267,14 @@ def check_weights(path: Path, saved: dict, found: dict[str, torch.Tensor], adapt
     name = not_finite(found | (adapters or {}))
     need(not name, f"{path}: {name} is not finite (nan or inf), so its training diverged: take an earlier checkpoint, "
                    "or train again with a lower lr")
+
+
+def check_claims(cfg: ModelConfig, tensors: int, numbers: int, unfit: str) -> None:
+    """UserError if settings claim more than a file holds: so many tensors, with so many numbers in all."""
+    need(cfg.n_layer + cfg.n_enigma <= tensors, f"{unfit} the n_layer there needs more weights than it holds")
+    for name, size in vars(cfg).items():
+        if type(size) is int and name not in ("seq_len", "window", "rope_original"):
+            need(size <= numbers, f"{unfit} the {name} there needs more weights than it holds")
 
 
 def not_finite(found: dict[str, torch.Tensor]) -> str:

@@ -130,7 +130,7 @@ def test_an_adapter_run_saves_adapters_alone_and_what_they_belong_to(base, adapt
 def test_adapters_on_their_base_and_the_merged_model_give_the_same_logits(base, adapted, tmp_path):
     ids = torch.randint(300, (2, 32))
     loaded, _, _ = checkpoint.load_model(adapted / "best.pt")
-    convert.main([str(adapted), str(tmp_path / "merged"), "MERGE=1"])
+    convert.main([str(adapted), str(tmp_path / "merged"), "MERGE=1", "TO=run"])
     merged, _, state = checkpoint.load_model(tmp_path / "merged" / "best.pt")
     plain, _, _ = checkpoint.load_model(base / "best.pt")
     assert state["base"] is None and not any("lora_" in name for name in state["model"])
@@ -144,17 +144,17 @@ def test_a_merge_that_cannot_be_written_leaves_no_folder(adapted, tmp_path, monk
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match="No space left"):
-        convert.main([str(adapted), str(tmp_path / "merged"), "MERGE=1"])
+        convert.main([str(adapted), str(tmp_path / "merged"), "MERGE=1", "TO=run"])
     assert not (tmp_path / "merged").exists()
 
 
 def test_a_merged_model_can_be_a_base_and_adapters_cannot(text, adapted, questions, tmp_path):
-    convert.main([str(adapted), str(tmp_path / "merged"), "MERGE=1"])
+    convert.main([str(adapted), str(tmp_path / "merged"), "MERGE=1", "TO=run"])
     assert train.main(tune(text, tmp_path / "merged", questions, tmp_path / "more", max_steps=2)) == 0
     with pytest.raises(UserError, match="convert.py"):
         train.main(tune(text, adapted, questions, tmp_path / "again"))
-    with pytest.raises(UserError, match="holds a model already"):
-        convert.main([str(adapted), str(tmp_path / "merged"), "MERGE=1"])
+    with pytest.raises(UserError, match="is not empty"):
+        convert.main([str(adapted), str(tmp_path / "merged"), "MERGE=1", "TO=run"])
 
 
 def test_merging_an_adapted_head_unties_it(text, base, questions, tmp_path):
@@ -370,7 +370,7 @@ def test_a_run_says_when_it_began_from_something_else(text, base, adapted, quest
 
 
 def test_a_merged_model_is_not_overwritten(text, adapted, tmp_path):
-    convert.main([str(adapted), str(tmp_path / "merged"), "MERGE=1"])
+    convert.main([str(adapted), str(tmp_path / "merged"), "MERGE=1", "TO=run"])
     with pytest.raises(UserError, match="holds a model"):
         train.main(tiny_run(text, tmp_path / "merged"))
 

@@ -333,7 +333,7 @@ def test_template_and_system_follow_the_model_from_run_to_run(text, base, questi
     tune_now(text, tmp_path / "a", questions, tmp_path / "b")
     tune_now(text, tmp_path / "b", questions, tmp_path / "c", use_lora=1, lora_rank=2)
     tune_now(text, tmp_path / "c", questions, tmp_path / "c", use_lora=1, init_from=None, max_steps=3)  # resumed
-    convert.main([str(tmp_path / "c"), str(tmp_path / "d"), "MERGE=1"])
+    convert.main([str(tmp_path / "c"), str(tmp_path / "d"), "MERGE=1", "TO=run"])
     tune_now(text, tmp_path / "d", text, tmp_path / "e", task="pretrain")  # text between the fine-tunings
     tune_now(text, tmp_path / "e", questions, tmp_path / "f")
     for name in "abcf":

@@ -1,0 +1,340 @@
+"""Models of others as files: a Hugging Face folder or a GGUF file, read and written one tensor at a time.
+
+    model = read_hf_folder(Path("SmolLM2-135M"))               # or read_gguf_model: settings and shapes, no tensor yet
+    cfg, state = load_weights(model)                           # a state dict of ours in fp32
+
+    write_hf_folder(folder, cfg, state, tokenizer, torch.bfloat16)
+    write_gguf_model(path, cfg, state, tokenizer, "Q8_0")
+
+Every tensor of a file is used once and every parameter is filled; anything else is a sentence with the names.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from configurator import UserError, need, shown
+from model import LanguageModel, ModelConfig, shapes_only
+from runtime import checkpoint, gguf
+from runtime.families import (
+    ROPE_FACTORS,
+    Family,
+    Link,
+    family_of,
+    links,
+    read_gguf_meta,
+    read_hf_config,
+    rope_factors,
+    stored_as,
+    write_gguf_meta,
+    write_hf_config,
+)
+from runtime.files import Either, mismatch, read_json, write_json, writing
+from runtime.safetensors import NAMES, SafetensorsFile, write_safetensors
+from text.tokenizer import Tokenizer
+from text.tokenizer_files import load_tokenizer
+from text.tokenizer_gguf import read_tokenizer_meta, write_tokenizer_meta
+
+HEAD = {False: "lm_head.weight", True: "output.weight"}  # in a Hugging Face file, in a GGUF file
+FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# Buffers that old files hold, and that follow from the settings.
+BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(masked_)?bias|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+@dataclass
+class ForeignModel:
+    """A model in a file: what it is, and how to load its tensors."""
+
+    where: Path  # for sentences
+    family: Family
+    cfg: ModelConfig
+    shapes: dict[str, tuple[int, ...]]  # of each tensor, under the name that transformers or llama.cpp writes today
+    load: Callable[[str], Tensor]  # as it is stored
+    tokenizer: Tokenizer
+    is_gguf: bool
+    ignored: set[str] = field(default_factory=set)  # tensors that may be there and are not ours
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a Hugging Face folder
+
+
+class PickledWeights:
+    """pytorch_model.bin, with the interface of SafetensorsFile. The file is read whole; a loaded tensor is let go."""
+
+    def __init__(self, path: Path):
+        try:
+            self.state = checkpoint.read(path, "cpu")
+            wrong = mismatch(self.state, {str: Tensor})
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # zipfile and pickle raise almost anything for a wrong byte
+            wrong = shown(f"{type(error).__name__} {error}", most=100)
+        need(not wrong, f"{path} holds no weights that we read ({wrong}): take the model.safetensors of the same model")
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
+
+    def load(self, name: str) -> Tensor:
+        return self.state.pop(name)
+
+
+def read_hf_folder(folder: Path) -> ForeignModel:
+    """UserError for what is damaged, hostile, or a model that we cannot be."""
+    where = folder / "config.json"
+    config = read_json(where)
+    family, cfg = read_hf_config(config, str(where))
+    names, load = {}, {}
+    for file in weight_files(folder):
+        for name in file.shapes:
+            ours = modern_name(family, name)
+            need(ours not in names, f"{folder}: the tensor {name} is there twice")
+            names[ours], load[ours] = file.shapes[name], partial(file.load, name)
+    if HEAD[False] not in names and config.get("tie_word_embeddings") is not False:
+        cfg.tie_embeddings = True
+    ignored = {name for name in names if BUFFERS.fullmatch(name) or is_extra_layer(family, cfg, name)}
+    return ForeignModel(folder, family, cfg, names, lambda name: load[name](), read_hf_tokenizer(folder, config),
+                        is_gguf=False, ignored=ignored)
+
+
+def weight_files(folder: Path) -> Iterator[SafetensorsFile | PickledWeights]:
+    """The files with a folder's weights: one, or those that an index lists."""
+    path = next((folder / name for name in FILES if (folder / name).exists()), None)
+    need(path, f"{folder} holds no weights: we look for {', '.join(FILES)}")
+    if path.suffix != ".json":
+        yield open_weights(path)
+        return
+    places = read_json(path, {"weight_map": {str: str}})["weight_map"]
+    for name in sorted(set(places.values())):
+        need(re.fullmatch(r"\w[\w.-]*\.(safetensors|bin)", name),
+             f"{path} names a file {shown(name)}: we read .safetensors and .bin files beside it")
+        file = open_weights(folder / name)
+        listed = {tensor for tensor, place in places.items() if place == name}
+        different = sorted(listed ^ file.shapes.keys())
+        need(not different, f"{path} and {name} do not agree on where the tensor {shown(str(different[:1]))} is")
+        yield file
+
+
+def open_weights(path: Path) -> SafetensorsFile | PickledWeights:
+    if path.suffix == ".bin":
+        return PickledWeights(path)
+    return SafetensorsFile(path)
+
+
+def modern_name(family: Family, name: str) -> str:
+    """The published files of GPT-2 lack a prefix that transformers writes today."""
+    if family.model_type == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
+        return f"transformer.{name}"
+    return name
+
+
+def is_extra_layer(family: Family, cfg: ModelConfig, name: str) -> bool:
+    """Whether it belongs to DeepSeek's layers behind the last one, which predict a second token."""
+    number = re.match(r"model\.layers\.(\d{1,9})\.", name)
+    return family.model_type == "deepseek_v3" and number is not None and int(number[1]) >= cfg.n_layer
+
+
+IDS = Either(int, [int], None)
+
+
+def read_hf_tokenizer(folder: Path, config: dict) -> Tokenizer:
+    """The tokenizer of a folder, with its chat template and with the tokens that end an answer."""
+    tokenizer = load_tokenizer(folder)
+    template = tokenizer.config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = [each for each in template if not mismatch(each, {"name": str, "template": str})]
+        template = next((each["template"] for each in named if each["name"] == "default"), None)
+    path = folder / "chat_template.jinja"
+    if path.is_file() and path.stat().st_size < 1 << 20:
+        template = path.read_text(encoding="utf-8", errors="replace")
+    tokenizer.config.pop("chat_template", None)
+    if isinstance(template, str):
+        tokenizer.config["chat_template"] = template
+    ids = [config.get("eos_token_id")]
+    path = folder / "generation_config.json"
+    if path.exists():
+        ids.append(read_json(path).get("eos_token_id"))
+    stops = []
+    for each in ids:
+        need(not mismatch(each, IDS), f"{folder}: eos_token_id is {shown(str(each))}, and we expect an id, or several")
+        stops += each if isinstance(each, list) else [each]
+    return with_stops(tokenizer, stops)
+
+
+def with_stops(tokenizer: Tokenizer, ids: list[int | None]) -> Tokenizer:
+    """Note the names of the tokens that end an answer; ids that the tokenizer lacks are left out."""
+    names = {i: name for name, i in tokenizer.specials.items()}
+    stops = dict.fromkeys(names[i] for i in ids if i in names)
+    if stops:
+        tokenizer.config["stop_tokens"] = list(stops)
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a GGUF file
+
+
+def read_gguf_model(path: Path) -> ForeignModel:
+    """UserError for what is damaged, hostile, or a model that we cannot be."""
+    file = gguf.GGUFFile(path)
+    factors = None
+    if ROPE_FACTORS in file.shapes:
+        need(len(file.shapes[ROPE_FACTORS]) == 1 and file.shapes[ROPE_FACTORS][0] <= 1 << 16,
+             f"{path}: {ROPE_FACTORS} has the shape {file.shapes[ROPE_FACTORS]}")
+        factors = file.load(ROPE_FACTORS)
+    family, cfg = read_gguf_meta(file.meta, file.shapes, factors, str(path))
+    tokenizer = read_tokenizer_meta(file.meta, str(path))
+    ends = [file.meta.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
+    return ForeignModel(path, family, cfg, file.shapes, file.load, with_stops(tokenizer, ends),
+                        is_gguf=True, ignored={ROPE_FACTORS})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The weights of either
+
+
+def load_weights(model: ForeignModel, say: Callable[[str], None] = print) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """(settings, state dict in fp32). Never more memory than that state dict and one tensor: nothing is loaded before
+    all names and shapes are right. A head that differs from the embedding it should be tied to makes them two."""
+    cfg, shapes, where = model.cfg, model.shapes, model.where
+    check_sizes_claimed(model)
+    with shapes_only():
+        wanted = LanguageModel(cfg).state_dict()
+    found = links(model.family, cfg, wanted, model.is_gguf)
+    known = {name for each in found for name in each.theirs}
+    head = HEAD[model.is_gguf]
+    spare = head in shapes and cfg.tie_embeddings
+    missing, surplus = known - shapes.keys(), shapes.keys() - known - model.ignored - {head if spare else ""}
+    need(not missing, f"{where} lacks the tensor {min(missing, default='')}{more(surplus, '; it has ')}")
+    need(not surplus, f"{where} has tensors that a {model.family.model_type} of its settings does not have: "
+                      f"{more(surplus, '')}")
+    for each in found:
+        for name, tensor in zip(each.theirs, each.out([wanted[ours] for ours in each.ours]), strict=True):
+            check_shape_of(model, name, tuple(tensor.shape))
+    if spare:
+        check_shape_of(model, head, tuple(wanted["embed.weight"].shape))
+    state = {}
+    for each in found:
+        tensors = [load_float(model, name) for name in each.theirs]
+        for name, tensor in zip(each.ours, each.back(tensors), strict=True):
+            state[name] = own_memory(tensor)
+    if spare and not torch.equal(own := load_float(model, head), state["embed.weight"]):
+        say(f"{where} should have one matrix for embedding and head, and has two: we keep both")
+        cfg.tie_embeddings, state["head.weight"] = False, own
+    if cfg.tie_embeddings:
+        state["head.weight"] = state["embed.weight"]
+    return cfg, state
+
+
+def check_sizes_claimed(model: ForeignModel) -> None:
+    """UserError if the settings need more numbers or tensors than the file has: we build nothing of that size then."""
+    cfg, unfit = model.cfg, f"{model.where} does not fit its own settings:"
+    checkpoint.check_claims(cfg, len(model.shapes), sum(map(math.prod, model.shapes.values())), unfit)
+    experts = (cfg.n_layer - cfg.n_dense) * cfg.n_expert
+    need(model.is_gguf or experts <= len(model.shapes), f"{unfit} they claim {experts} experts")
+
+
+def more(names: set[str], begin: str) -> str:
+    """{"b", "a", "c", "d"} -> "a, b, c and 1 more" """
+    if not names:
+        return ""
+    text = ", ".join(shown(name, most=80) for name in sorted(names)[:3])
+    if len(names) > 3:
+        text += f" and {len(names) - 3} more"
+    return begin + text
+
+
+def check_shape_of(model: ForeignModel, name: str, wanted: tuple[int, ...]) -> None:
+    found = model.shapes[name]
+    need(found == wanted, f"{model.where}: the tensor {name} is {found}, and its settings need {wanted}")
+
+
+def load_float(model: ForeignModel, name: str) -> Tensor:
+    tensor = model.load(name)
+    kind = NAMES.get(tensor.dtype, str(tensor.dtype))
+    need(kind in ("F64", "F32", "F16", "BF16"),
+         f"{model.where}: the tensor {name} is {kind}; we read weights of F32, F16 and BF16")
+    tensor = tensor.float()
+    need(tensor.isfinite().all(), f"{model.where}: the tensor {name} is not finite (nan or inf)")
+    return tensor
+
+
+def own_memory(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy if it is a part of another."""
+    tensor = tensor.contiguous()
+    if tensor.untyped_storage().nbytes() > tensor.nbytes:
+        return tensor.clone()
+    return tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_hf_folder(folder: Path, cfg: ModelConfig, state: dict[str, Tensor], tokenizer: Tokenizer,
+                    dtype: torch.dtype) -> None:
+    """A folder that AutoModelForCausalLM and AutoTokenizer load; UserError for a model that transformers lacks."""
+    family = family_of(cfg)
+    ids = token_ids(tokenizer)
+    config = write_hf_config(family, cfg) | ids | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    tensors = {}
+    for name, shape, load in outgoing(family, cfg, state, is_gguf=False):
+        kind = dtype
+        if name.endswith("e_score_correction_bias"):  # which choose experts: a rounded one chooses others
+            kind = torch.float32
+        tensors[name] = (shape, kind, partial(rounded, name, load, kind))
+    with writing(folder):
+        write_safetensors(folder / "model.safetensors", tensors)
+        tokenizer.save(folder)
+        write_json(folder / "generation_config.json", ids)
+        write_json(folder / "config.json", config)  # the last: without it, the folder is no model
+
+
+def token_ids(tokenizer: Tokenizer) -> dict:
+    """The ids that generation needs, null where there is none: transformers would take those of another model."""
+    return {f"{role}_token_id": tokenizer.role(role) for role in ("bos", "eos", "pad")}
+
+
+def rounded(name: str, load: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+    tensor = load().to(dtype)
+    need(tensor.isfinite().all(), f"{name} has numbers that {str(dtype).removeprefix('torch.')} cannot hold: "
+                                  "set DTYPE=bfloat16 or DTYPE=float32")
+    return tensor
+
+
+def outgoing(family: Family, cfg: ModelConfig, state: dict[str, Tensor], is_gguf: bool
+             ) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Tensor]]]:
+    """(name, shape, function that gives it in fp32) of each tensor that a file has of these weights."""
+    for each in links(family, cfg, state, is_gguf):
+        empty = [torch.empty_like(state[name], device="meta") for name in each.ours]
+        for number, (name, tensor) in enumerate(zip(each.theirs, each.out(empty), strict=True)):
+            yield name, tuple(tensor.shape), partial(one_of, each, state, number)
+
+
+def one_of(link: Link, state: dict[str, Tensor], number: int) -> Tensor:
+    return link.out([state[name] for name in link.ours])[number].float()
+
+
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # general.file_type
+
+
+def write_gguf_model(path: Path, cfg: ModelConfig, state: dict[str, Tensor], tokenizer: Tokenizer, kind: str) -> None:
+    """A file that llama.cpp runs; UserError for what it has no form of."""
+    family = family_of(cfg)
+    meta = write_gguf_meta(family, cfg) | {"general.type": "model", "general.name": path.stem,
+                                           "general.file_type": FILE_TYPES[kind]}
+    meta |= write_tokenizer_meta(tokenizer, cfg.vocab_size)
+    tensors = []
+    if cfg.rope_scaling == "llama3":
+        tensors.append(gguf.Tensor(ROPE_FACTORS, (cfg.head_dim // 2,), "F32", partial(rope_factors, cfg)))
+    for name, shape, load in outgoing(family, cfg, state, is_gguf=True):
+        stored = stored_as(name, shape, kind)
+        if stored == "F16":
+            load = partial(rounded, name, load, torch.float16)
+        tensors.append(gguf.Tensor(name, shape, stored, load))
+    with writing(path.parent):
+        gguf.write_gguf(path, meta, tensors)
