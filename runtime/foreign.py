@@ -35,11 +35,11 @@ from runtime.families import (
     write_gguf_meta,
     write_hf_config,
 )
-from runtime.files import Either, mismatch, read_json, write_json, writing
+from runtime.files import mismatch, read_json, write_json, writing
 from runtime.safetensors import NAMES, SafetensorsFile, write_safetensors
 from text.tokenizer import Tokenizer
-from text.tokenizer_files import load_tokenizer
 from text.tokenizer_gguf import read_tokenizer_meta, write_tokenizer_meta
+from text.tokenizer_hf import generation_config, read_hf_tokenizer, stop_tokens, write_hf_tokenizer
 
 HEAD = {False: "lm_head.weight", True: "output.weight"}  # in a Hugging Face file, in a GGUF file
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -97,7 +97,7 @@ def read_hf_folder(folder: Path) -> ForeignModel:
     if HEAD[False] not in names and config.get("tie_word_embeddings") is not False:
         cfg.tie_embeddings = True
     ignored = {name for name in names if BUFFERS.fullmatch(name) or is_extra_layer(family, cfg, name)}
-    return ForeignModel(folder, family, cfg, names, lambda name: load[name](), read_hf_tokenizer(folder, config),
+    return ForeignModel(folder, family, cfg, names, lambda name: load[name](), read_hf_tokenizer(folder),
                         is_gguf=False, ignored=ignored)
 
 
@@ -138,42 +138,6 @@ def is_extra_layer(family: Family, cfg: ModelConfig, name: str) -> bool:
     return family.model_type == "deepseek_v3" and number is not None and int(number[1]) >= cfg.n_layer
 
 
-IDS = Either(int, [int], None)
-
-
-def read_hf_tokenizer(folder: Path, config: dict) -> Tokenizer:
-    """The tokenizer of a folder, with its chat template and with the tokens that end an answer."""
-    tokenizer = load_tokenizer(folder)
-    template = tokenizer.config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = [each for each in template if not mismatch(each, {"name": str, "template": str})]
-        template = next((each["template"] for each in named if each["name"] == "default"), None)
-    path = folder / "chat_template.jinja"
-    if path.is_file() and path.stat().st_size < 1 << 20:
-        template = path.read_text(encoding="utf-8", errors="replace")
-    tokenizer.config.pop("chat_template", None)
-    if isinstance(template, str):
-        tokenizer.config["chat_template"] = template
-    ids = [config.get("eos_token_id")]
-    path = folder / "generation_config.json"
-    if path.exists():
-        ids.append(read_json(path).get("eos_token_id"))
-    stops = []
-    for each in ids:
-        need(not mismatch(each, IDS), f"{folder}: eos_token_id is {shown(str(each))}, and we expect an id, or several")
-        stops += each if isinstance(each, list) else [each]
-    return with_stops(tokenizer, stops)
-
-
-def with_stops(tokenizer: Tokenizer, ids: list[int | None]) -> Tokenizer:
-    """Note the names of the tokens that end an answer; ids that the tokenizer lacks are left out."""
-    names = {i: name for name, i in tokenizer.specials.items()}
-    stops = dict.fromkeys(names[i] for i in ids if i in names)
-    if stops:
-        tokenizer.config["stop_tokens"] = list(stops)
-    return tokenizer
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading a GGUF file
 
@@ -189,8 +153,10 @@ def read_gguf_model(path: Path) -> ForeignModel:
     family, cfg = read_gguf_meta(file.meta, file.shapes, factors, str(path))
     tokenizer = read_tokenizer_meta(file.meta, str(path))
     ends = [file.meta.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
-    return ForeignModel(path, family, cfg, file.shapes, file.load, with_stops(tokenizer, ends),
-                        is_gguf=True, ignored={ROPE_FACTORS})
+    stops = stop_tokens(tokenizer, ends)
+    if stops:
+        tokenizer.config["stop_tokens"] = stops
+    return ForeignModel(path, family, cfg, file.shapes, file.load, tokenizer, is_gguf=True, ignored={ROPE_FACTORS})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,8 +245,8 @@ def write_hf_folder(folder: Path, cfg: ModelConfig, state: dict[str, Tensor], to
                     dtype: torch.dtype) -> None:
     """A folder that AutoModelForCausalLM and AutoTokenizer load; UserError for a model that transformers lacks."""
     family = family_of(cfg)
-    ids = token_ids(tokenizer)
-    config = write_hf_config(family, cfg) | ids | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    config = write_hf_config(family, cfg) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    config |= {f"{role}_token_id": tokenizer.role(role) for role in ("bos", "eos", "pad")}
     tensors = {}
     for name, shape, load in outgoing(family, cfg, state, is_gguf=False):
         kind = dtype
@@ -289,14 +255,9 @@ def write_hf_folder(folder: Path, cfg: ModelConfig, state: dict[str, Tensor], to
         tensors[name] = (shape, kind, partial(rounded, name, load, kind))
     with writing(folder):
         write_safetensors(folder / "model.safetensors", tensors)
-        tokenizer.save(folder)
-        write_json(folder / "generation_config.json", ids)
+        write_hf_tokenizer(tokenizer, folder)
+        write_json(folder / "generation_config.json", generation_config(tokenizer))
         write_json(folder / "config.json", config)  # the last: without it, the folder is no model
-
-
-def token_ids(tokenizer: Tokenizer) -> dict:
-    """The ids that generation needs, null where there is none: transformers would take those of another model."""
-    return {f"{role}_token_id": tokenizer.role(role) for role in ("bos", "eos", "pad")}
 
 
 def rounded(name: str, load: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
