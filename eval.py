@@ -437,7 +437,7 @@ def tokens_of(cache_dir: str, saved: dict, before: dict, tokenizer: Tokenizer, s
 
 def examples_of(s: Settings, state: dict, tokenizer: Tokenizer, seq_len: int, run: Path):
     """The rows that a fine-tuning run validated on, found as in `tokens_of`."""
-    from text.chat import ChatSettings, Template
+    from text.chat import ChatSettings, make_template
     from text.conversations import read_examples
     from text.sft import SftSettings, find_examples, held_out_rows, prepare_examples
 
@@ -455,7 +455,7 @@ def examples_of(s: Settings, state: dict, tokenizer: Tokenizer, seq_len: int, ru
         raise UserError(f"the examples that {run} validated on are not in {cache_folder(s.cache_dir)}: name that "
                         f"folder with CACHE_DIR=, or start the run again, {words}, which puts them there")
     chat = pick(ChatSettings, saved)
-    return held_out_rows(examples, Template(chat.template, tokenizer), chat, packing=saved["packing"],
+    return held_out_rows(examples, make_template(chat.template, tokenizer), chat, packing=saved["packing"],
                          seq_len=seq_len, seed=0, eval_tokens=s.eval_tokens)
 
 

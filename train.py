@@ -35,7 +35,7 @@ from runtime.resume import Start, about_run, examples_of_run, has_other_validati
 from runtime.run import choose_task, claim_folder, describe_run, longer, open_run, run_folder
 from runtime.screen import clock, run
 from text.batches import Batches, Prefetcher, TokenStream, Validation
-from text.chat import ChatSettings, SftSettings, Template
+from text.chat import ChatSettings, SftSettings, make_template
 from text.corpus import DataSettings
 
 
@@ -421,7 +421,7 @@ class Run:
 
             template = None
             if self.s.task == "sft":
-                template = Template(self.s.template, self.tokenizer)
+                template = make_template(self.s.template, self.tokenizer)
                 lora.merge(self.model)
             sample = write_samples(self.out_dir / "samples.txt", self.model, self.tokenizer, self.validation, template)
             self.machine.print(f"\n{sample}\n\n{next_commands(self.out_dir, chat=template is not None)}\n"

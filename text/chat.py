@@ -1,6 +1,6 @@
 """Conversations: prompt formats, what is learned of a conversation, and chat with a model that keeps its cache.
 
-    template = Template("chatml", tokenizer)
+    template = make_template("chatml", tokenizer)
     ids, learned = template.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
 
     chat = Chat(model, tokenizer, "chatml", SamplingSettings(), system="Be brief.")
@@ -11,10 +11,11 @@ A conversation is a list of {"role": "system" | "user" | "assistant", "content":
 and assistant by turns. A message of the user may have an "input", the text that an instruction is about.
 
 Every part (a marker, a text, an end) is turned into ids by itself, and these ids get the mask of the part. So nothing
-is ever searched for among ids, and a marker that somebody typed is text like any other.
+is ever searched for among ids, and a marker that somebody typed is text like any other. The chat template that came
+with a model of others ("model", jinja_template.py) writes one text, as they do, and keeps that second promise.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -28,7 +29,7 @@ Message = dict  # {"role": str, "content": str}, perhaps "input": str, or "learn
 
 @dataclass
 class ChatSettings:
-    template: Literal["chatml", "alpaca", "inst"] = "chatml"  # prompt format of a conversation
+    template: Literal["chatml", "alpaca", "inst", "model"] = "chatml"  # prompt format; model: what an import brought
     system: str = ""            # system text before the conversation, which says how to answer
     learn: Literal["response", "all"] = "response"  # what fine-tuning learns: the answers, or the prompts too
 
@@ -112,7 +113,7 @@ class Template:
     """
 
     def __init__(self, name: str, tokenizer: Tokenizer):
-        need(name in FORMATS, f"template={name}: choose one of {', '.join(TEMPLATES)}")
+        need(name in FORMATS, f"template={name}: choose one of {', '.join(TEMPLATES)}, model")
         self.name, self.tokenizer, self.format = name, tokenizer, format_for(name, tokenizer)
         # Many SentencePiece models put a space before a text that starts; in Mistral's encoder every text does.
         self.every_text_starts = name == "inst"
@@ -194,11 +195,20 @@ class Template:
                 add(self.ending[1:], prompts)
         return ids, learned
 
-    def prompt(self, messages: list[Message]) -> list[int]:
-        """Ids up to where the assistant begins to speak: what `render` gives with an answer begins with these."""
+    def prompt(self, messages: list[Message], said: Sequence[list[int]] = ()) -> list[int]:
+        """Ids up to where the assistant begins to speak: what `render` gives with an answer begins with these.
+
+        `said`: the ids of the answers so far as a model wrote them, to be used instead of their texts.
+        """
         need(messages and messages[-1]["role"] == "user",
              "the last message must be the user's: there is nothing to answer")
-        return self.render(messages)[0]
+        if not said:
+            return self.render(messages)[0]
+        system, turns = split_turns(messages)
+        ids = self.opening(turns[0][0], system)
+        for written, (user, _) in zip(said, turns[1:], strict=True):
+            ids += written + self.continuation(user)
+        return ids
 
     def continuation(self, user: Message) -> list[int]:
         """What follows the text of an answer: its end token and the user's next message.
@@ -209,6 +219,22 @@ class Template:
         interrupt does: so this continues every answer, however it ended.
         """
         return self.ending + self.opening(user)
+
+    def jinja(self) -> str:
+        """The format as a chat template for other programs, which give it the ids that we use."""
+        from text.jinja_template import jinja_of  # here, because few need it
+
+        names = {i: name for name, i in self.tokenizer.specials.items()}
+        return jinja_of(self.format, {part: names[i] for part, i in self.marks.items()})
+
+
+def make_template(name: str, tokenizer: Tokenizer) -> Template:
+    """One of FORMATS, or "model": the chat template that the tokenizer brought, which has the methods that all use."""
+    if name == "model":
+        from text.jinja_template import ModelTemplate  # here, because few need it
+
+        return ModelTemplate(tokenizer)
+    return Template(name, tokenizer)
 
 
 def split_turns(messages: list[Message]) -> tuple[str, list[tuple[Message, Message | None]]]:
@@ -252,7 +278,7 @@ class Chat:
 
     def __init__(self, model, tokenizer: Tokenizer, template: str, sampling, system: str = ""):
         """`sampling` are generate.SamplingSettings."""
-        self.model, self.tokenizer, self.template = model.eval(), tokenizer, Template(template, tokenizer)
+        self.model, self.tokenizer, self.template = model.eval(), tokenizer, make_template(template, tokenizer)
         self.sampling, self.system = sampling, system  # another system text holds from the next turn on
         self.unused = torch.tensor(tokenizer.unused_ids(model.cfg.vocab_size), device=model.embed.weight.device).long()
         self.reset()
@@ -267,8 +293,11 @@ class Chat:
     @property
     def messages(self) -> list[Message]:
         """The conversation so far, as `Template.render` takes it."""
+        return self.messages_of(self.turns)
+
+    def messages_of(self, turns: list[Turn]) -> list[Message]:
         messages = [{"role": "system", "content": self.system}] if self.system else []
-        for turn in self.turns:
+        for turn in turns:
             messages.append({"role": "user", "content": turn.user})
             messages.append({"role": "assistant", "content": turn.answer})
         return messages
@@ -314,11 +343,8 @@ class Chat:
 
     def ids(self, turns: list[Turn], text: str) -> list[int]:
         """`Template.prompt` with the answers' own ids."""
-        said = [turn.user for turn in turns] + [text]
-        ids = self.template.opening({"content": said[0]}, self.system)
-        for turn, user in zip(turns, said[1:], strict=True):
-            ids += turn.ids + self.template.continuation({"content": user})
-        return ids
+        messages = [*self.messages_of(turns), {"role": "user", "content": text}]
+        return self.template.prompt(messages, [turn.ids for turn in turns])
 
     def pieces(self, ids: list[int], answer: list[int], most: int) -> Iterator[str]:
         """The text of the answer, whose ids, at most `most`, are appended to `answer`."""

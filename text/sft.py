@@ -1,7 +1,7 @@
 """Fine-tuning examples: conversations (conversations.py) -> rows of examples that do not see each other.
 
     train, val = split_examples(list(read_examples("my.jsonl")), val_share=0.05)
-    examples = Examples(train, Template("chatml", tokenizer), seq_len=256, seed=1)
+    examples = Examples(train, make_template("chatml", tokenizer), seq_len=256, seed=1)
     ids, targets, weights, positions = examples.get(first, count)     # (count, 256) each
 """
 
@@ -23,7 +23,7 @@ from configurator import UserError, cache_folder, need
 from runtime.files import read_notes, replacing, working, write_json
 from runtime.screen import say
 from text.batches import permute, round_keys
-from text.chat import ChatSettings, SftSettings, Template
+from text.chat import ChatSettings, SftSettings, Template, make_template
 from text.conversations import Conversation, example_files, read_examples
 from text.corpus import DataSettings, document_hash, open_dataset
 from text.records import json_records, left_out, split_by_name
@@ -40,7 +40,7 @@ def open_examples(tokenizer: Tokenizer, data: DataSettings, chat: ChatSettings, 
 
     `found` are the examples of a resumed run, which are not read again.
     """
-    template = Template(chat.template, tokenizer)
+    template = make_template(chat.template, tokenizer)
 
     def fits(example: Conversation) -> bool:
         return length_of(with_system(example, chat.system), template, seq_len) > 0
