@@ -4,6 +4,8 @@
     python convert.py ~/models/Qwen3-0.6B out/qwen3                   # and so does a Hugging Face folder
     python convert.py out/smollm2 exported/ DTYPE=bfloat16            # a run -> a Hugging Face folder
     python convert.py out/smollm2 smollm2.gguf DTYPE=q8_0             # a run -> a GGUF file for llama.cpp
+    python convert.py out/smollm2-sft-lora adapters/                  # adapters -> a PEFT folder
+    python convert.py adapters/ out/mine LORA_BASE=out/smollm2        # and back
     python convert.py out/smollm2-sft-lora MERGE=1                    # adapters and their base -> one run beside them
     python convert.py out/smollm2-sft-lora out/mine MERGE=1 TO=run    # the same in another folder
     python convert.py out/smollm2-sft-lora mine.gguf MERGE=1          # the same as a GGUF file
@@ -96,12 +98,14 @@ def new_target(target: str) -> Path:
 # ---- in
 
 
-def import_model(source: Path, kind: str, target: str, lora_base: str) -> Path:
-    """A model of others becomes a run; returns its checkpoint."""
+def import_model(source: Path, kind: str, target: str, lora_base: str) -> Path | str:
+    """A model of others becomes a run; returns its checkpoint, or what to say of it."""
     folder = new_target(target or str(ROOT / "out" / source.resolve().stem))
     if kind == "peft":
-        need(lora_base, f"{source} holds adapters: LORA_BASE=<run> names the imported model that they belong to")
-        need(False, f"{source} holds adapters of PEFT: we cannot read them yet")
+        from runtime.peft import read_peft
+
+        return read_peft(str(source), str(folder), lora_base)
+    need(not lora_base, f"{source} holds a whole model: LORA_BASE is for adapters, leave it out")
     from runtime.foreign import load_weights, read_gguf_model, read_hf_folder
 
     read = {"gguf": read_gguf_model, "hf": read_hf_folder}[kind]
@@ -135,15 +139,19 @@ def save_run(folder: Path, settings: dict, weights: dict, about: dict) -> Path:
 # ---- out
 
 
-def export_model(path: Path, target: str, dtype: str, adapters: bool, lora_base: str) -> Path:
-    """A run becomes a GGUF file, a Hugging Face folder, or, if these are `adapters`, a PEFT folder."""
+def export_model(path: Path, target: str, dtype: str, adapters: bool, lora_base: str) -> Path | str:
+    """A run becomes a GGUF file, a Hugging Face folder, or, as `adapters` alone, a PEFT folder; returns what to say."""
     from runtime.foreign import write_gguf_model, write_hf_folder
 
     to, is_gguf = new_target(target), target.endswith(".gguf")
     need(is_gguf or not dtype.startswith("q"), f"DTYPE={dtype} is for GGUF: name the target *.gguf, or set "
                                                "DTYPE=bfloat16")
     need(not (is_gguf and adapters), f"{path} holds adapters, and a GGUF file a whole model: add MERGE=1")
-    need(not adapters, f"{path} holds adapters: add MERGE=1")
+    if adapters:
+        from runtime.peft import write_peft
+
+        need(dtype == "float32", f"DTYPE={dtype} is for whole models, and adapters leave in float32: leave it out")
+        return write_peft(str(path), target, lora_base)
     cfg, weights, tokenizer = whole_model(path, lora_base)
     if not is_gguf:
         write_hf_folder(to, cfg, weights, tokenizer, getattr(torch, dtype))

@@ -1,15 +1,25 @@
 """Models of transformers come in and go out again: the same logits, whatever the family and the files."""
 
+import json
+import shutil
+from functools import cache
+
 import pytest
 import torch
 
 import convert
+import eval as evaluation
+import train
+from bpe import BPETokenizer
 from configurator import UserError
+from conftest import tiny_run, tune
+from model import LanguageModel, ModelConfig
 from runtime import checkpoint
-from text.tokenizer import CharTokenizer
+from runtime.safetensors import SafetensorsFile, write_safetensors
 
-IDS = torch.randint(60, (2, 48), generator=torch.Generator().manual_seed(1))
-SIZES = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+VOCAB = 270  # two more than the tokenizer has
+IDS = torch.randint(VOCAB - 4, (2, 48), generator=torch.Generator().manual_seed(1))
+SIZES = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=1,
              eos_token_id=2)
 MANY = SIZES | dict(num_experts_per_tok=3, moe_intermediate_size=16)
@@ -21,7 +31,7 @@ YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, r
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=16, rope_theta=5e5)
 MODELS = {
-    "gpt2": ("GPT2", dict(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=2)),
+    "gpt2": ("GPT2", dict(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=2)),
     "llama": ("Llama", SIZES | dict(num_key_value_heads=4)),
     "llama, tied": ("Llama", SIZES | dict(tie_word_embeddings=True, num_key_value_heads=1)),
     "llama, llama3": ("Llama", SIZES | dict(rope_parameters=LLAMA3, rms_norm_eps=1e-5)),
@@ -66,8 +76,13 @@ def build(name):
 
 def save(model, folder, **how):
     model.save_pretrained(folder, **how)
-    CharTokenizer.train(["the quick brown fox"]).save(folder)
+    tokenizer().save(folder)
     return folder
+
+
+@cache
+def tokenizer() -> BPETokenizer:
+    return BPETokenizer.train(["the quick brown fox and the lazy dog"] * 4, 268, workers=1)
 
 
 def go(*words):
@@ -101,8 +116,291 @@ def test_logits_are_those_of_transformers_both_ways(name, tmp_path):
     assert far(back(IDS).logits, expected) < 1e-6
 
 
+# ---- GGUF
+
+GGUF = [name for name in MODELS if name not in (
+    "mistral", "qwen3_moe, as it comes", "deepseek_v2, groups", "deepseek_v2, q", "deepseek_v3, q")]
+BY_TRANSFORMERS = ["llama", "llama, tied", "qwen2"]  # of the others it overlooks settings: head_dim, the context
+
+
+@pytest.mark.parametrize("name", GGUF)
+@torch.no_grad()
+def test_a_gguf_file_gives_back_every_bit_and_setting(name, tmp_path):
+    theirs = build(name)
+    save(theirs, tmp_path / "theirs")
+    go(tmp_path / "theirs", tmp_path / "run")
+    go(tmp_path / "run", tmp_path / "model.gguf")
+    go(tmp_path / "model.gguf", tmp_path / "again")
+    first, second = ours(tmp_path / "run"), ours(tmp_path / "again")
+    same = vars(first.cfg) | {"init_std": 0.02}
+    assert vars(second.cfg) == same
+    for key, weight in first.state_dict().items():
+        assert torch.equal(weight, second.state_dict()[key]), key
+    if name in BY_TRANSFORMERS:
+        import transformers
+
+        read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf").eval()
+        assert far(read(IDS).logits, theirs(IDS).logits) < 1e-5
+
+
+@pytest.mark.parametrize("dtype, most", [("float16", 3e-4), ("bfloat16", 2e-3), ("q8_0", 6e-3), ("q4_0", 0.1)])
+def test_rounded_gguf_files_are_near(dtype, most, tmp_path):
+    save(build("llama"), tmp_path / "theirs")
+    go(tmp_path / "theirs", tmp_path / "run")
+    go(tmp_path / "run", tmp_path / "model.gguf", f"DTYPE={dtype}")
+    go(tmp_path / "model.gguf", tmp_path / "again")
+    first, second = ours(tmp_path / "run").state_dict(), ours(tmp_path / "again").state_dict()
+    for key, weight in first.items():
+        error = ((weight - second[key]).norm() / weight.norm()).item()
+        if weight.ndim == 1:
+            assert error == 0
+        elif key.endswith("ffn.down.weight"):  # rows of 48 numbers are no whole blocks of 32
+            assert 0 < error < 3e-3
+        else:
+            assert most / 4 < error < most
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", GGUF)
+@torch.no_grad()
+def test_llama_cpp_computes_the_same(name, tmp_path, llama_cpp):
+    save(build(name), tmp_path / "theirs")
+    go(tmp_path / "theirs", tmp_path / "run")
+    go(tmp_path / "run", tmp_path / "model.gguf")
+    expected, theirs = ours(tmp_path / "run")(IDS[:1])[0, -1], llama_cpp.load(tmp_path / "model.gguf")
+    found = torch.from_numpy(theirs.logits(IDS[0].tolist()))
+    assert (found - expected).abs().max() < 0.02 * expected.std()
+
+
+# ---- files of every kind
+
+
 def test_a_target_that_is_not_empty_is_refused(tmp_path):
     save(build("llama"), tmp_path / "theirs")
     go(tmp_path / "theirs", tmp_path / "run")
     with pytest.raises(UserError, match="is not empty"):
         go(tmp_path / "theirs", tmp_path / "run")
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """A Hugging Face folder."""
+    return save(build("llama, tied"), tmp_path / "theirs")
+
+
+def rewrite(folder, change):
+    """Change the tensors of a folder: {name: tensor} in place."""
+    path = folder / "model.safetensors"
+    file = SafetensorsFile(path)
+    tensors = {name: file.load(name) for name in file.shapes}
+    change(tensors)
+    write_safetensors(path, {name: (tuple(each.shape), each.dtype, lambda each=each: each)
+                             for name, each in tensors.items()})
+
+
+def set_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@torch.no_grad()
+def test_old_files_of_gpt2_without_prefix_and_with_masks(tmp_path):
+    model = build("gpt2")
+    folder = save(model, tmp_path / "theirs")
+    file = SafetensorsFile(folder / "model.safetensors")
+    old = {name.removeprefix("transformer."): file.load(name) for name in file.shapes}
+    old |= {"h.0.attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8), "h.1.attn.masked_bias": torch.tensor(-1e4)}
+    (folder / "model.safetensors").unlink()
+    torch.save(old, folder / "pytorch_model.bin")
+    go(folder, tmp_path / "run")
+    assert far(ours(tmp_path / "run")(IDS), model(IDS).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_layers_that_predict_a_second_token_are_left_out(tmp_path):
+    folder = save(build("deepseek_v3"), tmp_path / "theirs")
+    rewrite(folder, lambda tensors: tensors.update({"model.layers.2.eh_proj.weight": torch.zeros(4, 4)}))
+    go(folder, tmp_path / "run")
+    assert (tmp_path / "run" / "best.pt").exists()
+
+
+@torch.no_grad()
+def test_a_head_that_should_be_tied_and_differs_is_kept(theirs, tmp_path, capsys):
+    rewrite(theirs, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    go(theirs, tmp_path / "tied")
+    assert ours(tmp_path / "tied").cfg.tie_embeddings
+    rewrite(theirs, lambda tensors: tensors["lm_head.weight"].mul_(2))
+    go(theirs, tmp_path / "untied")
+    assert "we keep both" in capsys.readouterr().out
+    model = ours(tmp_path / "untied")
+    assert not model.cfg.tie_embeddings
+    assert torch.allclose(model(IDS), 2 * ours(tmp_path / "tied")(IDS), atol=1e-4)
+
+
+def test_weights_are_fp32_with_memory_of_their_own(tmp_path):
+    folder = save(build("gpt2").bfloat16(), tmp_path / "theirs")
+    go(folder, tmp_path / "run")
+    state = checkpoint.load(tmp_path / "run" / "best.pt")["model"]
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in state.values())
+
+
+def spoil_index(names):
+    def change(folder):
+        file = folder / "model.safetensors"
+        shapes = list(SafetensorsFile(file).shapes)
+        file.rename(folder / "a.safetensors")
+        index = {"weight_map": {name: names.get(name, names.get("*", "a.safetensors")) for name in shapes}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return change
+
+
+def spoil(**changes):
+    return lambda folder: set_config(folder, **changes)
+
+
+def spoil_tensors(change):
+    return lambda folder: rewrite(folder, change)
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def pickle_of(content):
+    def change(folder):
+        (folder / "model.safetensors").unlink()
+        torch.save(content, folder / "pytorch_model.bin")
+    return change
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+WRONG = {
+    "a tensor is missing": (spoil_tensors(lambda t: t.pop(Q)), f"lacks the tensor {Q}"),
+    "a tensor has another name": (spoil_tensors(lambda t: t.update({"model.new": t.pop(Q)})), f"{Q}; it has model.new"),
+    "a tensor too many": (spoil_tensors(lambda t: t.update({"model.new": torch.zeros(3)})), "model.new"),
+    "another shape": (spoil_tensors(lambda t: t.update({Q: t[Q].T[:16]})), rf"{Q} is \(16, 32\)"),
+    "not finite": (spoil_tensors(lambda t: t[Q].fill_(torch.inf)), f"{Q} is not finite"),
+    "whole numbers": (spoil_tensors(lambda t: t.update({Q: t[Q].to(torch.int8)})), f"{Q} is I8"),
+    "cut short": (cut, "model.safetensors is no safetensors file"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
+    "another architecture": (spoil(model_type="bert"), "bert"),
+    "quantised": (spoil(quantization_config={"quant_method": "gptq"}), "quantised"),
+    "too many layers": (spoil(num_hidden_layers=9999), "n_layer"),
+    "too wide": (spoil(hidden_size=2**19), "d_model"),
+    "a head that is not there": (spoil(tie_word_embeddings=False), "lacks the tensor lm_head.weight"),
+    "a vocabulary below the tokenizer's": (spoil(vocab_size=200), "200"),
+    "an index that leaves the folder": (spoil_index({"*": "../a.safetensors"}), "names a file ../a.safetensors"),
+    "an index with a whole path": (spoil_index({"*": "/a.safetensors"}), "names a file /a.safetensors"),
+    "an index that lacks a file": (spoil_index({Q: "b.safetensors"}), "a.safetensors do not agree"),
+    "an index of another shape": (lambda folder: (spoil_index({})(folder), (
+        folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')), "weight_map is a list"),
+    "a pickle of other things": (pickle_of({"a": 1}), "holds no weights that we read"),
+    "a pickle with code": (pickle_of({"a": shutil.rmtree}), "holds no weights that we read"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_with_a_folder_is_one_sentence(what, theirs, tmp_path):
+    change, sentence = WRONG[what]
+    change(theirs)
+    with pytest.raises(UserError, match=sentence) as error:
+        go(theirs, tmp_path / "run")
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+# ---- what has no form elsewhere
+
+
+def our_run(folder, **settings):
+    """A run of ours with random weights."""
+    cfg = ModelConfig(**(dict(vocab_size=VOCAB, seq_len=64, d_model=32, n_layer=2, n_head=4) | settings))
+    torch.manual_seed(0)
+    about = {"tokenizer": json.dumps(tokenizer().to_dict()), "progress": {"step": 0, "best": 9.0}}
+    return convert.save_run(folder, vars(cfg), LanguageModel(cfg).state_dict(), about).parent
+
+
+REFUSED = {
+    "relu2 with qk_norm": (dict(ffn="relu2", qk_norm=True), "hf", "qwen3 comes nearest"),
+    "alibi": (dict(position="alibi", ffn="swiglu"), "hf", "position=rope"),
+    "reversible": (dict(reversible=True, ffn="swiglu"), "hf", "reversible=False"),
+    "enigma": (dict(reversible=True, n_enigma=1, ffn="swiglu", head_dim=8), "hf", "n_enigma=0"),
+    "soft cap": (dict(logit_softcap=30.0, ffn="swiglu"), "model.gguf", "logit_softcap=0"),
+    "no renormalising": (dict(n_expert=4, ffn="swiglu", router_renormalise=False), "model.gguf", "router_renormalise"),
+    "latent without q_rank": (dict(n_expert=4, ffn="swiglu", attention="mla", qk_norm=False, router="sigmoid",
+                                   balance="bias"), "model.gguf", "q_rank"),
+    "q8_0 elsewhere": (dict(ffn="swiglu"), "hf DTYPE=q8_0", "is for GGUF"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_no_format_can_say_is_refused_with_the_reason(what, tmp_path):
+    settings, target, sentence = REFUSED[what]
+    folder = our_run(tmp_path / "run", **settings)
+    target, *words = target.split()
+    with pytest.raises(UserError, match=sentence):
+        go(folder, tmp_path / target, *words)
+    assert not (tmp_path / target).exists()
+
+
+def test_a_window_in_gguf_is_told(tmp_path, capsys):
+    go(our_run(tmp_path / "run", ffn="swiglu", qk_norm=False, window=16), tmp_path / "model.gguf")
+    assert "up to 16 tokens" in capsys.readouterr().out
+
+
+def test_numbers_that_float16_cannot_hold_are_refused(theirs, tmp_path):
+    rewrite(theirs, lambda tensors: tensors[Q].fill_(1e6))
+    go(theirs, tmp_path / "run")
+    for target in ("out", "out.gguf"):
+        with pytest.raises(UserError, match="DTYPE=bfloat16"):
+            go(tmp_path / "run", tmp_path / target, "DTYPE=float16")
+        assert not (tmp_path / target).exists()
+
+
+def test_foreign_to_foreign_says_to_import_first(theirs, tmp_path):
+    with pytest.raises(UserError, match="import it first"):
+        go(theirs, tmp_path / "model.gguf")
+
+
+# ---- our models out
+
+
+def test_a_trained_model_leaves_with_its_tokenizer(text, tmp_path):
+    import transformers
+
+    train.main(tiny_run(text, tmp_path / "run", ffn="swiglu", max_steps=2))
+    go(tmp_path / "run", tmp_path / "theirs")
+    model, own, _ = checkpoint.load_model(tmp_path / "run" / "best.pt")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
+    ids = own.encode("the quick brown fox")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")("the quick brown fox").input_ids == ids
+    assert far(theirs(torch.tensor([ids])).logits, model(torch.tensor([ids])).detach()) < 1e-5
+
+
+def test_an_imported_model_trains_further_and_is_evaluated(text, theirs, questions, tmp_path, capsys):
+    go(theirs, tmp_path / "run")
+    cache = text.parent / "cache"
+    evaluation.main([f"init_from={tmp_path / 'run'}", f"data_path={text}", f"cache_dir={cache}"])
+    assert "bits per byte" in capsys.readouterr().out
+    assert train.main(tune(text, tmp_path / "run", questions, tmp_path / "lora", use_lora=1, max_steps=2)) == 0
+    go(tmp_path / "lora", "MERGE=1")
+    evaluation.main([f"init_from={tmp_path / 'lora-merged'}", f"cache_dir={cache}"])
+    assert "bits per byte" in capsys.readouterr().out
+    go(tmp_path / "lora", tmp_path / "merged.gguf", "MERGE=1")
+    go(tmp_path / "lora", tmp_path / "merged", "MERGE=1")
+    again = SafetensorsFile(tmp_path / "merged" / "model.safetensors")
+    merged = ours(tmp_path / "lora-merged")
+    assert torch.equal(again.load("model.layers.0.self_attn.q_proj.weight"), merged.blocks[0].attn.q.weight)
+    assert torch.equal(again.load("lm_head.weight"), merged.head.weight)
+
+
+def test_adapters_leave_as_a_peft_folder_and_come_back(text, theirs, questions, tmp_path):
+    go(theirs, tmp_path / "run")
+    train.main(tune(text, tmp_path / "run", questions, tmp_path / "lora", use_lora=1, lora_rank=2, max_steps=2))
+    go(tmp_path / "lora", tmp_path / "peft")
+    go(tmp_path / "peft", tmp_path / "again", f"LORA_BASE={tmp_path / 'run'}")
+    assert torch.allclose(ours(tmp_path / "again")(IDS), ours(tmp_path / "lora")(IDS), atol=1e-5)
+    with pytest.raises(UserError, match="add MERGE=1"):
+        go(tmp_path / "lora", tmp_path / "lora.gguf")
