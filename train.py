@@ -175,6 +175,7 @@ class Run:
         self.model = LanguageModel(s.part(ModelConfig))
         if start.weights:
             self.model.load_state_dict(start.weights)
+            start.weights = None  # or a large base would be in memory twice
         if s.use_lora:
             lora.inject(self.model, s.part(lora.LoraSettings))
         self.model.to(machine.device).train()

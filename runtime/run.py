@@ -281,7 +281,11 @@ def describe_run(s: Settings, plan, model: LanguageModel, optimizer: Optimizer, 
     lines = [f"model    {counts['total']:,} parameters, {active}{counts['total'] - counts['embedding']:,} without "
              f"embeddings; {model.flops_per_token() / 1e6:.0f} MFLOP per token"]
     if s.use_lora:
-        lines.append(f"adapters {describe(model)}")
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        size = sum(p.numel() * p.element_size() for p in frozen) / 1e9
+        kind = str(frozen[0].dtype).removeprefix("torch.")
+        lines += [f"adapters {describe(model)}",
+                  f"         adapters are trained in float32; the frozen weights stay in {kind}, {size:.2g} GB"]
     lines.append(f"data     {batches.describe()}; a vocabulary of {s.vocab_size:,}; validation on "
                  f"{validation.tokens:,} tokens")
     lines.append(f"steps    {plan.max_steps:,} of {plan.sequences * s.seq_len:,} tokens{passes}: {epochs:.2f} epochs")
