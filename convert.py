@@ -19,7 +19,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
@@ -29,7 +29,6 @@ from model import ModelConfig
 from runtime import checkpoint
 from runtime.files import own_folder, unless_empty
 from runtime.screen import run
-from text.chat import ChatSettings
 
 USAGE = "say: python convert.py SOURCE TARGET [DTYPE=...] [MERGE=1] [TO=run] [LORA_BASE=CHECKPOINT]"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}  # in a GGUF file
@@ -121,8 +120,7 @@ def import_model(source: Path, kind: str, target: str, lora_base: str) -> Path |
 
 def choose_template(tokenizer) -> str:
     """How a conversation with an imported model is written."""
-    known = get_args(ChatSettings.__annotations__["template"])
-    if "chat_template" in tokenizer.config and "model" in known:
+    if "chat_template" in tokenizer.config:
         return "model"
     return "chatml" if "<|im_start|>" in tokenizer.specials else "alpaca"
 
