@@ -1,59 +1,91 @@
-"""Tokenizers as GGUF files have them: byte-level BPE in the metadata, read and written.
+"""Tokenizers as GGUF files have them: byte-level BPE and SentencePiece's BPE in the metadata, read and written.
 
     tokenizer = read_tokenizer_meta(file.meta, "smollm2.gguf")
     meta = write_tokenizer_meta(tokenizer, vocab_size=4096)
 
-llama.cpp knows how text is cut by a name, `tokenizer.ggml.pre`; it has no file without one of these names.
+For byte-level BPE, llama.cpp knows how text is cut by a name, `tokenizer.ggml.pre`; it has no file without one of them.
+SentencePiece's models are protobuf messages: a few fields of them are all that GGUF has.
 """
 
-from bpe import BPETokenizer, added_tokens, pre_tokenizer, read_names, spell
-from configurator import need, shown
-from runtime.files import Either, mismatch
-from text.pieces import NEMO, PATTERNS
-from text.tokenizer import Tokenizer, naming
+import struct
+import sys
+from collections.abc import Iterator
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens
+from bpe import BPETokenizer, added_tokens, pre_tokenizer, read_names, spell
+from configurator import UserError, need, shown
+from runtime.files import mismatch
+from text.pieces import CHINESE_AND_JAPANESE, DEEPSEEK, NEMO, PATTERNS
+from text.tokenizer import Tokenizer, naming
+from text.tokenizer_hf import added_names
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens, in GGUF and SentencePiece
 # How a name of llama.cpp cuts, and whether a piece that is a token becomes that token even without merges.
 CUTS = {
     "gpt-2": ([PATTERNS["gpt2"]], False),
-    "smaug-bpe": ([PATTERNS["gpt4"]], False),  # the expression of llama-bpe without what else that name means
+    "smaug-bpe": ([PATTERNS["gpt4"]], False),
     "qwen2": ([PATTERNS["qwen2"]], False),
     "gpt-4o": ([PATTERNS["o200k"]], False),
     "smollm": ([r"\p{N}", PATTERNS["gpt2"]], False),
+    "deepseek-v3": ([r"\p{N}{1,3}", CHINESE_AND_JAPANESE, DEEPSEEK], False),
     "llama-bpe": ([PATTERNS["gpt4"]], True),
     "tekken": ([NEMO], True),
 }
-READ_ONLY = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "gpt-4": "smaug-bpe", "deepseek-r1-qwen": "qwen2"}
-ROLES = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
-SHAPE = {"tokenizer.ggml.model": str, "tokenizer.ggml.tokens": [str], "tokenizer.ggml.pre?": str,
-         "tokenizer.ggml.merges?": [str], "tokenizer.ggml.token_type?": [int], "tokenizer.chat_template?": str,
-         "tokenizer.ggml.eot_token_id?": int} | {f"tokenizer.ggml.{key}?": Either(int, None) for key in ROLES.values()}
+ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+BEGINS = {"llama-bpe", "tekken"}  # names with a begin-of-text token, unless the file says that there is none
+# What llama.cpp cuts in another way than the model's own files say.
+CASES = "combining marks and capitals beyond ASCII"
+INEXACT = {"gpt-4o": CASES, "tekken": CASES}
+ROLES_OF_META = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
+SHAPE = {"tokenizer.ggml.model": str, "tokenizer.ggml.tokens": [str]} | {f"tokenizer.{key}?": shape for key, shape in {
+    "ggml.pre": str, "ggml.merges": [str], "ggml.token_type": [int], "ggml.scores": [float], "chat_template": str,
+    "ggml.add_bos_token": bool, "ggml.add_space_prefix": bool,
+    **{f"ggml.{key}": int for key in ("eot_token_id", "eom_token_id", *ROLES_OF_META.values())}}.items()}
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_tokenizer_meta(meta: dict, where: str) -> Tokenizer:
-    """The tokenizer of a GGUF file, with its roles and its chat template; UserError for kinds that we do not have."""
-    own = {key: value for key, value in meta.items() if key.startswith("tokenizer.")}
-    wrong = mismatch(own, SHAPE)
+    """The tokenizer of a GGUF file, with its roles, stop tokens and chat template; UserError for kinds that we do not
+    have."""
+    wrong = mismatch(meta, SHAPE)
     need(not wrong, f"{where}: its tokenizer is not as GGUF has it: {wrong}")
-    kind, pre = own["tokenizer.ggml.model"], own.get("tokenizer.ggml.pre", "default")
-    need(kind == "gpt2", f"{where}: its tokenizer is a {shown(kind)}, and of GGUF's we read byte-level BPE (gpt2) only")
-    pre = READ_ONLY.get(pre, pre)
-    need(pre in CUTS, f"{where}: its tokenizer cuts text as {shown(pre)} does, and we know {', '.join(CUTS)}")
-    patterns, whole = CUTS[pre]
-    tokens = own["tokenizer.ggml.tokens"]
-    types = own.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
-    need(len(types) == len(tokens) and len(set(tokens)) == len(tokens),
-         f"{where}: its tokenizer has {len(tokens)} tokens, {len(set(tokens))} different ones, and {len(types)} types")
+    own = {key.removeprefix("tokenizer.").removeprefix("ggml."): value for key, value in meta.items()
+           if key.startswith("tokenizer.")}
+    tokens = own["tokens"]
+    types = own.get("token_type") or [NORMAL] * len(tokens)
+    used = [token for token, kind in zip(tokens, types, strict=False) if kind != UNUSED]
+    need(len(types) == len(tokens) and len(set(used)) == len(used),
+         f"{where}: its tokenizer has {len(tokens)} tokens, {len(tokens) - len(used) + len(set(used))} different ones, "
+         f"and {len(types)} types")
     with naming(where):
-        vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == NORMAL}
-        specials = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == CONTROL}
-        added = added_tokens(specials)
-        for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-            if kind == USER_DEFINED:
-                added += [entry | {"special": False} for entry in added_tokens({token: i})]
-        merges = [split_merge(merge) for merge in own.get("tokenizer.ggml.merges", [])]
-        names, pairs = read_names(vocab, merges, added)
-        return BPETokenizer(names, pairs, patterns, added, whole, config=config_of(own, tokens))
+        if own["model"] == "gpt2":
+            tokenizer = read_bpe_meta(own, tokens, types)
+        elif own["model"] == "llama":
+            tokenizer = read_spm_meta(own, tokens, types)
+        else:
+            raise UserError(f"its tokenizer is a {shown(own['model'])}; of GGUF's we read gpt2 (byte-level BPE) and "
+                            "llama (SentencePiece's BPE)")
+        tokenizer.config.update(read_roles(own, tokenizer))
+    return tokenizer
+
+
+def read_bpe_meta(own: dict, tokens: list[str], types: list[int]) -> BPETokenizer:
+    pre = own.get("pre", "default")
+    pre = ALIASES.get(pre, pre)
+    need(pre in CUTS, f"its tokenizer cuts text as {shown(pre)} does, and we know {', '.join([*CUTS, *ALIASES])}")
+    need(BYTE not in types, "its tokenizer is byte-level BPE and has tokens of the type for bytes")
+    patterns, whole = CUTS[pre]
+    vocab, added = {}, []
+    for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        if kind != UNUSED:
+            vocab[token] = i
+        if kind in (UNKNOWN, CONTROL):
+            added += added_tokens({token: i})
+        elif kind == USER_DEFINED:
+            added += [entry | {"special": False} for entry in added_tokens({token: i})]
+    names, pairs = read_names(vocab, list(map(split_merge, own.get("merges", []))), added)
+    return BPETokenizer(names, pairs, patterns, added, whole, config={"add_bos_token": pre in BEGINS})
 
 
 def split_merge(merge: str) -> list[str]:
@@ -62,37 +94,171 @@ def split_merge(merge: str) -> list[str]:
     return [merge[:at], merge[at + 1 :]]
 
 
-def config_of(own: dict, tokens: list[str]) -> dict:
-    """tokenizer_config.json: which tokens play which role, and the chat template."""
-    config = {}
-    for role, key in ROLES.items():
-        i = own.get(f"tokenizer.ggml.{key}")
-        if i is not None and 0 <= i < len(tokens):
-            config[f"{role}_token"] = tokens[i]
-    if "tokenizer.chat_template" in own:
-        config["chat_template"] = own["tokenizer.chat_template"]
+def read_roles(own: dict, tokenizer: Tokenizer) -> dict:
+    """tokenizer_config.json: which tokens play which role, what else ends an answer, and the chat template."""
+    names, config = added_names(tokenizer), {"add_bos_token": tokenizer.config["add_bos_token"]}
+    if "add_bos_token" in own:
+        config["add_bos_token"] = own["add_bos_token"]
+    for role, key in ROLES_OF_META.items():
+        if own.get(key) in names:
+            config[f"{role}_token"] = names[own[key]]
+    if config.get("bos_token") == config.get("eos_token") and not config["add_bos_token"]:
+        config.pop("bos_token", None)  # as in GPT-2's files: nothing begins a text
+    stops = [names[own[key]] for key in ("eot_token_id", "eom_token_id") if own.get(key) in names]
+    if stops:
+        config["stop_tokens"] = stops
+    if own.get("chat_template"):
+        config["chat_template"] = own["chat_template"]
     return config
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def write_tokenizer_meta(tokenizer: Tokenizer, vocab_size: int) -> dict:
     """The metadata of a tokenizer of ours, for a model with `vocab_size` entries; UserError where GGUF has no form."""
-    need(isinstance(tokenizer, BPETokenizer), "GGUF has no exact form of this tokenizer: only of byte-level BPE")
-    names = [name for name, cuts in CUTS.items() if cuts == (tokenizer.patterns, tokenizer.ignore_merges)]
-    if tokenizer.patterns == [PATTERNS["cl100k"]]:
-        names = ["smaug-bpe"]  # differs at the end of a text, if that is white space
-    need(names and not tokenizer.nfc, "llama.cpp knows no tokenizer that cuts text as this one: "
-         f"{shown(str(pre_tokenizer(tokenizer.patterns)))}")
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [UNUSED] * vocab_size
+    if isinstance(tokenizer, BPETokenizer):
+        meta = write_bpe_meta(tokenizer, tokens, types)
+    else:
+        need(hasattr(tokenizer, "model"), "GGUF has no form of a character tokenizer: a Hugging Face folder has one")
+        meta = write_spm_meta(tokenizer, tokens, types)
+    need(len(set(tokens)) == len(tokens), "GGUF names unused tokens [PAD0], [PAD1] ..., and a token has such a name")
+    meta |= {"tokens": tokens, "token_type": types, "add_bos_token": tokenizer.adds_bos(), "add_eos_token": False}
+    meta = {f"tokenizer.ggml.{key}": value for key, value in (meta | write_roles(tokenizer)).items()}
+    if tokenizer.config.get("chat_template"):
+        meta["tokenizer.chat_template"] = tokenizer.config["chat_template"]
+    return meta
+
+
+def write_bpe_meta(tokenizer: BPETokenizer, tokens: list[str], types: list[int]) -> dict:
+    """Fills in `tokens` and `types`; returns what else there is."""
+    pre = name_of_cut(tokenizer)
     for token, i in tokenizer.vocab.items():
         tokens[i], types[i] = spell(token), NORMAL
     for entry in tokenizer.added:
         tokens[entry["id"]] = entry["content"]
         types[entry["id"]] = CONTROL if entry["special"] else USER_DEFINED
     merges = [f"{spell(left)} {spell(right)}" for left, right in tokenizer.merges]
-    meta = {"model": "gpt2", "pre": names[0], "tokens": tokens, "token_type": types, "merges": merges or [" "],
-            "add_bos_token": False, "add_eos_token": False}
-    for role, key in ROLES.items():
-        if tokenizer.role(role) is not None:
-            meta[key] = tokenizer.role(role)
-    return {f"tokenizer.ggml.{key}": value for key, value in meta.items()}
+    return {"model": "gpt2", "pre": pre, "merges": merges}
+
+
+def name_of_cut(tokenizer: BPETokenizer) -> str:
+    """llama.cpp's name of how a tokenizer cuts text, with a line on stderr where it does not quite."""
+    names = [name for name, cuts in CUTS.items() if cuts == (tokenizer.patterns, tokenizer.ignore_merges)]
+    differs = list(map(INEXACT.get, names))
+    if tokenizer.patterns == [PATTERNS["cl100k"]] and not tokenizer.ignore_merges:
+        names, differs = ["smaug-bpe"], ["white space at the end of a text"]
+    need(names, f"llama.cpp cuts text in no way that this tokenizer does: "
+                f"{shown(str(pre_tokenizer(tokenizer.patterns)))}; a Hugging Face folder can hold it")
+    if tokenizer.nfc:
+        differs.append("accents that are not composed (NFC)")
+    for what in filter(None, differs):
+        print(f"llama.cpp gives other ids to {what}", file=sys.stderr)
+    return names[0]
+
+
+def write_roles(tokenizer: Tokenizer) -> dict:
+    """Ids of roles. llama.cpp gives a file without them the id 11; what ends an answer is its eos."""
+    ids = {key: tokenizer.role(role) for role, key in ROLES_OF_META.items()}
+    end = tokenizer.role("eos")
+    if end is None:
+        end = tokenizer.needs("eot")
+    if tokenizer.config.get("chat_template") and tokenizer.role("end_of_turn") is not None:
+        end = tokenizer.role("end_of_turn")
+    ids["eos_token_id"] = end
+    if ids["bos_token_id"] is None:
+        ids["bos_token_id"] = end
+    others = [i for i in tokenizer.stop_ids() if i not in (end, tokenizer.role("pad"))]
+    ids |= zip(("eot_token_id", "eom_token_id"), others, strict=False)
+    return {key: i for key, i in ids.items() if i is not None}
+
+
+# ---- SentencePiece: a protobuf message of which GGUF has the pieces --------------------------------------------------
+
+BPE = 2  # SentencePiece's number of the kind; 1 is unigram
+
+
+def read_spm_meta(own: dict, tokens: list[str], types: list[int]) -> Tokenizer:
+    from text.spm import SentencePieceTokenizer
+
+    scores = own.get("scores")
+    need(scores and len(scores) == len(tokens), f"its {len(tokens)} tokens have {len(scores or [])} scores")
+    need(all(0 < kind < 7 for kind in types), "a token is of no type that GGUF has")
+    pieces, count = [], len(tokens)
+    while count and types[count - 1] == UNUSED:  # what a model has beyond its tokenizer
+        count -= 1
+    for token, score, kind in zip(tokens[:count], scores, types, strict=False):
+        pieces.append(field(1, field(1, token.encode()) + b"\x15" + struct.pack("<f", score) + field(3, kind)))
+    trainer = field(3, BPE) + field(35, int(BYTE in types))
+    spaces = field(3, int(own.get("add_space_prefix", True))) + field(4, 0) + field(5, 1)
+    model = b"".join(pieces) + field(2, trainer) + field(3, field(1, b"identity") + spaces)
+    return SentencePieceTokenizer(model, {"add_bos_token": True})
+
+
+def write_spm_meta(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> dict:
+    """Fills in `tokens` and `types`; returns what else there is."""
+    fields = list(fields_of(tokenizer.model))
+    trainer, normalizer = ({}, {})
+    for number, value in fields:
+        if number == 2:
+            trainer |= dict(fields_of(value))
+        elif number == 3:
+            normalizer |= dict(fields_of(value))
+    need(trainer.get(3, 1) == BPE, "llama.cpp has no exact form of a unigram tokenizer: TOKENIZER=bpe or spbpe leaves")
+    need(not normalizer.get(2) and not normalizer.get(4, 1),
+         "this tokenizer changes text before it cuts it, which llama.cpp does not: it cannot become a GGUF file")
+    scores = [0.0] * len(tokens)
+    for i, piece in enumerate(value for number, value in fields if number == 1):
+        parts = dict(fields_of(piece))
+        tokens[i], types[i] = parts[1].decode(), parts.get(3, NORMAL)
+        scores[i] = struct.unpack("<f", parts.get(2, bytes(4)))[0]
+    for name, i in tokenizer.specials.items():
+        if types[i] == UNUSED:
+            tokens[i], types[i] = name, CONTROL
+    return {"model": "llama", "scores": scores, "add_space_prefix": tokenizer.adds_space}
+
+
+def field(number: int, value: int | bytes) -> bytes:
+    """One field of a protobuf message: a number, or bytes behind their length."""
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def varint(number: int) -> bytes:
+    """300 -> b"\\xac\\x02": seven bits a byte, the lowest first; the eighth says that more follow."""
+    found = bytearray()
+    while number > 127:
+        found.append(number & 127 | 128)
+        number >>= 7
+    found.append(number)
+    return bytes(found)
+
+
+def fields_of(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(number, value) of the fields of a message that SentencePiece has accepted."""
+    at = 0
+
+    def read_varint() -> int:
+        nonlocal at
+        number = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            number |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return number
+
+    while at < len(message):
+        key = read_varint()
+        size = {1: 8, 5: 4}.get(key & 7)
+        if key & 7 == 0:
+            yield key >> 3, read_varint()
+            continue
+        if size is None:
+            size = read_varint()
+        yield key >> 3, message[at : at + size]
+        at += size

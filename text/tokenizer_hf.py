@@ -103,10 +103,16 @@ def read_stops(folder: Path) -> list[int]:
 def stop_tokens(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     """The names of the ids that are special or added tokens: ordinary text ends no answer (a config.json without an
     eos_token_id means 2, whatever token that is)."""
-    names = {i: name for name, i in tokenizer.specials.items()}
-    if isinstance(tokenizer, BPETokenizer):
-        names |= {i: name for name, i in tokenizer.added_ids.items()}
+    names = added_names(tokenizer)
     return [names[i] for i in dict.fromkeys(ids) if i in names]
+
+
+def added_names(tokenizer: Tokenizer) -> dict[int, str]:
+    """{id: name} of the special tokens, and of what else was added to the vocabulary."""
+    ids = dict(tokenizer.specials)
+    if isinstance(tokenizer, BPETokenizer):
+        ids |= tokenizer.added_ids
+    return {i: name for name, i in ids.items()}
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
