@@ -6,13 +6,15 @@ import shlex
 import pytest
 
 import commands
+import convert
 import eval as eval_script
 import sample
 import train
 from configurator import ROOT, configure
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "README.zh.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = {"train.py": train, "sample.py": sample, "eval.py": eval_script}
+SCRIPTS = {"train.py": train.SETTINGS, "sample.py": sample.SETTINGS, "eval.py": eval_script.SETTINGS,
+           "convert.py": [convert.ConvertSettings]}
 
 
 def parsed():
@@ -30,7 +32,8 @@ def test_every_command_of_the_documentation_is_understood(command):
     environ = dict(word.split("=", 1) for word in words[:at] if re.match(r"[A-Z_]+=", word))
     script, *argv = words[at:]
     if "--help" not in argv:
-        configure(SCRIPTS[script].SETTINGS, argv, environ)
+        plain = {"convert.py": "paths"}.get(script, "")
+        configure(SCRIPTS[script], argv, environ, plain=plain)
 
 
 def test_every_command_of_the_documentation_runs_in_its_order(tmp_path):
