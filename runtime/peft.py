@@ -110,7 +110,7 @@ def write_peft(run_path: str, target: str, lora_base: str = "") -> str:
     every = {name.removesuffix(".weight") for link in found.values() for name in link.theirs}
     config = write_config(settings, parts, list(whole), sorted(every), family.gguf == "gpt2")
     was = Path(state["base"]["path"]).parent
-    place = find_path(lora_base) if exported else folder.resolve().with_name(was.name)
+    place = find_path(lora_base) if exported else folder.resolve().with_name(f"{was.name}-hf")  # not the run itself
     config["base_model_name_or_path"] = str(place.resolve())
     tensors = {}
     for name, ends in ({name: part.tensors for name, part in parts.items()} | whole).items():

@@ -137,7 +137,7 @@ def test_peft_computes_with_our_adapters_what_we_do(bases, kind, settings, tmp_p
     expected = ours(folder)
     assert (expected - ours(run)).abs().max() > 0.1
     words = write_peft(folder, tmp_path / "peft")
-    assert f"python convert.py {run} {tmp_path / 'base'}" in words
+    assert f"python convert.py {run} {tmp_path / 'base-hf'}" in words
     assert_same(theirs(hf, tmp_path / "peft"), expected)
     read_peft(tmp_path / "peft", tmp_path / "again", run)
     assert_same(ours(tmp_path / "again"), expected)
