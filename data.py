@@ -71,7 +71,7 @@ def prepare(s: Settings, quiet: bool = False, known=None) -> Path:
             need(trained in ("", data.tokenizer),
                  f"{folder} has tokens of a {trained} tokenizer, not tokenizer={data.tokenizer}; leave it out")
     else:
-        folder = Preparation(data, asked_size, quiet).folder(known)
+        folder = Preparation(data, size_to_train(s), asked_size, quiet).folder(known)
         meta = read_meta(folder, PREPARED)
     check_vocabulary(meta["trained"], meta["vocab_size"], asked_size)
     for split, part in meta["splits"].items():
@@ -88,6 +88,13 @@ def size_asked_for(s: Settings) -> int:
     return s.vocab_size if s.given("vocab_size") else 0
 
 
+def size_to_train(s: Settings) -> int:
+    """Entries of a tokenizer that is trained now; 0 = all characters. A resumed run has those of its checkpoint."""
+    if s.tokenizer == "char":
+        return size_asked_for(s)
+    return s.vocab_size
+
+
 def check_vocabulary(trained: str, size: int, asked_size: int) -> None:
     """A vocabulary that somebody asked for does not silently become a smaller one."""
     need(trained in ("", "char") or size >= asked_size,
@@ -98,8 +105,9 @@ def check_vocabulary(trained: str, size: int, asked_size: int) -> None:
 class Preparation:
     """A corpus on its way into a folder of tokens."""
 
-    def __init__(self, data: DataSettings, asked_size: int, quiet: bool):
-        self.data, self.asked_size, self.quiet, self.cache = data, asked_size, quiet, cache_folder(data.cache_dir)
+    def __init__(self, data: DataSettings, size: int, asked_size: int, quiet: bool):
+        self.data, self.size, self.asked_size, self.quiet = data, size, asked_size, quiet
+        self.cache = cache_folder(data.cache_dir)
         self.overwrite = Overwrite(data.overwrite, self.cache)
         if data.mixture:
             self.overwrite.put_downloads_aside(list(corpus.mixture_shares(data.mixture)), quiet)
@@ -116,7 +124,7 @@ class Preparation:
                         data.bin_dtype]
         if data.mixture:
             self.decides += [data.mixture, data.mixture_unit, data.mixture_size]
-        self.training = [data.tokenizer, wanted_size(data, asked_size), data.tokenizer_pattern, data.tokenizer_bytes]
+        self.training = [data.tokenizer, size, data.tokenizer_pattern, data.tokenizer_bytes]
 
     def folder(self, known=None) -> Path:
         """The complete folder."""
@@ -220,7 +228,7 @@ class Preparation:
                 if 0 < data.tokenizer_bytes < total:
                     total, amount = data.tokenizer_bytes, float
                 line = ProgressLine("tokenizer reads", total, raw.unit, raw.scale, self.quiet, note)
-                tokenizer = train_new(data, self.asked_size, chain([first], texts), line, amount)
+                tokenizer = train_new(data, self.size, chain([first], texts), line, amount)
                 tokenizer.save(folder)
                 write_json(folder / "made.json", {"sum": tokenizer_sum(folder)})
                 self.overwrite.note(folder)
@@ -241,7 +249,7 @@ class Preparation:
         return tokenizer
 
 
-def train_new(data: DataSettings, asked_size: int, texts: Iterable[str], line: ProgressLine,
+def train_new(data: DataSettings, size: int, texts: Iterable[str], line: ProgressLine,
               amount: Callable[[int], float] = float):
     """Train the tokenizer of the settings. `line` shows how much text it has read, `amount(bytes)`, then its merges."""
 
@@ -256,17 +264,10 @@ def train_new(data: DataSettings, asked_size: int, texts: Iterable[str], line: P
         line.total = total
         line.show(done)
 
-    tokenizer = train_tokenizer(data.tokenizer, texts, wanted_size(data, asked_size), data.tokenizer_pattern,
-                                max_bytes=data.tokenizer_bytes, workers=data.workers, progress=show)
+    tokenizer = train_tokenizer(data.tokenizer, texts, size, data.tokenizer_pattern, max_bytes=data.tokenizer_bytes,
+                                workers=data.workers, progress=show)
     line.close()
     return tokenizer
-
-
-def wanted_size(data: DataSettings, asked_size: int) -> int:
-    """Entries of the tokenizer to train; 0 = all characters."""
-    if asked_size or data.tokenizer == "char":
-        return asked_size
-    return ModelConfig.vocab_size
 
 
 def find_source(data: DataSettings) -> tuple[Corpus, object, dict[str, list[Path]]]:
@@ -399,7 +400,7 @@ def only_tokenizer(inputs: list[str], s: Settings) -> str:
     if s.profile:
         data.workers, profile = 1, cProfile.Profile()
     with profile:
-        tokenizer = train_new(data, asked_size, texts, line)
+        tokenizer = train_new(data, size_to_train(s), texts, line)
     check_vocabulary(data.tokenizer, tokenizer.vocab_size, asked_size)
     folder = write_path(s.tokenizer_dir)
     with writing(folder, "; tokenizer_dir=<folder> names another"):

@@ -105,7 +105,7 @@ def choose_machine(s: MachineSettings) -> Machine:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={shown(name)} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"device={shown(name)} cannot be used: {shown(str(error).splitlines()[0], 200)}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32

@@ -131,15 +131,17 @@ FIRST = dict(dropout=0.1, seed=7, ema=0.9, weight_decay=0.05, beta2=0.9, schedul
              keep_checkpoints=5)
 
 
-def test_settings_that_are_left_out_come_from_the_run(go, tmp_path, monkeypatch, capsys):
+def test_settings_that_are_left_out_come_from_the_run(go, text, tmp_path, monkeypatch, capsys):
     first = dict(FIRST, lr=1e-2, muon_lr=0.03, optimizer="muon", dtype="float32")
     go(out_dir=tmp_path / "whole", **first)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 5)
         go(out_dir=tmp_path / "broken", **first)
     capsys.readouterr()
+    tokens = set((text.parent / "cache").iterdir())
     names = [*first, "vocab_size", "warmup_steps", "max_steps", "eval_interval"]
     go(out_dir=tmp_path / "broken", **dict.fromkeys(names))
+    assert set((text.parent / "cache").iterdir()) == tokens  # of vocab_size too: nothing is tokenized again
     out = capsys.readouterr().out
     assert "lr=0.01" in out and "ema=0.9" in out and "new:" not in out
     whole, broken = (checkpoint.load_newest(tmp_path / name) for name in ("whole", "broken"))
