@@ -425,7 +425,7 @@ class Run:
                 lora.merge(self.model)
             sample = write_samples(self.out_dir / "samples.txt", self.model, self.tokenizer, self.validation, template)
             self.machine.print(f"\n{sample}\n\n{next_commands(self.out_dir, chat=template is not None)}\n"
-                               f"continue rerun the same command with {longer(self.s, self.plan)}")
+                               f"continue the same command with {longer(self.s, self.plan)}")
 
 
 if __name__ == "__main__":
