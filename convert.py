@@ -21,9 +21,9 @@ from runtime.screen import run
 
 @dataclass
 class ConvertSettings:
-    folders: list[str] = field(default_factory=list)  # a run and, if you like, a new folder; given as plain arguments
+    folders: list[str] = field(default_factory=list)  # a run and, optionally, a new folder; given as plain arguments
     merge: bool = False         # merge the adapters of the run into their base
-    lora_base: str = ""         # checkpoint of the base, if it has moved
+    lora_base: str = ""         # path of the adapters' base checkpoint, if it has moved
 
     def __post_init__(self):
         check_fields(self)
@@ -31,12 +31,12 @@ class ConvertSettings:
 
 def main(argv: list[str] | None = None) -> None:
     s = configure([ConvertSettings], argv, doc=__doc__, plain="folders")
-    need(s.merge and len(s.folders) in (1, 2), "say: python convert.py RUN [NEW_FOLDER] MERGE=1 [LORA_BASE=CHECKPOINT]")
+    need(s.merge and len(s.folders) in (1, 2), "usage: python convert.py RUN [NEW_FOLDER] MERGE=1 [LORA_BASE=PATH]")
     print(f"wrote {merge_run(*s.folders, lora_base=s.lora_base)}")
 
 
 def merge_run(run_folder: str, target: str = "", lora_base: str = "") -> Path:
-    """Put the adapters of a run into their base, in fp32, and save a plain checkpoint in `target`; returns its path.
+    """Merge the adapters of a run into their base, in fp32, and save a plain checkpoint in `target`; returns its path.
 
     Adapters on a tied head untie it: lookups keep the base's weights.
     """

@@ -321,7 +321,7 @@ def test_part_without_text_is_one_sentence_and_no_endless_loop(corpora):
      ({"mixture": "long:nan short:1"}, "'long:nan' must be"), ({"mixture": "long:1 long:2"}, "'long:2' must be"),
      ({"mixture": "long:1"}, "needs two corpora"), ({"mixture_size": -1}, "mixture_size=-1 .*must be"),
      ({"mixture": "lang:1 short:1"}, "dataset=lang: there are"), ({"dataset": "stdlib"}, "exclude each other"),
-     ({"val_path": "x.txt"}, "leaves no place"), ({"overwrite": "mixed"}, "there is no stage mixed, only download")],
+     ({"val_path": "x.txt"}, "excludes data_path"), ({"overwrite": "mixed"}, "there is no stage mixed, only download")],
 )
 def test_mistakes_are_one_sentence(corpora, changes, sentence):
     with pytest.raises(UserError, match=sentence):

@@ -162,12 +162,12 @@ def test_character_vocabulary_holds_all_characters_unless_fewer_are_asked_for(tm
 def test_text_with_too_few_pairs(tmp_path):
     """Whoever asked for a vocabulary gets it or a sentence; the default becomes what the text has."""
     file = write(tmp_path / "a.txt", "abab " * 200)
-    with pytest.raises(UserError, match=r"vocab_size=5000, but this text gives 2\d\d entries only"):
+    with pytest.raises(UserError, match=r"vocab_size=5000, but this text gives only 2\d\d entries"):
         made(tmp_path, data_path=file, vocab_size=5000)
     argv = [f"data_path={file}", f"cache_dir={tmp_path / 'cache'}", "seq_len=4"]
     s = configure([ModelConfig, DataSettings], argv, {})
     assert read_meta(prepare(s, quiet=True))["vocab_size"] < s.vocab_size
-    with pytest.raises(UserError, match="entries only"):  # also when the smaller one is already there
+    with pytest.raises(UserError, match="gives only"):  # also when the smaller one is already there
         prepare(configure([ModelConfig, DataSettings], [*argv, f"vocab_size={s.vocab_size}"], {}))
 
 

@@ -642,7 +642,7 @@ def test_one_command_goes_from_downloads_to_samples_and_does_nothing_twice(ancie
     ancients.paths.clear()
     second = subprocess.run([*argv, "max_steps=4"], capture_output=True, text=True, timeout=120)
     assert second.returncode == 0, second.stderr
-    assert f"{folder.name} is current: downloads, tokenizer and tokens are there" in second.stdout
+    assert f"{folder.name} is current: downloads, tokenizer and tokens exist" in second.stdout
     assert "is complete" in second.stdout and "training a" not in second.stdout and ancients.paths == []
 
 

@@ -210,7 +210,7 @@ def test_links_are_followed_once_and_loops_end(tmp_path):
 def test_pipes_and_devices_are_refused_without_a_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, sentence in ((tmp_path / "pipe", "is a pipe, and a text is read more than once"),
-                           ("/dev/zero", "no regular file")):
+                           ("/dev/zero", "not a regular file")):
         with pytest.raises(UserError, match=sentence):
             text_files(path)
     write(tmp_path / "texts" / "a.txt", "a")
@@ -302,5 +302,5 @@ def test_a_folder_that_we_may_not_read_is_refused_and_not_passed_over(tmp_path, 
     with pytest.raises(UserError, match="cannot read .*closed: Permission denied"):
         text_files(tmp_path)
     monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "closed")
-    with pytest.raises(UserError, match="may not read the folder .*closed"):
+    with pytest.raises(UserError, match="no permission to read the folder .*closed"):
         text_files(tmp_path / "closed")

@@ -285,7 +285,7 @@ def test_damaged_file_of_our_cache_is_made_again(tokens, capsys, name, kinds):
         if kind != "missing":
             path.write_bytes(damages(right, 1)[kind])
         assert prepare(configure([ModelConfig, DataSettings], argv, environ={})) == folder
-        assert "the tokens are made again" in capsys.readouterr().out, kind
+        assert "we prepare the tokens again" in capsys.readouterr().out, kind
         assert path.read_bytes() == right
 
 
@@ -456,7 +456,7 @@ def test_killed_run_leaves_no_process_and_the_same_command_goes_on(tmp_path, mon
     error = run.communicate(timeout=100)[1]
     if how == signal.SIGINT:
         assert run.returncode == 130, error
-        assert error.strip().endswith("the same command resumes behind the last whole shard")
+        assert error.strip().endswith("the same command resumes after the last whole shard")
         assert "Traceback" not in error
     end = time.monotonic() + 60
     while processes_of(run.pid) and time.monotonic() < end:
