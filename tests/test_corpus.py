@@ -47,7 +47,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 
 
 def test_equal_documents_cannot_be_split_and_the_sentence_says_so(tmp_path):
-    with pytest.raises(UserError, match="all 500 documents are equal, and none is left to validate on"):
+    with pytest.raises(UserError, match="all 500 documents are equal, so none is left to validate on"):
         splits(data_path=write(tmp_path / "a.jsonl", '{"text": "the same"}\n' * 500))
 
 
@@ -341,7 +341,7 @@ def test_weights_that_no_text_can_follow_are_refused(tmp_path, weight):
 
 def test_part_that_would_come_again_and_again_is_refused(corpora, monkeypatch):
     monkeypatch.setattr(corpus, "REPEAT", 3)
-    with pytest.raises(UserError, match="short came 3 times and another corpus is not used up: give mixture_size"):
+    with pytest.raises(UserError, match="short came 3 times and another corpus is not used up: set mixture_size"):
         texts("train", mixture="short:999 long:1")
 
 

@@ -445,10 +445,10 @@ def test_shards_out_of_a_prepared_folder_keep_their_tokenizer(tmp_path, corpus_f
     folder = made(tmp_path, data_path=corpus_file)
     files = {"data_path": folder / "train_00000.npy", "val_path": folder / "val_00000.npy"}
     assert read_meta(made(tmp_path, **files))["tokenizer"] == read_meta(folder)["tokenizer"]
-    with pytest.raises(UserError, match="were made by tokenizer"):
+    with pytest.raises(UserError, match="come from tokenizer"):
         made(tmp_path, **files, tokenizer=tmp_path / "theirs")
     theirs.save(folder)  # somebody put another one there
-    with pytest.raises(UserError, match="were made by tokenizer"):
+    with pytest.raises(UserError, match="come from tokenizer"):
         made(tmp_path, **files)
 
 

@@ -242,7 +242,7 @@ def test_mistakes_end_in_a_sentence(base, text, tmp_path):
     changed = json.loads(meta.read_text()) | {"tokenizer": "0123456789abcdef"}
     changed.pop("check")
     (tmp_path / "shards" / "meta.json").write_text(json.dumps(changed))
-    with pytest.raises(UserError, match="were made by tokenizer 0123456789abcdef"):
+    with pytest.raises(UserError, match="come from tokenizer 0123456789abcdef"):
         module.main(["device=cpu", run, f"data_path={tmp_path / 'shards'}"])
 
 
