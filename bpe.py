@@ -166,7 +166,7 @@ class BPETokenizer(Tokenizer):
         need("" not in ids and b"" not in ids, "a token is empty")
         for token in self.added:
             for flag in ("single_word", "lstrip", "rstrip"):
-                need(not token.get(flag), f"the added token {token['content']} asks for {flag}, which we lack")
+                need(not token.get(flag), f"the added token {token['content']} needs {flag}, which we do not support")
         for pattern in self.patterns:
             if pattern not in CUTTABLE:
                 find_pieces("", pattern)  # raises on an invalid pattern

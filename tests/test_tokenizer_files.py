@@ -285,7 +285,7 @@ def changed(document: dict, change: dict) -> dict:
 ])
 def test_what_a_file_needs_and_we_lack_is_named(change, what):
     document = changed(json.loads(layout("gpt2").to_str()), change)
-    with pytest.raises(UserError, match=f"x/tokenizer.json: it asks for.*{what}"):
+    with pytest.raises(UserError, match=f"x/tokenizer.json: it needs.*{what}"):
         tokenizer_from_dict({"tokenizer": document, "config": {}}, "x/tokenizer.json")
 
 
