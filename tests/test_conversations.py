@@ -167,7 +167,7 @@ def test_a_json_file_is_an_array_or_records_one_behind_the_other(tmp_path, conte
     ('[{"instruction": "a", "output": "b"},\n{"instruction": "a"}]', "line 2: expected a record"),
     ('[{"instruction": "a", "output": "b"},\n{"instruction": ', "line 2 begins a record that is not JSON"),
     ('[{"instruction": "a", "output": "b"}', "cut short"),
-    ('[{"instruction": "a", "output": "b"}] x', "more behind the array"),
+    ('[{"instruction": "a", "output": "b"}] x', "text follows the array"),
     ("[" * 100_000, "not JSON"),
 ])
 def test_a_broken_json_file_is_named_with_the_line(tmp_path, content, complaint):
