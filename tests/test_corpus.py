@@ -65,6 +65,12 @@ def test_document_without_newlines_is_cut_all_the_same(tmp_path):
     assert (len(train[0]), len(val[0])) == (900, 100)
 
 
+def test_the_training_part_of_a_single_document_ends_where_validation_begins():
+    pieces, plan = [("ab\n", False), ("cd\n", True)], corpus.Split(cut_at=3)
+    assert list(corpus.split_pieces(pieces, plan, "train")) == [("ab\n", True)]
+    assert list(corpus.split_pieces(pieces, plan, "val")) == [("cd\n", True)]
+
+
 def test_many_documents_are_split_whole_and_their_copies_never_part(tmp_path):
     texts = [f"document {i} " * (1 + i % 7) for i in range(3000)]
     lines = [json.dumps({"text": text}) for text in [*texts, *texts[::-1]]]

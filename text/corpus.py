@@ -291,7 +291,7 @@ def split_pieces(pieces: Iterable[Piece], plan: Split, split: str) -> Iterator[P
                 halves = {"train": (text[:line], True), "val": (text[line:], ends)}
                 yield halves[split]
                 continue
-            is_val = here <= 0
+            is_val, ends = here <= 0, ends or here == len(text)  # where validation begins, the training part ends
         elif is_val is None:
             is_val = plan.is_val(text)
         if is_val == (split == "val"):

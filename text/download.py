@@ -1,5 +1,6 @@
 """Downloads that survive a bad connection: resumed, retried, checked, by one process at a time, complete or absent."""
 
+import errno
 import hashlib
 import http.client
 import os
@@ -10,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
@@ -90,7 +92,10 @@ def network():
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         retries = 2 if isinstance(reason, socket.gaierror) else 99  # a missing network stays missing
-        raise Trouble(PLAIN.get(type(reason)) or str(reason) or type(reason).__name__, retries) from None
+        said = PLAIN.get(type(reason)) or str(reason) or type(reason).__name__
+        if getattr(reason, "errno", 0) in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+            said = "no network"
+        raise Trouble(said, retries) from None
 
 
 class Transfer:
@@ -180,8 +185,15 @@ class Transfer:
         self.tag, self.whole = "", self.size
 
     def hash(self) -> str:
+        """Of the file, which may be so large that this takes a while."""
+        self.progress.close()
+        digest, line = hashlib.sha256(), replace(self.progress, what=f"check {self.progress.what}", total=self.have())
         self.file.seek(0)
-        return hashlib.file_digest(self.file, "sha256").hexdigest()
+        while block := self.file.read(1 << 20):
+            digest.update(block)
+            line.show(self.file.tell())
+        line.close()
+        return digest.hexdigest()
 
 
 def is_safe(url: str) -> bool:

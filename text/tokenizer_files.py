@@ -167,8 +167,8 @@ def read_tokenizer_json(document: dict, config: dict) -> BPETokenizer:
     need("model" in document, "not a tokenizer.json: it has no model")
     check_shape(document, FOREIGN)
     model, added = document["model"], document.get("added_tokens") or []
-    kind = model.get("type") or "BPE"
-    refuse(kind != "BPE", f"a {kind} model")
+    kind = model.get("type")
+    refuse(kind not in (None, "BPE"), f"a {kind} model")
     check_shape(model, FOREIGN_MODEL, "model")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         refuse(model.get(key), f"{key}={model.get(key)}")
