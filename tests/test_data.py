@@ -431,7 +431,7 @@ def test_full_disk_is_one_sentence_and_leaves_nothing_that_looks_complete(tmp_pa
 def test_prepared_folder_is_taken_as_it_is_unless_the_tokenizer_differs(tmp_path, corpus_file, theirs):
     folder = made(tmp_path, data_path=corpus_file)
     assert made(tmp_path, data_path=folder) == folder
-    with pytest.raises(UserError, match=f"made by tokenizer {read_meta(folder)['tokenizer']}, but tokenizer "
+    with pytest.raises(UserError, match=f"come from tokenizer {read_meta(folder)['tokenizer']}, but tokenizer "
                                         f"{theirs.fingerprint}"):
         made(tmp_path, data_path=folder, tokenizer=tmp_path / "theirs")
     with pytest.raises(UserError, match="has tokens of a bpe tokenizer, not tokenizer=char"):
@@ -521,7 +521,7 @@ def test_one_command_makes_every_kind_of_tokenizer_from_every_kind_of_text(kind,
 
 @pytest.mark.parametrize("argv, words", [
     (["a.txt", "b.txt"], "several inputs"),
-    (["a.txt", "tokenizer=gpt2", "tokenizer_dir=out"], "tokenizer_dir= is for"),
+    (["a.txt", "tokenizer=gpt2", "tokenizer_dir=out"], "tokenizer_dir= trains a tokenizer"),
     (["a.txt", "vocab_size=5000", "tokenizer_dir=out"], "vocab_size=5000"),
     (["a.txt", "tokenizer=unigram", "vocab_size=5000", "tokenizer_dir=out"], "vocab_size=5000"),
     (["nowhere.txt", "tokenizer_dir=out"], "nowhere.txt"),

@@ -154,7 +154,7 @@ def test_what_is_no_text_is_one_sentence(tmp_path, content, sentence):
 
 @pytest.mark.parametrize("name, content, sentence", [
     ("a.json", '[{"text": "a"}, {"text": "b"', "line 1 begins a record that is not JSON"),
-    ("a.json", '[{"text": "a"}]{', "line 1 is not JSON: there is more"), ("a.json", '[{"text": "a"} x', "not JSON"),
+    ("a.json", '[{"text": "a"}]{', "line 1 is not JSON: text follows"), ("a.json", '[{"text": "a"} x', "not JSON"),
     ("a.json", '{"data": [\n1]}', "line 1 has no field 'text'; it has data"),
     ("a.csv", "id,title\n1,b\n", "line 2 has no field 'text'; it has id, title"),
     ("a.csv", "text,text\na,b\n", "line 1 names the column 'text' twice"),
