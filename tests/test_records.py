@@ -281,7 +281,7 @@ def test_parquet_mistakes_are_one_sentence(parquet, tmp_path, monkeypatch):
         list(files_pieces([file], "id"))
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"broken\.parquet is damaged or no \.parquet file"):
+    with pytest.raises(UserError, match=r"broken\.parquet is damaged or not a \.parquet file"):
         list(files_pieces([broken], "text"))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match="pip install pyarrow"):
