@@ -23,15 +23,15 @@ from ffn import Linear
 
 @dataclass
 class Place:
-    """What every block must know of a forward pass's tokens; the model computes it once."""
+    """What every block needs to know about the tokens of a forward pass; the model computes it once."""
 
     positions: Tensor  # (T,) or (B, T): counted from the beginning of each text
     start: int = 0  # tokens in the cache
     mask: Tensor | None = None  # (B, 1, T, S); None: causal
     turn: Callable[[Tensor], Tensor] | None = None  # gives queries and keys their positions
-    wheels: Callable[[Tensor], Tensor] | None = None  # does so in Enigma blocks
+    wheels: Callable[[Tensor], Tensor] | None = None  # the same for Enigma blocks
     weights: Tensor | None = None  # (B, T): experts do not count tokens of weight 0
-    balance: list[Tensor] | None = None  # blocks with experts append their balance loss; None: not wanted
+    balance: list[Tensor] | None = None  # blocks with experts append their balance loss; None: not needed
 
 
 # ---- caches: what one layer keeps of the past, allocated once --------------------------------------------------------
@@ -45,7 +45,7 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
 
     def update(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Write k and v (B, K, T, Dh) at positions start.. and return views of all that is there: (B, K, S, Dh)."""
+        """Write k and v (B, K, T, Dh) at positions start.. and return views of all cached so far: (B, K, S, Dh)."""
         end = start + k.shape[2]
         self.k[:, :, start:end] = k
         self.v[:, :, start:end] = v
@@ -56,7 +56,7 @@ class WindowCache(KVCache):
     """The newest keys and values, however long the text is: shape (B, K, window - 1, Dh), twice."""
 
     def update(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """k and v (B, K, T, Dh) at positions start.. -> (B, K, S, Dh): what is kept of the past, and they."""
+        """k and v (B, K, T, Dh) at positions start.. -> (B, K, S, Dh): the kept past, then k and v."""
         T, length = k.shape[2], self.k.shape[2]
         k = torch.cat((self.k, k), dim=2)  # (B, K, window - 1 + T, Dh)
         v = torch.cat((self.v, v), dim=2)
@@ -73,7 +73,7 @@ class LatentCache:
         self.rows = torch.zeros(shape, dtype=dtype, device=device)
 
     def update(self, rows: Tensor, start: int) -> Tensor:
-        """Write rows (B, T, R) at positions start.. and return a view of all that is there: (B, S, R)."""
+        """Write rows (B, T, R) at positions start.. and return a view of all cached so far: (B, S, R)."""
         end = start + rows.shape[1]
         self.rows[:, start:end] = rows  # in the dtype of the cache
         return self.rows[:, :end]
@@ -117,7 +117,7 @@ class Attention(nn.Module):
         """x (B, T, D) at positions start.. -> (B, T, D).
 
         `turn` gives queries and keys (B, H or K, T, Dh) their positions. With a cache, keys and values are appended to
-        it and the past is seen. `mask` replaces the causal rule.
+        it, and queries see the past. `mask` replaces the causal rule.
         """
         B, T, _ = x.shape
         # 1) project
@@ -142,7 +142,7 @@ class Attention(nn.Module):
 
 
 def norm_heads(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """x (..., Dh) -> the same at root mean square 1 times the gain, in fp32."""
+    """x (..., Dh) -> x / root mean square · gain, in fp32."""
     return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps)
 
 
@@ -156,7 +156,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None = None, mask: 
     T, S, Dh = q.shape[2], k.shape[2], q.shape[3]
     if mask is None and use_explicit(q, S, dropout):
         return explicit_attention(q, k, v, slopes)
-    if mask is None and 1 < T < S:  # several new tokens behind a past
+    if mask is None and 1 < T < S:  # several new tokens after a past
         mask = causal_mask(T, S, q.device)
     scale = Dh**-0.5  # of the true width: the line below may add channels
     if slopes is not None and mask is None and T > 1:
@@ -188,8 +188,8 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None = 
 
 
 def use_explicit(q: Tensor, length: int, dropout: float) -> bool:
-    """Whether writing it out is faster: for training in bfloat16 on a CPU up to 1024 tokens, where the flash kernel's
-    backward does not use the CPU's bfloat16 products (2.3 times at 256 tokens, 1.2 at 1024), at T² memory."""
+    """Whether explicit attention is faster. It is in bfloat16 training on a CPU up to 1024 tokens (2.3 times at 256,
+    1.2 at 1024), as the flash kernel's backward does not use the CPU's bfloat16 products; it takes T² memory."""
     trains_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
     return trains_on_cpu and 1 < q.shape[2] == length <= 1024 and not dropout
 
@@ -198,19 +198,19 @@ def use_explicit(q: Tensor, length: int, dropout: float) -> bool:
 
 
 class LatentAttention(nn.Module):
-    """Causal self-attention whose keys and values, of all heads, come from one small vector per token.
+    """Causal self-attention in which the keys and values of all heads come from one small vector per token.
 
-    Each token becomes a latent c of kv_rank channels and, as a rotation cannot pass through a matrix, a key r of
-    rope_dim channels that all heads share and that carries the position. Both are all that a cache holds:
+    Each token becomes a latent c of kv_rank channels and, because a rotation cannot pass through a matrix, a key r of
+    rope_dim channels that carries the position and that all heads share. The cache holds only these two:
 
         keys of head h    [K_h c ; r]         values    V_h c          K_h (nope_dim, kv_rank), V_h (v_dim, kv_rank)
 
-    A score is q·K_h c + p·r = (K_hᵀ q)·c + p·r, so there are two ways to compute the same: *expand* the latents to
-    keys and values, or *absorb* K_h into the query and V_h into the output, where [c ; r] itself is key and value of
-    all heads.
+    A score is q·K_h c + p·r = (K_hᵀ q)·c + p·r, so there are two ways to compute it: *expand* the latents to keys and
+    values, or *absorb* K_h into the query and V_h into the output, so that [c ; r] itself is key and value for all
+    heads.
 
-    A query or key has nope_dim channels without and rope_dim channels with position, a value v_dim. q_rank > 0 makes
-    the queries from a latent of their own, which saves weights, not cache. As in DeepSeek's models, latents are
+    A query or key has nope_dim channels without position and rope_dim with it; a value has v_dim. q_rank > 0 computes
+    the queries from their own latent, which saves weights but no cache. As in DeepSeek's models, latents are
     normalised with eps = 1e-6, and only kv_down, q_down and o have biases. In shapes below, R = kv_rank + rope_dim.
     """
 
@@ -273,8 +273,8 @@ class LatentAttention(nn.Module):
         return self.q_up(norm_heads(self.q_down(x), self.q_norm).to(x.dtype))
 
     def absorbing_is_cheaper(self, T: int, S: int) -> bool:
-        """Multiplications a head of T new tokens that see S: one decoded token absorbs, a long chunk expands."""
-        up = self.kv_rank * (self.nope_dim + self.v_dim)  # a token through kv_up
+        """Compares multiplications per head, for T new tokens that see S: decoding absorbs, a long chunk expands."""
+        up = self.kv_rank * (self.nope_dim + self.v_dim)  # one token through kv_up
         expanded = S * up + T * S * (self.nope_dim + self.rope_dim + self.v_dim)
         absorbed = T * up + T * S * 2 * (self.kv_rank + self.rope_dim)
         return absorbed < expanded
@@ -283,7 +283,7 @@ class LatentAttention(nn.Module):
                  dropout: float = 0.0) -> Tensor:
         """Queries (B, H, T, nope_dim), (B, H, T, rope_dim), rows (B, S, R) -> (B, H, T, v_dim), by keys and values.
 
-        The kernels want one width for all three, or they fall back to T² memory: zeros fill up the narrower.
+        The kernels need q, k and v of one width, or they fall back to T² memory: zeros fill up the narrower ones.
         """
         B, H, _, _ = q_nope.shape
         latent, key = rows.split((self.kv_rank, self.rope_dim), dim=-1)
@@ -294,18 +294,18 @@ class LatentAttention(nn.Module):
         width = q.shape[-1]
         if self.v_dim < width:
             v = F.pad(v, (0, width - self.v_dim))
-        elif self.v_dim > width:  # attend divides by the root of the width that it sees: make up for it
+        elif self.v_dim > width:  # attend divides by the root of the padded width: compensate
             q = F.pad(q * (self.v_dim / width) ** 0.5, (0, self.v_dim - width))
             k = F.pad(k, (0, self.v_dim - width))
         return attend(q, k, v, mask=mask, dropout=dropout)[..., : self.v_dim]
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, mask: Tensor | None = None,
                  dropout: float = 0.0) -> Tensor:
-        """The same as `expanded`, without keys and values: the rows are both, for all heads.
+        """The same result as `expanded`, without keys and values: the rows are both, for all heads.
 
-        The heads are H · T queries of a single head, so that no kernel copies the rows per head. The values are whole
-        rows: cutting the last rope_dim channels off the result is cheaper than a copy of the past. Reads kv_up.weight,
-        which LoRA keeps effective.
+        All heads become H · T queries of a single head, so that no kernel copies the rows per head. The values are
+        whole rows: cutting the last rope_dim channels off the result is cheaper than copying the past. Reads
+        kv_up.weight, which includes LoRA's adapter.
         """
         B, H, T, _ = q_nope.shape
         S, R = rows.shape[1:]
@@ -325,15 +325,15 @@ class LatentAttention(nn.Module):
 
 
 def causal_mask(T: int, S: int, device) -> Tensor:
-    """(T, S): the last T of S positions see themselves and all before."""
+    """(T, S): the last T of S positions see themselves and everything before."""
     query = torch.arange(S - T, S, device=device)[:, None]
     return torch.arange(S, device=device) <= query
 
 
 def window_mask(T: int, S: int, window: int, mask: Tensor | None, device) -> Tensor | None:
-    """(T, S): the last T of S positions see themselves and window - 1 before, where `mask`, of at least S keys, allows.
+    """(T, S): the last T of S positions see themselves and window - 1 before, if `mask` (of at least S keys) allows.
 
-    None where the causal rule alone says the same.
+    None if the causal rule alone gives the same mask.
     """
     if mask is None and S <= window:
         return None
@@ -345,7 +345,7 @@ def window_mask(T: int, S: int, window: int, mask: Tensor | None, device) -> Ten
 def padding_mask(positions: Tensor, pad: Tensor) -> Tensor:
     """positions (T,), pad (B,) tokens of padding on the left -> (B, 1, T, S): causal, and blind to the padding.
 
-    A padding token sees itself alone: a row with nothing to see would turn into NaN and spread through the values.
+    A padding token sees only itself: a row that sees nothing would give NaN, which spreads through the values.
     """
     keys = torch.arange(int(positions[-1]) + 1, device=positions.device)  # (S,)
     query = positions[:, None]  # (T, 1)
@@ -377,8 +377,8 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling, device=N
     """(Dh/2,) radians per position: theta^(-2i/Dh), stretched.
 
     linear    all by the factor (arXiv 2306.15595)
-    llama3    wavelengths above original by the factor, below original/4 not at all, between them in proportion
-    yarn      the same idea, by the index of the channel (arXiv 2309.00071)
+    llama3    wavelengths above original by the factor, below original/4 not at all, in between gradually
+    yarn      the same idea, by channel index (arXiv 2309.00071)
     """
     channel = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
     frequency = theta ** (-channel / head_dim)
@@ -432,12 +432,12 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 def rotation(positions: Tensor, head_dim: int, theta: float = 10000.0,
              scaling: RopeScaling | None = None) -> Callable[[Tensor], Tensor]:
-    """What turns queries and keys by these positions: see `rope_table` and `apply_rope`."""
+    """A function that rotates queries and keys by these positions: see `rope_table` and `apply_rope`."""
     return partial(apply_rope, rope=rope_table(positions, head_dim, theta, scaling))
 
 
 def sinusoids(positions: Tensor, d_model: int) -> Tensor:
-    """positions (...) -> (..., D) fp32: sin and cos of wavelengths from 2π to 10,000 · 2π by turns (1706.03762)."""
+    """positions (...) -> (..., D) fp32: alternating sin and cos, wavelengths 2π to 10,000 · 2π (1706.03762)."""
     angle = positions[..., None].float() * rope_frequencies(d_model, 10000.0, RopeScaling(), positions.device)
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
@@ -446,7 +446,7 @@ def sinusoids(positions: Tensor, d_model: int) -> Tensor:
 
 
 def alibi_slopes(n_head: int) -> list[float]:
-    """2^(-8h/H) for h = 1 … H; where H is no power of two, the paper's interleaving: 3 -> [2^-4, 2^-8, 2^-2]."""
+    """2^(-8h/H) for h = 1 … H; if H is not a power of two, the paper's interleaving: 3 -> [2^-4, 2^-8, 2^-2]."""
     power = 2 ** math.floor(math.log2(n_head))
     slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
     return slopes + [2 ** (-4 * h / power) for h in range(1, 2 * (n_head - power), 2)]
@@ -459,10 +459,10 @@ def alibi_bias(slopes: Tensor, T: int, S: int) -> Tensor:
 
 
 def alibi_channels(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """ALiBi without a mask: two more channels, with which q·k grows by √Dh · slope · s at key s.
+    """ALiBi without a mask: two extra channels add √Dh · slope · s to q·k at key s.
 
-    The distance t - s may become -s, because softmax does not see what is added to a whole row. s is cut into 256s and
-    ones, which bfloat16 holds exactly up to position 65,535. v gets zeros, and all of them up to a multiple of 8.
+    The distance t - s may become -s, because softmax ignores a constant added to a whole row. s is split into 256s and
+    ones, which bfloat16 holds exactly up to position 65,535. v gets zeros, and so do all three, up to a multiple of 8.
     """
     B, H, T, Dh = q.shape
     steep = (slopes.float() * Dh**0.5)[:, None].expand(H, T)

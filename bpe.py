@@ -2,20 +2,20 @@
 
     python bpe.py my.txt more.txt --vocab_size 4096 --pattern gpt4 --out out/tokenizer
 
-A regular expression cuts text into pieces (roughly words, each with the space before it). A piece is its UTF-8 bytes,
-and the 256 bytes are the first tokens: every text can be written and nothing is unknown. Training looks for the pair
-of neighbours that is most frequent inside the pieces, makes it a token, and starts again (Sennrich et al. 2016,
-Radford et al. 2019):
+A regular expression splits text into pieces (roughly words, each with the space before it). A piece is a string of
+UTF-8 bytes, and the 256 bytes are the first tokens, so every text can be encoded and nothing is unknown. Training
+finds the most frequent pair of neighbours inside the pieces, merges it into a new token, and repeats (Sennrich et al.
+2016, Radford et al. 2019):
 
     hug pug hugs   h u g   p u g   h u g s    most frequent: u g
                    h ug    p ug    h ug s     most frequent: h ug
                    hug     p ug    hug s
 
-Encoding replays this: of all neighbours in a piece that are a known pair, the pair learned first is joined first.
+Encoding replays the merges: among the known pairs of neighbours in a piece, it joins the one learned first.
 
-This file has both as a textbook tells them, and then the tokenizer. That one runs on the same algorithms made fast:
+This file begins with the textbook version of both. The tokenizer after it uses the same algorithms, made fast:
 `pieces.count_pieces` counts equal pieces once, in parallel; `merges.learn_merges` keeps the counts of all pairs up to
-date; and ids come from tiktoken's core, which `BPETokenizer._order` makes sure of.
+date; tiktoken's core does the encoding, and `BPETokenizer._order` makes sure that it gives our ids.
 """
 
 import runtime.screen  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
@@ -76,8 +76,8 @@ def learn_merges_textbook(pieces: dict[bytes, int], n_merges: int, forbidden: Co
 
     {b"hug": 10, b"pug": 5, b"hugs": 5}, 2 -> [(b"u", b"g"), (b"h", b"ug")]
 
-    Of equally frequent pairs that with the smaller (older) left id wins, then that with the smaller right id. Tokens in
-    `forbidden` are not made. Ends early if no pair is left. Slow, because it counts everything again for each merge.
+    Ties go to the pair with the smaller (older) left id, then to the smaller right id. Tokens in `forbidden` are never
+    created. Stops early if no pair is left. Slow, because each merge counts everything again.
     """
     ids = ids_of(BYTES)
     words = {piece: split_bytes(piece) for piece in pieces}
@@ -111,24 +111,24 @@ def encode_textbook(piece: bytes, ranks: dict[Pair, int]) -> list[bytes]:
 
 # ---- the tokenizer ---------------------------------------------------------------------------------------------------
 
-NEVER = {"<|never|>": 1 << 30}  # tiktoken's encoder wants a special token: without one it finds an empty one everywhere
-WHITE = 1 << 16  # characters; tiktoken's engine for regular expressions fails at a million of white space in a row
+NEVER = {"<|never|>": 1 << 30}  # tiktoken needs a special token: without one it finds an empty one everywhere
+WHITE = 1 << 16  # characters; tiktoken's regex engine fails on a million white-space characters in a row
 CACHE = ROOT / "data" / "cache" / "tokenizers"
-SLOW = 16_384  # tokens; what takes seconds with more of them is kept in the cache
+SLOW = 16_384  # tokens; with more, some results take seconds and are cached
 
 
 class BPETokenizer(Tokenizer):
-    """Text to ids and back. Made by `train`, `load` or `from_dict`, and not changed afterwards.
+    """Text to ids and back. Created by `train`, `load` or `from_dict`, and never changed afterwards.
 
-    vocab          {token: id} of what can be made from bytes; ids in any order
-    merges         [(left, right), ...], the one learned first at the front
-    patterns       expressions that cut text into pieces, one after the other (nearly all tokenizers have one)
-    added          tokens that are searched in the text before anything else, as tokenizer.json lists them; special
-                   ones only with allow_special, so that no document can contain an end-of-text token
+    vocab          {token: id} of the tokens made of bytes; ids in any order
+    merges         [(left, right), ...] in the order in which they were learned
+    patterns       expressions that split text into pieces, applied in turn (nearly all tokenizers have one)
+    added          tokens to find in the text before anything else, as tokenizer.json lists them; special ones only
+                   with allow_special, so that no document can contain an end-of-text token
     ignore_merges  a piece that is a token becomes that token, even if no merges lead there (Llama 3)
-    nfc            text is composed to NFC first (Qwen), and the round trip exact up to that
-    config, post   tokenizer_config.json, and the file's post-processor: carried along. `encode` never adds a
-                   begin-of-text token; `role` knows it
+    nfc            normalise text to NFC first (Qwen); the round trip is exact up to that
+    config, post   tokenizer_config.json, and the file's post-processor, kept for saving. `encode` never adds a
+                   begin-of-text token; `role` gives its id
     """
 
     def __init__(self, vocab: dict[bytes, int], merges: list[Pair], patterns: list[str], added: Collection[dict] = (),
@@ -166,23 +166,23 @@ class BPETokenizer(Tokenizer):
         need("" not in ids and b"" not in ids, "a token is empty")
         for token in self.added:
             for flag in ("single_word", "lstrip", "rstrip"):
-                need(not token.get(flag), f"the added token {token['content']} asks for {flag}, which we do not have")
+                need(not token.get(flag), f"the added token {token['content']} needs {flag}, which we do not support")
         for pattern in self.patterns:
             if pattern not in CUTTABLE:
-                find_pieces("", pattern)  # refuses what is no pattern
+                find_pieces("", pattern)  # raises on an invalid pattern
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, pattern: str = "gpt2", specials: Iterable[str] = SPECIALS,
               max_bytes: int = 0, workers: int = 0, progress: Callable | None = None) -> "BPETokenizer":
         """Learn from documents. The same texts give the same tokenizer, whatever `workers` is.
 
-        `vocab_size` counts 256 bytes, merges and specials, and ids are in this order. Text that runs out of pairs
-        gives a smaller vocabulary and a line on stderr. `progress(phase, done, total)` hears of phase "count" (in
-        bytes; total 0: unknown) and of phase "merge".
+        `vocab_size` counts 256 bytes, merges and specials; ids follow this order. If the text runs out of pairs, the
+        vocabulary is smaller, and a line on stderr says so. `progress(phase, done, total)` is called in phase "count"
+        (in bytes; total 0: unknown) and in phase "merge".
         """
         specials = list(dict.fromkeys(specials))
         least = len(BYTES) + len(specials)
-        need(pattern in PATTERNS, f"pattern={pattern} is none of {', '.join(PATTERNS)}")
+        need(pattern in PATTERNS, f"pattern={pattern} must be one of {', '.join(PATTERNS)}")
         need(vocab_size >= least, f"vocab_size={vocab_size} is too small: 256 bytes and {len(specials)} special tokens "
                                   f"need {least}")
         counts = count_pieces(texts, PATTERNS[pattern], max_bytes, workers, progress)
@@ -190,14 +190,14 @@ class BPETokenizer(Tokenizer):
         # A file could not tell a special token from a merged one that is spelled like it.
         merges = learn_merges(pieces, vocab_size - least, set(map(unspell, specials)), progress)
         if len(merges) < vocab_size - least:
-            print(f"the text has pairs for {least + len(merges):,} tokens only, not for {vocab_size:,}",
+            print(f"the text has enough pairs for only {least + len(merges):,} tokens, not for {vocab_size:,}",
                   file=sys.stderr)
         vocab = ids_of([*BYTES, *map(b"".join, merges)])
         added = added_tokens(ids_of(specials, len(vocab)))
         return cls(vocab, merges, [PATTERNS[pattern]], added, config=config_for(specials))
 
     def encode_to_numpy(self, text: str, allow_special: bool = False, starts: bool = True) -> np.ndarray:
-        """Ids as uint32: the fastest way, and other threads run meanwhile."""
+        """Ids as uint32: the fastest way, which also lets other threads run."""
         if self._core is None:
             return np.array(self.encode_reference(text, allow_special), np.uint32)
         core, our_ids = self._core
@@ -215,7 +215,7 @@ class BPETokenizer(Tokenizer):
         return np.concatenate(found)
 
     def encode_reference(self, text: str, allow_special: bool = False) -> list[int]:
-        """What `encode` returns, without tiktoken."""
+        """The same ids as `encode`, computed without tiktoken."""
         ids = []
         for segment in self._segments(text, allow_special):
             if isinstance(segment, int):
@@ -229,7 +229,7 @@ class BPETokenizer(Tokenizer):
         return ids
 
     def encode_batch(self, texts: Iterable[str], allow_special: bool = False, threads: int = 0) -> list[list[int]]:
-        _ = self._core  # made here once, and not by every thread
+        _ = self._core  # built once here, not by every thread
         return super().encode_batch(texts, allow_special, threads)
 
     def independent_chunks(self, texts: Iterable[str], allow_special: bool = False) -> Iterator[str]:
@@ -266,13 +266,13 @@ class BPETokenizer(Tokenizer):
 
     @cached_property
     def _core(self) -> tuple[tiktoken.Encoding, np.ndarray] | None:
-        """(tiktoken's encoder, array of our id for each of its ranks); None where it could give other ids than ours."""
+        """(tiktoken's encoder, array from its ranks to our ids); None if its ids could differ from ours."""
         order = self._order()
         if not order:
             return None
         tokens = dict(zip(self.vocab.values(), self.vocab, strict=True))
         ranks = ids_of(map(tokens.__getitem__, order))
-        # An unknown pattern may never end there, so it cuts here, with a time limit, and tiktoken gets single pieces.
+        # tiktoken may never finish an unknown pattern: we split here, with a time limit, and give it single pieces.
         pattern = self.patterns[-1] if self.patterns[-1] in CUTTABLE else r"[\s\S]+"
         core = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens=NEVER)
         return core, np.array(order, np.uint32)
@@ -280,16 +280,16 @@ class BPETokenizer(Tokenizer):
     def _order(self) -> list[int]:
         """Our ids in the order of tiktoken's ranks: bytes, tokens by their merge, tokens without one; [] if none fits.
 
-        tiktoken knows no merges. A piece that is a token becomes that token; in others, it joins two neighbours
-        whenever the result is a token, lowest rank first. Both give our ids if every token encodes to itself. For
-        joined tokens never come apart: where a token appears, nothing was joined across its borders, and inside them
-        happened what happens when its bytes are encoded alone. So a token that does not encode to itself never appears
-        in our ids, and tiktoken must not have it. (For the same reason two pairs never make the same token: see the
-        assertion in `learn_merges`.)
+        tiktoken has no merges. A piece that is a token becomes that token; in any other piece, it joins two neighbours
+        whenever the result is a token, lowest rank first. Both rules give our ids if every token encodes to itself.
+        Joined tokens never come apart: where a token appears, nothing was joined across its borders, and inside them
+        the same merges happened as when its bytes are encoded alone. So a token that does not encode to itself never
+        appears in our ids, and tiktoken must not have it. (For the same reason two pairs never make the same token:
+        see the assertion in `learn_merges`.)
 
-        With `ignore_merges` we need such a token after all, for pieces that it covers whole. Then tiktoken would also
-        join two neighbours to it, which goes wrong if there are such neighbours: if the bytes of the token come down
-        to two tokens. No file that we know has one.
+        With `ignore_merges` we do need such a token, for pieces that equal it. Then tiktoken would also join two
+        neighbours into it, which is wrong if the token's bytes ever merge down to just two tokens. No file that we
+        know has such a token.
         """
         if len(self.vocab) <= SLOW:
             return self._find_order()
@@ -310,7 +310,7 @@ class BPETokenizer(Tokenizer):
         return [*sorted(single), *sorted(joined, key=joined.get), *sorted(whole)]
 
     def _content(self) -> str:
-        """A hash of what decides about `_order`, to keep it by."""
+        """A hash of everything that determines `_order`: its key in the cache."""
         pairs = map(self.vocab.__getitem__, chain.from_iterable(self.merges))
         content = hashlib.sha256(f"core {self.ignore_merges} {len(self.vocab)}".encode())
         for numbers in (map(len, self.vocab), self.vocab.values(), pairs):
@@ -346,14 +346,14 @@ class BPETokenizer(Tokenizer):
             patterns = [split.get("pattern", {"Regex": ""})["Regex"] for split in splits] or [PATTERNS["gpt2"]]
             need(model | MODEL == model and document["normalizer"] in (None, NFC)
                  and document["pre_tokenizer"] == pre_tokenizer(patterns),
-                 "this tokenizer.json is not as we write it: tokenizer_files.load_tokenizer reads those of others")
+                 "this tokenizer.json is not one of ours: read it with tokenizer_files.load_tokenizer")
             vocab, merges = read_names(model["vocab"], model["merges"], document["added_tokens"])
             return cls(vocab, merges, patterns, document["added_tokens"], model["ignore_merges"],
                        nfc=document["normalizer"] == NFC, config=d["config"], post=document["post_processor"])
 
     @classmethod
     def load(cls, path: str | Path) -> "BPETokenizer":
-        """Read a tokenizer.json, or the folder of one, and the tokenizer_config.json beside it if there is one."""
+        """Read a tokenizer.json, or its folder, and the tokenizer_config.json beside it if that exists."""
         path = Path(path)
         if path.is_dir():
             path = path / "tokenizer.json"
@@ -361,7 +361,7 @@ class BPETokenizer(Tokenizer):
 
 
 def has_long_white_space(text: str) -> bool:
-    """True if there may be 2 WHITE characters of white space in a row."""
+    """True if `text` may have 2 · WHITE characters of white space in a row."""
     for at in range(0, len(text) - WHITE + 1, WHITE):
         if text[at : at + WHITE].isspace():
             return True
@@ -369,7 +369,7 @@ def has_long_white_space(text: str) -> bool:
 
 
 def cached_numbers(key: str, make: Callable[[], list[int]]) -> list[int]:
-    """What make() returns, which takes seconds: from the cache if it is there and whole. A cache is never needed."""
+    """The result of make(), which takes seconds: from the cache if it is intact there. It works without a cache."""
     path = CACHE / f"{key}.json"
 
     def check(numbers: np.ndarray) -> str:
@@ -381,14 +381,14 @@ def cached_numbers(key: str, make: Callable[[], list[int]]) -> list[int]:
         if kept["check"] == check(numbers):
             return numbers.tolist()
     made = make()
-    with suppress(OSError):  # read only, full
+    with suppress(OSError):  # the disk is read-only or full
         write_json(path, {"numbers": " ".join(map(str, made)), "check": check(np.array(made, np.int64))})
     return made
 
 
 # ---- tokenizer.json --------------------------------------------------------------------------------------------------
 
-# Files hold tokens as text. GPT-2 shows each byte as one visible character: itself, or (a space, say) one from 256 on.
+# Files store tokens as text. GPT-2 shows each byte as one visible character: itself, or one from 256 on (a space is Ġ).
 CHARS = map(chr, [*VISIBLE, *range(256, 256 + len(INVISIBLE))])
 SHOWN = dict(zip(VISIBLE + INVISIBLE, CHARS, strict=True))
 MEANT = dict(zip(SHOWN.values(), SHOWN, strict=True))
@@ -412,7 +412,7 @@ def spell(token: bytes) -> str:
 
 
 def unspell(name: str) -> bytes:
-    """ "Ġcat" -> b" cat"; b"" if a character shows no byte."""
+    """ "Ġcat" -> b" cat"; b"" if a character represents no byte."""
     try:
         return bytes(map(MEANT.__getitem__, name))
     except KeyError:
@@ -420,7 +420,7 @@ def unspell(name: str) -> bytes:
 
 
 def pre_tokenizer(patterns: list[str]) -> dict:
-    """How text is cut, as tokenizer.json says it."""
+    """How text is split, in the format of tokenizer.json."""
     if patterns == [PATTERNS["gpt2"]]:
         return dict(BYTE_LEVEL)
     splits = [SPLIT | {"pattern": {"Regex": pattern}} for pattern in patterns]
@@ -434,9 +434,9 @@ def added_tokens(specials: dict[str, int]) -> list[dict]:
 
 
 def read_names(vocab: dict[str, int], pairs: list[list[str]], added: list[dict]) -> tuple[dict[bytes, int], list[Pair]]:
-    """Vocabulary and merges as tokenizer.json spells them -> as `BPETokenizer` takes them.
+    """Vocabulary and merges as tokenizer.json spells them -> as `BPETokenizer` expects them.
 
-    The vocabulary may list added tokens as well; these come from text only if a merge makes them.
+    The vocabulary may also list added tokens; we keep only those that a merge creates.
     """
     made = set(MEANT).union(map("".join, pairs))
     ids = dict(vocab)
@@ -446,7 +446,7 @@ def read_names(vocab: dict[str, int], pairs: list[list[str]], added: list[dict])
     tokens = dict(zip(ids, map(unspell, ids), strict=True))
     for name, token in tokens.items():
         if not token:
-            raise UserError(f"not byte-level BPE: the token {name[:50]!r} shows no bytes")
+            raise UserError(f"not byte-level BPE: the token {name[:50]!r} is not made of bytes")
     try:
         merges = [(tokens[left], tokens[right]) for left, right in pairs]
     except KeyError as error:
@@ -462,7 +462,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer.")
     parser.add_argument("files", nargs="+", help="text files, .jsonl, .parquet, or folders of them")
     parser.add_argument("--vocab_size", type=int, default=4096, help="bytes, merges and specials together")
-    parser.add_argument("--pattern", default="gpt2", help=f"how text is cut into pieces: {', '.join(PATTERNS)}")
+    parser.add_argument("--pattern", default="gpt2", help=f"how text is split into pieces: {', '.join(PATTERNS)}")
     parser.add_argument("--max_bytes", type=int, default=0, help="bytes of text to read at most; 0: all")
     parser.add_argument("--workers", type=int, default=0, help="processes that count; 0: one per CPU")
     parser.add_argument("--out", required=True, help="folder for tokenizer.json")

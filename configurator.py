@@ -3,23 +3,23 @@
     python train.py config/shakespeare_char.py MAX_STEPS=200 --lr=1e-3 --no-compile
     USE_LORA=1 python train.py
 
-Each concern declares its settings as a dataclass in its own file, one field a line. The comment behind a field is its
-help text, its type names the allowed values: a Literal its choices, `Positive` numbers above 0.
+Each concern declares its settings as a dataclass in its own file, one field a line. The comment after a field is its
+help text; its type defines the allowed values: a Literal its choices, `Positive` numbers above 0.
 
     @dataclass
     class OptimSettings:
         lr: Positive = 1e-3        # peak learning rate
 
         def __post_init__(self):
-            check_fields(self)     # also when it is built by hand
+            check_fields(self)     # also checks instances built by hand
 
     s = configure([OptimSettings, ModelConfig], doc=__doc__)
     s.lr                           # one flat table; s.source["lr"] tells who set it
     s.part(OptimSettings)          # one concern of it
 
-A config file is Python that assigns to these names. It can compute and import, but every public name that it leaves
+A config file is Python that assigns to these names. It can compute and import, but every public name that it defines
 must be a setting: a typo is an error. Values from the environment and the command line are parsed by the type of their
-field and never evaluated.
+field, never evaluated.
 """
 
 import ast
@@ -54,7 +54,7 @@ def need(ok, sentence: str) -> None:
 
 @dataclass(frozen=True)
 class Range:
-    """The allowed numbers of a setting: `least` and `most` are among them, `above` and `below` are not."""
+    """The allowed numbers of a setting: `least` and `most` are included, `above` and `below` are not."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -85,7 +85,7 @@ Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
 Share = Annotated[float, Range(least=0, most=1)]
 BelowOne = Annotated[float, Range(least=0, below=1)]
-ANY = {int: Range(least=-(10**15), most=10**15), float: Range()}  # a plain int or float is bounded, too
+ANY = {int: Range(least=-(10**15), most=10**15), float: Range()}  # a plain int or float has bounds as well
 
 
 class Settings:
@@ -96,7 +96,7 @@ class Settings:
         self.part_of: dict[str, type] = {}  # the dataclass that declares a setting
         self.defaults: dict[str, object] = {}
         self.source: dict[str, str] = {}  # "default", a config file, "environment", "command line", or our reason
-        self.order: dict[str, int] = {}  # of its source: 1, 2, ...; 0 if it is not the user's
+        self.order: dict[str, int] = {}  # of its source: 1, 2, ...; 0 if the user did not set it
         self.configs: list[str] = []  # names of the config files, without .py
         self.from_config: dict[str, object] = {}  # what they set, even if a later source replaced it
         for part in parts:
@@ -123,11 +123,11 @@ class Settings:
         self.set(name, self.defaults[name], "default")
 
     def given(self, name: str) -> bool:
-        """True if anybody set it, perhaps to its default value."""
+        """True if it was set anywhere, even to its default value."""
         return self.source[name] != "default"
 
     def chosen(self, name: str) -> bool:
-        """True if the user set it for this start alone: in the environment or on the command line."""
+        """True if the user set it for this run: in the environment or on the command line."""
         return self.source[name] in ("environment", "command line")
 
     def part(self, cls: type):
@@ -146,7 +146,7 @@ class Settings:
 
 
 def pick(cls: type, values: dict):
-    """Build the dataclass `cls` from those entries of `values` that are its fields.
+    """Build the dataclass `cls` from the entries of `values` that are its fields.
 
     >>> pick(OptimSettings, {"lr": 0.1, "seq_len": 64})  ->  OptimSettings(lr=0.1)
     """
@@ -158,8 +158,8 @@ def configure(parts: list[type], argv: list[str] | None = None, environ=None, do
     """The settings of a script from its arguments (default `sys.argv[1:]`) and the environment. Raises UserError.
 
     Accepts `config/x.py`, `KEY=value`, `--key=value`, `--key value`, `--flag`, `--no-flag`; keys in any case; a
-    `list[str]` setting can be repeated. `--help` prints the table. `plain`: a `list[str]` setting that takes the plain
-    arguments, in place of config files.
+    `list[str]` setting can be repeated. `--help` prints the table. `plain`: a `list[str]` setting
+    for plain arguments, which are then not config files.
     """
     if argv is None:
         argv = sys.argv[1:]
@@ -190,17 +190,17 @@ def process_rank(environ=os.environ) -> str:
 
 
 def check_fields(settings) -> None:
-    """For the `__post_init__` of a dataclass of settings: every field has the type, choice or range it declares."""
+    """For `__post_init__` of a settings dataclass: check every field against its declared type and range."""
     for field in dataclasses.fields(settings):
         setattr(settings, field.name, check(type(settings), field.name, getattr(settings, field.name)))
 
 
 # ---- The sources ----------------------------------------------------------------------------------------------------
 
-# Exported by Windows, GNU screen, builds of Nix, of Android, and for GNU's df: not meant for us.
+# Exported by Windows, GNU screen, Nix and Android builds, and for GNU's df: not meant for us.
 EXPORTED_BY_SYSTEMS = {"prompt", "window", "system", "out", "block_size"}
 
-# Settings that exclude each other: the one of the later source counts, the others are reset.
+# Settings that exclude each other: the later source wins, the others are reset.
 RIVALS = [
     ("data_path", "dataset", "mixture"),
     ("max_steps", "max_tokens"),
@@ -239,16 +239,16 @@ def split_arguments(settings: Settings, argv: list[str], plain: str) -> tuple[li
 
 
 def read_config_file(settings: Settings, file: str, order: int) -> None:
-    """Run a config file in a namespace of its own and take the settings that it leaves there."""
+    """Run a config file in its own namespace and take over the settings that it defines."""
     path = find_config(file)
     if not path.is_file():
         ours = sorted(f"config/{p.name}" for p in (ROOT / "config").glob("*.py"))
-        raise UserError(f"config file {file} not found; there are {', '.join(ours)}")
+        raise UserError(f"config file {file} not found; ours are {', '.join(ours)}")
     namespace = {"__file__": str(path), "__name__": path.stem}
     try:
-        tree = ast.parse(path.read_bytes(), str(path))  # bytes: Python knows what a byte order mark is
+        tree = ast.parse(path.read_bytes(), str(path))  # bytes: Python handles a byte order mark
         exec(compile(tree, str(path), "exec"), namespace)
-    except (Exception, SystemExit) as error:  # whatever is wrong inside is the file's mistake
+    except (Exception, SystemExit) as error:  # any error inside is the file's mistake
         line = getattr(error, "lineno", None) or "?"
         for frame in traceback.extract_tb(error.__traceback__):
             if frame.filename == str(path):
@@ -276,7 +276,7 @@ def find_config(file: str) -> Path:
 
 
 def read_environment(settings: Settings, environ, order: int) -> None:
-    """Take the settings among the variables; an empty one counts as not set."""
+    """Read settings from environment variables; an empty one counts as not set."""
     for name in settings.source:
         text = environ.get(name.upper(), "")
         if text and name not in EXPORTED_BY_SYSTEMS:
@@ -285,7 +285,7 @@ def read_environment(settings: Settings, environ, order: int) -> None:
 
 
 def settle_rivals(settings: Settings) -> None:
-    """Of rivals, keep that of the latest source; UserError if it sets two. 0 and '' count as not set."""
+    """Of rivals, keep the one from the latest source; UserError if that sets two. 0 and '' count as not set."""
     for group in RIVALS:
         given = [n for n in group if n in settings.source and settings.given(n) and getattr(settings, n)]
         if len(given) < 2:
@@ -302,7 +302,7 @@ def settle_rivals(settings: Settings) -> None:
 
 
 def note_misspelt_variables(settings: Settings, environ) -> None:
-    """Name the variables that were surely meant for us. Systems export single words, so those are not."""
+    """Print a note on variables that were surely meant for us. Systems export single words, so we ignore those."""
     joined = {name.replace("_", ""): name for name in settings.source if "_" in name}
     for variable in sorted(filter(environ.get, environ)):
         name = variable.lower()
@@ -314,7 +314,7 @@ def note_misspelt_variables(settings: Settings, environ) -> None:
         if meant:
             setting, equals, value = meant.partition("=")
             hint = f"did you mean {setting.upper()}{equals}{value}?"
-            print(f"note: {shown(variable)} in the environment is no setting; {hint}", file=sys.stderr)
+            print(f"note: {shown(variable)} in the environment is not a setting; {hint}", file=sys.stderr)
 
 
 # ---- Values ---------------------------------------------------------------------------------------------------------
@@ -341,8 +341,8 @@ def parse(settings: Settings, name: str, text: str, where: str):
 
 
 def check(part: type, name: str, value, where: str = ""):
-    """The value, if the setting `name` of `part` may have it, as its type: 1 -> 1.0 for a float, 1e5 -> 100000 for an
-    int; nothing else is converted. UserError otherwise."""
+    """The value as the type of setting `name` of `part`: 1 -> 1.0 for a float, 1e5 -> 100000 for an int, nothing else
+    is converted. UserError if it is not allowed."""
     kind, span = kind_and_range(part, name)
     given = f"{name}={shown(value)}"
     if where:
@@ -361,7 +361,7 @@ def check(part: type, name: str, value, where: str = ""):
 
 
 def is_of_kind(value, kind) -> bool:
-    """isinstance for the types of settings; True is no int."""
+    """isinstance for the types of settings; True is not an int."""
     if kind == list[str]:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if isinstance(value, bool):
@@ -402,19 +402,19 @@ KNOWN_ELSEWHERE = {
 
 
 def known(settings: Settings, key: str, where: str) -> str:
-    """The key itself, or a UserError that names the nearest setting."""
+    """The key itself if it is a setting, else a UserError that names the nearest one."""
     if key in settings.source:
         return key
     hint = "--help lists the settings."
     if near := nearest(settings, key, 0.8):
         hint = f"did you mean {near}?"
     if where.endswith(".py"):
-        hint += " A name that begins with _ is the file's own."
+        hint += " A helper's name must begin with _."
     raise UserError(f"unknown setting {shown(key)} ({where}): {hint}")
 
 
 def nearest(settings: Settings, key: str, least: float) -> str:
-    """The setting that `key` was meant to be, known from elsewhere or similar by `least`; '' if we are not sure."""
+    """The setting that `key` was meant to be, known elsewhere or similar by at least `least`; '' if we are not sure."""
     if key not in KNOWN_ELSEWHERE:
         return next(iter(difflib.get_close_matches(key, settings.source, 1, least)), "")
     meant = KNOWN_ELSEWHERE[key]
@@ -424,7 +424,7 @@ def nearest(settings: Settings, key: str, least: float) -> str:
 
 
 def shown(value, most: int = 40) -> str:
-    """A value for a sentence: in one line, and shortened."""
+    """A value for a sentence: on one line, and shortened."""
     text = repr(value)
     if isinstance(value, str) and value.isprintable() and value:
         text = value
@@ -462,7 +462,7 @@ def field_comments(part: type) -> dict[str, str]:
 def write_path(path: str | Path) -> Path:
     """A path to write to: relative to the current folder, `~` is the home. UserError if it cannot be a path.
 
-    What the user does not name (`out/`, `data/cache`) is beside the scripts: ROOT / "out".
+    Paths that the user does not name (`out/`, `data/cache`) are beside the scripts: ROOT / "out".
     """
     try:
         path = Path(path).expanduser()
@@ -476,7 +476,7 @@ def write_path(path: str | Path) -> Path:
 
 
 def find_path(path: str | Path) -> Path:
-    """A path to read from: relative to the current folder or, if nothing is there, beside the scripts.
+    """A path to read from: relative to the current folder or, if it does not exist there, beside the scripts.
 
     So `python /elsewhere/sample.py --init_from out/quickstart` finds the run that train.py wrote there.
     """
@@ -485,7 +485,7 @@ def find_path(path: str | Path) -> Path:
         return ROOT / path
     if path.is_dir():
         need(os.access(path, os.R_OK | os.X_OK),
-             f"you may not read the folder {path}: its owner can change that with chmod +rx")
+             f"no permission to read the folder {path}: its owner can grant it with chmod +rx")
     return path
 
 

@@ -2,17 +2,17 @@
 
     python data.py stdlib                    # prepare a corpus of data/ and show what came out
     python data.py my.txt VOCAB_SIZE=8192    # your own text, a folder of it, or shards of token ids
-    python data.py mixture="stdlib:0.7 my.txt:0.3"    # several, by word share
+    python data.py mixture="stdlib:0.7 my.txt:0.3"    # a mixture, by word share
     python data.py my.txt more/ TOKENIZER=unigram TOKENIZER_DIR=out/tokenizer    # only a tokenizer; also --profile
 
     folder = prepare(settings)
     stream = TokenStream(folder, "train", load_tokenizer(folder))        # text/batches.py continues from here
 
 A prepared folder holds `train_00000.npy` ..., `val_00000.npy` ..., the tokenizer, and `meta.json`, which is written
-last: without it the folder is not complete. Its name ends in a hash of all that decides which tokens come out: the
-content of the files, the tokenizer, the settings. Change one of these, and a new folder appears beside the old one. A
-file is read again only if its size or times have changed. A tokenizer that we train has a folder of its own, so it
-outlives an interruption and a change of shard_tokens.
+last: without it the folder is incomplete. Its name ends in a hash of everything that determines the tokens: the content
+of the files, the tokenizer, the settings. Change one of these, and a new folder appears beside the old one. A file is
+read again only if its size or times have changed. A tokenizer that we train has its own folder, so it survives an
+interruption and a change of shard_tokens.
 """
 
 import runtime.screen  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
@@ -42,7 +42,7 @@ from text.records import SEPARATOR, files_pieces, path_name, reading, text_files
 from text.shards import FORMAT, PREPARED, count_shards, find_shards, read_meta, write_meta, write_split
 from text.tokenizer_files import TIKTOKEN, load_tokenizer, train_tokenizer
 
-OFTEN = 4  # passes over a part of a mixture; more are worth a word
+OFTEN = 4  # passes over a part of a mixture; we mention more
 
 
 @dataclass
@@ -52,17 +52,17 @@ class OnlyTokenizer:
 
 
 def prepare(s: Settings, quiet: bool = False, known=None) -> Path:
-    """The folder of tokens that the settings ask for; made now unless it is there and current.
+    """The folder of tokens that the settings ask for; prepared now unless it exists and is current.
 
     Several processes may call this at once: one of them works and the others wait. `known` is the tokenizer of a
-    resumed run: text that has changed since it began is encoded with that one, and not with a new one.
+    resumed run: text that has changed since its start is encoded with that tokenizer, not with a new one.
     """
     data, asked_size = s.part(DataSettings), size_asked_for(s)
     folder = find_path(data.data_path)
-    if data.data_path and (folder / "meta.json").is_file():  # it is such a folder itself
+    if data.data_path and (folder / "meta.json").is_file():  # a prepared folder itself
         meta = read_meta(folder, PREPARED)
         trained, size = meta["trained"], meta["vocab_size"]
-        need(not data.val_path, f"{folder} holds tokens with a validation part of their own: leave val_path out")
+        need(not data.val_path, f"{folder} holds tokens with their own validation part: leave val_path out")
         need(not trained or not s.chosen("vocab_size") or s.vocab_size == size,
              f"{folder} holds tokens of a vocabulary of {size:,}: leave vocab_size out")
         if data.tokenizer not in TRAINED:
@@ -71,12 +71,12 @@ def prepare(s: Settings, quiet: bool = False, known=None) -> Path:
             need(trained in ("", data.tokenizer),
                  f"{folder} has tokens of a {trained} tokenizer, not tokenizer={data.tokenizer}; leave it out")
     else:
-        folder = Preparation(data, asked_size, quiet).folder(known)
+        folder = Preparation(data, size_to_train(s), asked_size, quiet).folder(known)
         meta = read_meta(folder, PREPARED)
     check_vocabulary(meta["trained"], meta["vocab_size"], asked_size)
     for split, part in meta["splits"].items():
         if "lost" in part:
-            say(f"data: in the beginning of {split}, {part['lost']}", quiet)
+            say(f"data: at the beginning of {split}, {part['lost']}", quiet)
         need(part["tokens"] > s.seq_len,
              f"the {split} part of {meta['name']} has {part['tokens']:,} tokens, fewer than the seq_len + 1 = "
              f"{s.seq_len + 1:,} of one row; give more text or a smaller seq_len")
@@ -88,18 +88,26 @@ def size_asked_for(s: Settings) -> int:
     return s.vocab_size if s.given("vocab_size") else 0
 
 
+def size_to_train(s: Settings) -> int:
+    """Entries of a tokenizer that is trained now; 0 = all characters. A resumed run has those of its checkpoint."""
+    if s.tokenizer == "char":
+        return size_asked_for(s)
+    return s.vocab_size
+
+
 def check_vocabulary(trained: str, size: int, asked_size: int) -> None:
-    """A vocabulary that somebody asked for does not silently become a smaller one."""
+    """UserError if the vocabulary is smaller than the user asked for."""
     need(trained in ("", "char") or size >= asked_size,
-         f"vocab_size={asked_size}, but this text gives {size} entries only; set vocab_size={size} or less, or give "
+         f"vocab_size={asked_size}, but this text gives only {size} entries; set vocab_size={size} or less, or give "
          "more text")
 
 
 class Preparation:
     """A corpus on its way into a folder of tokens."""
 
-    def __init__(self, data: DataSettings, asked_size: int, quiet: bool):
-        self.data, self.asked_size, self.quiet, self.cache = data, asked_size, quiet, cache_folder(data.cache_dir)
+    def __init__(self, data: DataSettings, size: int, asked_size: int, quiet: bool):
+        self.data, self.size, self.asked_size, self.quiet = data, size, asked_size, quiet
+        self.cache = cache_folder(data.cache_dir)
         self.overwrite = Overwrite(data.overwrite, self.cache)
         if data.mixture:
             self.overwrite.put_downloads_aside(list(corpus.mixture_shares(data.mixture)), quiet)
@@ -109,14 +117,14 @@ class Preparation:
         self.sources = self.raw.sources()
         hashes = content_hashes(self.sources, self.cache, quiet)
         self.raw.notes += equal_files(self.raw, hashes)
-        # All that decides which documents come out: the content of the files, and how it is read.
+        # Everything that determines the documents: the content of the files, and how it is read.
         kinds = ["".join(path.suffixes[-2:]).lower() for path in self.raw.files]
         dataset = "" if data.data_path else data.dataset
         self.decides = [FORMAT, hashes, kinds, len(self.raw.val_files), dataset, data.val_share, data.text_field,
                         data.bin_dtype]
         if data.mixture:
             self.decides += [data.mixture, data.mixture_unit, data.mixture_size]
-        self.training = [data.tokenizer, wanted_size(data, asked_size), data.tokenizer_pattern, data.tokenizer_bytes]
+        self.training = [data.tokenizer, size, data.tokenizer_pattern, data.tokenizer_bytes]
 
     def folder(self, known=None) -> Path:
         """The complete folder."""
@@ -126,10 +134,10 @@ class Preparation:
             if not made_by_known:
                 self.tokenizer, folder = known, self.folder_for(known)
         if self.is_current(folder, self.quiet):
-            say(f"data: {folder} is current: downloads, tokenizer and tokens are there", self.quiet)
+            say(f"data: {folder} is current: downloads, tokenizer and tokens exist", self.quiet)
         else:
             with working(folder, self.quiet) as note:
-                if not self.is_current(folder, quiet=True):  # another process may have made it
+                if not self.is_current(folder, quiet=True):  # another process may have prepared it
                     self.build(folder, note)
         return folder
 
@@ -145,7 +153,7 @@ class Preparation:
         return self.cache / f"{self.raw.name}{kind}-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]}"
 
     def is_current(self, folder: Path, quiet: bool) -> bool:
-        """Whether the folder is complete and need not be made again."""
+        """Whether the folder is complete and need not be prepared again."""
         if not (folder / "meta.json").is_file() or self.overwrite.is_due(folder, "tokens"):
             return False
         try:
@@ -155,12 +163,12 @@ class Preparation:
                 for split in meta["splits"]:
                     TokenStream(folder, split)
         except UserError as error:
-            say(f"data: {str(error).partition(';')[0]}; the tokens are made again", quiet)
+            say(f"data: {str(error).partition(';')[0]}; we prepare the tokens again", quiet)
             return False
         return True
 
     def build(self, folder: Path, note: Callable[[str], None]) -> None:
-        """Fill the folder. Validation goes first: if there is none, it shows at once."""
+        """Fill the folder. Validation comes first: if it is empty, we fail at once."""
         data, raw, quiet = self.data, self.raw, self.quiet
         (folder / "meta.json").unlink(missing_ok=True)
         if self.overwrite.is_due(folder, "tokens"):
@@ -207,7 +215,7 @@ class Preparation:
         say("\n".join(f"data: {line}" for line in remarks(meta)), quiet)
 
     def train(self):
-        """A tokenizer that has seen the training documents and nothing else; from its own folder, or trained now."""
+        """A tokenizer trained on the training documents alone; from its own folder, or trained now."""
         data, raw, folder = self.data, self.raw, self.folder_named("-tokenizer", self.decides + self.training)
         with working(folder, self.quiet) as note:
             tokenizer = self.trained_before(folder)
@@ -220,7 +228,7 @@ class Preparation:
                 if 0 < data.tokenizer_bytes < total:
                     total, amount = data.tokenizer_bytes, float
                 line = ProgressLine("tokenizer reads", total, raw.unit, raw.scale, self.quiet, note)
-                tokenizer = train_new(data, self.asked_size, chain([first], texts), line, amount)
+                tokenizer = train_new(data, self.size, chain([first], texts), line, amount)
                 tokenizer.save(folder)
                 write_json(folder / "made.json", {"sum": tokenizer_sum(folder)})
                 self.overwrite.note(folder)
@@ -228,20 +236,20 @@ class Preparation:
         return tokenizer
 
     def trained_before(self, folder: Path):
-        """The tokenizer of this folder; None if it is missing, damaged, or to be made again."""
+        """The tokenizer of this folder; None if it is missing, damaged, or due for training again."""
         if not (folder / "tokenizer.json").is_file() or self.overwrite.is_due(folder, "tokenizer"):
             return None
         try:
             refuse_damage(folder, read_json(folder / "made.json", {"sum": int})["sum"])
             tokenizer = load_tokenizer(folder)
         except UserError as error:
-            say(f"data: {error}; the tokenizer is trained again", self.quiet)
+            say(f"data: {error}; we train the tokenizer again", self.quiet)
             return None
         say(f"data: {folder} is current", self.quiet)
         return tokenizer
 
 
-def train_new(data: DataSettings, asked_size: int, texts: Iterable[str], line: ProgressLine,
+def train_new(data: DataSettings, size: int, texts: Iterable[str], line: ProgressLine,
               amount: Callable[[int], float] = float):
     """Train the tokenizer of the settings. `line` shows how much text it has read, `amount(bytes)`, then its merges."""
 
@@ -256,34 +264,27 @@ def train_new(data: DataSettings, asked_size: int, texts: Iterable[str], line: P
         line.total = total
         line.show(done)
 
-    tokenizer = train_tokenizer(data.tokenizer, texts, wanted_size(data, asked_size), data.tokenizer_pattern,
-                                max_bytes=data.tokenizer_bytes, workers=data.workers, progress=show)
+    tokenizer = train_tokenizer(data.tokenizer, texts, size, data.tokenizer_pattern, max_bytes=data.tokenizer_bytes,
+                                workers=data.workers, progress=show)
     line.close()
     return tokenizer
 
 
-def wanted_size(data: DataSettings, asked_size: int) -> int:
-    """Entries of the tokenizer to train; 0 = all characters."""
-    if asked_size or data.tokenizer == "char":
-        return asked_size
-    return ModelConfig.vocab_size
-
-
 def find_source(data: DataSettings) -> tuple[Corpus, object, dict[str, list[Path]]]:
-    """(corpus, its tokenizer or None if one is to be trained, its shards per split if it is made of token ids)"""
+    """(corpus, its tokenizer or None if we must train one, its shards per split if it consists of token ids)"""
     tokenizer = None
     if data.tokenizer not in TRAINED:
         tokenizer = named_tokenizer(data.tokenizer)
     if data.mixture:
         need(not data.data_path and not data.val_path,
-             f"mixture={data.mixture} leaves no place for data_path= or val_path=; take those or it away")
+             f"mixture={data.mixture} excludes data_path= and val_path=: leave one or the other out")
         return corpus.open_mixture(data), tokenizer, {}
     parts = find_shards(data.data_path, data.val_path) if data.data_path else None
     if not parts:
         return corpus.open_corpus(data), tokenizer, {}
     if tokenizer is None:
         beside = parts.train[0].parent / "tokenizer.json"
-        need(beside.is_file(), f"{data.data_path} holds token ids, and only their own tokenizer reads them: "
+        need(beside.is_file(), f"{data.data_path} holds token ids without their tokenizer: set "
                                "tokenizer=<its file>")
         tokenizer = load_tokenizer(beside)
     files = parts.train + parts.val
@@ -295,7 +296,7 @@ def find_source(data: DataSettings) -> tuple[Corpus, object, dict[str, list[Path
 
 
 def named_tokenizer(name: str):
-    """The tokenizer that is not trained: its file or folder, a run's, or an encoding of tiktoken."""
+    """A ready tokenizer: its file or folder, a run's, or an encoding of tiktoken."""
     need(name in TIKTOKEN or find_path(name).exists(),
          f"tokenizer={name} is none of {', '.join((*TRAINED, *TIKTOKEN))}, nor a file or folder that exists")
     return find_tokenizer(name)
@@ -305,8 +306,8 @@ def named_tokenizer(name: str):
 
 
 def content_hashes(sources: list, cache: Path, quiet: bool) -> list[str]:
-    """A hash of each file's content. hashes.json of the cache keeps {path: [bytes, times, hash]}: a file is read again
-    only when its size or times say that it may have changed."""
+    """A hash of each file's content. hashes.json in the cache keeps {path: [bytes, times, hash]}: we read a file again
+    only if its size or times have changed."""
     notes, shape = cache / "hashes.json", {str: [Either(str, int)]}
 
     def unread(hashes: dict) -> list:
@@ -331,16 +332,16 @@ def content_hashes(sources: list, cache: Path, quiet: bool) -> list[str]:
 
 
 def equal_files(raw: Corpus, hashes: list[str]) -> list[str]:
-    """A note on a file for validation that has the content of one to train on."""
+    """A note on a validation file that equals a training file."""
     trained = hashes[: len(raw.train_files)]
     for path, content in zip(raw.val_files, hashes[len(trained) :], strict=True):
         if content in trained:
-            return [f"{path.name} is both training and validation text: a low loss on it will prove nothing"]
+            return [f"{path.name} is both training and validation text: a low loss on it proves nothing"]
     return []
 
 
 def refuse_damage(folder: Path, expected: int | None) -> None:
-    """UserError if the tokenizer's files that we saved there are not whole. Its roles may be edited."""
+    """UserError if the tokenizer that we saved there is damaged. Its roles may be edited."""
     if (folder / "tokenizer_config.json").exists():
         read_json(folder / "tokenizer_config.json")
     need(expected in (None, tokenizer_sum(folder)), f"{folder / 'tokenizer.json'} is damaged")
@@ -356,7 +357,7 @@ def tokenizer_sum(folder: Path) -> int:
 
 
 def summary(folder: Path) -> str:
-    """A table of what a prepared folder holds, and how its training text begins."""
+    """A table of a prepared folder's contents, and the beginning of its training text."""
     meta, tokenizer = read_meta(folder, PREPARED), load_tokenizer(folder)
     skipped = f", {meta['skipped']} files skipped as unreadable" if meta["skipped"] else ""
     lines = [f"{meta['name']}: {folder}{skipped}",
@@ -380,26 +381,26 @@ def remarks(meta: dict) -> list[str]:
             lines.append(f"{split}: {name} {mixed['share']:.1%} wanted, {mixed['got']:.1%} got, "
                          f"{mixed[unit]:,} {unit} in {mixed['passes']} passes")
             if mixed["passes"] > OFTEN:
-                lines.append(f"{name} is small for its share: it comes {mixed['passes']} times; a smaller weight or "
-                             "mixture_size repeats it less")
+                lines.append(f"{name} is small for its share: it comes {mixed['passes']} times; lower its weight or "
+                             "mixture_size")
     if replaced:
-        lines.append(f"{replaced:,} characters that the tokenizer lacks are U+FFFD now")
+        lines.append(f"{replaced:,} characters that the tokenizer lacks became U+FFFD")
     if markers:
         lines.append(f"{markers:,} times {SEPARATOR} within a line separates nothing and is learned as text")
     return lines
 
 
 def only_tokenizer(inputs: list[str], s: Settings) -> str:
-    """Train a tokenizer on all the text of files, folders and corpora, and write it where the user wants it."""
+    """Train a tokenizer on all the text of files, folders and corpora, and write it to tokenizer_dir."""
     data, asked_size = s.part(DataSettings), size_asked_for(s)
-    need(data.tokenizer in TRAINED, f"tokenizer_dir= is for a tokenizer that is trained: {', '.join(TRAINED)}")
+    need(data.tokenizer in TRAINED, f"tokenizer_dir= trains a tokenizer: set tokenizer= to one of {', '.join(TRAINED)}")
     texts = chain.from_iterable(all_text(each, data.text_field) for each in inputs)
     line = ProgressLine("tokenizer reads", 0, "MB", 1e6)
     profile = nullcontext()
     if s.profile:
         data.workers, profile = 1, cProfile.Profile()
     with profile:
-        tokenizer = train_new(data, asked_size, texts, line)
+        tokenizer = train_new(data, size_to_train(s), texts, line)
     check_vocabulary(data.tokenizer, tokenizer.vocab_size, asked_size)
     folder = write_path(s.tokenizer_dir)
     with writing(folder, "; tokenizer_dir=<folder> names another"):
@@ -410,7 +411,7 @@ def only_tokenizer(inputs: list[str], s: Settings) -> str:
 
 
 def all_text(name: str, text_field: str) -> Iterator[str]:
-    """The text of a corpus of ours, or of a file or folder, without keeping any for validation."""
+    """The text of a corpus of ours, or of a file or folder, without holding any out for validation."""
     if corpus.is_dataset(name):
         pieces = corpus.open_dataset(name, text_field).pieces("train")
     else:
@@ -431,17 +432,17 @@ def main(argv: list[str] | None = None) -> int:
         if s.tokenizer_dir:
             print(visible(only_tokenizer(inputs or [s.data_path or s.dataset], s)))
         else:
-            need(len(inputs) < 2, f"{', '.join(inputs)}: several inputs are for tokenizer_dir=; mixture= trains on "
-                                  "several")
+            need(len(inputs) < 2, f"{', '.join(inputs)}: several inputs need tokenizer_dir=; to train a model on "
+                                  "several, set mixture=")
             print(visible(summary(prepare(s))))
     except KeyboardInterrupt:
-        print("\ndata.py: interrupted; the same command resumes behind the last whole shard", file=sys.stderr)
+        print("\ndata.py: interrupted; the same command resumes after the last whole shard", file=sys.stderr)
         return 130
     return 0
 
 
 def is_input(arg: str) -> bool:
-    """Text or a corpus, and neither a setting nor a config file."""
+    """Whether an argument names text or a corpus, not a setting or a config file."""
     config = Path(arg).parent.name == "config" and arg.endswith(".py")
     return not (arg.startswith("-") or "=" in arg or config)
 

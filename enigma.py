@@ -1,14 +1,14 @@
-"""The Enigma block: a cipher machine's parts, each made causal, invertible and a function of (ids, position) alone.
+"""The Enigma block: the parts of a cipher machine, made causal, invertible and functions of (ids, position) alone.
 
     plugboard   a fixed permutation of the channels of both streams, at the entry of the stack; undone at its exit
-    wheels      in half of the heads, half of the channels of queries and keys turn by a cyclic shift that steps with
-                the token's position
+    wheels      in half of the heads, a cyclic shift turns half of the channels of queries and keys; it steps with the
+                token's position
     mixing      three shears between the streams: an invertible 1x1 convolution of determinant 1
     couplings   dynamic convolution, attention and feed-forward, each read from one stream and added to the other
-    reflector   the streams change places after every addition, which is its own inverse (`reversible.Chain`)
+    reflector   the streams swap after every addition, which is its own inverse (`reversible.Chain`)
 
-The machine steps its wheels with every key pressed, so their state is the position in the text. Whoever deciphers must
-set them to that state again: here the position is an argument, and not the state of a module.
+The machine steps its wheels with every key pressed, so their state is the position in the text. To decipher, you must
+set them to that state again: here the position is an argument, not the state of a module.
 """
 
 import math
@@ -29,8 +29,9 @@ from reversible import Branch
 def wheel_sizes(count: int, head_dim: int) -> list[int]:
     """The `count` largest numbers up to half of head_dim that are pairwise coprime: (3, 32) -> [16, 15, 13].
 
-    All wheels are back where they began only after as many steps as their product. The other channels of a head do not
-    turn: they compare tokens wherever these are. Where there are too few numbers, they repeat: (4, 8) -> [4, 3, 4, 3].
+    All wheels return to their start only after as many steps as the product of their sizes. The other channels of a
+    head do not turn: they compare tokens at any positions. If there are too few numbers, they repeat: (4, 8) ->
+    [4, 3, 4, 3].
     """
     sizes: list[int] = []
     for n in range(head_dim // 2, 1, -1):
@@ -42,8 +43,8 @@ def wheel_sizes(count: int, head_dim: int) -> list[int]:
 def wheel_offsets(positions: Tensor, sizes: list[int], carry: bool = False) -> Tensor:
     """positions (...) integers -> how far each wheel has turned, (wheels, ...).
 
-    Every wheel steps with every token; with `carry`, as in an odometer, only the first does, and each other one when
-    the wheel before it has gone round. In closed form, so a million positions need no loop.
+    Every wheel steps with every token. With `carry`, as in an odometer, only the first does, and each other wheel steps
+    when the one before it completes a turn. In closed form, so a million positions need no loop.
     """
     offsets, steps = [], positions
     for n in sizes:
@@ -54,10 +55,10 @@ def wheel_offsets(positions: Tensor, sizes: list[int], carry: bool = False) -> T
 
 
 def wheel_index(positions: Tensor, sizes: list[int], head_dim: int, carry: bool = False) -> Tensor:
-    """positions (T,) or (B, T) -> (wheels, T, Dh) or (B, wheels, T, Dh): which channel comes to each place.
+    """positions (T,) or (B, T) -> (wheels, T, Dh) or (B, wheels, T, Dh): the channel to read at each place.
 
-    Wheel i shifts the first n = sizes[i] channels of its heads round by its offset o: channel c takes that of
-    (c + o) mod n. Then q(t)·k(s) depends on (t - s) mod n alone, without any rounding; RoPE does the same with angles.
+    Wheel i rotates the first n = sizes[i] channels of its heads by its offset o: channel c reads channel (c + o) mod n.
+    Then q(t)·k(s) depends on (t - s) mod n alone, without any rounding; RoPE does the same with angles.
     """
     channels = torch.arange(head_dim, device=positions.device)
     index = []
@@ -75,7 +76,7 @@ def turn_wheels(x: Tensor, index: Tensor) -> Tensor:
 
 
 def stepping(positions: Tensor, count: int, head_dim: int, carry: bool = False) -> Callable[[Tensor], Tensor]:
-    """What turns queries and keys by `count` wheels at these positions."""
+    """A function that turns queries and keys by `count` wheels at these positions."""
     index = wheel_index(positions, wheel_sizes(count, head_dim), head_dim, carry)
     return partial(turn_wheels, index=index)
 
@@ -84,13 +85,13 @@ def stepping(positions: Tensor, count: int, head_dim: int, carry: bool = False) 
 
 
 class ConvCache:
-    """The last rows that a convolution has read: shape (B, kernel - 1, D)."""
+    """The last rows that a convolution read: shape (B, kernel - 1, D)."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device):
         self.rows = torch.zeros(shape, dtype=dtype, device=device)
 
     def update(self, x: Tensor) -> Tensor:
-        """x (B, T, D) -> (B, kernel - 1 + T, D): the rows before x, and x."""
+        """x (B, T, D) -> (B, kernel - 1 + T, D): the rows before x, then x."""
         rows = torch.cat((self.rows.to(x.dtype), x), dim=1)
         self.rows.copy_(rows[:, x.shape[1] :])
         return rows
@@ -100,8 +101,8 @@ class DynamicConv(nn.Module):
     """u = a · sigmoid(g) with (a, g) = Lin(x); y(t) = Lin(sum over j < kernel of w(t, j) · u(t - j)), where the taps
     w(t, ·) are predicted from u(t) (Wu et al., arXiv 1901.10430).
 
-    Taps are a softmax for each of n_head groups of channels. A tap counts only if there are j tokens before t in the
-    same text: positions count from the beginning of each.
+    The taps are a softmax for each of n_head groups of channels. Tap j counts only if the same text has j tokens before
+    t: positions count from the beginning of each text.
     """
 
     def __init__(self, d_model: int, n_head: int, kernel: int, bias: bool = False):
@@ -176,7 +177,7 @@ class EnigmaBlock(nn.Module):
         return branches
 
     def new_caches(self, batch: int, length: int, dtype: torch.dtype, device) -> list:
-        """What each branch keeps of the past; None: nothing."""
+        """A cache of the past for each branch; None if it needs none."""
         caches = [None] * len(self.shears)
         if self.conv is not None:
             caches.append(self.conv.new_cache(batch, dtype, device))

@@ -1,4 +1,4 @@
-"""How good a model is: loss, perplexity and bits per byte of text, and answers to multiple-choice questions.
+"""Evaluate a model: loss, perplexity and bits per byte of text, and answers to multiple-choice questions.
 
     python eval.py                                             # the newest run on its own validation text
     python eval.py --init_from out/gpt2 DATA_PATH=book.txt     # any text: a file, a folder, .jsonl, prepared shards
@@ -59,9 +59,9 @@ from text.tokenizer import Excerpt, LostCharacters, Tokenizer
 @dataclass
 class EvalSettings:
     init_from: str = ""         # checkpoint file or run's folder; default: the newest run in out/
-    data_path: str = ""         # text to score: .txt, .jsonl, .gz, a folder of them, or prepared tokens (val)
+    data_path: str = ""         # text to score: .txt, .jsonl, .gz, a folder of these, or prepared tokens (val)
     text_field: str = "text"    # field of a .jsonl record that holds the text; * = all its strings
-    stride: Size = 0            # tokens from window to window; less gives tokens more context; 0 = seq_len / 2
+    stride: Size = 0            # tokens between window starts; a smaller one gives more context; 0 = seq_len / 2
     eval_tokens: Amount = 0     # validation tokens to score; 0 = all; not set: as in the run
     batch_size: Batch = 16      # windows in one forward pass; not set: as in the run
     tasks: str = ""             # benchmarks, separated by commas: arc_easy, arc_challenge, hellaswag, piqa
@@ -69,9 +69,9 @@ class EvalSettings:
     limit: Size = 0             # questions of each benchmark, from its first one; 0 = all
     task_dir: str = ""          # folder with the benchmarks' files; empty = download them
     batch_tokens: Count = 8192  # tokens of all choices in one forward pass of a benchmark
-    bos: Literal["auto", "yes", "no"] = "auto"  # begin-of-text token before every text; auto: as its tokenizer does
+    bos: Literal["auto", "yes", "no"] = "auto"  # begin-of-text token before every text; auto: as its files say
     cache_dir: str = ""         # folder that keeps tokens and downloads; empty: data/cache beside the scripts
-    lora_base: str = ""         # adapters: where their base checkpoint is now, if it has moved
+    lora_base: str = ""         # path of the adapters' base checkpoint, if it has moved
 
     def __post_init__(self):
         check_fields(self)
@@ -82,27 +82,27 @@ SETTINGS = [EvalSettings, MachineSettings]
 
 @dataclass
 class Score:
-    """Cross-entropy alone, whatever else a training loss may contain."""
+    """Pure cross-entropy, without the other terms of a training loss."""
 
     loss: float  # nats per token
     bits_per_byte: float  # does not depend on the tokenizer
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))  # a run that diverged is beyond what a float holds
+        return math.exp(min(self.loss, 700.0))  # a diverged run would overflow a float
 
 
 @torch.no_grad()
 def evaluate(model: LanguageModel, windows: Validation, machine: Machine, batch_size: int = 32) -> Score:
     """Score every validation window once; each process takes its share, and all get the sum.
 
-    Sums are in fp64, so neither the batch size nor the number of processes shows beyond the rounding of the model.
+    Sums are in fp64, so batch size and number of processes change nothing beyond the rounding of the model.
     """
     was_training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
     progress = ProgressLine("validation", len(windows), "windows", quiet=not machine.is_main)
-    progress.last = progress.start  # a log is told of what takes ten seconds, not one
+    progress.last = progress.start  # print a line to a log only after ten seconds, not one
     for first in range(machine.rank * batch_size, len(windows), machine.world_size * batch_size):
         batch = [t.to(machine.device) for t in windows.get(first, batch_size)]
         with machine.autocast():
@@ -119,11 +119,11 @@ def evaluate(model: LanguageModel, windows: Validation, machine: Machine, batch_
 # ---- any text -------------------------------------------------------------------------------------------------------
 
 class TextWindows:
-    """Documents cut into windows for `evaluate`: each starts after a token that begins a text, and each of its tokens
-    is predicted once, from up to seq_len tokens before it and, but near the beginning, from at least seq_len - stride.
+    """Documents split into windows for `evaluate`: each document follows a begin-of-text token, and each of its tokens
+    is predicted once, from at most seq_len tokens before it and, except near its beginning, at least seq_len - stride.
 
-    Only tokens of the text count, no end-of-text tokens. `lost` says what the tokenizer loses of the first million
-    characters, and `unknown` counts the tokens of characters that it does not have: the model need not guess either, so
+    Only tokens of the text count, not end-of-text tokens. `lost` describes what the tokenizer loses of the first
+    million characters, and `unknown` counts tokens for characters that it lacks. The model need not predict either, so
     bits per byte come out too low.
     """
 
@@ -135,7 +135,7 @@ class TextWindows:
         self.lost = LostCharacters(0.0, "")
 
     def add_text(self, pieces: Iterable[tuple[str, bool]], show: Callable = lambda: None) -> "TextWindows":
-        """Documents in pieces, as text/records.py has them. `show` is called after each piece."""
+        """Add documents in pieces, as text/records.py yields them. `show` is called after each piece."""
         head = Excerpt()
 
         def counted() -> Iterator[tuple[str, bool]]:
@@ -154,7 +154,7 @@ class TextWindows:
         return self.sorted()
 
     def add_stream(self, stream: TokenStream, max_tokens: int = 0) -> "TextWindows":
-        """The documents of prepared tokens, or the first max_tokens of these."""
+        """Add the documents of prepared tokens, or their first max_tokens."""
         ids = stream.read(0, max_tokens or len(stream))
         self.bytes += int(self.tokenizer.token_sizes[ids].sum())
         for document in np.split(ids, np.flatnonzero(ids == stream.eot) + 1):
@@ -169,15 +169,15 @@ class TextWindows:
         self.rows += overlapping(np.concatenate([self.begin[:1], ids]), self.seq_len, self.stride)
 
     def sorted(self) -> "TextWindows":
-        self.rows.sort(key=lambda row: -len(row[0]))  # those of a batch are about as long
+        self.rows.sort(key=lambda row: -len(row[0]))  # rows of a batch have about the same length
         return self
 
     def unseen(self) -> str:
-        """What the model does not see of the text, in words; "" if it sees all."""
+        """The parts of the text that the model does not see, in words; "" if it sees all."""
         parts = [str(self.lost)] if self.lost.rate else []
         if self.unknown:
             share = self.unknown / self.tokens
-            parts.append(f"{self.unknown:,} tokens stand for characters that it does not have ({share:.2%})")
+            parts.append(f"{self.unknown:,} tokens ({share:.2%}) are characters that it lacks")
         return "; ".join(parts)
 
     def __len__(self) -> int:
@@ -196,7 +196,7 @@ class TextWindows:
 
 
 def overlapping(ids: np.ndarray, seq_len: int, stride: int) -> list[tuple[np.ndarray, int]]:
-    """Windows of seq_len predictions, `stride` apart, and how many predictions of each an earlier one has made.
+    """Windows of seq_len predictions, `stride` apart, each with the number of predictions that earlier ones have made.
 
     >>> overlapping(np.arange(7), seq_len=4, stride=2)  ->  [([0, 1, 2, 3, 4], 0), ([2, 3, 4, 5, 6], 2)]
     """
@@ -209,7 +209,7 @@ def overlapping(ids: np.ndarray, seq_len: int, stride: int) -> list[tuple[np.nda
 
 
 def begin_ids(tokenizer: Tokenizer, bos: str = "auto") -> list[int]:
-    """The ids before a text. auto: a begin token if the tokenizer's files say so: Llama's do, GPT-2's do not."""
+    """The ids before a text. auto: a begin-of-text token if the tokenizer's files ask for it (Llama's, not GPT-2's)."""
     wanted = bos == "yes"
     if bos == "auto":
         wanted = tokenizer.adds_bos()
@@ -225,35 +225,34 @@ class Row:
 
     context: list[int]
     continuation: list[int]
-    cut: bool  # whether the context has lost its beginning, so that both have at most seq_len + 1 tokens
+    cut: bool  # whether the context lost its beginning, so that both fit into seq_len + 1 tokens
 
     def __len__(self) -> int:
         return len(self.context) + len(self.continuation)
 
 
 def to_row(tokenizer: Tokenizer, context: str, choice: str, seq_len: int, begin: list[int]) -> Row:
-    """The harness's rule: white space at the end of the context goes to the continuation, which is what the ids of the
-    whole text have after the context's. Where a token crosses the border, the context still has the tokens that it has
-    alone."""
+    """The harness's rule: white space at the end of the context moves to the continuation. The continuation is the ids
+    of the whole text after as many as the context has alone, even if a token crosses the border."""
     whole = begin + tokenizer.encode(f"{context} {choice}")
     before = begin + tokenizer.encode(context.rstrip())
     continuation = whole[len(before) :]
     if not before:  # nothing to condition on
         before = begin_ids(tokenizer, "yes")
     ids = (before + continuation)[-(seq_len + 1) :]
-    border = len(ids) - min(len(continuation), seq_len)  # of a choice that is too long itself, the end counts
+    border = len(ids) - min(len(continuation), seq_len)  # a choice that is too long keeps its end
     return Row(ids[:border], ids[border:], cut=len(ids) < len(before) + len(continuation))
 
 
 @torch.inference_mode()
 def log_likelihoods(model: LanguageModel, rows: list[Row], machine: Machine) -> list[float]:
-    """Natural logarithm of the probability of each continuation after its context. Equal contexts are read once, and
-    their choices continue from the cache."""
+    """Log probability, in nats, of each continuation after its context. Equal contexts are read once, and their choices
+    continue from the cache."""
     from generate import prefill
 
     contexts, continuations = [row.context for row in rows], [row.continuation for row in rows]
     length = max(1, *map(len, continuations))
-    if max(map(len, contexts)) + length > model.cfg.seq_len + 1 and len(rows) > 1:  # padded, they do not fit
+    if max(map(len, contexts)) + length > model.cfg.seq_len + 1 and len(rows) > 1:  # too long with padding
         order = sorted(range(len(rows)), key=lambda i: len(contexts[i]))
         scores = [0.0] * len(rows)
         for half in (order[: len(order) // 2], order[len(order) // 2 :]):
@@ -275,8 +274,8 @@ def log_likelihoods(model: LanguageModel, rows: list[Row], machine: Machine) -> 
 
 
 def cast_products(model: LanguageModel, dtype: torch.dtype) -> None:
-    """Give the weights of matrix products the dtype that autocast would give them in every pass. A tied head gets
-    a copy; the embedding stays as it is."""
+    """Cast the weights of matrix products once to the dtype that autocast would use in every pass. A tied head gets a
+    copy; the embedding does not change."""
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             for name, p in list(module.named_parameters(recurse=False)):
@@ -284,7 +283,7 @@ def cast_products(model: LanguageModel, dtype: torch.dtype) -> None:
 
 
 def question_batches(rows: list[list[Row]], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of questions, the longest first; their choices, padded, have at most `batch_tokens` tokens."""
+    """Batches of question indices, the longest first; the padded choices of a batch fit into `batch_tokens` tokens."""
     sizes = [max(map(len, choices)) for choices in rows]
     batch, count = [], 0  # and its choices
     for i in sorted(range(len(rows)), key=lambda i: -sizes[i]):
@@ -299,7 +298,7 @@ def question_batches(rows: list[list[Row]], batch_tokens: int) -> Iterator[list[
 
 def run_task(model: LanguageModel, tokenizer: Tokenizer, questions: list, machine: Machine, batch_tokens: int = 8192,
              bos: str = "auto") -> Iterator[list[dict]]:
-    """Score the questions; yields the results of each batch, on every process those of all."""
+    """Score the questions; yields the results of each batch, those of all processes on every process."""
     begin = begin_ids(tokenizer, bos)
     mine = questions[machine.rank :: machine.world_size]
     rows = []
@@ -323,8 +322,8 @@ def run_task(model: LanguageModel, tokenizer: Tokenizer, questions: list, machin
 
 
 def result(number: int, question, rows: list[Row], scores: list[float]) -> dict:
-    """What is known of one question: `scores` in nats, `answer` by their sum, `answer_norm` by character of the choice.
-    Of equal ones the first counts."""
+    """The result of one question: `scores` in nats, `answer` by the largest score, `answer_norm` by score per character
+    of the choice. Ties go to the first."""
     characters = np.array(list(map(len, question.choices)), float)
     with np.errstate(divide="ignore", invalid="ignore"):
         norm = int(np.argmax(np.array(scores) / characters))
@@ -354,11 +353,11 @@ def main(argv: list[str] | None = None) -> None:
 
         names = task_names(s.tasks)
         for name in ("data_path", "stride", "eval_tokens"):
-            need(not s.given(name), f"{name} is for text and tasks for questions: ask for one of them at a time")
+            need(not s.given(name), f"{name} is for text, and tasks are questions: leave one of them out")
     path = checkpoint.find(s.init_from)
     model, tokenizer, state = checkpoint.load_model(path, lora_base=s.lora_base)
     saved = checkpoint.saved_settings(state, path, SETTINGS)
-    for name in ("dtype", "batch_size", "eval_tokens"):  # as the run, so that its numbers come out
+    for name in ("dtype", "batch_size", "eval_tokens"):  # as in the run, to reproduce its numbers
         if not s.given(name):
             s.set(name, saved[name], "checkpoint")
     need(s.stride <= model.cfg.seq_len,
@@ -369,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
     machine.print(f"model    {path}, step {step}\nmachine  {machine.describe()}")
     about = {"checkpoint": str(path), "step": step, "dtype": str(machine.dtype), "data_path": s.data_path,
              "stride": s.stride, "eval_tokens": s.eval_tokens}
-    if machine.is_main:  # now, and not after the work
+    if machine.is_main:  # now, not after the work
         with writing(path.parent):
             if not os.access(own_folder(folder), os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -383,9 +382,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def open_windows(s: Settings, state: dict, tokenizer: Tokenizer, seq_len: int, run: Path, machine: Machine):
-    """(name, what `evaluate` scores): any text, prepared tokens, or what the run validated on."""
+    """(name, windows for `evaluate`): of any text, prepared tokens, or the run's own validation data."""
     if s.data_path and not (find_path(s.data_path) / "meta.json").is_file():
-        need(not s.chosen("eval_tokens"), "eval_tokens is for validation text; of a file all is scored: leave it out")
+        need(not s.chosen("eval_tokens"), "eval_tokens is for validation text; a file is scored whole: leave it out")
         text, files, position = TextWindows(tokenizer, seq_len, s.stride, s.bos), text_files(s.data_path), Position()
         progress = ProgressLine("reading text", total_size(files), "MB", 1e6, quiet=not machine.is_main)
         text.add_text(files_pieces(files, s.text_field, position), lambda: progress.show(position.now()))
@@ -409,21 +408,21 @@ def open_windows(s: Settings, state: dict, tokenizer: Tokenizer, seq_len: int, r
 
 
 def text_name(data_path: str) -> str:
-    """For the file of its results: another text of the same name has another hash, and no task or run has any."""
+    """The name of its results file. A hash tells texts of one name apart, and from tasks and runs, which have none."""
     path = find_path(data_path).resolve()
     return f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
 
 
 def tokens_of(cache_dir: str, saved: dict, before: dict, tokenizer: Tokenizer, seq_len: int, run: Path,
               quiet: bool) -> Path:
-    """The tokens that a run validated on, by what they hold: `before` is its made_of, {} of an older run.
+    """The tokens that a run validated on, found by their content: `before` is its made_of, {} for an older run.
 
-    Nothing is looked for where its settings say, as they may be somebody else's.
+    We do not look where its settings point, because they may be a stranger's.
     """
     found = find_tokens(cache_dir, tokenizer, {"val": before["val"]} if before else {})
     if len({TokenStream(folder, "val").content for folder in found}) == 1:
         return found[0]
-    if not data_words(saved):  # the corpus that is learned where nothing is said
+    if not data_words(saved):  # the default corpus
         from data import prepare
 
         default = Settings([DataSettings, ModelConfig])
@@ -432,7 +431,7 @@ def tokens_of(cache_dir: str, saved: dict, before: dict, tokenizer: Tokenizer, s
         if not before or TokenStream(folder, "val").content == before["val"]:
             return folder
     raise UserError(f"the text that {run} validated on is not in {cache_folder(cache_dir)}: name that folder with "
-                    f"CACHE_DIR=, or make it: python data.py {data_words(saved)} {tokenizer_words(saved)}".rstrip())
+                    f"CACHE_DIR=, or prepare it: python data.py {data_words(saved)} {tokenizer_words(saved)}".rstrip())
 
 
 def examples_of(s: Settings, state: dict, tokenizer: Tokenizer, seq_len: int, run: Path):
@@ -450,10 +449,10 @@ def examples_of(s: Settings, state: dict, tokenizer: Tokenizer, seq_len: int, ru
         folder = prepare_examples("stdlib_chat", s.cache_dir, quiet=True)
         examples = list(read_examples(folder / "val.jsonl"))
     else:
-        need(before, f"{run} is too old to find its validation examples again: with more steps, and {words}, its next "
-                     "best model can")
+        need(before, f"{run} is too old to find its validation examples: train it further with {words}, which "
+                     "records them")
         raise UserError(f"the examples that {run} validated on are not in {cache_folder(s.cache_dir)}: name that "
-                        f"folder with CACHE_DIR=, or start the run again, {words}, which puts them there")
+                        f"folder with CACHE_DIR=, or rerun the run with {words}")
     chat = pick(ChatSettings, saved)
     return held_out_rows(examples, make_template(chat.template, tokenizer), chat, packing=saved["packing"],
                          seq_len=seq_len, seed=0, eval_tokens=s.eval_tokens)
@@ -463,9 +462,9 @@ def report(name: str, windows, score: Score, state: dict, machine: Machine, fold
     machine.print(f"{name}: loss {score.loss:.6f} nats per token, perplexity {score.perplexity:.3f}, "
                   f"{score.bits_per_byte:.6f} bits per byte; {windows.tokens:,} tokens, {windows.bytes:,} bytes")
     if isinstance(windows, TextWindows) and (why := windows.unseen()):
-        machine.print(f"         {why}: their bytes cost too little, so compare with models of this tokenizer only")
+        machine.print(f"         {why}: bits per byte come out too low, so compare only with models of this tokenizer")
     if name == "validation":  # no text has this name: see text_name
-        of_best = "optimizer" not in state  # a step's checkpoint is older than its validation
+        of_best = "optimizer" not in state  # a step checkpoint predates its validation
         so_far = "so far" if of_best else "before this checkpoint was scored"
         machine.print(f"         the best of the run {so_far} was {state['progress']['best']:.6f}")
     values = {"loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte,
@@ -477,7 +476,7 @@ def report(name: str, windows, score: Score, state: dict, machine: Machine, fold
 
 def answer_tasks(s: Settings, names: list[str], model: LanguageModel, tokenizer: Tokenizer, machine: Machine,
                  folder: Path, about: dict) -> None:
-    """Let the model answer the questions of some tasks, and print a table. What is done is on the disk, whenever we are
+    """Answer the questions of the tasks and print a table. Finished answers are on the disk even if we are
     interrupted."""
     from text.tasks import open_task
 
@@ -514,7 +513,7 @@ def to_lines(records: list[dict]) -> str:
 
 
 def show_answers(results: list[dict], count: int = 3) -> str:
-    """The first right and wrong answers, for the screen: * the right choice, > the model's."""
+    """The first right and wrong answers, for the screen: * marks the right choice, > the model's."""
     lines = []
     for is_right, title in ((1, "right"), (0, "wrong")):
         some = [each for each in results if each["acc_norm"] == is_right]

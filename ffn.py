@@ -1,19 +1,19 @@
-"""Linear layers, RMSNorm, and the feed-forward: what each token does by itself, by one network or by a few of many.
+"""Linear layers, RMSNorm, and the feed-forward, which processes each token by itself: one network, or a few of many.
 
     swiglu   down(silu(gate(x)) * up(x))      Shazeer, arXiv 2002.05202; three matrices
     relu2    down(relu(up(x))²)               Primer, arXiv 2109.08668; two matrices
     gelu     down(gelu(up(x)))                GPT-2's tanh form
     silu     down(silu(up(x)))
 
-A mixture of experts puts E of them side by side, and a router picks the K that compute a token:
+A mixture of experts puts E of them side by side, and a router picks K of them for each token:
 
     moe = MoE(d_model=192, d_ff=128, n_expert=16, top_k=2, n_shared=1, bias_balance=True)
     y, balance = moe.balanced(x)                    # x, y (B, T, D); balance is 1 if all experts do the same work
-    (nats.mean() + 0.01 * balance).backward()       # either pushes the router towards balance by the gradient,
+    (nats.mean() + 0.01 * balance).backward()       # either the gradient pushes the router towards balance,
     optimizer.step()
-    load = update_balance(model, machine.all_reduce, rate=1e-3)  # or nudges the bias of experts, outside of the loss
+    load = update_balance(model, machine.all_reduce, rate=1e-3)  # or a bias does, outside of the loss
 
-Recomputed activations (checkpointing, reversible stacks) need no care: tokens are counted by the backward pass.
+Recomputed activations (checkpointing, reversible stacks) need no care: the backward pass counts the tokens.
 """
 
 import math
@@ -29,9 +29,9 @@ FEW = 32  # rows
 class Linear(nn.Linear):
     """x (..., in) -> (..., out): x·Wᵀ + b.
 
-    Decoding a token reads each weight once, so memory decides about its time, and with one or a few rows of bfloat16
-    x·Wᵀ reaches only half of what memory could give (oneDNN prepares for many rows). W·xᵀ, the same sums with W in
-    front, reaches more: 1.1 to 1.3 times the speed of a whole model, and nothing beyond 32 rows (docs/log.md).
+    Decoding a token reads each weight once, so memory bandwidth limits its speed. With one or a few rows of bfloat16,
+    x·Wᵀ reaches only half of that bandwidth (oneDNN prepares for many rows). W·xᵀ, the same sums with W in front,
+    reaches more: a whole model decodes 1.1 to 1.3 times faster. Beyond 32 rows it gains nothing (docs/log.md).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,8 +47,8 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / root mean square of its channels, times a gain (arXiv 1910.07467); x may be wider than the gain: the streams
-    of a reversible model are fp32 where its weights are bfloat16."""
+    """x / root mean square of its channels, times a gain (arXiv 1910.07467). x may have a wider dtype than the gain:
+    the streams of a reversible model stay fp32 when its weights are bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(torch.promote_types(self.weight.dtype, x.dtype))
@@ -73,7 +73,7 @@ ACTIVATIONS = {
 
 
 def default_d_ff(d_model: int, kind: str) -> int:
-    """Hidden width with the parameters of a classic 4·d block: 4·d, or 8/3·d rounded up to 64 for three matrices."""
+    """Hidden width with the parameters of a classic 4·d block: 4·d, or 8/3·d for three matrices, rounded up to 64s."""
     if kind == "swiglu":
         return 64 * math.ceil(8 * d_model / 3 / 64)
     return 4 * d_model
@@ -101,9 +101,9 @@ class FeedForward(nn.Module):
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x (N, D) sorted by expert, weight (E, F, D), ends (E,) int32: row i -> weight[expert of i] @ x[i], (N, F).
 
-    Expert e has the rows ends[e-1] … ends[e]. One kernel, and nothing waits for the device, where torch has that
-    kernel: bf16 on CPUs and CUDA, and on CPUs fp32 and fp16 too as long as nobody compiles. Elsewhere a loop, which
-    must know the numbers of rows and waits for them. The kernel ignores autocast, so we cast the weight ourselves.
+    Expert e has the rows ends[e-1] … ends[e]. Where torch has a kernel for it, nothing waits for the device: bf16 on
+    CPUs and CUDA, and fp32 and fp16 on CPUs unless we compile. Elsewhere we loop, which needs the numbers of rows and
+    waits for them. The kernel ignores autocast, so we cast the weight ourselves.
     """
     weight = weight.to(x.dtype)
     if x.dtype == torch.bfloat16:
@@ -112,13 +112,13 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         grouped = x.device.type == "cpu" and x.dtype != torch.float64 and not torch.compiler.is_compiling()
     if grouped:
         return F.grouped_mm(x, weight.mT, offs=ends)
-    if torch.compiler.is_compiling():  # or each new set of numbers of rows would be compiled
+    if torch.compiler.is_compiling():  # or every new set of row counts would compile again
         return torch.compiler.disable(linear_by_loop)(x, weight, ends)
     return linear_by_loop(x, weight, ends)
 
 
 def linear_by_loop(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """The same as grouped_linear, one expert after the other."""
+    """The same as grouped_linear, one expert at a time."""
     rows = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
     return torch.cat([part @ matrix.T for part, matrix in zip(rows, weight.unbind(), strict=True)])
 
@@ -132,14 +132,14 @@ class Experts(nn.Module):
         self.gate = nn.Parameter(torch.empty(n_expert, d_ff, d_model)) if kind == "swiglu" else None
         self.up = nn.Parameter(torch.empty(n_expert, d_ff, d_model))
         self.down = nn.Parameter(torch.empty(n_expert, d_model, d_ff))
-        for p in self.parameters():  # as nn.Linear itself
+        for p in self.parameters():  # like nn.Linear
             nn.init.uniform_(p, -1 / math.sqrt(p.shape[-1]), 1 / math.sqrt(p.shape[-1]))
 
     def numel(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """x (N, D) sorted by expert, of which e has the rows ends[e-1] … ends[e] -> (N, D) in the same order."""
+        """x (N, D) sorted by expert, where e has the rows ends[e-1] … ends[e] -> (N, D) in the same order."""
         hidden = grouped_linear(x, self.up, ends)  # (N, F)
         if self.gate is not None:
             hidden = self.activation(grouped_linear(x, self.gate, ends)) * hidden
@@ -149,10 +149,10 @@ class Experts(nn.Module):
 
 
 class Counted(torch.autograd.Function):
-    """y as it is; its backward pass adds `new` to the buffer `counts`.
+    """Returns y unchanged; the backward pass adds `new` to the buffer `counts`.
 
-    A forward pass may run twice for one gradient, when checkpointing or a reversible stack computes activations again.
-    The backward pass runs once, so that is where we count, and no caller must tell us which forward pass it is.
+    A forward pass may run twice for one gradient, when checkpointing or a reversible stack recomputes activations. The
+    backward pass runs once, so we count there, and no caller has to tell us which forward pass it is.
     """
 
     @staticmethod
@@ -173,11 +173,11 @@ class MoE(nn.Module):
         softmax    p = softmax(router(x))     Mixtral, Qwen3: renormalise=True divides the weights by their sum
         sigmoid    s = sigmoid(router(x))     DeepSeek-V3, arXiv 2412.19437; p = s / Σs in the balance loss
 
-    No token is dropped: experts take as many rows as they get. The router computes in fp32, whatever autocast says.
-    `bias` (with bias_balance) is added to the scores to choose experts, never to weigh them: no gradient, no change
-    of the function other than by the choice (arXiv 2408.15664). With n_group > 1 the experts of only the topk_group
-    best groups may be chosen. n_shared experts, as one FeedForward of n_shared · d_ff, compute every token. `counts`
-    are the tokens that each expert got, and whose gradient came back, since the last `update_balance`.
+    No token is dropped: an expert accepts any number of rows. The router computes in fp32, even under autocast.
+    `bias` (with bias_balance) is added to the scores to choose experts, never to weight them: it has no gradient and
+    changes only the choice (arXiv 2408.15664). With n_group > 1, experts come from the topk_group best groups only.
+    The n_shared experts, as one FeedForward of width n_shared · d_ff, process every token. `counts` holds the tokens
+    that each expert processed, once their gradient came back, since the last `update_balance`.
     """
 
     def __init__(self, d_model: int, d_ff: int, n_expert: int, top_k: int, n_shared: int = 0, kind: str = "swiglu",
@@ -196,11 +196,11 @@ class MoE(nn.Module):
         return self.balanced(x)[0]
 
     def balanced(self, x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(y (B, T, D), balance loss, 0-D fp32). Tokens whose weights (B, T) are 0 count neither there nor in `counts`.
+        """(y (B, T, D), balance loss, 0-D fp32). Tokens of weight 0 (weights: B, T) count in neither loss nor `counts`.
 
-        The loss is returned, not kept: what is computed again for a backward pass yields it again, and adds nothing.
-        It is Σ f·P over the experts, with f = E / (K·T) · (tokens that chose it), a constant to the gradient, and P
-        the mean of its p: 1 if all are used alike, up to E / K if not (Switch, arXiv 2101.03961, eq. 4, by 1 / K).
+        The loss is returned, not stored, so recomputing activations adds nothing to it. It is Σ f·P over the experts,
+        with f = E / (K·T) · (tokens that chose it), a constant to the gradient, and P the mean of its p. It is 1 if all
+        experts are used alike, and up to E / K if not (Switch, arXiv 2101.03961, eq. 4, divided by K).
         """
         E, K, D = self.n_expert, self.top_k, x.shape[-1]
         dtype = product_dtype(x)
@@ -217,7 +217,7 @@ class MoE(nn.Module):
             balance = ((counts * (E / total)) * (probs.sum(dim=0) * (K / total))).sum()
         order = chosen.flatten().argsort(stable=True)  # row of token t, choice k: t·K + k
         out = self.experts(flat.to(dtype)[order // K], ends)  # (N·K, D)
-        # Back in the order of the tokens, and summed over K: nothing is added by atomics, in whatever order they come.
+        # Back to token order, then a sum over K: no atomics, which would add in a random order.
         out = torch.empty_like(out).index_copy(0, order, out).view(-1, K, D)
         y = (out * weight[:, :, None]).sum(dim=1).to(dtype).view(x.shape)
         if self.training:
@@ -259,16 +259,16 @@ class MoE(nn.Module):
         return groups.masked_fill(barred[:, :, None], -math.inf).flatten(1)
 
     def idle(self) -> int:
-        """Parameters of the experts that a token does not choose."""
+        """Number of expert parameters that a token does not use."""
         return self.experts.numel() - self.experts.numel() * self.top_k // self.n_expert
 
 
 @torch.no_grad()
 def update_balance(model: nn.Module, all_reduce: Callable[[Tensor], Tensor], rate: float | Tensor) -> Tensor:
     """After an optimizer step: move the biases of all MoE layers by `rate`, up where an expert got fewer tokens than
-    the mean, and count from zero again.
+    the mean, and reset the counts.
 
-    Counts are summed over the step's forward passes, and by all_reduce, once, over the processes, so the biases stay
+    Counts are summed over the step's forward passes and, by one all_reduce, over the processes, so the biases stay
     the same everywhere. Returns the load of the busiest expert of any layer, as a multiple of the mean: 0-D fp32.
     """
     moes = [module for module in model.modules() if isinstance(module, MoE)]

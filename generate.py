@@ -1,4 +1,4 @@
-"""From ids to more ids: prefill, one token at a time through the cache, and the rules by which a token is sampled.
+"""From ids to more ids: prefill, decoding one token at a time through the cache, and the rules of sampling.
 
     for new in stream(model, [prompt_ids], sampling):     # new: one id per row, None where a row has ended
         ...
@@ -21,7 +21,7 @@ from model import LanguageModel
 class SamplingSettings:
     max_new_tokens: Size = 256  # most tokens to generate per sample
     min_new_tokens: Size = 0    # tokens to generate before a sample may end
-    temperature: NotNegative = 0.8  # 0 takes the most likely token, 1 samples from the model's own distribution
+    temperature: NotNegative = 0.8  # 0: take the most likely token; 1: sample from the model's own distribution
     top_k: Size = 0             # sample from the k most likely tokens; 0 = all
     top_p: Share = 0.95         # sample from the likeliest tokens that together reach p (arXiv 1904.09751); 1 = all
     min_p: Share = 0.0          # sample from tokens at least min_p times as likely as the likeliest (arXiv 2407.01082)
@@ -51,11 +51,11 @@ def stream(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSet
            unused: list[int] | None = None) -> Iterator[list[int | None]]:
     """Yield the next token of every row until all have ended or max_new_tokens is reached.
 
-    Prompts may differ in length but not be empty; they share one batch, padded on the left, and the logits of a row
-    do not depend on the others. When a row has filled the context, the newest half of it is read again and the rest
-    forgotten; longer prompts keep their newest seq_len tokens. `first[i]`, if not empty, are the only ids that row i
-    may begin with; `unused` are ids that no token has (`Tokenizer.unused_ids`) and that are never chosen. The model is
-    left in the mode it was in.
+    Prompts may differ in length but must not be empty. They share one batch, padded on the left, and the logits of a
+    row do not depend on the others. When a row has filled the context, we reread its newest half and forget the rest;
+    longer prompts keep their newest seq_len tokens. `first[i]`, if not empty, lists the only ids that row i may begin
+    with; `unused` lists ids that no token has (`Tokenizer.unused_ids`), which are never sampled. The model stays in the
+    mode it was in.
     """
     sampling = sampling or SamplingSettings()
     if not prompts or not all(prompts):
@@ -63,7 +63,7 @@ def stream(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSet
     device = model.embed.weight.device
     generator = torch.Generator(device).manual_seed(sampling.seed)
     seq_len, never = model.cfg.seq_len, torch.tensor(unused or [], dtype=torch.int64, device=device)
-    context = [list(prompt[-seq_len:]) for prompt in prompts]  # what is read of each row
+    context = [list(prompt[-seq_len:]) for prompt in prompts]  # the tokens of each row that the model reads
     generated: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
     was_training = model.training
@@ -90,7 +90,7 @@ def stream(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSet
                 continue
             for i, row in enumerate(context):
                 if ended[i]:
-                    context[i] = row[-1:]  # which is enough to read
+                    context[i] = row[-1:]  # one token is enough
                 elif len(row) > seq_len:
                     context[i] = row[-max(1, seq_len // 2) :]
             cache, logits = prefill(model, context, seq_len)
@@ -99,8 +99,8 @@ def stream(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSet
 
 
 def prefill(model: LanguageModel, rows: list[list[int]], more: int):
-    """Read the rows at once, equal ones once: a cache with room for up to `more` further tokens, and the logits (B, V)
-    of the next."""
+    """Read all rows at once, equal rows only once. Returns a cache with room for up to `more` further tokens, and the
+    logits (B, V) of the next one."""
     device = model.embed.weight.device
     different = list(dict.fromkeys(map(tuple, rows)))
     longest = max(map(len, different))
@@ -134,8 +134,8 @@ def sample_tokens(logits: Tensor, sampling: SamplingSettings, generator: torch.G
     """logits (B, V) -> sampled ids (B,). `generated` are the new tokens of each row, for penalty and bans; `unused` are
     ids that are never chosen.
 
-    Every positive temperature and penalty has a limit: a temperature near 0 takes the most likely token, a very large
-    one any token that is allowed.
+    Extreme temperatures and penalties are safe: a temperature near 0 takes the most likely token, a very large one
+    any allowed token.
     """
     logits, largest, room = logits.float(), torch.finfo(torch.float32).max, logits.shape[1]
     if unused is not None and len(unused):
@@ -152,7 +152,7 @@ def sample_tokens(logits: Tensor, sampling: SamplingSettings, generator: torch.G
             logits[i, ban] = float("-inf")
     best = logits.amax(dim=-1, keepdim=True)
     if not best.isfinite().all():
-        raise UserError("the model's output is not finite: it diverged in training, or its dtype is too narrow "
+        raise UserError("the model's output is not finite: training diverged, or its dtype is too narrow "
                         "(dtype=float32 is the widest)")
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
@@ -162,12 +162,12 @@ def sample_tokens(logits: Tensor, sampling: SamplingSettings, generator: torch.G
 
 
 def within_float32(factor: float) -> float:
-    """The nearest one that float32 can multiply with and divide by."""
+    """The nearest factor that float32 can multiply with and divide by."""
     return min(max(factor, 1e-30), 1e30)
 
 
 def ngram_bans(row: list[int], n: int) -> list[int]:
-    """Tokens that would complete an n-gram that the row already has: ([1, 2, 3, 1, 2], 3) -> [3]"""
+    """Tokens that would repeat an n-gram of the row: ([1, 2, 3, 1, 2], 3) -> [3]"""
     if n < 1 or len(row) < n:
         return []
     last, bans = row[len(row) - n + 1 :], []
@@ -185,7 +185,7 @@ def filter_probs(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: floa
     probs = logits.softmax(dim=-1)
     if top_p < 1:
         ordered, index = probs.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(dim=-1) - ordered  # what the likelier ones already have
+        before = ordered.cumsum(dim=-1) - ordered  # probability of all likelier tokens
         outside = (before >= top_p) & (before > 0)
         probs = probs.masked_fill(outside.scatter(-1, index, outside), 0.0)
     if min_p > 0:
@@ -194,7 +194,7 @@ def filter_probs(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: floa
 
 
 def before_stop(pieces: Iterable[str], stops: Iterable[str]) -> Iterator[str]:
-    """The text up to the stop string that is complete first, however the text is cut into pieces.
+    """The text before the stop string that is complete first, however the text is split into pieces.
 
     >>> list(before_stop(["a#", "b#", "#c"], ("##",)))  ->  ["a", "#b"]      # "#" waits: it may begin a stop string
     """

@@ -1,10 +1,10 @@
-"""LoRA: fine-tuning by small matrices beside frozen ones (Hu et al., arXiv 2106.09685), with rsLoRA and DoRA.
+"""LoRA: fine-tuning with small matrices beside frozen ones (Hu et al., arXiv 2106.09685), with rsLoRA and DoRA.
 
     base = fingerprint(model.state_dict())
     inject(model, LoraSettings(lora_rank=8))      # with the base's weights loaded, before the optimizer is built
     print(describe(model))                        # LoRA rank 8 on 24 matrices (q k v o ffn): ...
     state = adapter_state(model)                  # the adapters alone, which are small
-    plain.load_state_dict(merged_state(model))    # or a model that knows nothing of LoRA
+    plain.load_state_dict(merged_state(model))    # or a plain model without LoRA
 
 A matrix W (out, in) becomes W + scale · B·A, with A (r, in) random and B (out, r) zero at the start, so that training
 begins with the base's own outputs. Only A and B train, so the optimizer's state is as small as they are.
@@ -49,7 +49,7 @@ class LoraLinear(nn.Module):
         LoRA    W x + scale · B A x     with scale = alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)
         DoRA    m / |V| · V x           with V = W + scale · B A, |V| and m by row (arXiv 2402.09353)
 
-    The gradient takes |V| for a constant (section 4.3 of DoRA). Adapters are fp32 whatever the base is.
+    The gradient treats |V| as a constant (section 4.3 of DoRA). Adapters are fp32, whatever the base's dtype.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, rs: bool = False,
@@ -62,13 +62,13 @@ class LoraLinear(nn.Module):
         device = base.weight.device
         self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32, device=device))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=device))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # within 1/sqrt(in), as nn.Linear itself
-        self.kept: tuple[nn.Parameter, ...] = ()  # the base's own weight while merged; a tuple, so not a parameter here
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # within 1/sqrt(in), like nn.Linear
+        self.kept: tuple[nn.Parameter, ...] = ()  # the base's own weight while merged; a tuple hides it from PyTorch
         self.lora_magnitude = None
         if dora:
-            wide = base.weight.to(torch.promote_types(base.weight.dtype, torch.float32))  # what is combined, as B is 0
+            wide = base.weight.to(torch.promote_types(base.weight.dtype, torch.float32))  # combined, as B is 0
             self.lora_magnitude = nn.Parameter(row_norms(wide).float())
-        self.train(base.training)  # or a model in eval mode would drop out
+        self.train(base.training)  # otherwise a model in eval mode would apply dropout
 
     def combined(self) -> Tensor:
         """W + scale · B A (out, in), in fp32 under autocast and for narrower weights too."""
@@ -78,7 +78,7 @@ class LoraLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The effective weight (out, in) in the base's dtype, differentiable by the adapter; without dropout."""
+        """The effective weight (out, in) in the base's dtype, differentiable in the adapter; without dropout."""
         if self.kept:
             return self.base.weight
         weight = self.combined()
@@ -105,14 +105,14 @@ class LoraLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def merge(self) -> None:
-        """Give the base the effective weight, computed in fp32 and rounded once. Merged already: nothing happens."""
+        """Give the base the effective weight, computed in fp32 and rounded once. Does nothing if merged already."""
         if not self.kept:
             weight = nn.Parameter(self.weight.detach(), requires_grad=False)
             self.kept = (self.base.weight,)
-            self.base.weight = weight  # another parameter: an embedding tied to the old one stays as it is
+            self.base.weight = weight  # a new parameter: an embedding tied to the old one does not change
 
     def unmerge(self) -> None:
-        """Put the base's own weight back, the same parameter: subtracting would not restore every bit."""
+        """Put back the base's own weight, the same parameter: subtracting would not restore every bit."""
         if self.kept:
             weight = self.kept[0]
             weight.data = weight.data.to(self.base.weight.device)  # the model may have moved since
@@ -120,7 +120,7 @@ class LoraLinear(nn.Module):
 
 
 def row_norms(weight: Tensor) -> Tensor:
-    """(out, in) -> (out,), no gradient. Above zero: a row of zeros gets its direction from B, its length after that."""
+    """(out, in) -> (out,), without gradient and above zero: a row of zeros first gets a direction from B."""
     return weight.detach().norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
@@ -130,9 +130,9 @@ def row_norms(weight: Tensor) -> Tensor:
 def inject(model: nn.Module, settings: LoraSettings) -> list[str]:
     """Replace the targets by LoraLinear in place and freeze everything else; returns the names of the adapted modules.
 
-    The base's weights must be loaded before: their names change, and DoRA starts from the lengths of their rows. A
-    module with two names is adapted under both and listed once. Experts, which are no linear layers, stay frozen. A
-    head tied to the embedding changes as the head only: lookups stay those of the base.
+    Load the base's weights first: their names change here, and DoRA starts from the lengths of their rows. A module
+    with two names is adapted under both and listed once. Experts are not linear layers and stay frozen. A head tied to
+    the embedding changes only as the head: lookups keep the base's weights.
     Raises UserError for a target that matches nothing, for adapters on adapters, and for dropout where it cannot act.
     """
     need(not adapted(model), "the model has LoRA adapters already: start from a base, or merge them into one first")
@@ -156,16 +156,16 @@ def inject(model: nn.Module, settings: LoraSettings) -> list[str]:
 
 
 def check_dropout(model: nn.Module, chosen: set[str], dropout: float) -> None:
-    for read, others in (("head", "all"), ("router", "attn")):  # their weight is read, their forward not called
+    for read, others in (("head", "all"), ("router", "attn")):  # the model reads their weight and skips their forward
         names = [name for name in chosen if read in name.split(".")]
-        need(not names, f"lora_dropout={dropout} cannot act on the {read}, whose weight is read as it is: set "
+        need(not names, f"lora_dropout={dropout} cannot act on the {read}, whose weight is read directly: set "
                         f"lora_targets={others} or lora_dropout=0")
-    need(getattr(model, "chain", None) is None, f"lora_dropout={dropout}: a reversible model computes every branch "
-                                                "again, the same each time; set lora_dropout=0")
+    need(getattr(model, "chain", None) is None, f"lora_dropout={dropout}: a reversible model must recompute every "
+                                                "branch exactly; set lora_dropout=0")
 
 
 def match_targets(names: list[str], targets: list[str]) -> set[str]:
-    """The names that any target means: 'all' but the head, a part between dots ('q', 'ffn'), or a pattern."""
+    """The names that match any target: 'all' (but the head), a part between dots ('q', 'ffn'), or a pattern."""
     chosen: set[str] = set()
     for target in targets:
         found = set()
@@ -182,7 +182,7 @@ def match_targets(names: list[str], targets: list[str]) -> set[str]:
 
 
 def adapted(model: nn.Module, every_name: bool = False) -> dict[str, LoraLinear]:
-    """{name: module} of each adapted matrix, once, or under every name that it has."""
+    """{name: module} of each adapted matrix, once or under every name."""
     modules = model.named_modules(remove_duplicate=not every_name)
     return {name: module for name, module in modules if isinstance(module, LoraLinear)}
 
@@ -200,33 +200,33 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy a state of `adapter_state` into a model that is adapted the same way; UserError, before anything is changed,
-    if a name or a shape differs. Scales are settings, which the caller keeps beside the state."""
+    """Copy a state of `adapter_state` into a model that is adapted the same way. UserError, before any change, if a
+    name or a shape differs. Scales are settings, which the caller keeps beside the state."""
     own = adapter_state(model)
     wrong = misfit(own, state)
-    need(not wrong, f"the adapter does not fit the model: {wrong}; use the base, rank and targets that it has")
+    need(not wrong, f"the adapter does not fit the model: {wrong}; use its own base, rank and targets")
     for module in adapted(model).values():
         if module.kept:
-            raise ValueError("unmerge the model first: its merged weights are those of the old adapter")
+            raise ValueError("unmerge the model first: its merged weights come from the old adapter")
     for name, tensor in own.items():
         tensor.copy_(state[name])
 
 
 def merge(model: nn.Module) -> None:
-    """Every adapted layer becomes a plain product with W' = W + scale · B A (or DoRA's), in place. Twice is once."""
+    """Every adapted layer becomes a plain product with W' = W + scale · B A (or DoRA's), in place. Idempotent."""
     for module in adapted(model).values():
         module.merge()
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undo `merge`: the base comes back bit for bit, as it was kept meanwhile (which takes its memory twice)."""
+    """Undo `merge`: the base comes back bit for bit, because `merge` kept it (at twice the memory)."""
     for module in adapted(model).values():
         module.unmerge()
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """A state dict with the names and shapes that the model had before `inject`, and the effective weights. An adapted
-    head is no longer tied to the embedding: such a state belongs in a model with tie_embeddings=False."""
+    """A state dict of the effective weights, with the names and shapes from before `inject`. An adapted head is no
+    longer tied to the embedding: load such a state into a model with tie_embeddings=False."""
     modules = adapted(model, every_name=True)
     state = {}
     for key, tensor in model.state_dict().items():
@@ -234,13 +234,13 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
         owner = name.removesuffix(".base")
         if owner not in modules:
             state[key] = tensor
-        elif owner != name:  # the base's own entry; those of the adapter are left out
+        elif owner != name:  # the base's own entry; we skip the adapter's
             state[f"{owner}.{kind}"] = getattr(modules[owner], kind).detach()
     return state
 
 
 def fingerprint(state: dict[str, Tensor]) -> str:
-    """16 hex digits of a state dict's names, shapes, dtypes and bytes: whether an adapter was trained on this base."""
+    """16 hex digits of a state dict's names, shapes, dtypes and bytes: they tell which base an adapter belongs to."""
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()

@@ -10,7 +10,7 @@ from ffn import product_dtype
 
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
-    """cap · tanh(logits / cap), which stays within ±cap (Gemma 2, arXiv 2408.00118); 0 leaves them as they are."""
+    """cap · tanh(logits / cap), which stays within ±cap (Gemma 2, arXiv 2408.00118); 0 changes nothing."""
     if not cap:
         return logits
     return cap * torch.tanh(logits / cap)
@@ -20,14 +20,14 @@ class HeadLoss(torch.autograd.Function):
     """Cross-entropy of x @ weight.T, in chunks of rows, so that the (N, V) logits never exist as a whole.
 
     They are the largest tensor of a small language model: 16 x 1024 tokens of 50,257 entries are 3.3 GB in fp32. The
-    forward pass already forms the gradients, chunk by chunk, as if the upstream gradient were one for every token;
-    that is so, up to a common factor, when the caller sums the nats. Other upstream gradients cost a second pass.
+    forward pass already computes the gradients, chunk by chunk, as if the upstream gradient were 1 for every token;
+    this holds, up to a common factor, if the caller sums the nats. Other upstream gradients cost a second pass.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float,
                 softcap: float) -> Tensor:
-        """x (N, D), weight (V, D), targets (N,), N weights -> weighted nats (N,) fp32, products as autocast says."""
+        """x (N, D), weight (V, D), targets (N,), N weights -> weighted nats (N,) fp32, products in autocast's dtype."""
         dtype = product_dtype(x)
         ctx.dtypes, ctx.smoothing, ctx.softcap = (x.dtype, weight.dtype), smoothing, softcap
         x, weight = x.to(dtype), weight.to(dtype)
@@ -42,7 +42,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         x, weight, targets, scale, dx, dweight = ctx.saved_tensors
         need_dweight = dweight is not None
-        is_one_number = not any(upstream.stride())  # expanded, as the sum of the nats gives
+        is_one_number = not any(upstream.stride())  # expanded, as a sum's gradient is
         if is_one_number:
             dx = dx * upstream[:1, None]
         else:  # compute again with a factor per token
@@ -55,16 +55,16 @@ class HeadLoss(torch.autograd.Function):
         return dx.to(ctx.dtypes[0]), dweight, None, None, None, None
 
 
-# Elements of the logits of a chunk: 64 MB on a CPU, enough to fill a GPU. And of the gradients by logits, in the dtype
-# of the products, that are kept for one product with x: on a CPU adding up the weight's gradient costs as much as a
-# chunk's products.
+# Logits in a chunk: 64 MB on a CPU, enough to fill a GPU. And logits in a group, whose gradients (in the dtype of the
+# products) are kept for one product with x: on a CPU, adding up the weight's gradient costs as much as a chunk's
+# products.
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**29, "mps": 2**26}
 GROUP_ELEMENTS = {"cpu": 2**27, "cuda": 2**29, "mps": 2**26}
 
 
 def head_pass(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, smoothing: float = 0.0, softcap: float = 0.0,
               need_grad: bool = False, need_dweight: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """nats (N,) and, if needed, the gradients of sum(scale · nats) by x (N, D) and by weight (V, D), this one in fp32.
+    """nats (N,) and, if needed, the gradients of sum(scale · nats) by x (N, D) and by weight (V, D), the latter fp32.
 
     Two loops: over groups of rows, whose gradients are kept for one product, and over the chunks of a group.
     """
@@ -75,7 +75,7 @@ def head_pass(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, smoothi
     dx = dweight = None
     if need_grad:
         dx = torch.empty_like(x)
-        grads = torch.empty(min(N, rows_per_group), V, dtype=x.dtype, device=device)  # by the logits
+        grads = torch.empty(min(N, rows_per_group), V, dtype=x.dtype, device=device)  # of the logits
     for start in range(0, N, rows_per_group):
         stop = min(start + rows_per_group, N)
         for first in range(start, stop, rows_per_chunk):

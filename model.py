@@ -25,11 +25,11 @@ from ffn import Experts, FeedForward, Linear, MoE, RMSNorm, default_d_ff
 from loss import HeadLoss, soft_cap
 from reversible import Branch, Chain
 
-# No model is near these bounds. A number beyond them is a slip, and would take all memory or all day.
+# No real model comes near these bounds. A larger number is a typo that would use all memory or run all day.
 Layers = Annotated[int, Range(least=0, most=10_000)]
 Dim = Annotated[int, Range(least=1, most=2**20)]
 Bits = Annotated[int, Range(least=0, most=20)]
-DimOrZero = Annotated[int, Range(least=0, most=2**20)]  # 0 = none, or the usual one
+DimOrZero = Annotated[int, Range(least=0, most=2**20)]  # 0 = none, or a default
 
 
 @dataclass
@@ -48,7 +48,7 @@ class ModelConfig:
     norm_eps: NotNegative = 1e-6  # added to the variance in normalisation
     residual: Literal["serial", "parallel"] = "serial"  # run the feed-forward after attention, or beside it
     qk_norm: bool = True        # normalise queries and keys per head
-    position: Literal["rope", "alibi", "learned", "sinusoidal", "none"] = "rope"  # how the model knows positions
+    position: Literal["rope", "alibi", "learned", "sinusoidal", "none"] = "rope"  # how the model encodes positions
     rope_theta: Annotated[float, Range(above=1)] = 10000.0  # base of the rotary wavelengths
     rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"  # stretch rotary wavelengths for long contexts
     rope_factor: Positive = 1.0  # rope_scaling: how many times longer the context becomes
@@ -73,7 +73,7 @@ class ModelConfig:
     router_scale: Positive = 1.0  # factor on the experts' outputs
     n_group: Dim = 1            # groups that the experts are divided into
     topk_group: Dim = 1         # groups that a token may choose experts from
-    balance: Literal["loss", "bias", "none"] = "loss"  # what keeps experts equally busy: a loss, or a router bias
+    balance: Literal["loss", "bias", "none"] = "loss"  # keeps experts equally busy: a loss, or a router bias
     balance_loss: NotNegative = 0.01  # balance=loss: coefficient of the loss, which is 1 at balance
     balance_rate: NotNegative = 1e-3  # balance=bias: how far the router bias moves each step
     bias: bool = False          # biases in linear layers and LayerNorm
@@ -137,11 +137,11 @@ class Block(nn.Module):
         return attended + self.think(attended, place)
 
     def branches(self) -> list[Branch]:
-        """What a reversible model puts on two streams."""
+        """The branches that a reversible model runs on two streams."""
         return [Branch(self.attend, [self.attn_norm, self.attn]), Branch(self.think, [self.ffn_norm, self.ffn])]
 
     def new_caches(self, batch: int, length: int, dtype: torch.dtype, device) -> list:
-        """What each branch keeps of the past; None: nothing."""
+        """A cache of the past for each branch; None if it needs none."""
         return [self.attn.new_cache(batch, length, dtype, device), None]
 
 
@@ -184,12 +184,12 @@ def make_ffn(cfg: ModelConfig, layer: int) -> nn.Module:
 
 @dataclass
 class Cache:
-    """What decoding remembers."""
+    """The state of decoding."""
 
-    blocks: list[list]  # of each block, what each of its branches keeps of the past
+    blocks: list[list]  # for each block, a cache for each branch
     size: int  # positions that fit
     length: int = 0  # positions that are filled
-    pad: Tensor | None = None  # (B,) padding tokens on the left of each row
+    pad: Tensor | None = None  # (B,) number of padding tokens on the left of each row
 
     def states(self) -> list:
         return [state for states in self.blocks for state in states]
@@ -226,13 +226,13 @@ class LanguageModel(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """How every weight begins:
+        """The initial weights:
 
         embeddings, linear layers, experts    normal, std = init_std; biases 0
-        o and down, which add to the stream   normal, std = init_std / √branches: its variance stays (GPT-2)
+        o and down, which add to the stream   normal, std = init_std / √branches, to keep its variance (GPT-2)
         shears                                0: no mixing yet
-        a tied embedding                      divided by embed_scale, or the head would begin so much larger
-        gains of norms                        1, as PyTorch makes them
+        a tied embedding                      divided by embed_scale, or the head would start that much larger
+        gains of norms                        1, PyTorch's default
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding | Experts):
@@ -255,9 +255,9 @@ class LanguageModel(nn.Module):
         """ids (B, T) integers -> nats (B, T) fp32 where targets (B, T) are given, else logits.
 
         weights (B, T), default 1, multiply the nats: 0 for a token that is not learned. Logits are (B, T, V), or those
-        of the last n_logits positions. With a cache the ids continue what it holds. positions (B, T) that begin again
-        at 0 put several texts in a row, and none of them sees another. with_balance=True: (nats, the balance loss of
-        the experts); in training every token carries its share of it, in the gradient, not in the nats.
+        of the last n_logits positions. With a cache, ids continue the cached text. positions (B, T) that restart at 0
+        pack several texts into a row; no text sees another. with_balance=True returns (nats, the experts' balance
+        loss); in training each token carries its share of that loss in its gradient, but not in its nats.
         Raises ValueError past seq_len.
         """
         cfg = self.cfg
@@ -288,7 +288,7 @@ class LanguageModel(nn.Module):
 
     def embed_at(self, ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None,
                  ) -> tuple[Tensor, Place]:
-        """ids (B, T) -> embeddings (B, T, D), and what the blocks must know of their positions."""
+        """ids (B, T) -> embeddings (B, T, D), and what the blocks need to know about positions."""
         cfg, mask = self.cfg, None
         start = cache.length if cache is not None else 0
         if positions is not None:
@@ -344,7 +344,7 @@ class LanguageModel(nn.Module):
     def nats(self, x: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         """x (B, T, D), targets and weights (B, T) -> weighted cross-entropy (B, T) in fp32."""
         head = self.head.weight
-        if not torch.is_grad_enabled():  # an autograd function asks its tensors and not the mode
+        if not torch.is_grad_enabled():  # an autograd function checks its tensors, not the mode
             head = head.detach()
         smoothing = self.cfg.label_smoothing if self.training else 0.0
         nats = HeadLoss.apply(x.flatten(0, 1), head, targets.flatten(), weights, smoothing, self.cfg.logit_softcap)
@@ -377,7 +377,7 @@ class LanguageModel(nn.Module):
         return [module for module in self.modules() if isinstance(module, MoE)]
 
     def count_parameters(self) -> dict[str, int]:
-        """{'total', 'embedding', 'active'}: all of them (tied ones once), the lookup tables, those a token uses."""
+        """{'total', 'embedding', 'active'}: all parameters (tied ones once), lookup tables, those that a token uses."""
         total = sum(p.numel() for p in self.parameters())
         tables = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
         idle = sum(moe.idle() for moe in self.experts())
@@ -386,8 +386,8 @@ class LanguageModel(nn.Module):
     def flops_per_token(self, seq_len: int | None = None) -> int:
         """FLOPs of forward and backward per token at a context of seq_len, as the PaLM paper counts (appendix B).
 
-        6 per weight of a matrix product that a token uses (2 forward, 4 backward), the head among them, and 6 · T for
-        each channel of q·k and of the weighted values in each head, as if attention were not causal and had no window.
+        6 per matrix weight that a token uses (2 forward, 4 backward), head included, and 6 · T per channel of q·k and
+        of the weighted values in each head, as if attention were not causal and had no window.
         """
         cfg = self.cfg
         matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
@@ -398,11 +398,11 @@ class LanguageModel(nn.Module):
         return 6 * matrices + 6 * len(self.blocks) * cfg.n_head * channels * (seq_len or cfg.seq_len)
 
 
-# ---- a model without memory ------------------------------------------------------------------------------------------
+# ---- a model without weights -----------------------------------------------------------------------------------------
 
 
 class NoDraws(TorchFunctionMode):
-    """Random initialisation does nothing."""
+    """Makes random initialisation do nothing."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -413,8 +413,8 @@ class NoDraws(TorchFunctionMode):
 
 @contextmanager
 def shapes_only():
-    """Modules that are made in here have shapes and no memory. PyTorch can draw random numbers there, too, but imports
-    its compiler for that, which takes a second."""
+    """Modules created inside have shapes but no memory. PyTorch can also draw random numbers on the meta device, but it
+    imports its compiler for that, which takes a second."""
     with torch.device("meta"), NoDraws():
         yield
 
@@ -423,7 +423,7 @@ def shapes_only():
 
 
 def fill_defaults(cfg: ModelConfig) -> None:
-    """Sizes that are 0 and follow from others."""
+    """Replace sizes of 0 by what follows from the other settings."""
     if not cfg.head_dim:
         needs_multiples(cfg, f"n_head={cfg.n_head}", d_model=cfg.n_head)
         cfg.head_dim = cfg.d_model // cfg.n_head
@@ -446,7 +446,7 @@ def check_sizes(cfg: ModelConfig) -> None:
          f"window_pattern={cfg.window_pattern} must be a pattern of S (window) and L (all)")
     if cfg.norm_position == "post":  # tied, a token would predict itself at first
         needs_values(cfg, "norm_position=post", residual="serial", tie_embeddings=False)
-    if cfg.position == "rope":  # turns channels in pairs
+    if cfg.position == "rope":  # rotates channels in pairs
         needs_multiples(cfg, "position=rope", head_dim=2)
     if cfg.position == "sinusoidal":
         needs_multiples(cfg, "position=sinusoidal", d_model=2)
@@ -456,7 +456,7 @@ def check_sizes(cfg: ModelConfig) -> None:
         needs_values(cfg, f"rope_scaling={cfg.rope_scaling}", position="rope")
         need(cfg.rope_factor >= 1, f"rope_factor={cfg.rope_factor} must be at least 1")
         need(cfg.rope_scaling == "linear" or cfg.rope_original,
-             f"rope_scaling={cfg.rope_scaling} needs rope_original=<context of the first training>")
+             f"rope_scaling={cfg.rope_scaling} needs rope_original=<context length before stretching>")
     if cfg.rope_mscale:
         needs_values(cfg, "rope_mscale", attention="mla", rope_scaling="yarn")
     if cfg.attention == "mla":
@@ -464,7 +464,7 @@ def check_sizes(cfg: ModelConfig) -> None:
         needs_multiples(cfg, "attention=mla", rope_dim=2)
     if cfg.n_expert:
         check_experts(cfg)
-    if cfg.reversible:  # every branch is computed twice, and must give the same
+    if cfg.reversible:  # every branch is computed twice, and must give the same result
         needs_values(cfg, "reversible=True", dropout=0, checkpoint_activations=False)
         needs_values(cfg, "reversible=True", norm_position="pre", residual="serial")
     if cfg.n_enigma:
@@ -482,14 +482,14 @@ def check_experts(cfg: ModelConfig) -> None:
          f"n_dense={cfg.n_dense} must be below n_layer={cfg.n_layer}: experts need a block")
     need(cfg.top_k <= cfg.n_expert, f"top_k={cfg.top_k} must be between 1 and n_expert={cfg.n_expert}")
     need(cfg.top_k > 1 or not cfg.router_renormalise,
-         "top_k=1 with router_renormalise=True weighs every expert by 1, and the router learns nothing: set it False")
+         "top_k=1 with router_renormalise=True gives each expert weight 1, so the router learns nothing: set it False")
     needs_multiples(cfg, f"n_expert={cfg.n_expert}", d_model=8, d_expert=8)  # the grouped product reads whole 16 bytes
     needs_multiples(cfg, f"n_group={cfg.n_group}", n_expert=cfg.n_group)
     need(cfg.topk_group <= cfg.n_group, f"topk_group={cfg.topk_group} must be at most n_group={cfg.n_group}")
     need(cfg.topk_group * cfg.n_expert // cfg.n_group >= cfg.top_k,
-         f"topk_group={cfg.topk_group} of {cfg.n_group} groups do not hold top_k={cfg.top_k} experts: raise topk_group")
+         f"topk_group={cfg.topk_group} of {cfg.n_group} groups hold fewer than top_k={cfg.top_k} experts; raise it")
     need(not cfg.reversible or cfg.balance != "loss",
-         "reversible=True computes experts again, and their loss with them: set balance=bias")
+         "reversible=True computes experts twice, so balance=loss does not work with it: set balance=bias")
 
 
 def needs_values(cfg: ModelConfig, owner: str, **values) -> None:

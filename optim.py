@@ -33,7 +33,7 @@ class OptimSettings:
     lr: Positive = 3e-2         # peak learning rate of AdamW; with optimizer=adamw try 3e-3, less for large models
     muon_lr: NotNegative = 0.0  # peak learning rate of Muon; 0 = lr / muon_ratio, so that lr scales both
     muon_ratio: Positive = 1.5  # muon_lr = lr / muon_ratio, unless muon_lr is set
-    min_lr: float = -1.0        # learning rate of the last step, compared with lr; -1 = lr / 10
+    min_lr: float = -1.0        # learning rate of the last step, on the scale of lr; -1 = lr / 10
     weight_decay: NotNegative = 0.1  # decoupled weight decay, times the learning rate; for matrices, not embeddings
     beta1: Decay = 0.9          # AdamW: decay rate of the first moment
     beta2: Decay = 0.95         # AdamW: decay rate of the second moment
@@ -43,7 +43,7 @@ class OptimSettings:
     schedule: Literal["cosine", "cosine_restarts", "linear", "wsd", "constant"] = "cosine"  # curve of the learning rate
     warmup_steps: Size = 30     # steps in which the learning rate rises; at most half of the run
     t0: Count = 2000            # cosine_restarts: steps of the first cycle
-    t_mult: Count = 2           # cosine_restarts: factor by which each cycle is longer than the one before
+    t_mult: Count = 2           # cosine_restarts: each cycle is this many times longer than the last
     decay_share: PositiveShare = 0.2  # wsd: last share of the run, in which the learning rate falls linearly
     ema: BelowOne = 0.0         # decay rate of the moving average of the weights, e.g. 0.999; 0 = off
 
@@ -61,11 +61,11 @@ def lr_at(step: float, s: OptimSettings, max_steps: float) -> float:
     """The factor in [0, 1] that multiplies every peak learning rate in optimizer step `step` (0-based) of a run.
 
     The warm-up rises as (step + 1) / (warmup_steps + 1): the first step is not zero, and the peak comes once. Then the
-    factor falls from 1 to min_lr / lr, which the last step, max_steps - 1, has exactly (`constant`, and a run of one
-    step, stay at 1). `cosine_restarts` is SGDR (Loshchilov and Hutter, arXiv 1608.03983): cycles of t0, t0·t_mult, …
-    steps, the last one shortened to end with the run. `wsd` is warm-up, stable, decay (MiniCPM, arXiv 2404.06395).
+    factor falls from 1 to min_lr / lr, which it reaches exactly at the last step, max_steps - 1 (`constant`, and a run
+    of one step, stay at 1). `cosine_restarts` is SGDR (Loshchilov and Hutter, arXiv 1608.03983): cycles of t0,
+    t0·t_mult, … steps, the last one cut at the end. `wsd` is warm-up, stable, decay (MiniCPM, arXiv 2404.06395).
 
-    A run whose step size has changed counts both arguments in steps of the present size.
+    If a run's step size has changed, both arguments count steps of the current size.
     """
     warmup, last = min(s.warmup_steps, max_steps // 2), max_steps - 1
     if step < warmup:
@@ -99,7 +99,7 @@ def gradients(params: Iterable[Tensor]) -> list[Tensor]:
 
 def clip_grad_norm(params: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale the gradients in place to a global norm of at most max_norm; 0 only measures. Returns the norm before, a
-    0-D fp32 tensor, for which the host does not wait on an accelerator. A loss scale must be taken out first."""
+    0-D fp32 tensor; the host does not wait for it on an accelerator. Undo a loss scale first."""
     grads = gradients(params)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
     if max_norm > 0:
@@ -113,7 +113,7 @@ def clip_grad_norm(params: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 def adamw_scalars(t: Tensor, lr: float, weight_decay: float, s: OptimSettings, finite: Tensor | None) -> Tensor:
-    """What `adamw` needs for its step number t = 1, 2, … (0-D): (5,) fp32 on t's device. Where `finite` is False, its
+    """The factors of `adamw` for its step t = 1, 2, … (0-D): (5,) fp32 on t's device. Where `finite` is False, the
     step changes nothing."""
     bias1 = -torch.expm1(t * math.log(s.beta1))  # 1 - beta1^t without cancellation
     bias2_root = (-torch.expm1(t * math.log(s.beta2))).sqrt()
@@ -147,7 +147,7 @@ BLOCK = 2**17  # elements per thread: 7 passes over 5 x 512 KiB that come from t
 
 def adamw_blocks(tensors: list[tuple[Tensor, ...]], scalars: list[float]) -> None:
     """The same step without a compiler, for the CPU, on many (p, g, m, v): a block at a time, so that only the first
-    touch reads from memory. 2.5 times faster than the same on whole tensors, which is what torch does by default."""
+    touch reads from memory. 2.5 times faster than on whole tensors, torch's default."""
     decayed, one_beta1, one_beta2, eps, lr = scalars
     for p, g, m, v in blocks(tensors, BLOCK * torch.get_num_threads()):
         torch._foreach_lerp_(m, g, one_beta1)
@@ -162,7 +162,7 @@ def adamw_blocks(tensors: list[tuple[Tensor, ...]], scalars: list[float]) -> Non
 
 def blocks(tensors: list[tuple[Tensor, ...]], size: int) -> Iterator[tuple[tuple[Tensor, ...], ...]]:
     """Cut each large (p, g, m, v) into pieces, and yield (ps, gs, ms, vs) of at most `size` elements each at a time:
-    tensors of 5, 1 and 1 elements in blocks of 3 are (3), (2, 1), (1)."""
+    tensors of 5, 1 and 1 elements, in blocks of 3, give (3), (2, 1), (1)."""
     block, room = [], size
     for group in tensors:
         cut = [group]
@@ -182,10 +182,10 @@ def blocks(tensors: list[tuple[Tensor, ...]], size: int) -> Iterator[tuple[tuple
 
 
 def orthogonalize(g: Tensor, dtype: torch.dtype) -> Tensor:
-    """g (m, n) or (N, m, n) -> the same shape in `dtype`: of g = U S V^T about U V^T, singular values in 0.7 … 1.2.
+    """g = U S V^T, (m, n) or (N, m, n) -> about U V^T, the same shape in `dtype`: singular values in 0.7 … 1.2.
 
-    Five Newton-Schulz steps with the quintic of Keller Jordan (kellerjordan.github.io/posts/muon), whose slope at zero
-    is steep rather than its limit exact: small singular values rise fast, and that is what training needs.
+    Five Newton-Schulz steps with the quintic of Keller Jordan (kellerjordan.github.io/posts/muon), which prefers a
+    steep slope at zero to an exact limit: small singular values rise fast, and that is what training needs.
     """
     multiply_add = torch.baddbmm  # beta * first + alpha * second @ third
     if g.ndim == 2:
@@ -204,15 +204,15 @@ def orthogonalize(g: Tensor, dtype: torch.dtype) -> Tensor:
 
 def muon_step(params: list[Tensor], momentum: Tensor, lr: float, s: OptimSettings, dtype: torch.dtype,
               finite: Tensor | None) -> None:
-    """One Muon step in place, for N parameters (m, n), or (E, m, n) as experts have: then E matrices each.
+    """One Muon step in place, for N parameters (m, n), or for N experts' parameters (E, m, n), of E matrices each.
 
         momentum <- mu · momentum + (1 - mu) · g            mu = muon_momentum; momentum (N, m, n) or (N, E, m, n)
         o <- orthogonalize(mu · momentum + (1 - mu) · g)    Nesterov: look one step ahead
         p <- (1 - lr · weight_decay) · p - lr · sqrt(max(1, m/n)) · o
 
-    With that size of the step, the change of the output does not depend on the shape.
+    With this step size, the change of the output does not depend on the shape.
     """
-    g = torch.stack([p.grad for p in params])  # like momentum, and our own copy
+    g = torch.stack([p.grad for p in params])  # shaped like momentum, and our own copy
     m, n = g.shape[-2:]
     decayed, one_mu, mu = 1 - lr * s.weight_decay, 1 - s.muon_momentum, s.muon_momentum
     if finite is not None:  # where it is False: no gradient, no look ahead, so an update of zero
@@ -242,7 +242,7 @@ def matmul_dtype(device: torch.device) -> torch.dtype:
 def roles(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """{"matrix": {"blocks.0.attn.q.weight": ...}, "embed": ..., "head": ..., "adapter": ..., "vector": ...}
 
-    Every trainable parameter is in exactly one of them; a tied head is an embedding.
+    Every trainable parameter has exactly one role; a tied head is an embedding.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     found: dict[str, dict[str, Tensor]] = {"matrix": {}, "embed": {}, "head": {}, "adapter": {}, "vector": {}}
@@ -267,9 +267,9 @@ def roles(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 class Optimizer:
     """AdamW, and Muon for hidden matrices. All state is in `state`: plain tensors by the parameter's name.
 
-    `state["applied"]` counts the steps that were not skipped. `model` is the bare model, not its DDP or compiled
-    wrapper, as names are keys, and on its device. `compile` makes AdamW's update one pass over memory, for about ten
-    seconds at the first step.
+    `state["applied"]` counts the steps that were not skipped. `model` is the bare model, already on its device: not a
+    DDP or compiled wrapper, because names are keys. `compile` turns AdamW's update into one pass over memory, and the
+    first step takes about ten seconds longer.
     """
 
     def __init__(self, model: nn.Module, settings: OptimSettings, compile: bool = False):
@@ -308,8 +308,7 @@ class Optimizer:
     def step(self, factor: float = 1.0, finite: Tensor | None = None) -> None:
         """Update the parameters, with learning rates of `factor` times their peaks.
 
-        finite: 0-D boolean. Where it is False nothing changes, neither weights nor state; on a GPU the host does not
-        wait to know.
+        finite: 0-D boolean. If it is False, neither weights nor state change; on a GPU the host does not wait for it.
         """
         for name, p in self.params.items():
             if p.grad is None:
@@ -328,7 +327,7 @@ class Optimizer:
             muon_step(params, momentum, factor * s.muon_lr, s, dtype, finite)
 
     def step_adamw(self, tensors: list[tuple[Tensor, ...]], scalars: Tensor, finite: Tensor | None) -> None:
-        """One AdamW step for a list of (p, g, m, v), by the fastest way there is."""
+        """One AdamW step for a list of (p, g, m, v), in the fastest way available."""
         update, in_blocks = self.compiled or adamw, []
         for p, g, m, v in tensors:
             small = p.numel() < 2**16  # a compiled call's 20 us are not worth it
@@ -352,7 +351,7 @@ class Optimizer:
 
 
 def restore(into: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> None:
-    """Copy saved tensors into those of the same names; UserError if names or shapes differ, before any is changed."""
+    """Copy saved tensors into those of the same names; UserError if names or shapes differ, before any change."""
     wrong = misfit(into, saved)
     need(not wrong, f"the {what} of the checkpoint does not fit this run: {wrong}; resume with the run's own settings, "
                     "or start a new run")
@@ -366,8 +365,8 @@ def restore(into: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> Non
 class LossScale:
     """A factor for the loss that keeps fp16 gradients from vanishing (Micikevicius et al., arXiv 1710.03740).
 
-    It halves after a step whose gradient overflowed, which is skipped, and doubles after 2000 good ones. All on the
-    device: the host does not wait.
+    It halves after a step whose gradient overflowed (the step is skipped), and doubles after 2000 good ones. All of
+    this happens on the device: the host does not wait.
     """
 
     def __init__(self, device: torch.device, value: float = 2.0**16):
@@ -378,7 +377,7 @@ class LossScale:
         torch._foreach_mul_(gradients(params), 1 / self.value)
 
     def update(self, finite: Tensor) -> None:
-        """After each step: `finite` is whether its gradient was."""
+        """Call after each step; `finite` tells whether its gradient was."""
         self.good = torch.where(finite, self.good + 1, 0.0)
         grown = torch.where(self.good >= 2000, self.value * 2, self.value)
         self.good = torch.where(self.good >= 2000, 0.0, self.good)
@@ -411,7 +410,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, finite: Tensor | None = None) -> None:
-        """After each optimizer step; one that was skipped, as its gradient was not `finite`, moves nothing."""
+        """Call after each optimizer step; a step that was skipped (not `finite`) moves nothing."""
         new = (9 / (10 + self.updates)).clamp(min=1 - self.decay)  # 1 - d, the share of the new weights
         done = torch.ones_like(self.updates)
         if finite is not None:
@@ -422,7 +421,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model has the averaged weights; afterwards its own again, bit for bit."""
+        """Inside, the model has the averaged weights; afterwards its own, bit for bit."""
         own = {name: p.detach().clone() for name, p in self.params.items()}
         self.copy_to_model(self.weights)
         try:

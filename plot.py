@@ -22,9 +22,9 @@ from runtime.log import read_log
 from runtime.screen import run, visible
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito 2008
-STYLES = ["-", "--", ":", "-."]  # one for seven runs: with the colours they tell 28 apart
+STYLES = ["-", "--", ":", "-."]  # a new one every seven runs: with the colours, they tell 28 apart
 GREY = "#4a5568"
-HUGE = 1e30  # far above all that we log, and below what overflows matplotlib's axes
+HUGE = 1e30  # far above anything that we log, and below what overflows matplotlib's axes
 LOOK = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.grid": True,
         "axes.titlelocation": "left", "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
         "grid.color": "#e2e8f0"}
@@ -51,7 +51,7 @@ class Curves:
     width: float = 1.0
 
     def points(self, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-        """Two columns where both have numbers; empty if the log lacks one."""
+        """Two columns, at the rows where both have numbers; empty if the log lacks one."""
         if x not in self.columns or y not in self.columns:
             return np.empty(0), np.empty(0)
         both = np.isfinite(self.columns[x]) & np.isfinite(self.columns[y])
@@ -76,17 +76,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def log_of(name: str) -> Path:
-    """The log.csv of a run's folder, or of the file itself."""
+    """The log.csv in a run's folder, or the file itself."""
     path = find_path(name)
     if path.is_dir():
         path = path / "log.csv"
-    need(path.is_file(), f"there is no {path}: name the folder of a run, as in python plot.py out/quickstart")
+    need(path.is_file(), f"{path} does not exist: name the folder of a run, as in python plot.py out/quickstart")
     return path
 
 
 def newest() -> Path:
     folders = checkpoint.runs(files=("log.csv",))
-    need(folders, "there is no run in out/ yet: `python train.py` makes one")
+    need(folders, "there is no run in out/ yet: `python train.py` starts one")
     return folders[0] / "log.csv"
 
 
@@ -94,7 +94,7 @@ def styled(files: list[Path]) -> list[Curves]:
     """One run: a colour for training and one for validation. Several: a colour each, thin lines for training."""
     runs = []
     for i, (file, name) in enumerate(zip(files, names(files), strict=True)):
-        label = "".join(filter(str.isprintable, name)).replace("$", r"\$")  # no formulas of matplotlib
+        label = "".join(filter(str.isprintable, name)).replace("$", r"\$")  # or matplotlib would typeset formulas
         color, style = COLORS[i % len(COLORS)], STYLES[i // len(COLORS) % len(STYLES)]
         runs.append(Curves(label, read_curves(file), training=color, validation=color, style=style))
     if len(runs) == 1:
@@ -103,7 +103,7 @@ def styled(files: list[Path]) -> list[Curves]:
 
 
 def names(files: list[Path]) -> list[str]:
-    """What tells the runs apart: their folders' names, else their paths."""
+    """Labels that tell the runs apart: their folders' names, else their paths."""
     short = [file.parent.resolve().name for file in files]
     if len(set(short)) == len(short):
         return short
@@ -111,7 +111,7 @@ def names(files: list[Path]) -> list[str]:
 
 
 def read_curves(path: Path) -> dict[str, np.ndarray]:
-    """Every column of a log.csv as float64, NaN where it has no number. UserError if there is no loss in it."""
+    """Every column of a log.csv as float64, NaN where it has no number. UserError if it has no loss."""
     rows, columns = read_log(path), {}
     if rows:
         for name in rows[0]:
@@ -130,7 +130,7 @@ def number(text: str) -> float:
 
 
 def window(values: np.ndarray) -> int:
-    """How many lines of the log are averaged into a smoothed point: 2 %, an odd number."""
+    """The number of log lines to average into a smoothed point: 2 %, made odd."""
     return len(values) // 50 | 1
 
 
@@ -173,7 +173,7 @@ def draw(runs: list[Curves], out: Path) -> None:
                 wide.plot([], [], color=each.training, ls=each.style, marker="o", ms=4, label=each.label)
             wide.legend(loc="upper right", framealpha=0.9)
         try:
-            out.parent.stat()  # a mistake in a name must not make a folder
+            out.parent.stat()  # a typo must not create a folder
             with replacing(out) as file:
                 figure.savefig(file, format=out.suffix[1:])
         except (OSError, ValueError) as error:
@@ -183,7 +183,7 @@ def draw(runs: list[Curves], out: Path) -> None:
 
 
 def headline(runs: list[Curves]) -> str:
-    """'quickstart: 2.0M tokens, best validation loss 3.4123'; of several runs, how to read the lines."""
+    """'quickstart: 2.0M tokens, best validation loss 3.4123'; for several runs, how to read the lines."""
     note = ""
     if any(window(each.values("loss")) > 1 for each in runs):
         note = "; training smoothed: means of 2 % of its lines"
@@ -247,7 +247,7 @@ def set_axis(ax, xlabel: str, log_from: float) -> None:
 
 
 def label_ends(ax, runs: list[Curves]) -> None:
-    """The last loss of each curve at its height, to the right of all curves, pushed apart where two would overlap."""
+    """Write the last loss of each curve at its height, to the right of all curves, moved apart if two would overlap."""
     ends, alone = [], len(runs) == 1
     for each in runs:
         training, validation = each.values("loss"), each.values("val_loss")

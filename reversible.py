@@ -1,12 +1,12 @@
-"""Reversible residual layers: training at any depth with the activations of one layer (RevNet, arXiv 1707.04585).
+"""Reversible residual layers: train at any depth with the activations of one layer (RevNet, arXiv 1707.04585).
 
 A stack is a list of branches f, each a function of one stream that is added to the other:
 
     forward    a, b = b, a + f(b)
     inverse    a, b = b - f(a), a
 
-That is a Feistel network, the scheme of block ciphers: it can be undone whatever f is. So nothing but the last two
-streams is kept for the backward pass, which undoes the branches one by one and computes each again for its gradient.
+This is a Feistel network, the scheme of block ciphers: it can be undone whatever f is. So we keep only the last two
+streams for the backward pass, which undoes the branches one by one and recomputes each for its gradient.
 
     chain = Chain([Branch(attend, [norm, attention]), Branch(think, [norm, ffn]), ...], grid=14)
     a, b = chain(x, x, place)
@@ -21,33 +21,33 @@ from torch import Tensor, nn
 
 @dataclass
 class Branch:
-    """function(x, *context) -> a tensor like x; modules: those that hold the parameters it uses, and perhaps others.
+    """function(x, *context) -> a tensor like x; modules: the holders of the parameters it uses, and perhaps of others.
 
-    Modules that may be replaced (by adapters, say) are listed by their parents.
+    For a module that may be replaced (by adapters, for example), list its parent.
     """
 
     function: Callable
     modules: list[nn.Module]
 
     def trainable(self) -> dict[int, nn.Parameter]:
-        """By id, and looked up at each call: adapters may have been put in and weights frozen since."""
+        """Parameters by id, looked up at each call: we may have added adapters or frozen weights since the last."""
         return {id(p): p for module in self.modules for p in module.parameters() if p.requires_grad}
 
 
 class Chain:
     """A reversible stack of branches on two streams (B, T, D) of fp32 or fp64.
 
-    The parameters belong to the model; the chain only calls. With `grid` b > 0 everything that is added is rounded to
-    multiples of 2^-b, and so must the entry be (`enter`). Sums of such numbers are exact in fp32 as long as
-    |x| < 2^(24-b), so the inverse returns every bit at any depth. The gradient passes the rounding straight through.
-    A branch is computed twice and must give the same both times: no dropout, no counters.
+    The parameters belong to the model; the chain only calls it. With `grid` b > 0, every addend is rounded to a
+    multiple of 2^-b, and so must the entry be (`enter`). Sums of such numbers are exact in fp32 as long as
+    |x| < 2^(24-b), so the inverse returns every bit at any depth. The gradient passes straight through the rounding.
+    A branch is computed twice and must give the same result both times: no dropout, no counters.
     """
 
     def __init__(self, branches: list[Branch], grid: int = 0):
         self.branches, self.grid = branches, grid
 
     def __call__(self, a: Tensor, b: Tensor, *context, caches: list | None = None) -> tuple[Tensor, Tensor]:
-        """Both streams behind the stack. `context` goes to every branch, `caches[i]` to branch i."""
+        """Both streams after the stack. `context` goes to every branch, `caches[i]` to branch i."""
         if torch.is_grad_enabled() and caches is None:
             params = {}
             for branch in self.branches:
@@ -59,7 +59,7 @@ class Chain:
         return a, b
 
     def on_grid(self, x: Tensor) -> Tensor:
-        """x in fp32 or fp64, rounded to the grid if there is one. No gradient passes: see `enter`."""
+        """x in fp32 or fp64, rounded to the grid, if any. No gradient passes through: see `enter`."""
         if x.dtype != torch.float64:
             x = x.float()
         if not self.grid:
@@ -67,25 +67,25 @@ class Chain:
         return (x * 2.0**self.grid).round_().mul_(2.0**-self.grid)
 
     def enter(self, x: Tensor) -> Tensor:
-        """The entry of the stack on the grid; its gradient is that of no rounding."""
+        """x rounded to the grid, for the entry of the stack; the gradient ignores the rounding."""
         if not self.grid:
             return x
         return x + (self.on_grid(x) - x).detach()
 
     def compute(self, branch: Branch, x: Tensor, context: tuple) -> tuple[Tensor, Tensor, Tensor]:
-        """(x as a leaf, f(x) with its graph, what is added). The one way to compute a branch, so that the forward
-        pass, the inverse and the backward pass use the same kernels and see the same bits."""
+        """(x as a leaf, f(x) with its graph, the addend). This is the only way to compute a branch, so that forward
+        pass, inverse and backward pass use the same kernels and see the same bits."""
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             y = branch.function(x, *context)
         return x, y, self.on_grid(y.detach())
 
     def step(self, branch: Branch, a: Tensor, b: Tensor, context: tuple) -> tuple[Tensor, Tensor]:
-        """Both streams behind a branch, without a graph."""
+        """Both streams after a branch, without a graph."""
         return b.detach(), a.detach() + self.compute(branch, b, context)[2]
 
     def inverse(self, a: Tensor, b: Tensor, *context) -> tuple[Tensor, Tensor]:
-        """What went in, from what came out."""
+        """Outputs -> inputs of the stack."""
         for branch in reversed(self.branches):
             a, b = b - self.compute(branch, a, context)[2], a
         return a, b
@@ -102,19 +102,19 @@ class Chain:
         return largest.item(), error.item()
 
     def compile(self, **how) -> None:
-        """Compile the branches, each by itself; what connects them stays eager."""
+        """Compile each branch by itself; the code between them stays eager."""
         for branch in self.branches:
             branch.function = torch.compile(branch.function, **how)
 
 
 class Recompute(torch.autograd.Function):
-    """The chain, with a backward pass that reconstructs. Parameters go in and their gradients come out, so DDP, frozen
-    weights, accumulation and clipping see nothing unusual. All gradients of the stack come out at once."""
+    """The chain, with a backward pass that reconstructs activations. Parameters go in and their gradients come out, so
+    DDP, frozen weights, accumulation and clipping work as usual. All gradients of the stack come out at once."""
 
     @staticmethod
     def forward(ctx, chain: Chain, context: tuple, a: Tensor, b: Tensor, *params: Tensor):
         kind = a.device.type
-        # Autocast is off in a backward pass: note how it was. Its cache of cast weights stays out of both passes.
+        # Autocast is off in a backward pass, so record its state. Neither pass uses its cache of cast weights.
         ctx.autocast = dict(device_type=kind, dtype=torch.get_autocast_dtype(kind),
                             enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
         ctx.chain, ctx.context, ctx.params = chain, context, params

@@ -40,7 +40,7 @@ class SampleSettings:
     init_from: str = ""         # checkpoint file or run's folder; default: the newest run in out/
     n_samples: Count = 1        # samples per prompt
     stop: list[str] = field(default_factory=list)  # end a sample before this text; may be repeated
-    allow_special: bool = False  # turn names of special tokens in prompts into these tokens
+    allow_special: bool = False  # encode names of special tokens in prompts as these tokens
     chat: bool = False          # chat, in the prompt format that the model was fine-tuned with
     lora_base: str = ""         # path of the adapters' base checkpoint, if it has moved
 
@@ -55,10 +55,10 @@ def main(argv: list[str] | None = None) -> None:
     s = configure(SETTINGS, argv, doc=__doc__)
     machine = choose_machine(s.part(MachineSettings))
     sampling = s.part(SamplingSettings)
-    need("" not in s.stop, "stop= is empty and would end every sample at once: leave it out")
+    need("" not in s.stop, "stop= is empty, which would end every sample at once: leave it out")
     path = checkpoint.find(s.init_from)
     model, tokenizer, state = checkpoint.load_model(path, machine.device, s.lora_base)
-    large = model.count_parameters()["total"] > 24e6  # a smaller one stays in a CPU's caches: float32 is as fast there
+    large = model.count_parameters()["total"] > 24e6  # a smaller one fits a CPU's caches: float32 is as fast there
     if s.given("dtype") or machine.device.type == "cuda" or large:
         model.to(machine.dtype)
     note(f"{path}, step {state['progress']['step']}")
@@ -82,7 +82,7 @@ def print_samples(s: Settings, model: LanguageModel, tokenizer: Tokenizer, sampl
         ids, first = heal(tokenizer, whole)
         if len(ids) > model.cfg.seq_len:
             note(f"a prompt of {len(ids)} tokens is longer than the context of {model.cfg.seq_len}: we keep its end")
-        # The sample brings the white space at the end of its prompt itself; it is shown as the user has typed it.
+        # The sample repeats the white space at the end of its prompt; we show it only as the user typed it.
         typed = len(tokenizer.decode(whole[len(ids) :], after=ids))
         samples += [(text, ids, first, typed)] * s.n_samples
     texts, prompts, firsts, typed = zip(*samples, strict=True)
@@ -101,7 +101,7 @@ def print_samples(s: Settings, model: LanguageModel, tokenizer: Tokenizer, sampl
 
 
 def new_text(tokenizer: Tokenizer, prompt: list[int], ids: Iterable[int], typed: int, stops: list[str]):
-    """The text of `ids` behind a prompt, in pieces, up to a stop string and without its first `typed` characters."""
+    """The text of `ids` after a prompt, in pieces, up to a stop string and without its first `typed` characters."""
 
     def pieces() -> Iterator[str]:
         decoder, left = StreamDecoder(tokenizer, after=prompt), typed
@@ -118,7 +118,7 @@ def new_text(tokenizer: Tokenizer, prompt: list[int], ids: Iterable[int], typed:
 
 
 def read_prompts(prompts: list[str], file: str) -> list[str]:
-    """--prompt, --prompts_file, or what a pipe brings; without any, one empty prompt: the model begins a document."""
+    """--prompt, --prompts_file, or text from a pipe; without any, one empty prompt: the model begins a document."""
     prompts = [checked_text(text, "prompt") for text in prompts]
     if file:
         what = f"prompts_file={file}"
@@ -134,7 +134,7 @@ def read_prompts(prompts: list[str], file: str) -> list[str]:
 
 
 def checked_text(text: str, what: str) -> str:
-    """Text from outside, without byte-order mark and with LF for CRLF; UserError if its bytes were no UTF-8."""
+    """Text from outside, without byte-order mark and with LF for CRLF; UserError if its bytes were not UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:  # Python hides such bytes in lone surrogates
@@ -143,7 +143,7 @@ def checked_text(text: str, what: str) -> str:
 
 
 def note_what_is_lost(tokenizer: Tokenizer, text: str, what: str) -> None:
-    """The model does not see what its tokenizer cannot spell."""
+    """Warn about text that the tokenizer cannot encode: the model does not see it."""
     if text and (lost := tokenizer.lost(text)).rate:
         note(f"{what}: {lost}")
 
@@ -162,8 +162,8 @@ def encode_prompt(tokenizer: Tokenizer, text: str, allow_special: bool = False) 
 def heal(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], list[int]]:
     """A prompt that ends in white space -> (the prompt without it, the ids that begin with it); else (ids, []).
 
-    In text, a space is part of the token of the word behind it: "def " as the tokens "def" and " " is something that
-    the model has hardly ever seen. So the model samples a token that begins with the space.
+    In text, a space is part of the next word's token: the model has hardly ever seen "def " as the tokens "def" and
+    " ". So the model samples a token that begins with the space.
     """
     spellings = tokenizer.token_bytes()
     if len(ids) < 2 or not spellings[ids[-1]].isspace():
@@ -200,22 +200,22 @@ def converse(s: Settings, model: LanguageModel, tokenizer: Tokenizer, sampling: 
         elif command.startswith("//"):
             print_answer(chat, text[1:])
         elif command.startswith("/"):
-            note(f"{command} is none of /reset, /system and /quit; //... is a message that begins with /")
+            note(f"{command} is none of /reset, /system and /quit; //... sends a message that begins with /")
         else:
             print_answer(chat, text)
 
 
 def typed_lines() -> Iterator[str]:
-    """What the user types, or a pipe brings, without empty lines. Ctrl-D ends it."""
+    """Lines from the user or a pipe, without empty ones. Ctrl-D ends them."""
     live = sys.stdin.isatty()
     has_editor = False
     if live and sys.stdout.isatty():
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  (with it, `input` takes lines of any length)
+            import readline  # noqa: F401  (with it, `input` accepts lines of any length)
 
             has_editor = True
     if live:
-        note("/reset starts over, /system TEXT says how to answer, // begins a message with /, /quit ends; "
+        note("/reset starts over, /system TEXT sets the system text, // begins a message with /, /quit ends; "
              "Ctrl-C stops an answer")
     while True:
         try:
@@ -230,7 +230,7 @@ def typed_lines() -> Iterator[str]:
 
 
 def print_answer(chat: Chat, text: str) -> None:
-    """Print an answer while it is made. A message that does not fit gets a sentence, and the conversation continues."""
+    """Print an answer as it is sampled. If a message does not fit, say so and continue the conversation."""
     before, limit = chat.forgotten, ""
     try:
         text = checked_text(text, "this message")
@@ -259,16 +259,16 @@ NEW_TOKENS = 100  # of each sample, whatever the machine: the same run writes th
 
 
 def write_samples(path: Path, model, tokenizer, validation, template: Template | None) -> str:
-    """Write samples at each temperature to `path`. Returns the first sample, behind a line that names the file.
+    """Write samples at each temperature to `path`. Returns the first sample, after a line that names the file.
 
-    The prompts are the beginnings of validation documents, or with a `template` the questions of validation examples:
+    The prompts are the beginnings of validation documents or, with a `template`, the questions of validation examples:
     the model has not seen how they continue.
     """
     written, texts, skip, unused = [], [], 0, tokenizer.unused_ids(model.cfg.vocab_size)
     if template:
         prompts, stops = [template.prompt(talk[:-1]) for talk in validation.conversations[:3]], template.stop_ids
     else:
-        eot, skip = tokenizer.role("eot"), 1  # the end of the text before is no part of a sample
+        eot, skip = tokenizer.role("eot"), 1  # the end-of-text token before a sample is not part of it
         prompts, stops = [[eot], *([eot, *ids] for ids in beginnings(validation.stream, tokenizer, count=3))], (eot,)
     for temperature in TEMPERATURES:
         sampling = SamplingSettings(max_new_tokens=min(NEW_TOKENS, model.cfg.seq_len // 2), temperature=temperature)
@@ -300,7 +300,7 @@ def beginnings(stream, tokenizer, count: int, size: int = 40) -> list[list[int]]
 
 
 def next_commands(run: Path, chat: bool) -> str:
-    """What to do with the model of a run, from where the user is."""
+    """Commands for the model of a run, with paths from the current folder."""
     option = "--chat" if chat else "--prompt ..."
     return (f"sample   python {short_path(ROOT / 'sample.py')} --init_from {short_path(run)} {option}\n"
             f"evaluate python {short_path(ROOT / 'eval.py')} --init_from {short_path(run)}\n"
@@ -308,7 +308,7 @@ def next_commands(run: Path, chat: bool) -> str:
 
 
 def short_path(path: Path) -> str:
-    """The path from here, if it is below, as a shell takes it."""
+    """The path, quoted for a shell; relative if it is below the current folder."""
     if path.resolve().is_relative_to(Path.cwd()):
         path = os.path.relpath(path)
     return shlex.quote(str(path))

@@ -4,8 +4,8 @@
     python train.py config/shakespeare_char.py MAX_STEPS=200 LR=1e-3
     DATA_PATH=my.txt python train.py                           # your own text
     torchrun --nproc_per_node=5 train.py config/pretrain_enigma.py    # five processes
-    USE_LORA=1 python train.py                                 # fine-tune the newest run to chat, by adapters
-    SFT_MODE=1 DATA_PATH=my.jsonl python train.py              # the same with all weights and your examples
+    USE_LORA=1 python train.py                                 # fine-tune the newest run to chat, with adapters
+    SFT_MODE=1 DATA_PATH=my.jsonl python train.py              # fine-tune all weights on your own examples
 
 Rerun the same command to resume. Ctrl-C saves and stops.
 """
@@ -42,7 +42,7 @@ from text.corpus import DataSettings
 @dataclass
 class TrainSettings:
     out_dir: str = ""           # folder of the run; out/<config name> if empty, out/quickstart without a config
-    init_from: str = "auto"     # auto resumes the run in out_dir if there is one; scratch; or a checkpoint's path
+    init_from: str = "auto"     # auto: resume the run in out_dir, if any; scratch: a new one; or a checkpoint's path
     seed: Amount = 1337         # seed of the initial weights, the order of the data, and dropout
     max_steps: Count = 480      # length of the run in optimizer steps
     max_tokens: Amount = 0      # length of the run in tokens instead of steps; 0 = max_steps
@@ -50,13 +50,13 @@ class TrainSettings:
     grad_accum: Batch = 1       # forward passes per step, all processes together
     total_batch_size: Size = 0  # tokens per step, all processes together; 0 = batch_size x grad_accum x seq_len
     log_interval: Count = 10    # steps between lines of the log
-    eval_interval: Count = 120  # steps between validations; a new best is preceded by a checkpoint
+    eval_interval: Count = 120  # steps between validations; each new best also saves a checkpoint
     save_interval: Size = 0     # steps between checkpoints; 0 = eval_interval
     eval_tokens: Amount = 50_000  # validation tokens scored each time; 0 = all
     keep_checkpoints: Count = 2  # number of step checkpoints to keep
     stop_loss: NotNegative = 0.0  # end the run when the validation loss is at most this; 0 = never
     stop_ppl: NotNegative = 0.0  # end the run when the validation perplexity is at most this; 0 = never
-    patience: Size = 0          # end the run after this many validations without a better one; 0 = never
+    patience: Size = 0          # end the run after this many validations without improvement; 0 = never
     max_skipped: Count = 20     # give up after this many steps in a row without a finite gradient
 
     def __post_init__(self):
@@ -99,15 +99,15 @@ class Plan:
     """The length of the run and the shape of a step."""
 
     max_steps: int
-    samples: int  # rows of all these steps, those before a resume with steps of another size among them
+    samples: int  # rows of the whole run, including steps of another size before a resume
     sequences: int  # per step, all processes together
     per_rank: int  # per step and process
     micro_batch: int  # per forward pass
 
 
 def plan_steps(s: Settings, world_size: int, done: Progress) -> Plan:
-    """Divide the step among processes, and their shares into the largest forward passes that divide them. max_steps
-    counts all updates of the run and max_tokens all its tokens, those that are `done` among them."""
+    """Divide the step among processes, and each share into forward passes, as large as divide it evenly. max_steps and
+    max_tokens count the whole run, including what is `done`."""
     tokens = s.total_batch_size or s.batch_size * s.grad_accum * s.seq_len
     unit = world_size * s.seq_len
     nearest = max(1, round(tokens / unit)) * unit
@@ -124,7 +124,7 @@ def plan_steps(s: Settings, world_size: int, done: Progress) -> Plan:
 
 
 def open_data(s: Settings, start: Start, quiet: bool):
-    """(tokenizer, training rows, validation rows) of the task, prepared first if they must be. Sets vocab_size."""
+    """(tokenizer, training rows, validation rows) of the task, prepared first if needed. Sets vocab_size."""
     if s.task == "sft":
         from text.sft import open_examples
 
@@ -144,7 +144,7 @@ def open_data(s: Settings, start: Start, quiet: bool):
     known = start.tokenizer or tokenizer
     need(known.fingerprint == tokenizer.fingerprint,
          f"the checkpoint was trained with tokenizer {known.fingerprint}, but {folder} has tokens of tokenizer "
-         f"{tokenizer.fingerprint}; another out_dir begins another run")
+         f"{tokenizer.fingerprint}; set another out_dir to start a new run")
     train, held_out = TokenStream(folder, "train", tokenizer), TokenStream(folder, "val", tokenizer)
     batches = Batches(train, s.seq_len, s.seed, s.data_order, s.data_window, start.rule)
     return tokenizer, batches, Validation(held_out, s.seq_len, tokenizer, s.eval_tokens)
@@ -154,13 +154,13 @@ def open_data(s: Settings, start: Start, quiet: bool):
 
 
 class StepResult(NamedTuple):
-    """What a step was like. On the device: the host does not wait for it."""
+    """The measurements of a step. They are on the device: the host does not wait for them."""
 
-    norm: Tensor  # of the gradient of all processes
-    finite: Tensor  # whether it was; if not, the step changed nothing
+    norm: Tensor  # of the gradient over all processes
+    finite: Tensor  # whether the gradient was finite; if not, the step changed nothing
     nats: Tensor  # cross-entropy summed over this process's share of the tokens; 0 if not finite
-    learned: Tensor  # tokens that were learned by all processes; 0 if not finite
-    load: Tensor | None = None  # of the busiest expert, as a multiple of the mean
+    learned: Tensor  # tokens that all processes learned; 0 if not finite
+    load: Tensor | None = None  # load of the busiest expert, as a multiple of the mean
     balance: Tensor | None = None  # balance loss of this process's last rows
 
 
@@ -187,7 +187,7 @@ class Run:
         if start.state:
             self.restore(start)
         self.saved_step, self.rescored = self.progress.step, rescored
-        if rescored:  # its losses cannot be compared with those before
+        if rescored:  # losses on other validation data cannot be compared
             self.progress.best, self.progress.worse, self.progress.ended, self.saved_step = math.inf, 0, False, -1
         # Since the last line of the log, on the device, so that no step waits for them:
         share = self.progress.nats if machine.is_main else 0.0
@@ -200,12 +200,12 @@ class Run:
         machine.print(describe_run(s, plan, self.model, self.optimizer, batches, validation))
 
     def restore(self, start: Start) -> None:
-        """Adapters, optimizer and progress of the run that is resumed."""
+        """Restore adapters, optimizer and progress of the run that we resume."""
         state = start.state
         if self.s.use_lora:
             lora.load_adapter(self.model, state["model"])
-        need("optimizer" in state, f"the newest checkpoint in {self.out_dir} has no optimizer: start from it by "
-                                   "init_from= in another out_dir")
+        need("optimizer" in state, f"the newest checkpoint in {self.out_dir} has no optimizer: start from it with "
+                                   "init_from= and another out_dir")
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
             need(state.get("ema"), f"the run in {self.out_dir} kept no average of the weights: continue it with ema=0")
@@ -213,13 +213,13 @@ class Run:
         if self.scale and state.get("scale"):
             self.scale.load_state_dict(state["scale"])
         need(self.progress.step <= self.plan.max_steps, f"the run in {self.out_dir} has {self.progress.step} steps, "
-             f"more than max_steps={self.plan.max_steps}: set that larger, or another out_dir")
-        self.progress.ended = self.has_ended(self.progress.best)  # by the goals of now
+             f"more than max_steps={self.plan.max_steps}: raise max_steps, or set another out_dir")
+        self.progress.ended = self.has_ended(self.progress.best)  # by the current goals
 
     # ---- the loop
 
     def train(self) -> int:
-        """Returns 0 at the end of the run, 128 + its number if a signal stopped it."""
+        """Returns 0 at the end of the run, or 128 + the signal's number if a signal stopped it."""
         s, plan, machine, progress = self.s, self.plan, self.machine, self.progress
         validated = machine.any(self.log.validated) and not self.rescored  # the first process has read the file
         if progress.ended:
@@ -230,7 +230,7 @@ class Run:
             return 0
         wrapped, stopped = device.wrap(self.model, machine, self.compiles, s.compile_backend), False
         first_step, first_sample = progress.step, progress.samples
-        rates, planned = self.optimizer.settings, plan.samples / plan.sequences  # in steps of the present size
+        rates, planned = self.optimizer.settings, plan.samples / plan.sequences  # in steps of the current size
 
         def fetch(step: int):  # this process's share of the step's samples
             first = first_sample + (step - first_step) * plan.sequences
@@ -256,7 +256,7 @@ class Run:
                 progress.seconds += time.perf_counter() - begin
 
                 at_log = self.due(s.log_interval)
-                if at_log or machine.device.type == "cpu":  # a GPU is waited for when there is something to log
+                if at_log or machine.device.type == "cpu":  # we wait for a GPU only to log
                     stopped = machine.any(bool(signals))
                 if at_log:
                     self.report(result, factor)
@@ -277,7 +277,7 @@ class Run:
     def step(self, wrapped, batch, factor: float) -> StepResult:
         """One optimizer step, with `factor` times the peak learning rates.
 
-        Every learned token of the step weighs the same, however it is divided into processes and forward passes.
+        Every learned token weighs the same, however the step is divided over processes and forward passes.
         """
         plan, machine = self.plan, self.machine
         _, targets, weights, *_ = batch  # (per_rank, T)
@@ -316,11 +316,11 @@ class Run:
         return StepResult(norm, finite, torch.where(finite, nats, 0.0), finite * learned, load, balance)
 
     def due(self, interval: int) -> bool:
-        """Whether what comes every `interval` steps, and at the end, follows this step."""
+        """Whether something that happens every `interval` steps, and at the end, is due now."""
         return self.progress.step % interval == 0 or self.progress.step == self.plan.max_steps
 
     def report(self, result: StepResult, factor: float) -> None:
-        """A line of the log; too many bad steps in a row end the run."""
+        """Write a line to the log; too many bad steps in a row end the run."""
         progress, rates, experts = self.progress, self.optimizer.settings, {}
         loss = self.machine.all_reduce(self.nats).item() / max(self.learned.item(), 1)
         if not self.learned:
@@ -334,7 +334,7 @@ class Run:
         muon_lr = factor * rates.muon_lr if self.optimizer.stacks else None
         self.log.training(progress, loss, result.norm.item(), factor * rates.lr, muon_lr, experts)
         if self.bad >= self.s.max_skipped:
-            good = max(checkpoint.steps(self.out_dir), default="not there yet")
+            good = max(checkpoint.steps(self.out_dir), default="missing")
             raise UserError(f"no finite gradient in {int(self.bad)} steps in a row, at step {progress.step}: lower lr; "
                             f"the last good checkpoint is {good}")
 
@@ -345,7 +345,7 @@ class Run:
         return lora.adapter_state(self.model) if self.s.use_lora else self.model.state_dict()
 
     def state(self) -> dict:
-        """A checkpoint that can be sampled; `save` adds what resuming needs."""
+        """A checkpoint that can be sampled from; `save` adds what resuming needs."""
         return self.about | {"model": self.weights(), "progress": asdict(self.progress)}
 
     def averaged(self):
@@ -353,10 +353,10 @@ class Run:
         return self.ema.applied() if self.ema else nullcontext()
 
     def save(self, must: bool) -> None:
-        """The checkpoint from which the run resumes as if nothing had happened. If it cannot be written, the run says
-        so and continues, unless it `must`: this was its last chance."""
+        """Write a checkpoint from which the run resumes as if nothing had happened. If that fails, the run reports it
+        and continues, unless it `must`: then this was the last chance."""
         self.saved_step = self.progress.step
-        self.progress.nats = self.machine.all_reduce(self.nats.clone()).item()  # in a checkpoint, of all processes
+        self.progress.nats = self.machine.all_reduce(self.nats.clone()).item()  # a checkpoint holds the sum of all
         self.progress.learned = self.learned.item()
         if not self.machine.is_main:
             return
@@ -372,7 +372,7 @@ class Run:
             self.log.message(f"{error}; the run continues without this checkpoint")
 
     def validate(self) -> None:
-        """Score the weights that we would ship, and keep them in best.pt if there were none better."""
+        """Score the weights that we would ship, and keep them in best.pt if they are the best so far."""
         from eval import evaluate
 
         s, machine, progress = self.s, self.machine, self.progress
@@ -385,7 +385,7 @@ class Run:
         if better:
             progress.best, progress.worse = score.loss, 0
         progress.ended = self.has_ended(score.loss)
-        # A best model alone cannot be continued, and would keep the same command out of its folder.
+        # best.pt alone cannot be resumed, and would keep the same command out of its folder.
         if better and machine.is_main and checkpoint.steps(self.out_dir):
             try:
                 with self.averaged():
@@ -398,10 +398,10 @@ class Run:
                 largest, error = self.model.probe(self.validation.get(0, 1)[0].to(machine.device))
             self.log.message(f"         reversible: max |x| {largest:.3g}, error of the inverse {error:.2g}")
             if s.reversible_grid and largest >= 2 ** (24 - s.reversible_grid):
-                self.log.message(f"         beyond the range of reversible_grid={s.reversible_grid}, lower it")
+                self.log.message(f"         beyond the range of reversible_grid={s.reversible_grid}: lower it")
         if progress.ended:
-            why = "the goal is reached" if self.reached(score.loss) else f"no better validation in {progress.worse}"
-            self.log.message(f"we stop here: {why}")
+            why = "the goal is reached" if self.reached(score.loss) else f"no improvement {progress.worse} times"
+            self.log.message(f"stopping: {why}")
             self.save(must=True)  # the same command will not train further
 
     # ---- the end
@@ -410,13 +410,13 @@ class Run:
         return loss <= self.s.stop_loss or math.exp(min(loss, 700.0)) <= self.s.stop_ppl
 
     def has_ended(self, loss: float) -> bool:
-        """Whether this validation loss, or those that were no better, end the run."""
+        """Whether this validation loss, or too many without improvement, ends the run."""
         return self.reached(loss) or 0 < self.s.patience <= self.progress.worse
 
     def finish(self) -> None:
         """Write samples.txt, and print one sample and what comes next."""
-        bad = checkpoint.not_finite(self.weights())  # on every process alike
-        need(not bad, f"{bad} is not finite (nan or inf): this run diverged; lower lr, in another out_dir")
+        bad = checkpoint.not_finite(self.weights())  # the same on every process
+        need(not bad, f"{bad} is not finite (nan or inf): this run diverged; lower lr and set another out_dir")
         if self.machine.is_main:
             from sample import next_commands, write_samples
 

@@ -1,8 +1,8 @@
-"""Checkpoints: written whole or not at all, checked before they are believed, loaded without executing anything.
+"""Checkpoints: written whole or not at all, checked before use, loaded without executing anything.
 
-A run's folder holds `step_00000500.pt` files, of which the newest `keep` remain, and `best.pt`. Each is a dictionary
-of tensors, numbers and strings: the model, the optimizer's state, the step, the settings and the tokenizer as JSON,
-so that sampling needs nothing but the file. A run with adapters saves these alone, and the fingerprint of their base.
+A run's folder holds the newest `keep` files `step_00000500.pt`, and `best.pt`. Each is a dictionary of tensors, numbers
+and strings: the model, the optimizer's state, the step, and as JSON the settings and the tokenizer, so that sampling
+needs only this file. A run with adapters saves only the adapters and the fingerprint of their base.
 """
 
 import io
@@ -34,7 +34,7 @@ ELSEWHERE = "; set another out_dir"
 
 def save(path: Path, state: dict) -> None:
     """Write `state` to a temporary name, force it to the disk, rename: the old file stays until the new one is whole.
-    Raises UserError if it cannot be written (disk full, read-only folder); nothing is left behind then."""
+    Raises UserError if writing fails (disk full, read-only folder), and leaves nothing behind."""
     failed: list[OSError] = []
     try:
         with replacing(path) as file:
@@ -47,7 +47,7 @@ def save(path: Path, state: dict) -> None:
 
 
 class Reporting:
-    """A file for torch.save, which hides the reason of a failed write behind an error of its own: it is in `failed`."""
+    """A file for torch.save that keeps the reason of a failed write in `failed`: torch raises an error of its own."""
 
     def __init__(self, file: io.BufferedWriter, failed: list[OSError]):
         self.file, self.failed, self.flush = file, failed, file.flush
@@ -77,7 +77,7 @@ def steps(folder: Path) -> list[Path]:
 
 @contextmanager
 def lock(folder: Path):
-    """Two runs in one folder would overwrite each other: the second is refused. The lock dies with its process."""
+    """Refuse a second run in a folder: the two would overwrite each other. The lock dies with its process."""
 
     def refuse(note: str) -> None:
         raise UserError(f"another process trains in {folder}; wait for it, or set another out_dir")
@@ -89,7 +89,7 @@ def lock(folder: Path):
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Move what is in a run's folder into `before_<n>` there, and return that; None if the folder is empty."""
+    """Move the contents of a run's folder into `before_<n>` inside it, and return that; None if the folder is empty."""
     found = [path for path in folder.iterdir() if path.name != ".lock" and not path.name.startswith("before_")]
     if not found:
         return None
@@ -106,7 +106,7 @@ def set_aside(folder: Path) -> Path | None:
 
 # ---- 2. reading and checking: a checkpoint may be damaged, or a stranger's ----
 
-# What a checkpoint holds; "?" where older files, or best.pt, have nothing.
+# The contents of a checkpoint; "?" marks what older files, or best.pt, may lack.
 SHAPE = {"settings": str, "tokenizer": str, "model": {str: torch.Tensor}, "config?": str, "made_of?": str,
          "progress": {"step": int, "best": float, "seconds?": float, "nats?": float, "ended?": bool,
                       "samples?": int, "tokens?": int, "learned?": int, "skipped?": int, "worse?": int},
@@ -120,12 +120,12 @@ DTYPES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfSt
 
 
 class Foreign(Exception):
-    """A whole file, but none that we wrote."""
+    """An undamaged file, but not one that we wrote."""
 
 
 def load(path: str | Path, device: str = "cpu") -> dict:
-    """Read a checkpoint; device "meta" leaves out what is in the tensors. Raises UserError if it is missing, damaged,
-    of another kind, or lacks a part."""
+    """Read a checkpoint; device "meta" skips the contents of tensors. Raises UserError if it is missing, damaged, of
+    another kind, or lacks a part."""
     path = Path(path)
     need(path.exists(), f"checkpoint {path} not found")
     try:
@@ -152,9 +152,9 @@ def check_parts(state) -> None:
 
 
 def read(path: Path, device: str):
-    """What torch.save wrote. torch.load would check no checksum, would trust the sizes that the file claims, and would
-    build more than tensors, numbers, strings, lists and tables. Here a file takes no more memory than it has bytes.
-    Raises Foreign, and for damage whatever zipfile and pickle raise."""
+    """Read a file of torch.save. torch.load would check no checksums, would trust the sizes that the file claims, and
+    would build more than tensors, numbers, strings, lists and tables. Here a file takes no more memory than its size.
+    Raises Foreign and, for damage, whatever zipfile and pickle raise."""
     with open(require_file(path), "rb") as file, zipfile.ZipFile(file) as archive:
         entries, size = {}, 0
         for entry in archive.infolist():
@@ -190,12 +190,12 @@ def read_storage(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> torch.Tens
 
 
 class Builder(pickle.Unpickler):
-    """Builds the state from data.pkl and the storages ({"data/0": its bytes}) with these functions and no others."""
+    """Builds the state from data.pkl and the storages ({"data/0": its bytes}), and calls only the functions below."""
 
     def __init__(self, data: bytes, storages: dict[str, torch.Tensor]):
         for opcode, place, _ in pickletools.genops(data):
             if "PUT" in opcode.name and place is not None and place > len(data):
-                raise Foreign(f"its pickle has a place {place}")  # the unpickler would make room for as many
+                raise Foreign(f"its pickle has a place {place}")  # the unpickler would allocate as many
         super().__init__(io.BytesIO(data))
         self.storages, self.used = storages, set()
 
@@ -206,7 +206,7 @@ class Builder(pickle.Unpickler):
             return rebuild_tensor
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
-        raise Foreign(f"it asks for {module}.{name}, and a checkpoint is tensors, numbers and text")
+        raise Foreign(f"it asks for {module}.{name}, but a checkpoint holds only tensors, numbers and text")
 
     def persistent_load(self, found):
         _, dtype, key, *_ = found
@@ -221,8 +221,8 @@ def rebuild_tensor(flat: torch.Tensor, offset: int, size: tuple, stride: tuple, 
 
 
 def saved_settings(state: dict, path: Path, parts: list[type]) -> dict:
-    """The settings of a checkpoint; those of `parts` are typed and complete. A run that is older than a setting gets
-    its default: a default says what was done before there was the choice."""
+    """The settings of a checkpoint; those of `parts` are typed and complete. A run older than a setting gets its
+    default, which describes how things worked before the setting existed."""
     try:
         saved = json.loads(state["settings"])
         wrong = mismatch(saved, dict, "settings")
@@ -251,8 +251,8 @@ def tokenizer_of(state: dict, saved: dict, path: Path) -> Tokenizer:
 
 
 def check_weights(path: Path, saved: dict, found: dict[str, torch.Tensor], adapters: dict | None = None) -> None:
-    """UserError if the weights, or the adapters on them, are not those of a model with these settings, or not finite.
-    The model is built without memory, and what its settings claim is compared with the file's size before that."""
+    """UserError if the weights, or the adapters on them, do not fit a model with these settings, or are not finite.
+    We build that model without memory, and first compare the sizes in its settings with the size of the file."""
     cfg, unfit = pick(ModelConfig, saved), f"{path} does not fit its own settings:"
     check_claims(cfg, len(found), sum(tensor.numel() for tensor in found.values()), unfit)
     with shapes_only():
@@ -265,7 +265,7 @@ def check_weights(path: Path, saved: dict, found: dict[str, torch.Tensor], adapt
             wrong = misfit(adapter_state(model), adapters)
     need(not wrong, f"{unfit} {wrong}")
     name = not_finite(found | (adapters or {}))
-    need(not name, f"{path}: {name} is not finite (nan or inf), so its training diverged: take an earlier checkpoint, "
+    need(not name, f"{path}: {name} is not finite (nan or inf), so training diverged: use an earlier checkpoint, "
                    "or train again with a lower lr")
 
 
@@ -289,25 +289,25 @@ def not_finite(found: dict[str, torch.Tensor]) -> str:
 
 
 def remember(folder: Path) -> None:
-    """Note in our out/ that `folder` is the newest run there: clocks jump, and copies have new dates."""
+    """Record in our out/ that `folder` is the newest run: dates mislead, as clocks jump and copies have new ones."""
     root = ROOT / "out"
     if folder.resolve().parent == root.resolve():
         names = [folder.name, *(name for name in newest_names(root) if name != folder.name)]
         try:
             write_text(root / ".newest", "\n".join(names[:1000]))
         except OSError as error:
-            tell(f"cannot write {root / '.newest'} ({error.strerror}): dates will say which run is the newest")
+            tell(f"cannot write {root / '.newest'} ({error.strerror}): dates will decide which run is the newest")
 
 
 def newest_names(root: Path) -> list[str]:
-    """Names of runs, the newest first. They are compared with those of folders, never opened."""
+    """Names of runs, the newest first. We compare them with the names of folders and never open them."""
     path = root / ".newest"
     return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
 
 
 def runs(root: Path | None = None, files: tuple[str, ...] = ("best.pt", "step_*.pt")) -> list[Path]:
-    """The folders in `root` (by default our out/) that hold such files, the newest first: in the order in which they
-    were started last, and then by the dates of their files."""
+    """The folders in `root` (by default our out/) that hold such files, the newest first: by when they were last
+    started, then by the dates of their files."""
     root = root or ROOT / "out"
     found: dict[Path, float] = {}
     for pattern in files:
@@ -318,15 +318,15 @@ def runs(root: Path | None = None, files: tuple[str, ...] = ("best.pt", "step_*.
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Those of a run's folder: the best, then the newest and the older ones."""
+    """The checkpoints of a run's folder: the best, then the steps from new to old."""
     return [path for path in (folder / "best.pt", *reversed(steps(folder))) if path.is_file()]
 
 
 def find(where: str | Path = "", root: Path | None = None) -> Path:
-    """A checkpoint file: `where` itself, the best (else the newest) one of folder `where`, or of the newest run."""
+    """A checkpoint file: `where` itself, or the best (else the newest) of the folder `where`, or of the newest run."""
     if not where:
         found = runs(root)
-        need(found, "there is no trained model yet: `python train.py` makes one")
+        need(found, "there is no trained model yet: `python train.py` trains one")
         where = found[0]
     path = find_path(where)
     if not path.is_dir():
@@ -349,27 +349,27 @@ def find_tokenizer(where: str | Path) -> Tokenizer:
 
 
 def load_newest(folder: Path, say=tell) -> dict | None:
-    """The newest undamaged step checkpoint of a folder, None if there is none; says which ones it skipped."""
+    """The newest undamaged step checkpoint of a folder, None if there is none; reports those that it skips."""
     for path in reversed(steps(folder)):
         try:
             return load(path)
         except UserError as error:
-            say(f"{error}: we go back to the one before")
+            say(f"{error}: we fall back to the one before")
     return None
 
 
 def without_steps(folder: Path) -> str:
-    """What to do with a run whose step checkpoints are all damaged."""
+    """Advice for a run whose step checkpoints are all damaged."""
     best = folder / "best.pt"
     try:
         load(best, "meta")
     except UserError:
         return "remove the folder, or set another out_dir"
-    return f"{best} is whole: start from it with INIT_FROM={best} in another out_dir"
+    return f"{best} is intact: start from it with INIT_FROM={best} and another out_dir"
 
 
 def weights(state: dict) -> dict[str, torch.Tensor]:
-    """The weights that a checkpoint ships: averaged ones where the run kept them."""
+    """The weights that a checkpoint ships: the averaged ones if the run kept them."""
     averaged = dict(state["ema"]["weights"]) if state.get("ema") else {}
     if "embed.weight" in averaged and "head.weight" not in averaged:  # tied: one parameter with two names
         averaged["head.weight"] = averaged["embed.weight"]
@@ -377,9 +377,9 @@ def weights(state: dict) -> dict[str, torch.Tensor]:
 
 
 def load_base(base: dict, folder: Path, moved_to: str = "") -> dict[str, torch.Tensor]:
-    """The weights beneath the adapters in `folder`; `base` is what their checkpoint says of them: at `moved_to` if
-    given, else in the copy that the run kept, else where they were. That last place is believed of our own runs only:
-    elsewhere a stranger's checkpoint would choose which file we open."""
+    """The weights beneath the adapters in `folder`; `base` is their description in the checkpoint. We look at
+    `moved_to` if given, else at the copy that the run kept, else at the old path. We trust that path only inside our
+    own out/: otherwise a stranger's checkpoint would choose which file we open."""
     was = Path(base["path"])
     paths = [folder / "base.pt"]
     if was.resolve().is_relative_to((ROOT / "out").resolve()):
@@ -393,14 +393,14 @@ def load_base(base: dict, folder: Path, moved_to: str = "") -> dict[str, torch.T
             return found
     if paths:
         raise UserError(f"these adapters belong to weights {base['fingerprint']}, but {paths[0]} holds others; "
-                        "lora_base=<checkpoint> names the right ones")
-    raise UserError(f"these adapters belong to weights that are not in {folder}; their place was {visible(str(was))}: "
-                    "lora_base=<checkpoint> says where they are")
+                        "set lora_base=<checkpoint> to the right ones")
+    raise UserError(f"these adapters belong to weights that are not in {folder}; they were in {visible(str(was))}: "
+                    "set lora_base=<checkpoint>")
 
 
 def keep_base(path: Path, folder: Path) -> None:
-    """A second name for a base beside its adapters, as its own run may replace it. It costs no disk until then, where
-    the file system has links."""
+    """Link a base beside its adapters, because its own run may replace it. Where the file system has links, this takes
+    no disk until then."""
     kept = folder / "base.pt"
     with writing(folder, ELSEWHERE):
         kept.unlink(missing_ok=True)
@@ -412,7 +412,7 @@ def keep_base(path: Path, folder: Path) -> None:
 
 
 def load_model(path: Path, device="cpu", lora_base: str = "") -> tuple[LanguageModel, Tokenizer, dict]:
-    """(model in eval mode, tokenizer, state) of a checkpoint; adapters are put on their base and merged into it."""
+    """(model in eval mode, tokenizer, state) of a checkpoint; adapters are merged into their base."""
     state = load(path)
     saved = saved_settings(state, path, [ModelConfig, LoraSettings])
     base, adapters = weights(state), None

@@ -52,7 +52,7 @@ class Machine:
         return self.device.type == "cuda"
 
     def autocast(self):
-        """Matrix products in self.dtype, everything that needs range in float32."""
+        """A context with matrix products in self.dtype, and float32 for everything that needs range."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
@@ -64,13 +64,13 @@ class Machine:
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """True on every process if it is on one."""
+        """True on every process if `flag` is true on one."""
         if self.world_size == 1:
             return flag
         return bool(self.all_reduce(torch.tensor(float(flag), device=self.device)))
 
     def print(self, text: str) -> None:
-        """On the first process only."""
+        """Print on the first process only."""
         if self.is_main:
             tell(text)
 
@@ -105,10 +105,10 @@ def choose_machine(s: MachineSettings) -> Machine:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={shown(name)} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"device={shown(name)} cannot be used: {shown(str(error).splitlines()[0], 200)}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
+        torch.set_float32_matmul_precision("high")  # TF32 for products that stay in float32
     elif device.type == "cpu":
         keep_memory()
     dtype, reason = choose_dtype(s.dtype, device)
@@ -127,7 +127,7 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def place_of_process(environ=os.environ) -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun sets them; (0, 1, 0) without it."""
+    """(rank, world size, local rank) from torchrun; (0, 1, 0) without it."""
     texts = [process_rank(environ), environ.get("WORLD_SIZE") or "1", environ.get("LOCAL_RANK") or "0"]
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
     if all(re.fullmatch(r"[0-9]{1,6}", text) for text in texts):
@@ -139,22 +139,22 @@ def place_of_process(environ=os.environ) -> tuple[int, int, int]:
 
 
 def attempt() -> int:
-    """How often torchrun has restarted all ranks after a crash."""
+    """The number of times that torchrun has restarted all ranks after a crash."""
     text = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
     return int(text) if re.fullmatch(r"[0-9]{1,6}", text) else 0
 
 
 def leave_orphaned() -> None:
-    """torchrun was killed: end as if it had stopped us, which saves, and in any case within five minutes."""
+    """torchrun was killed: stop as if it had stopped us, which saves, and exit after five minutes in any case."""
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(300)
     os._exit(1)
 
 
 def init_processes(machine: Machine) -> None:
-    """Join the process group of torchrun, if there is one. Prepare data before: a collective times out."""
+    """Join torchrun's process group, if there is one. Prepare data first: a collective times out."""
     if machine.world_size > 1:
-        # After a restart torchrun's store still has the addresses of the dead: each attempt gets keys of its own.
+        # After a restart torchrun's store still has the addresses of dead processes: each attempt uses its own keys.
         store, rank, world_size = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"attempt {attempt()}", store)
         backend, gpu = "gloo", None
@@ -165,7 +165,7 @@ def init_processes(machine: Machine) -> None:
 
 def leave_processes(machine: Machine) -> None:
     """Leave together. With gloo we skip the interpreter's own cleanup: a process whose peers are gone may abort while
-    its connections are closed."""
+    it closes its connections."""
     if machine.world_size > 1:
         dist.barrier()
         if machine.on_cuda:
@@ -176,8 +176,8 @@ def leave_processes(machine: Machine) -> None:
 
 @contextmanager
 def catch_signals(machine: Machine) -> Iterator[list[int]]:
-    """Inside, SIGINT and SIGTERM are collected in a list, for the loop to see. A second Ctrl-C interrupts at once; not
-    under torchrun, which passes on the one that every process has got from the terminal already."""
+    """Inside, SIGINT and SIGTERM are collected in a list, for the loop to see. A second Ctrl-C interrupts at once, but
+    not under torchrun, which forwards the one that every process already got from the terminal."""
     caught: list[int] = []
 
     def handler(number: int, frame) -> None:
@@ -194,8 +194,8 @@ def catch_signals(machine: Machine) -> Iterator[list[int]]:
 
 
 def wants_compile(s: MachineSettings, is_set: bool, machine: Machine) -> bool:
-    """As set (`is_set`); else on CUDA only: on a CPU the products take nearly all the time, and a compiler is not
-    always there."""
+    """The setting if `is_set`, else whether we are on CUDA: on a CPU, products take nearly all the time, and there may
+    be no compiler."""
     if not is_set:
         return machine.on_cuda
     if s.compile and s.compile_backend == "inductor" and machine.device.type == "cpu":
@@ -207,9 +207,9 @@ def wants_compile(s: MachineSettings, is_set: bool, machine: Machine) -> bool:
 
 
 def wrap(model, machine: Machine, compiles: bool, backend: str):
-    """What a training loop calls instead of the model: compiled, and averaging gradients over the processes."""
+    """The model for a training loop: compiled, and averaging gradients over the processes."""
     if compiles:
-        machine.print("compile  before the first step, which takes a while")
+        machine.print("compile  at the first step, which takes a while")
         if model.chain is not None:  # its backward pass calls the branches one by one
             model.chain.compile(backend=backend, dynamic=False)
         else:
@@ -221,8 +221,8 @@ def wrap(model, machine: Machine, compiles: bool, backend: str):
 
 
 def keep_memory() -> None:
-    """Ask glibc to keep freed memory: a training step frees and takes back hundreds of MB, and every page that goes
-    through the kernel is zeroed and faulted in again (a quarter of the time of GPT-2's step on two cores)."""
+    """Ask glibc to keep freed memory. A training step frees and reallocates hundreds of MB, and the kernel zeroes and
+    faults in every page again (a quarter of the time of GPT-2's step on two cores)."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
         if mallopt is not None:
@@ -230,8 +230,8 @@ def keep_memory() -> None:
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap is not handed back
 
 
-# Dense peak rates in FLOP/s of bfloat16 products that are added up in float32, from NVIDIA's data sheets and white
-# papers (half of what they give "with sparsity"); float16 where there is no bfloat16 (V100, T4). The longer name first.
+# Dense peak FLOP/s of bfloat16 products with float32 accumulation, from NVIDIA's data sheets and white papers (half of
+# their figures "with sparsity"); float16 where there is no bfloat16 (V100, T4). Longer names come first.
 PEAK_FLOPS = {
     "GB200": 2500e12, "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12,
     "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12, "A40": 150e12,
@@ -242,11 +242,11 @@ PEAK_FLOPS = {
 
 
 def peak_flops(machine: Machine) -> float | None:
-    """Peak FLOP/s of all devices of the run together, None where we do not know it."""
+    """Peak FLOP/s of all devices of the run together, None if unknown."""
     if not machine.on_cuda or machine.dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(machine.device)
-    if re.search(r"Laptop|MIG| D$", name):  # slower than the card of that name, or a part of it
+    if re.search(r"Laptop|MIG| D$", name):  # slower than the card of that name, or only a part of it
         return None
     for key, rate in PEAK_FLOPS.items():
         if re.search(rf"\b{key}\b", name):
@@ -255,7 +255,7 @@ def peak_flops(machine: Machine) -> float | None:
 
 
 def memory(device: torch.device) -> float:
-    """Bytes of a device, for a CPU those of the machine; infinite where the system does not say."""
+    """Bytes of memory of a device, for a CPU of the whole machine; infinite if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if not hasattr(os, "sysconf"):  # Windows
@@ -264,17 +264,17 @@ def memory(device: torch.device) -> float:
 
 
 def out_of_memory(error: Exception, batch_size: int, grad_accum: int) -> UserError | None:
-    """The sentence for running out of memory, None for any other error."""
+    """The error to raise after running out of memory, None for any other error."""
     if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
         return None
     smaller = max(1, batch_size // 2)
     return UserError(f"out of memory with batch_size={batch_size}: try BATCH_SIZE={smaller} GRAD_ACCUM="
-                     f"{grad_accum * batch_size // smaller}, CHECKPOINT_ACTIVATIONS=1, or a smaller seq_len; the run "
-                     "is as it was last saved")
+                     f"{grad_accum * batch_size // smaller}, CHECKPOINT_ACTIVATIONS=1, or a smaller seq_len; the last "
+                     "checkpoint is intact")
 
 
 def peak_memory(machine: Machine) -> float:
-    """GB used at most so far: of the device on CUDA, else of the process."""
+    """Peak GB so far: of the device on CUDA, else of the process."""
     if machine.on_cuda:
         return torch.cuda.max_memory_allocated(machine.device) / 1e9
     try:

@@ -1,4 +1,4 @@
-"""Files for all other modules: written whole or not at all, locked, and read as data that may be wrong.
+"""Files for all other modules: written whole or not at all, locked, and read with checks.
 
     with replacing(path) as file:                    # appears at `path` when it is complete and on the disk
         file.write(data)
@@ -8,8 +8,8 @@
 
     meta = read_json(path, {"format": int, "splits": {str: {"tokens": int}}}, remedy="remove it")
 
-Nothing here follows a symbolic link at a name that we chose: in a folder from somebody else, such a link would make us
-overwrite a file of the user's.
+Nothing here follows a symbolic link at a name that we chose: in a stranger's folder, such a link would make us
+overwrite one of the user's files.
 """
 
 import errno
@@ -39,7 +39,7 @@ NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr
 
 
 def no_follow(path: Path, flags: int) -> int:
-    """For open(path, opener=no_follow): an error where a link is."""
+    """For open(path, opener=no_follow): raises OSError at a link."""
     return os.open(path, flags | NO_FOLLOW, 0o666)
 
 
@@ -50,12 +50,12 @@ def no_follow(path: Path, flags: int) -> int:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears at `path` when it is complete and on the disk; until then the old one stays.
 
-    The temporary file is locked while we write, so a later call tells the remains of a killed process, which it
-    removes, from the work of a living one. Raises the system's OSError.
+    The temporary file is locked while we write, so a later call can tell a living process's file from the remains of a
+    killed one, which it removes. Raises the system's OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for remains in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with suppress(OSError), open(remains, "rb+", opener=no_follow) as file:  # a link, or another was faster
+        with suppress(OSError), open(remains, "rb+", opener=no_follow) as file:  # a link, or another process was faster
             if take_lock(file.fileno()):
                 remains.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -90,7 +90,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def unless_empty(folder: Path):
-    """Remove a new folder if it is still empty at the end: the work in it did not begin, or failed."""
+    """Remove a new folder if it is still empty at the end: the work in it did not start, or failed."""
     is_new = not folder.exists()
     try:
         yield
@@ -101,7 +101,7 @@ def unless_empty(folder: Path):
 
 @contextmanager
 def writing(folder: Path, advice: str = ""):
-    """Make the folder. A full disk, a read-only one, or a link where our folder belongs becomes one sentence."""
+    """Create the folder. A full or read-only disk, or a link in its place, becomes a one-sentence UserError."""
     try:
         with unless_empty(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -119,8 +119,8 @@ def own_file(path: Path, append: bool = False) -> FileIO:
 
 
 def own_folder(folder: Path) -> Path:
-    """A folder inside a run's folder, made if it is missing; UserError if it is a symbolic link."""
-    need(not folder.is_symlink(), f"{folder} is a symbolic link, and we write through none inside a run: remove it")
+    """A folder inside a run's folder, created if missing; UserError if it is a symbolic link."""
+    need(not folder.is_symlink(), f"{folder} is a symbolic link, which we do not follow inside a run: remove it")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -129,18 +129,18 @@ def own_folder(folder: Path) -> Path:
 
 
 def take_lock(handle: int, folder: Path | None = None) -> bool:
-    """Lock an open file without waiting; False if another process has it. The kernel frees it when its holder ends.
+    """Lock an open file without waiting; False if another process holds it. The kernel frees it when the holder ends.
 
-    True, too, on a file system that has no locks; with a `folder`, the user is told.
+    Also True on a file system without locks; with a `folder`, we warn the user.
     """
     try:
-        if fcntl:  # lockf and not flock, which forked workers would inherit
+        if fcntl:  # lockf, not flock, which forked workers would inherit
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             return False
         if folder:
-            tell(f"{folder} has no locks ({error.strerror}): start nothing else that writes there", sys.stderr)
+            tell(f"{folder} has no locks ({error.strerror}): do not start another process there", sys.stderr)
     return True
 
 
@@ -148,8 +148,8 @@ def take_lock(handle: int, folder: Path | None = None) -> bool:
 def locked(path: Path, busy: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
     """Hold the lock file `path`, one process at a time; it is removed at the end.
 
-    While another process holds it, `busy(note)` is called five times a second with what that process noted last: it
-    can show it, or raise. Yields `note`, the function by which the holder tells those who wait.
+    While another process holds it, `busy(note)` is called five times a second with that process's last note: it can
+    show the note, or raise. Yields `note`, a function with which the holder informs those who wait.
     """
     handle = None
     while handle is None:
@@ -196,7 +196,7 @@ def open_lock(path: Path, busy: Callable[[str], None]) -> int | None:
 
 @contextmanager
 def working(folder: Path, quiet: bool):
-    """Make the folder, and be the only process that works on it. Those who wait show the progress of the other."""
+    """Create the folder, and be the only process to work on it. Those who wait show the other's progress."""
     live, last = sys.stderr.isatty(), None  # when the last line was shown
 
     def wait(note: str) -> None:
@@ -213,7 +213,7 @@ def working(folder: Path, quiet: bool):
         yield note
 
 
-# ---- Reading what may be wrong --------------------------------------------------------------------------------------
+# ---- Reading with checks --------------------------------------------------------------------------------------------
 
 
 def require_file(path: Path) -> Path:
@@ -223,7 +223,7 @@ def require_file(path: Path) -> Path:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe"}
-    kind = kinds.get(stat.S_IFMT(mode), "no regular file")
+    kind = kinds.get(stat.S_IFMT(mode), "not a regular file")
     need(stat.S_ISREG(mode), f"{path} is {kind}: we expect a file there")
     return path
 
@@ -238,7 +238,7 @@ def read_json(path: Path, shape=dict, remedy: str = ""):
     except OSError as error:
         problem = f" cannot be read: {error.strerror or error}"
     except RecursionError:
-        problem = " is nested too deep"
+        problem = " is nested too deeply"
     except ValueError as error:  # UnicodeDecodeError is one
         problem = f" cannot be read as JSON: {error}"
     if problem and remedy:
@@ -248,7 +248,7 @@ def read_json(path: Path, shape=dict, remedy: str = ""):
 
 
 def read_notes(path: Path, shape: dict) -> dict:
-    """The content of a JSON file of ours that can be made again: {} if it is missing or damaged."""
+    """The content of a JSON file that we can recreate: {} if it is missing or damaged."""
     try:
         return read_json(path, shape)
     except UserError:
@@ -256,7 +256,7 @@ def read_notes(path: Path, shape: dict) -> dict:
 
 
 def unique_fields(pairs: list[tuple[str, object]]) -> dict:
-    """For json.loads(text, object_pairs_hook=unique_fields): of two equal names in an object, one would be lost."""
+    """For json.loads(text, object_pairs_hook=unique_fields): refuses a repeated name, which would lose a value."""
     fields = {}
     for name, value in pairs:
         if name in fields:
@@ -266,13 +266,13 @@ def unique_fields(pairs: list[tuple[str, object]]) -> dict:
 
 
 def file_state(path: Path) -> list[int]:
-    """[bytes, times of the last change in ns]: differs after the file was written, touched or replaced."""
+    """[bytes, times of the last change in ns]: changes when the file is written, touched or replaced."""
     state = path.stat()
     return [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
 
 
 class Either(tuple):
-    """Either(int, None): a shape that is one of several."""
+    """Either(int, None): one of several shapes."""
 
     def __new__(cls, *shapes):
         return super().__new__(cls, shapes)
@@ -281,7 +281,7 @@ class Either(tuple):
 def mismatch(value, shape, name: str = "") -> str:
     """What is wrong with a value from outside, '' if it has the shape:
 
-        int, float, str, bool, list, dict ...  that type; an int is fine for a float, a bool is no number
+        int, float, str, bool, list, dict ...  that type; an int is also a float, a bool is not a number
         None                                   null
         {"a": int, "b?": str}                  a table with these keys and perhaps others; b may be missing
         {str: int}                             a table with any keys
@@ -290,7 +290,7 @@ def mismatch(value, shape, name: str = "") -> str:
 
     >>> mismatch({"a": [1, "x"]}, {"a": [int]})  ->  'a[1] is a str, expected int'
     """
-    here, parts = name or "the content", []  # parts: (name, value, shape) of what is inside
+    here, parts = name or "the content", []  # parts: (name, value, shape) of its entries
     if isinstance(shape, Either):
         found = [mismatch(value, each, name) for each in shape]
         return found[0] if all(found) else ""
@@ -326,7 +326,7 @@ def mismatch(value, shape, name: str = "") -> str:
 
 
 def is_a(value, kind: type | None) -> bool:
-    """isinstance, but an int is a float, and a bool is no int."""
+    """isinstance, but an int is a float, and a bool is not an int."""
     if kind is None:
         return value is None
     if isinstance(value, bool):
@@ -337,7 +337,7 @@ def is_a(value, kind: type | None) -> bool:
 
 
 def misfit(wanted: dict, found: dict) -> str:
-    """How found tensors differ in names or shapes from those `wanted`, '' if they do not; both are {name: tensor}.
+    """How `found` differs from `wanted` in names or shapes, '' if it does not; both are {name: tensor}.
 
     >>> misfit({"a": torch.zeros(2, 3)}, {"a": torch.zeros(6)})  ->  'a is (6,), expected (2, 3)'
     """
@@ -351,7 +351,7 @@ def misfit(wanted: dict, found: dict) -> str:
 
 
 def optional(module: str, package: str, why: str = "this") -> ModuleType:
-    """A module of a package that only some need (requirements-extra.txt); UserError if it is not installed."""
+    """Import a module of an optional package (requirements-extra.txt); UserError if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError:

@@ -1,7 +1,7 @@
-"""The log of a run: one line on the screen, one row in `log.csv`, and on request the same to TensorBoard and W&B.
+"""The log of a run: a line on the screen, a row in `log.csv`, and on request the same to TensorBoard and W&B.
 
 On a terminal the line of the current step is rewritten in place and validations stay; elsewhere every line stays.
-A log never costs a run: rows that a full disk refuses are written later, and a service that fails is left out.
+A log never ends a run: rows that a full disk refuses are written later, and a service that fails is dropped.
 """
 
 import csv
@@ -39,8 +39,8 @@ class LogSettings:
 
 @dataclass
 class Progress:
-    """How far the run is. Saved with every checkpoint. Dropout, log and names of files follow from `step`, data and
-    schedule from `samples`: a run may resume with steps of another size and still sees each window once."""
+    """How far the run is; saved with every checkpoint. Dropout, log and file names depend on `step`, data and schedule
+    on `samples`: a run may resume with steps of another size and still sees each window once."""
 
     step: int = 0  # optimizer steps done
     samples: int = 0  # rows of training data seen: the index of the next one
@@ -48,7 +48,7 @@ class Progress:
     seconds: float = 0.0  # spent training, without validation and saving
     nats: float = 0.0  # summed over the `learned` tokens since the last line of the log, all processes together
     learned: int = 0
-    skipped: int = 0  # steps left out because the gradient was not finite
+    skipped: int = 0  # steps skipped because the gradient was not finite
     best: float = math.inf  # lowest validation loss
     worse: int = 0  # validations since then
     ended: bool = False  # by stop_loss, stop_ppl or patience
@@ -63,8 +63,8 @@ class Log:
         self.first_step, self.max_steps = first_step, max_steps
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         self.peak = peak_flops(machine)
-        self.live, self.width = sys.stdout.isatty(), 0  # of the line that is rewritten
-        self.unwritten: list[dict] = []  # rows that the disk has not taken yet
+        self.live, self.width = sys.stdout.isatty(), 0  # width of the live line
+        self.unwritten: list[dict] = []  # rows that the disk has refused so far
         self.services: dict[str, Service] = {}
         self.rows = []
         if machine.is_main and self.path.is_file():
@@ -73,9 +73,9 @@ class Log:
         self.validated = any(int(row["step"]) == first_step and row.get("val_loss") for row in self.rows)
 
     def begin(self, config: dict) -> None:
-        """Write the file without the rows that will come again: later steps, and the validation of this one."""
+        """Write the file without the rows that will repeat: later steps, and the validation of this one."""
         self.last_step, self.last_time = self.first_step, time.perf_counter()  # of the last line
-        self.paused = 0.0  # seconds since then that were not spent training
+        self.paused = 0.0  # seconds since then not spent on training
         if not self.machine.is_main:
             return
         last = (self.first_step, False)  # step, and whether the row is a validation
@@ -98,11 +98,11 @@ class Log:
             self.services[name] = make(*args)
         except UserError:
             raise
-        except Exception as error:  # a service never costs a run
+        except Exception as error:  # a service never ends a run
             self.message(f"{name} failed ({error}); the run continues without it")
 
     def call_services(self, action: str, *args) -> None:
-        """write, flush or close every service; one that fails is left out from then on."""
+        """write, flush or close every service; drop one that fails."""
         for name, service in list(self.services.items()):
             try:
                 getattr(service, action)(*args)
@@ -128,14 +128,14 @@ class Log:
                     raise
             self.unwritten = []
             if size == 0:
-                self.message(f"{self.path} was removed: a new one begins here, without the earlier rows")
+                self.message(f"{self.path} was removed: we start a new one, without the earlier rows")
         except OSError as error:
             if len(self.unwritten) == 1:
                 self.message(f"cannot write {self.path} ({error.strerror}); the run continues, and we try again")
         self.call_services("write", row)
 
     def flush(self) -> None:
-        """Force the log to the disk, before a checkpoint: that must not be ahead of the log after a power cut."""
+        """Force the log to the disk before a checkpoint, which must not be ahead of the log after a power cut."""
         if self.machine.is_main:
             with suppress(OSError), own_file(self.path, append=True) as file:
                 os.fsync(file.fileno())
@@ -143,16 +143,15 @@ class Log:
 
     @contextmanager
     def pause(self):
-        """Time that belongs to saving or validation: it does not count in tokens/s."""
+        """Exclude the time inside (saving, validation) from tokens/s."""
         begin = time.perf_counter()
         yield
         self.paused += time.perf_counter() - begin
 
     def training(self, progress: Progress, loss: float, norm: float, lr: float, muon_lr: float | None = None,
                  experts: dict[str, float] | None = None) -> None:
-        """A line and a row for the steps since the last line: `loss` is their mean cross-entropy, without the skipped
-        ones. Learning rates, gradient norm and what there is to say of experts are of the last step; memory is the
-        peak so far."""
+        """Write a line and a row for the steps since the last line: `loss` is their mean cross-entropy, without skipped
+        steps. Learning rates, gradient norm and expert figures describe the last step; memory is the peak so far."""
         if not self.machine.is_main:
             return
         step, now = progress.step, time.perf_counter()
@@ -168,7 +167,7 @@ class Log:
         if self.peak:
             used = self.flops_per_token * rate / self.peak
             row["mfu"], mfu = f"{used:.4f}", f"{used:.1%}"
-        # What matters most comes first: a terminal that is too narrow cuts the end.
+        # The most important comes first: a narrow terminal cuts off the end.
         line = (f"loss {fixed(loss, 7, 4)}  {rate:9,.0f} tok/s  left {left:>8}  {rates}  norm {fixed(norm, 6, 2)}  "
                 f"mfu {mfu:>5}  {memory:5.1f} GB")
         if progress.skipped:
@@ -180,7 +179,7 @@ class Log:
         self.write_row(progress, row)
 
     def validation(self, progress: Progress, score, better: bool) -> None:
-        """A line and a row; `score` is an eval.Score."""
+        """Write a line and a row; `score` is an eval.Score."""
         line = (f"validation loss {score.loss:.4f}  perplexity {score.perplexity:.2f}  "
                 f"bits/byte {score.bits_per_byte:.4f}")
         if better:
@@ -192,7 +191,7 @@ class Log:
         return f"step {step:{len(str(self.max_steps))}}/{self.max_steps}  "
 
     def message(self, text: str) -> None:
-        """A line that stays, above the live one."""
+        """Print a line that stays, above the live one."""
         self.print_line(text, stays=True)
 
     def print_line(self, line: str, stays: bool) -> None:
@@ -208,7 +207,7 @@ class Log:
         put(line, end=end)
 
     def close(self) -> None:
-        """End the live line; the services get what they have not yet."""
+        """End the live line, and close the services."""
         if self.width:
             put("")
         self.width = 0
@@ -225,7 +224,7 @@ class Service(NamedTuple):
 
 
 def open_tensorboard(folder: Path, first: int) -> Service:
-    """Each column is a curve of the same name; a resumed run replaces what earlier files have from step `first` on."""
+    """Each column becomes a curve of that name; a resumed run replaces the points of earlier files from `first` on."""
     package = optional("torch.utils.tensorboard", "tensorboard")
     writer = package.SummaryWriter(own_folder(folder / "tensorboard"), purge_step=first)
 
@@ -237,7 +236,7 @@ def open_tensorboard(folder: Path, first: int) -> Service:
 
 
 def open_wandb(project: str, folder: Path, first: int, config: dict) -> Service:
-    """A resumed run keeps its id, and curves are over our `step`: W&B's own cannot go back."""
+    """A resumed run keeps its id, and curves are over our `step`, because W&B's own cannot go back."""
     package, known, name = optional("wandb", "wandb"), folder / "wandb.id", ""
     if first and known.is_file():
         name = known.read_text(encoding="utf-8", errors="replace")
@@ -258,8 +257,7 @@ def open_wandb(project: str, folder: Path, first: int, config: dict) -> Service:
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """The rows of a log.csv, by the names of its columns. Rows that are damaged are left out, and so is what a power
-    cut left of the last one."""
+    """The rows of a log.csv, by column name. Skips damaged rows and a last row that a power cut left incomplete."""
     text = require_file(path).read_text(encoding="utf-8", errors="replace").replace("\0", "")
     header, *lines = text[: text.rfind("\n") + 1].split("\n")  # no cell of ours has a comma or a quote
     names, rows = header.split(","), []
@@ -280,11 +278,11 @@ def to_csv(rows: list[dict], header: bool) -> bytes:
 
 
 def numbers(row: dict) -> dict[str, float]:
-    """What a row has, as numbers, without its step."""
+    """The numbers in a row, without its step."""
     return {name: float(value) for name, value in row.items() if name != "step" and value != ""}
 
 
 def fixed(value: float, width: int, digits: int) -> str:
-    """In `width` places, whatever comes: (3.14159, 7, 4) -> ' 3.1416', (0.00002, 7, 4) -> '  2e-05'"""
+    """Any number in `width` places: (3.14159, 7, 4) -> ' 3.1416', (0.00002, 7, 4) -> '  2e-05'"""
     text = f"{value:{width}.{digits}f}"
     return f"{value:{width}.0e}" if len(text) > width or 0 < abs(value) < 10**-digits else text

@@ -1,7 +1,7 @@
-"""Resuming a run: which of its settings stay, and whether its data is still what it was.
+"""Resuming a run: which of its settings stay, and whether its data is still the same.
 
-A checkpoint says what its run is made of: the settings, those of the config files among them, and its data. What comes
-out of a checkpoint never names code or a place: the data is found by what it holds, in our own cache.
+A checkpoint records the settings of its run, including those of config files, and a description of its data. Nothing in
+a checkpoint decides what code we run or which path we open: we find the data by its content, in our own cache.
 """
 
 import json
@@ -25,19 +25,19 @@ from text.tokenizer import Tokenizer
 
 @dataclass
 class Start:
-    """What a run begins with."""
+    """The state that a run starts from."""
 
     weights: dict | None = None  # of the model without adapters; None: fresh ones
-    tokenizer: Tokenizer | None = None  # that the weights were trained with
-    init: str = ""  # the checkpoint that the run began from
+    tokenizer: Tokenizer | None = None  # the one that the weights were trained with
+    init: str = ""  # the checkpoint that the run started from
     base: dict | None = None  # {"path", "fingerprint"} of the weights beneath adapters
-    overwrite: bool = False  # the run that is in the folder makes room, once the data is there
+    overwrite: bool = False  # move the run in the folder aside, once the data is ready
     # Of a run that is resumed:
     state: dict | None = None  # its checkpoint
     saved: dict = field(default_factory=dict)  # its settings
-    config: dict = field(default_factory=dict)  # what its config files said
-    made_of: dict = field(default_factory=dict)  # what its data is; {} of an older run
-    rule: int = RULE  # by which its training rows are cut
+    config: dict = field(default_factory=dict)  # settings from its config files
+    made_of: dict = field(default_factory=dict)  # description of its data; {} for an older run
+    rule: int = RULE  # rule by which its training rows are cut
     progress: Progress = field(default_factory=Progress)  # how far it is
 
     def vocab_size(self, tokenizer: Tokenizer) -> int:
@@ -54,9 +54,9 @@ def names_of(*parts: type) -> set[str]:
     return {each.name for part in parts for each in fields(part)}
 
 
-# A resumed run has three kinds of settings. MUST: they make the shape of its weights or of its examples; they come
-# from the checkpoint, and another value is refused. HERE: they are of this start, or name code or places; they never
-# come from a checkpoint. All others come from the checkpoint, unless this start gives another value, which is printed.
+# A resumed run has three kinds of settings. MUST: they shape its weights or its examples; they come from the
+# checkpoint, and we refuse another value. HERE: they concern this start, or name code or paths; they never come from a
+# checkpoint. All others come from the checkpoint, unless this start gives another value, which we print.
 MAY_CHANGE = {"dropout", "label_smoothing", "init_std", "checkpoint_activations", "vocab_size"}
 MUST = names_of(ModelConfig, LoraSettings, ChatSettings) - MAY_CHANGE - {"use_lora", "lora_base"}
 HERE = names_of(LogSettings) | {
@@ -66,28 +66,28 @@ HERE = names_of(LogSettings) | {
 
 
 def adopt(s: Settings, saved: dict, names: set[str]) -> None:
-    """Take over what a checkpoint says of `names`, and refuse what contradicts it."""
+    """Take over a checkpoint's values of `names`, and refuse contradicting ones."""
     for name in sorted(names & saved.keys()):
         asked = getattr(s, name)
         same = asked == saved[name] or not s.given(name)
         if not same and name in names_of(ModelConfig):  # 0 may mean what the checkpoint has
             same = pick(ModelConfig, saved | {name: asked}) == pick(ModelConfig, saved)
-        need(same, f"the checkpoint has {name}={saved[name]} and you ask for {name}={asked}; leave it out, or begin a "
+        need(same, f"the checkpoint has {name}={saved[name]} but you set {name}={asked}; leave it out, or start a "
                    "new run in another out_dir")
         s.set(name, saved[name], "checkpoint")
 
 
 def follow(s: Settings, saved: dict, config: dict, names: set[str], say: Callable) -> None:
-    """Take over what a checkpoint says of `names` unless this start sets something new, and print both.
+    """Take over a checkpoint's values of `names` unless this start sets new ones, and print both.
 
-    `config` is what the run's config files said: a file that says the same again sets nothing new.
+    `config` holds the settings from the run's config files: a file that sets the same value again sets nothing new.
     """
     names, new = names & saved.keys(), set()
     for name in names:
         before = config.get(name, saved[name])
         if s.chosen(name) or s.from_config.get(name, before) != before:
             new.add(name)
-    for rivals in RIVALS:  # a new value ends what the run has for its rivals
+    for rivals in RIVALS:  # a new value replaces the run's values of its rivals
         if new & set(rivals):
             new |= names & set(rivals)
     changed, taken = [], []
@@ -109,19 +109,19 @@ def follow(s: Settings, saved: dict, config: dict, names: set[str], say: Callabl
 
 SHAPE = {"rule": int, "train": str, "val": str, "scored": str, "sketch": [int]}
 DATA = ("dataset", "data_path", "val_path", "val_share", "text_field", "mixture", "mixture_unit", "mixture_size")
-LEAST = 0.25  # of the sketch of a run's text that its text must still have
+LEAST = 0.25  # share of a run's sketch that must still be in its text
 
 
 def made_of(batches, validation) -> dict:
-    """What a run is made of, beside its settings: the rule by which windows are cut, what its training and validation
-    data hold, what is scored of the latter, and numbers by which some of the training data can be found again."""
+    """A description of a run's data: the rule by which windows are cut, hashes of training data, validation data and
+    scored windows, and a sketch that identifies some of the training data again."""
     return {"rule": batches.rule, "train": batches.content, "val": validation.content, "scored": validation.scored,
             "sketch": batches.sketch()}
 
 
 def about_run(s: Settings, start: Start, tokenizer, batches, validation) -> dict:
-    """What a checkpoint says of its run, beside tensors and progress. A resumed run that names no data keeps the names
-    of before, for a sentence."""
+    """A checkpoint's entries about its run, besides tensors and progress. A resumed run that names no data keeps the
+    old names, for error messages."""
     settings = s.to_dict()
     if start.saved and not names_data(s):
         settings |= {name: start.saved[name] for name in (*DATA, "tokenizer")}
@@ -131,7 +131,7 @@ def about_run(s: Settings, start: Start, tokenizer, batches, validation) -> dict
 
 
 def read_made_of(state: dict) -> dict:
-    """`made_of` of a checkpoint, {} of an older one."""
+    """`made_of` of a checkpoint, {} for an older one."""
     found = read_part(state, "made_of", SHAPE)
     if found.get("rule") not in range(1, RULE + 1):
         return {}
@@ -139,7 +139,7 @@ def read_made_of(state: dict) -> dict:
 
 
 def read_part(state: dict, name: str, shape) -> dict:
-    """What a checkpoint keeps as JSON under this name; {} if it is older, or has something else there."""
+    """The JSON that a checkpoint keeps under this name; {} if it is older, or has something else there."""
     try:
         found = json.loads(state.get(name, "{}"))
     except (ValueError, TypeError, RecursionError):
@@ -150,20 +150,20 @@ def read_part(state: dict, name: str, shape) -> dict:
 
 
 def has_other_validation(before: dict, batches, validation, out_dir: Path, say: Callable) -> bool:
-    """Whether a resumed run scores another text than before; prints what has changed in its data.
+    """Whether a resumed run scores other validation text than before; prints what changed in its data.
 
-    Text may be added to or taken from what a run learns. Other text altogether is refused.
+    You may add text to a run's training data or remove some. Entirely different text is refused.
     """
     if not before:
         return False
     now = made_of(batches, validation)
     if now["train"] != before["train"]:
         need(batches.share_of(before["sketch"]) >= LEAST,
-             f"the run in {out_dir} learned other data, of which this has nothing: set another out_dir "
+             f"the run in {out_dir} learned other data than this: set another out_dir "
              f"(with INIT_FROM={out_dir} it starts from these weights)")
-        say("         the training data has changed since: the run continues with what is there now")
+        say("         the training data has changed: the run continues with the new data")
     if now["scored"] != before["scored"]:
-        say("         other validation data than before: best begins again, and the next validation replaces best.pt")
+        say("         the validation data has changed: best starts over, and the next validation replaces best.pt")
     return now["scored"] != before["scored"]
 
 
@@ -177,7 +177,7 @@ def data_words(saved: dict) -> str:
 
 
 def tokenizer_words(saved: dict) -> str:
-    """The settings that train the tokenizer of a run again: 'TOKENIZER=unigram VOCAB_SIZE=8000'"""
+    """The settings that retrain the tokenizer of a run: 'TOKENIZER=unigram VOCAB_SIZE=8000'"""
     default = vars(DataSettings())
     given = [name for name in ("tokenizer", "tokenizer_pattern", "tokenizer_bytes") if saved[name] != default[name]]
     if saved["tokenizer"] in TRAINED and saved["tokenizer"] != "char":
@@ -190,12 +190,12 @@ def words(saved: dict, names: list[str]) -> str:
 
 
 def names_data(s: Settings) -> bool:
-    """Whether this start says what to learn."""
+    """Whether this start names its training data."""
     return any(s.chosen(name) or name in s.from_config for name in DATA)
 
 
 def find_tokens(cache_dir: str, tokenizer, wanted: dict[str, str]) -> list[Path]:
-    """The folders of our cache with tokens of this tokenizer whose splits hold the `wanted` text: {"val": hash}."""
+    """The folders in our cache with tokens of this tokenizer whose splits hold the `wanted` text: {"val": hash}."""
     wanted, folders = wanted | {"tokenizer": tokenizer.fingerprint}, []
     for path in sorted(cache_folder(cache_dir).glob("*/meta.json")):
         try:
@@ -208,7 +208,7 @@ def find_tokens(cache_dir: str, tokenizer, wanted: dict[str, str]) -> list[Path]
 
 
 def tokens_of_run(s: Settings, start: Start) -> Path | None:
-    """The tokens that a resumed run learned before; None if they are to be prepared from what this start names."""
+    """The tokens that a resumed run learned before; None if we must prepare them from what this start names."""
     if not start.made_of or names_data(s) or forced(s.overwrite):
         return None
     found = find_tokens(s.cache_dir, start.tokenizer, {split: start.made_of[split] for split in ("train", "val")})
@@ -219,8 +219,8 @@ def tokens_of_run(s: Settings, start: Start) -> Path | None:
 
 
 def examples_of_run(s: Settings, start: Start):
-    """The (training, validation) examples that a resumed run learned before; None if they are to be read."""
-    from text.sft import find_examples  # here: few runs have any
+    """The (training, validation) examples that a resumed run learned before; None if we must read them."""
+    from text.sft import find_examples  # imported here: few runs have examples
 
     if not start.made_of or names_data(s):
         return None
@@ -231,7 +231,7 @@ def examples_of_run(s: Settings, start: Start):
 
 
 def known_tokenizer(s: Settings, start: Start):
-    """The tokenizer that the weights of a start know, None if this start asks for another one."""
+    """The tokenizer that a start's weights were trained with, None if this start asks for another one."""
     if start.tokenizer is None or s.tokenizer not in TRAINED:
         return None
     before = start.saved.get("tokenizer")

@@ -1,7 +1,7 @@
-"""Where a run lives, and what it starts from: fresh weights, those of a checkpoint, or where it was left.
+"""Where a run lives, and what it starts from: fresh weights, a checkpoint, or its own last step.
 
-A fine-tuning run starts from a pretraining run and has a folder of its own; a run with adapters (LoRA) keeps them
-alone, with the name and the fingerprint of the base that they belong to.
+A fine-tuning run starts from a pretraining run and has its own folder. A run with adapters (LoRA) keeps only these,
+with the name and the fingerprint of their base.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from runtime.resume import HERE, MUST, Start, adopt, follow, names_of, read_made
 from runtime.screen import tell
 from text.corpus import TRAINED, dataset_name, forced
 
-# Fine-tuning starts from weights that are good already: unless set for it, its steps are fewer and smaller.
+# Fine-tuning starts from weights that are already good: unless set for it, its steps are fewer and smaller.
 FINE_TUNING = {"lr": 5e-3, "muon_ratio": 2.5, "max_steps": 400, "warmup_steps": 20, "eval_interval": 100}
 
 
@@ -37,7 +37,7 @@ def choose_task(s: Settings) -> None:
         USE_LORA=1 and data                   pretrain  as set
         TASK=sft or SFT_MODE=1, and data      sft       as set
 
-    Data, rates and steps of a config for pretraining are not those to fine-tune its model with.
+    Data, rates and steps of a pretraining config do not apply when we fine-tune its model.
     """
     need(s.task == "sft" or not s.sft_mode or s.order["task"] != s.order["sft_mode"],
          f"sft_mode=True and task={s.task} contradict each other: leave one out")
@@ -52,7 +52,7 @@ def choose_task(s: Settings) -> None:
     for name in sorted(names_of(LoraSettings) - {"use_lora"}):
         need(s.use_lora or not s.given(name), f"{name} is for adapters: set use_lora=1, or leave it out")
     if s.lora_dropout and not s.given("lora_targets"):
-        s.set("lora_targets", "all", "lora_dropout")  # it cannot act on the head, which is there by default
+        s.set("lora_targets", "all", "lora_dropout")  # it cannot act on the head, a default target
     if s.task == "sft":
         choose_examples(s, data_is_set)
     if s.task == "sft" or s.use_lora:
@@ -62,21 +62,21 @@ def choose_task(s: Settings) -> None:
 
 
 def choose_examples(s: Settings, data_is_set: bool) -> None:
-    """data/stdlib_chat, unless there is data. The tokenizer is that of the base."""
+    """Use data/stdlib_chat unless data is set. The tokenizer comes from the base."""
     if not data_is_set:
         for name, value in (("data_path", ""), ("dataset", "stdlib_chat"), ("mixture", "")):
             s.set(name, value, "task=sft")
     need(not s.mixture, f"mixture={s.mixture} is for pretraining; examples come from data_path= or dataset=")
-    need(s.data_path or not s.val_path, f"val_path={s.val_path} without data_path: set the training examples, too")
+    need(s.data_path or not s.val_path, f"val_path={s.val_path} without data_path: set the training examples as well")
     for name in ("tokenizer", "vocab_size"):
         value = getattr(s, name)
-        need(not s.chosen(name), f"{name}={value}: fine-tuning has the tokenizer of its base; leave it out")
+        need(not s.chosen(name), f"{name}={value}: fine-tuning uses the tokenizer of its base; leave it out")
         s.set(name, value, "default")
 
 
 def choose_smaller_steps(s: Settings, meant: set[str]) -> None:
-    """FINE_TUNING, but for what is `meant` for fine-tuning. The rates of a pretraining config shrink by the factor by
-    which the default one does."""
+    """Apply FINE_TUNING, except to settings `meant` for fine-tuning. The rates of a pretraining config shrink by the
+    same factor as the default one."""
     factor = FINE_TUNING["lr"] / OptimSettings.lr
     for name in ("lr", "min_lr", "muon_lr", *FINE_TUNING):
         if name in meant or s.source[name] == "fine-tuning":
@@ -93,11 +93,11 @@ def choose_smaller_steps(s: Settings, meant: set[str]) -> None:
 
 
 def run_folder(s: Settings) -> Path:
-    """out_dir, else out/<config name>, with the data and the tokenizer that were set outside of the config.
+    """out_dir, else out/<config name>, with the data and the tokenizer that were set outside the config.
 
     >>> DATA_PATH=my.txt TOKENIZER=char python train.py  ->  out/quickstart-my-char
 
-    A fine-tuning run is called after its base.
+    A fine-tuning run is named after its base.
     """
     if s.out_dir:
         return write_path(s.out_dir)
@@ -136,11 +136,11 @@ def base_of(s: Settings) -> Path:
         try:
             saved = checkpoint.settings(path)
         except UserError as error:
-            tell(f"{error}: passed over")
+            tell(f"{error}: skipped")
             continue
         if saved.get("task", "pretrain") == "pretrain" and not saved.get("use_lora"):
             return path
-    raise UserError("there is no trained model to fine-tune yet: `python train.py` makes one")
+    raise UserError("there is no trained model to fine-tune yet: `python train.py` trains one")
 
 
 # ---- the start
@@ -148,8 +148,8 @@ def base_of(s: Settings) -> Path:
 
 @contextmanager
 def open_run(s: Settings, out_dir: Path, machine: Machine) -> Iterator[Start]:
-    """Hold the lock of the run's folder. Yields what the run starts from, after which the settings are complete: the
-    shape of the model comes from a checkpoint, and a setting that contradicts it is refused."""
+    """Hold the lock of the run's folder. Yields the start of the run, and from then on the settings are complete: a
+    checkpoint decides the shape of the model, and we refuse a setting that contradicts it."""
     lock = nullcontext()
     if machine.is_main:
         lock = checkpoint.lock(out_dir)
@@ -178,21 +178,21 @@ def find_start(s: Settings, out_dir: Path, machine: Machine) -> Start:
 def start_from(s: Settings, path: Path, machine: Machine, overwrite: bool) -> Start:
     """A new run on top of a checkpoint."""
     state = checkpoint.load(path)
-    need(not state["base"], f"{path} holds adapters: `python convert.py {path.parent} MERGE=1` makes a base of them")
+    need(not state["base"], f"{path} holds adapters: `python convert.py {path.parent} MERGE=1` makes them a base")
     machine.print(f"init     from {path}")
     saved = checkpoint.saved_settings(state, path, s.parts)
     tokenizer, weights = checkpoint.tokenizer_of(state, saved, path), checkpoint.weights(state)
     need(not s.given("tokenizer") or s.tokenizer not in TRAINED or s.tokenizer == saved["tokenizer"],
-         f"tokenizer={s.tokenizer}: {path} knows its own, from tokenizer={saved['tokenizer']}; leave it out, or begin "
+         f"tokenizer={s.tokenizer}: {path} has its own, from tokenizer={saved['tokenizer']}; leave it out, or start "
          "with fresh weights")
     checkpoint.check_weights(path, saved, weights)
     free = {"rope_scaling", "rope_factor", "rope_original", "seq_len"}  # weights may learn a longer context,
-    if s.use_lora:  # but adapters belong to the base as it is: their rows may only be shorter
+    if s.use_lora:  # but adapters need the base unchanged: their rows may only be shorter
         free = {"seq_len"}
     if saved["position"] == "learned" or (s.use_lora and s.seq_len > saved["seq_len"]):
         free.remove("seq_len")
     adopt(s, saved, (names_of(ModelConfig) & MUST) - {name for name in free if s.given(name)})
-    follow(s, saved, {}, {"template", "system", "dtype"}, machine.print)  # what a model knows goes from run to run
+    follow(s, saved, {}, {"template", "system", "dtype"}, machine.print)  # these pass from run to run
     start = Start(weights, tokenizer, init=str(path.resolve()), overwrite=overwrite)
     if s.use_lora:
         start.base = {"path": start.init, "fingerprint": fingerprint(weights)}
@@ -200,7 +200,7 @@ def start_from(s: Settings, path: Path, machine: Machine, overwrite: bool) -> St
 
 
 def resume_run(s: Settings, out_dir: Path, machine: Machine) -> Start:
-    """The run in out_dir where it was left."""
+    """Resume the run in out_dir at its newest checkpoint."""
     state = checkpoint.load_newest(out_dir, machine.print)
     if state is None:
         raise UserError(f"no step checkpoint in {out_dir} can be read; {checkpoint.without_steps(out_dir)}")
@@ -211,7 +211,7 @@ def resume_run(s: Settings, out_dir: Path, machine: Machine) -> Start:
         need(getattr(s, name) == saved[name],
              f"the run in {out_dir} has {name}={saved[name]}: set it again, or set another out_dir")
     if s.init_from != "auto" and checkpoint.find(s.init_from).resolve().parent != Path(state["init"]).parent:
-        raise UserError(f"the run in {out_dir} began from {state['init'] or 'fresh weights'}, not from init_from="
+        raise UserError(f"the run in {out_dir} started from {state['init'] or 'fresh weights'}, not from init_from="
                         f"{s.init_from}; set another out_dir")
     tokenizer = checkpoint.tokenizer_of(state, saved, out_dir)
     weights, adapters = state["model"], None
@@ -225,7 +225,7 @@ def resume_run(s: Settings, out_dir: Path, machine: Machine) -> Start:
         s.vocab_size = saved["vocab_size"]
     if not s.given("tokenizer") and saved["tokenizer"] in TRAINED:
         s.set("tokenizer", saved["tokenizer"], "checkpoint")
-    sequences = saved["batch_size"] * saved["grad_accum"]  # of a step, for a run that did not count its samples
+    sequences = saved["batch_size"] * saved["grad_accum"]  # per step, for a run that did not count its samples
     if saved["total_batch_size"]:
         sequences = saved["total_batch_size"] // saved["seq_len"]
     progress = pick(Progress, {"samples": step * sequences} | state["progress"])
@@ -234,32 +234,32 @@ def resume_run(s: Settings, out_dir: Path, machine: Machine) -> Start:
 
 
 def check_memory(s: Settings, machine: Machine) -> None:
-    """Refuse what is wrong or too large before the data is prepared, which may take hours."""
+    """Refuse wrong or too large settings before we prepare the data, which may take hours."""
     for part in s.parts:
         s.part(part)
     try:
         with shapes_only():
             model = LanguageModel(s.part(ModelConfig))
     except RuntimeError as error:
-        raise UserError(f"there is no memory for a model of these sizes ({error}): lower d_model or d_ff") from None
+        raise UserError(f"a model of these sizes does not fit into memory ({error}): lower d_model or d_ff") from None
     count = sum(p.numel() for p in model.parameters())
     needed, there = 12 * count, memory(machine.device)  # bytes: with a gradient and one moment
     if s.use_lora:
         needed = 4 * count
-    need(needed <= there, f"{count / 1e9:,.1f} billion parameters need {needed / 1e9:,.0f} GB to train, and there are "
+    need(needed <= there, f"{count / 1e9:,.1f} billion parameters need {needed / 1e9:,.0f} GB to train, but there are "
                           f"{there / 1e9:,.0f}: lower d_model, d_ff or n_layer")
 
 
 def claim_folder(start: Start, out_dir: Path, machine: Machine) -> None:
-    """The data is there, so the run begins: an earlier one makes room, as overwrite=train asks, but nothing is
-    deleted; the folder keeps the tokenizer of the base, and the base of adapters."""
+    """The data is ready, so the run takes its folder. With overwrite=train, an earlier run moves aside; nothing is
+    deleted. The folder keeps the tokenizer of the base, and the base of adapters."""
     if not machine.is_main:
         return
     kept = None
     if start.overwrite:
         kept = checkpoint.set_aside(out_dir)
     if kept:
-        machine.print(f"run      starts again; what was there is in {kept}")
+        machine.print(f"run      starts again; the earlier one is in {kept}")
     if start.init and not start.state:
         with writing(out_dir, "; set another out_dir"):
             start.tokenizer.save(out_dir)
@@ -272,10 +272,10 @@ def claim_folder(start: Start, out_dir: Path, machine: Machine) -> None:
 
 
 def describe_run(s: Settings, plan, model: LanguageModel, optimizer: Optimizer, batches, validation) -> str:
-    """Model, data and steps before the first step. `plan` is a train.Plan."""
+    """A description of model, data and steps, for the screen. `plan` is a train.Plan."""
     counts, epochs, active, passes = model.count_parameters(), plan.samples / batches.per_epoch, "", ""
     if counts["active"] < counts["total"]:
-        active = f"{counts['active']:,} of them active for a token, "
+        active = f"{counts['active']:,} of them active per token, "
     if plan.per_rank > plan.micro_batch:
         passes = f" in {plan.per_rank // plan.micro_batch} forward passes"
     lines = [f"model    {counts['total']:,} parameters, {active}{counts['total'] - counts['embedding']:,} without "
@@ -290,7 +290,7 @@ def describe_run(s: Settings, plan, model: LanguageModel, optimizer: Optimizer, 
                  f"{validation.tokens:,} tokens")
     lines.append(f"steps    {plan.max_steps:,} of {plan.sequences * s.seq_len:,} tokens{passes}: {epochs:.2f} epochs")
     if s.task == "pretrain" and epochs > 40:
-        lines.append("         so little text is learned by heart: DATASET=tinystories, "
+        lines.append("         the model will memorise so little text: DATASET=tinystories, "
                      "DATASET=fineweb_edu:limit=1e9 or DATA_PATH= bring more")
     if optimizer.stacks:
         rates = optimizer.settings
@@ -301,7 +301,7 @@ def describe_run(s: Settings, plan, model: LanguageModel, optimizer: Optimizer, 
 
 
 def longer(s: Settings, plan) -> str:
-    """What makes a run twice as long, and what keeps its learning rate where that would rise again."""
+    """Settings that double the length of a run, and that keep its learning rate from rising again."""
     words, rates, steps = f"MAX_STEPS={2 * plan.max_steps}", s.part(OptimSettings), plan.samples / plan.sequences
     if s.max_tokens:
         words = f"MAX_TOKENS={2 * s.max_tokens}"

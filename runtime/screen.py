@@ -1,14 +1,14 @@
-"""A script's place on the screen: how it prints, shows its progress, and ends.
+"""What scripts do on the screen: print, show progress, and exit.
 
     if __name__ == "__main__":
-        run(main)                                    # a mistake of the user is one sentence, and exit code 2
+        run(main)                                    # a mistake of the user becomes one sentence and exit code 2
 
-    tell(f"using {name}")                            # printed at once, others' control characters as escapes
+    tell(f"using {name}")                            # printed at once, with control characters escaped
 
     progress = ProgressLine("tokens", total=size, unit="MB", scale=1e6)
     progress.show(done)                              # "tokens: 3 of 12 MB, 1.5 MB/s, 0:06 left"
 
-Scripts import this file before all others, so that Ctrl-C is quiet while the others are imported.
+Scripts import this file before all others, so that Ctrl-C is quiet during the other imports.
 """
 
 import os
@@ -17,7 +17,7 @@ import sys
 
 
 def leave_quietly(number: int, frame) -> None:
-    """Ctrl-C while a script imports or cleans up: it has nothing to save."""
+    """Handle Ctrl-C while a script imports or cleans up: it has nothing to save."""
     os._exit(128 + number)
 
 
@@ -37,7 +37,7 @@ from typing import TextIO
 from configurator import UserError, process_rank
 
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG)
-leaving: list[Callable[[int], None]] = []  # what `leave` calls last, with the exit code
+leaving: list[Callable[[int], None]] = []  # functions that `leave` calls last, with the exit code
 unsaid: list[OSError] = []  # why the output is incomplete
 
 
@@ -63,13 +63,13 @@ def run(main) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough: we are leaving
         code, said = 130, f"{script}: interrupted"
     except MemoryError as error:
-        reason = str(error) or "there is no more"
-        said = f"{script}: out of memory ({reason}); files on the disk are whole. Smaller sizes or WORKERS=1 need less"
+        reason = str(error) or "no more available"
+        said = f"{script}: out of memory ({reason}); files on disk are intact. Smaller sizes or WORKERS=1 need less"
         code = 2
     except BrokenPipeError:  # the reader of our pipe is gone (`| head`): not an error
         code = 0
     except OSError as error:
-        if error.filename is not None or error.errno not in OUTPUT_ERRORS:  # errors in our files have their sentence
+        if error.filename is not None or error.errno not in OUTPUT_ERRORS:  # our own files have their own sentences
             raise
         code, said = 2, f"{where}: cannot write the output: {error.strerror}"
     if said:
@@ -78,7 +78,7 @@ def run(main) -> None:
 
 
 def repair_streams() -> None:
-    """Open the streams that our caller closed, as in `python sample.py <&-`, and let no character stop us."""
+    """Open streams that our caller closed, as in `python sample.py <&-`, and accept every character."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
@@ -88,7 +88,7 @@ def repair_streams() -> None:
 
 
 def leave(code: int | None) -> None:
-    """Exit. Drop what a full disk or a closed pipe did not take: Python would try again, and complain."""
+    """Exit. Drop output that a full disk or closed pipe refused: Python would try again, and complain."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -100,8 +100,8 @@ def leave(code: int | None) -> None:
 
 
 def visible(text: str, stream: TextIO | None = None) -> str:
-    """Others' text for the screen. On a terminal control characters become escapes, because they could clear it or
-    type for the user; a pipe gets the text as it is. `stream`: stdout by default.
+    """A stranger's text for the screen. On a terminal, control characters become escapes, because they could clear it
+    or type for the user; a pipe gets the text unchanged. `stream`: stdout by default.
 
     >>> visible("a\\x1b[2Jb\\n")  ->  'a\\\\x1b[2Jb\\n'
     """
@@ -111,7 +111,7 @@ def visible(text: str, stream: TextIO | None = None) -> str:
 
 
 def escaped(character: str) -> str:
-    """An escape for what a terminal obeys, or what turns the direction of writing; the joiners of emoji are fine."""
+    """Escape a character that a terminal obeys or that turns the writing direction, but not emoji joiners."""
     is_space = character.isspace() and character >= "\xa0"
     if character in "\n\t\u200c\u200d" or character.isprintable() or is_space:
         return character
@@ -119,7 +119,7 @@ def escaped(character: str) -> str:
 
 
 def put(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
-    """Print at once. A full disk behind the screen is no reason to lose work: `run` reports it at the end."""
+    """Print at once. If the output goes to a full disk, the work continues: `run` reports it at the end."""
     try:
         print(text, file=stream, end=end, flush=True)
     except OSError as error:
@@ -128,41 +128,41 @@ def put(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
 
 
 def tell(text: str, stream: TextIO | None = None) -> None:
-    """Print a line at once that may hold others' text."""
+    """Print a line at once; it may contain a stranger's text."""
     put(visible(text, stream), stream)
 
 
 def say(text: str, quiet: bool) -> None:
-    """Tell, unless the text is empty or we are quiet."""
+    """Print a line with `tell`, unless it is empty or we are quiet."""
     if text and not quiet:
         tell(text)
 
 
 def is_first_process() -> bool:
-    """Whether we are the process of a launch that prints: the others would print the same."""
+    """Whether we are the one process of a launch that prints: the others would print the same."""
     return process_rank() == "0"
 
 
 @dataclass
 class ProgressLine:
-    """Progress on stderr: one live line on a terminal, elsewhere a line every ten seconds, nothing in the first."""
+    """Progress on stderr: a live line on a terminal, elsewhere a line every ten seconds; at first, nothing."""
 
     what: str
     total: float = 0  # 0: unknown
     unit: str = ""
-    scale: float = 1  # of `done` and `total` in one unit
+    scale: float = 1  # amount of `done` and `total` in one unit
     quiet: bool = False  # show nothing
-    note: Callable[[str], None] | None = None  # also gets each line, for those who wait at a lock
+    note: Callable[[str], None] | None = None  # also receives each line, for those who wait at a lock
 
     def __post_init__(self):
         self.live, self.shown = sys.stderr.isatty(), False
         self.restart(0)
 
     def restart(self, done: float) -> None:
-        """`done` was there before: the rate counts from now."""
+        """Start at `done`: the rate counts from now."""
         self.begin = self.done = done
         self.start = time.monotonic()
-        self.last = self.start - 9.0  # the first line comes after a second
+        self.last = self.start - 9.0  # print the first line after a second
         if self.live:
             self.last = self.start + 0.5
 
@@ -193,7 +193,7 @@ class ProgressLine:
             self.shown = True
 
     def add(self, more: float) -> None:
-        """`more` is done since the last call."""
+        """Add what was done since the last call."""
         self.done += more
         self.show(self.done)
 
@@ -205,7 +205,7 @@ class ProgressLine:
 
 
 def show_line(line: str, live: bool) -> None:
-    """On stderr: live, in place of the line before and as wide as the terminal; else as a line of its own."""
+    """Write to stderr: live, over the previous line and as wide as the terminal; else as a new line."""
     if live:
         width = shutil.get_terminal_size().columns - 1
         put(f"\r{visible(line, sys.stderr)[:width]:<{width}}\r", sys.stderr, end="")

@@ -1,4 +1,4 @@
-"""Worker processes: as many as there are CPUs that we may use, and none outlives its parent.
+"""Worker processes: one per usable CPU, and none outlives its parent.
 
     for item, result in in_order(function, items, workers=0):      # results in the order of the items
         ...
@@ -24,7 +24,7 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def cpu_count() -> int:
-    """The CPUs that this process may use, which can be fewer than the machine has."""
+    """The number of CPUs that this process may use, perhaps fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -34,8 +34,8 @@ def in_order(function: Callable[[Item], Result], items: Iterator[Item], workers:
              few: int = 2) -> Iterator[tuple[Item, Result]]:
     """(item, function(item)) in the order of the items, by `workers` processes (0: one per CPU).
 
-    With one worker, or fewer than `few` items, no process is started. At most 2 `workers` items are ahead of the one
-    that is yielded. UserError if a worker is killed.
+    With one worker, or fewer than `few` items, no process starts. At most 2 · `workers` items are ahead of the one
+    yielded. UserError if a worker is killed.
     """
     workers = workers or cpu_count()
     head = []
@@ -59,13 +59,13 @@ def in_order(function: Callable[[Item], Result], items: Iterator[Item], workers:
         for done, future in waiting:
             yield done, future.result()
     except BrokenProcessPool:
-        raise UserError("a worker process was killed, perhaps for lack of memory; WORKERS=1 needs less") from None
+        raise UserError("a worker process was killed, perhaps for lack of memory: try WORKERS=1") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def start_worker(function: Callable, parent: int) -> None:
-    """In a new worker: Ctrl-C is the parent's business, and nobody works for a parent that was killed."""
+    """Prepare a new worker: the parent handles Ctrl-C, and the worker exits if its parent is killed."""
     global work
     work = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -80,7 +80,7 @@ def work_on(item):
 
 
 def watch_parent(parent: int, then: Callable[[], None]) -> None:
-    """Call `then` from a thread when the process `parent`, which started this one, is gone."""
+    """Call `then` from a thread once the process `parent`, which started this one, is gone."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -82,7 +82,7 @@ def run(command: str, folder: Path, **environment) -> subprocess.CompletedProces
         for script in bin_folder.iterdir():
             script.chmod(0o755)
     settings = {name: str(value) for name, value in (TINY | environment).items()}
-    if "eval.py" in command:  # of a file all is scored
+    if "eval.py" in command:  # a file is scored whole
         del settings["EVAL_TOKENS"]
     if "USE_LORA" in command or "SFT_MODE" in command:  # the base has its tokenizer
         del settings["VOCAB_SIZE"]

@@ -74,7 +74,7 @@ def test_truncated_and_swapped_shards_are_found_on_opening(tmp_path):
         with pytest.raises(UserError, match=r"train_00001\.npy is"):
             TokenStream(tmp_path, "train")
     file.write_bytes((tmp_path / "train_00000.npy").read_bytes())
-    with pytest.raises(UserError, match="holds 60 ids, its meta.json says 40"):
+    with pytest.raises(UserError, match="holds 60 ids, but its meta.json says 40"):
         TokenStream(tmp_path, "train")
     file.unlink()
     with pytest.raises(UserError, match="cannot read"):

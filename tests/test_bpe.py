@@ -207,7 +207,7 @@ def test_saved_tokenizer_is_the_same_after_loading(trained, tmp_path):
 def test_load_refuses_a_file_of_others_that_we_would_not_write(trained, tmp_path):
     document = trained.to_dict()["tokenizer"] | {"normalizer": {"type": "Lowercase"}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match="tokenizer.json: .*load_tokenizer reads those of others"):
+    with pytest.raises(UserError, match="tokenizer.json: .*read it with tokenizer_files.load_tokenizer"):
         BPETokenizer.load(tmp_path)
 
 

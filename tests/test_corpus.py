@@ -47,7 +47,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 
 
 def test_equal_documents_cannot_be_split_and_the_sentence_says_so(tmp_path):
-    with pytest.raises(UserError, match="all 500 documents are equal, and none is left to validate on"):
+    with pytest.raises(UserError, match="all 500 documents are equal, so none is left to validate on"):
         splits(data_path=write(tmp_path / "a.jsonl", '{"text": "the same"}\n' * 500))
 
 
@@ -63,6 +63,12 @@ def test_single_document_is_cut_once_at_a_line_near_its_end(tmp_path, monkeypatc
 def test_document_without_newlines_is_cut_all_the_same(tmp_path):
     train, val = splits(data_path=write(tmp_path / "a.txt", "x" * 1000), val_share=0.1)
     assert (len(train[0]), len(val[0])) == (900, 100)
+
+
+def test_the_training_part_of_a_single_document_ends_where_validation_begins():
+    pieces, plan = [("ab\n", False), ("cd\n", True)], corpus.Split(cut_at=3)
+    assert list(corpus.split_pieces(pieces, plan, "train")) == [("ab\n", True)]
+    assert list(corpus.split_pieces(pieces, plan, "val")) == [("cd\n", True)]
 
 
 def test_many_documents_are_split_whole_and_their_copies_never_part(tmp_path):
@@ -321,7 +327,7 @@ def test_part_without_text_is_one_sentence_and_no_endless_loop(corpora):
      ({"mixture": "long:nan short:1"}, "'long:nan' must be"), ({"mixture": "long:1 long:2"}, "'long:2' must be"),
      ({"mixture": "long:1"}, "needs two corpora"), ({"mixture_size": -1}, "mixture_size=-1 .*must be"),
      ({"mixture": "lang:1 short:1"}, "dataset=lang: there are"), ({"dataset": "stdlib"}, "exclude each other"),
-     ({"val_path": "x.txt"}, "leaves no place"), ({"overwrite": "mixed"}, "there is no stage mixed, only download")],
+     ({"val_path": "x.txt"}, "excludes data_path"), ({"overwrite": "mixed"}, "there is no stage mixed, only download")],
 )
 def test_mistakes_are_one_sentence(corpora, changes, sentence):
     with pytest.raises(UserError, match=sentence):
@@ -341,7 +347,7 @@ def test_weights_that_no_text_can_follow_are_refused(tmp_path, weight):
 
 def test_part_that_would_come_again_and_again_is_refused(corpora, monkeypatch):
     monkeypatch.setattr(corpus, "REPEAT", 3)
-    with pytest.raises(UserError, match="short came 3 times and another corpus is not used up: give mixture_size"):
+    with pytest.raises(UserError, match="short came 3 times and another corpus is not used up: set mixture_size"):
         texts("train", mixture="short:999 long:1")
 
 

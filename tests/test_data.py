@@ -162,12 +162,12 @@ def test_character_vocabulary_holds_all_characters_unless_fewer_are_asked_for(tm
 def test_text_with_too_few_pairs(tmp_path):
     """Whoever asked for a vocabulary gets it or a sentence; the default becomes what the text has."""
     file = write(tmp_path / "a.txt", "abab " * 200)
-    with pytest.raises(UserError, match=r"vocab_size=5000, but this text gives 2\d\d entries only"):
+    with pytest.raises(UserError, match=r"vocab_size=5000, but this text gives only 2\d\d entries"):
         made(tmp_path, data_path=file, vocab_size=5000)
     argv = [f"data_path={file}", f"cache_dir={tmp_path / 'cache'}", "seq_len=4"]
     s = configure([ModelConfig, DataSettings], argv, {})
     assert read_meta(prepare(s, quiet=True))["vocab_size"] < s.vocab_size
-    with pytest.raises(UserError, match="entries only"):  # also when the smaller one is already there
+    with pytest.raises(UserError, match="gives only"):  # also when the smaller one is already there
         prepare(configure([ModelConfig, DataSettings], [*argv, f"vocab_size={s.vocab_size}"], {}))
 
 
@@ -431,7 +431,7 @@ def test_full_disk_is_one_sentence_and_leaves_nothing_that_looks_complete(tmp_pa
 def test_prepared_folder_is_taken_as_it_is_unless_the_tokenizer_differs(tmp_path, corpus_file, theirs):
     folder = made(tmp_path, data_path=corpus_file)
     assert made(tmp_path, data_path=folder) == folder
-    with pytest.raises(UserError, match=f"made by tokenizer {read_meta(folder)['tokenizer']}, but tokenizer "
+    with pytest.raises(UserError, match=f"come from tokenizer {read_meta(folder)['tokenizer']}, but tokenizer "
                                         f"{theirs.fingerprint}"):
         made(tmp_path, data_path=folder, tokenizer=tmp_path / "theirs")
     with pytest.raises(UserError, match="has tokens of a bpe tokenizer, not tokenizer=char"):
@@ -445,10 +445,10 @@ def test_shards_out_of_a_prepared_folder_keep_their_tokenizer(tmp_path, corpus_f
     folder = made(tmp_path, data_path=corpus_file)
     files = {"data_path": folder / "train_00000.npy", "val_path": folder / "val_00000.npy"}
     assert read_meta(made(tmp_path, **files))["tokenizer"] == read_meta(folder)["tokenizer"]
-    with pytest.raises(UserError, match="were made by tokenizer"):
+    with pytest.raises(UserError, match="come from tokenizer"):
         made(tmp_path, **files, tokenizer=tmp_path / "theirs")
     theirs.save(folder)  # somebody put another one there
-    with pytest.raises(UserError, match="were made by tokenizer"):
+    with pytest.raises(UserError, match="come from tokenizer"):
         made(tmp_path, **files)
 
 
@@ -521,7 +521,7 @@ def test_one_command_makes_every_kind_of_tokenizer_from_every_kind_of_text(kind,
 
 @pytest.mark.parametrize("argv, words", [
     (["a.txt", "b.txt"], "several inputs"),
-    (["a.txt", "tokenizer=gpt2", "tokenizer_dir=out"], "tokenizer_dir= is for"),
+    (["a.txt", "tokenizer=gpt2", "tokenizer_dir=out"], "tokenizer_dir= trains a tokenizer"),
     (["a.txt", "vocab_size=5000", "tokenizer_dir=out"], "vocab_size=5000"),
     (["a.txt", "tokenizer=unigram", "vocab_size=5000", "tokenizer_dir=out"], "vocab_size=5000"),
     (["nowhere.txt", "tokenizer_dir=out"], "nowhere.txt"),

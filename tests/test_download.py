@@ -1,5 +1,6 @@
 """Downloads: whatever the line does, a file is complete and right, or not there; nothing comes twice without need."""
 
+import errno
 import hashlib
 import http.server
 import random
@@ -142,6 +143,22 @@ def test_server_whose_name_nobody_knows_is_asked_for_three_times(tmp_path, slept
     with pytest.raises(UserError, match="no network, or the name of the server is unknown"):
         download("https://nowhere.invalid/big.bin", tmp_path / "a.bin")
     assert slept == [1, 2]
+
+
+def test_a_network_that_cannot_be_reached_is_said_in_plain_words(tmp_path, slept, monkeypatch):
+    def unreachable(*_):
+        raise urllib.error.URLError(OSError(errno.ENETUNREACH, "Network is unreachable"))
+
+    monkeypatch.setattr(module, "open_url", unreachable)
+    with pytest.raises(UserError, match=r"\(no network\)"):
+        download("https://nowhere.invalid/big.bin", tmp_path / "a.bin")
+
+
+def test_the_check_of_a_large_download_shows_its_progress(tmp_path, server, monkeypatch):
+    shown = []
+    monkeypatch.setattr(module.ProgressLine, "show", lambda line, done: shown.append((line.what, done, line.total)))
+    download(server.url, tmp_path / "a.bin", len(BODY), SHA256)
+    assert shown[-1] == ("check download a.bin", len(BODY), len(BODY))
 
 
 def test_missing_file_is_not_asked_for_again(tmp_path, server, slept):

@@ -356,8 +356,8 @@ def test_a_base_that_trains_on_does_not_cost_its_adapters(text, questions, tmp_p
 @pytest.mark.parametrize("argv, word", [
     (["sft_mode=1", "task=pretrain"], "contradict"), (["lora_rank=8"], "use_lora=1"),
     (["sft_mode=1", "val_path=x.jsonl"], "data_path"), (["task=sft", "mixture=a:1 b:1"], "is for pretraining"),
-    (["task=sft", "tokenizer=char"], "has the tokenizer of its base"),
-    (["task=sft", "vocab_size=300"], "has the tokenizer of its base")])
+    (["task=sft", "tokenizer=char"], "uses the tokenizer of its base"),
+    (["task=sft", "vocab_size=300"], "uses the tokenizer of its base")])
 def test_settings_that_contradict_each_other_are_refused(home, argv, word):
     with pytest.raises(UserError, match=word):
         settle(*argv)
@@ -365,7 +365,7 @@ def test_settings_that_contradict_each_other_are_refused(home, argv, word):
 
 def test_a_run_says_when_it_began_from_something_else(text, base, adapted, questions, tmp_path):
     train.main(tiny_run(text, tmp_path / "other", vocab_size=320, seq_len=64, max_steps=2, seed=2))
-    with pytest.raises(UserError, match="began from"):
+    with pytest.raises(UserError, match="started from"):
         train.main(tune(text, tmp_path / "other", questions, adapted, use_lora=1, lora_rank=4, max_steps=20))
 
 

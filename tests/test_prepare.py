@@ -51,7 +51,7 @@ def test_what_stands_behind_the_colon_reaches_the_corpus(tmp_path, monkeypatch):
     raw = corpus.open_dataset("mine:a/b:c")
     assert list(raw.pieces("val")) == [("['a/b:c'] val", True)] and raw.name == "mine-a-b-c"
     assert list(corpus.open_dataset("mine").pieces("train")) == [("[''] train", True)]
-    with pytest.raises(UserError, match="dataset=mine leaves no choice; take away the :3.12"):
+    with pytest.raises(UserError, match="dataset=mine has no choices: remove the :3.12"):
         (tmp_path / "data" / "mine" / "prepare.py").write_text("def documents(split): return []")
         corpus.open_dataset("mine:3.12")
 
@@ -642,7 +642,7 @@ def test_one_command_goes_from_downloads_to_samples_and_does_nothing_twice(ancie
     ancients.paths.clear()
     second = subprocess.run([*argv, "max_steps=4"], capture_output=True, text=True, timeout=120)
     assert second.returncode == 0, second.stderr
-    assert f"{folder.name} is current: downloads, tokenizer and tokens are there" in second.stdout
+    assert f"{folder.name} is current: downloads, tokenizer and tokens exist" in second.stdout
     assert "is complete" in second.stdout and "training a" not in second.stdout and ancients.paths == []
 
 

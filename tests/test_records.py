@@ -144,7 +144,7 @@ def test_text_that_looks_a_little_like_records_stays_text(tmp_path, name, conten
     ("hello world".encode("utf-16-le"), "UTF-16LE"), ("hello world".encode("utf-16-be"), "UTF-16BE"),
     ("hello world".encode("utf-32-le"), "UTF-32LE"), ("hello world".encode("utf-32-be"), "UTF-32BE"),
     (b"\xfd7zXZ\0damaged", "damaged or cut short"), (b"BZh9damaged", "damaged"), (b"\x1f\x8bdamaged", "damaged"),
-    (b"PAR1damaged", "damaged or no .parquet file"), (b"a" * 70_000 + b"\0", "zero byte at offset 70,000"),
+    (b"PAR1damaged", "damaged or not a .parquet file"), (b"a" * 70_000 + b"\0", "zero byte at offset 70,000"),
 ])
 def test_what_is_no_text_is_one_sentence(tmp_path, content, sentence):
     pytest.importorskip("pyarrow")
@@ -154,12 +154,12 @@ def test_what_is_no_text_is_one_sentence(tmp_path, content, sentence):
 
 @pytest.mark.parametrize("name, content, sentence", [
     ("a.json", '[{"text": "a"}, {"text": "b"', "line 1 begins a record that is not JSON"),
-    ("a.json", '[{"text": "a"}]{', "line 1 is not JSON: there is more"), ("a.json", '[{"text": "a"} x', "not JSON"),
+    ("a.json", '[{"text": "a"}]{', "line 1 is not JSON: text follows"), ("a.json", '[{"text": "a"} x', "not JSON"),
     ("a.json", '{"data": [\n1]}', "line 1 has no field 'text'; it has data"),
     ("a.csv", "id,title\n1,b\n", "line 2 has no field 'text'; it has id, title"),
     ("a.csv", "text,text\na,b\n", "line 1 names the column 'text' twice"),
-    ("a.csv", "id,text\r1,b\r", "line 1 is no row of a .csv file"),
-    ("a.csv", "id,text\n1,b,c\n", "line 2 has 3 fields"), ("a.csv", 'id,text\n1,"b\n', "is no row of a .csv file"),
+    ("a.csv", "id,text\r1,b\r", "line 1 is not a row of a .csv file"),
+    ("a.csv", "id,text\n1,b,c\n", "line 2 has 3 fields"), ("a.csv", 'id,text\n1,"b\n', "is not a row of a .csv file"),
 ])
 def test_damaged_records_name_file_and_place(tmp_path, name, content, sentence):
     with pytest.raises(UserError, match=rf"a\.\w+.*{sentence}"):
@@ -203,14 +203,14 @@ def test_links_are_followed_once_and_loops_end(tmp_path):
     found = documents(files_pieces(text_files(tmp_path / "here"), "text"))
     assert sorted(found) == ["a", "b", "c"]
     (said,) = left_out(tmp_path / "here", text_files(tmp_path / "here"))
-    assert said.endswith("no text that we read: 2 link to nothing, 1 pipe or device")
+    assert said.endswith("we cannot read them as text: 2 link to nothing, 1 pipe or device")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links and pipes")
 def test_pipes_and_devices_are_refused_without_a_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path, sentence in ((tmp_path / "pipe", "is a pipe, and a text is read more than once"),
-                           ("/dev/zero", "no regular file")):
+    for path, sentence in ((tmp_path / "pipe", "is a pipe, but we read a text more than once"),
+                           ("/dev/zero", "not a regular file")):
         with pytest.raises(UserError, match=sentence):
             text_files(path)
     write(tmp_path / "texts" / "a.txt", "a")
@@ -281,7 +281,7 @@ def test_parquet_mistakes_are_one_sentence(parquet, tmp_path, monkeypatch):
         list(files_pieces([file], "id"))
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"broken\.parquet is damaged or no \.parquet file"):
+    with pytest.raises(UserError, match=r"broken\.parquet is damaged or not a \.parquet file"):
         list(files_pieces([broken], "text"))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match="pip install pyarrow"):
@@ -302,5 +302,5 @@ def test_a_folder_that_we_may_not_read_is_refused_and_not_passed_over(tmp_path, 
     with pytest.raises(UserError, match="cannot read .*closed: Permission denied"):
         text_files(tmp_path)
     monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "closed")
-    with pytest.raises(UserError, match="may not read the folder .*closed"):
+    with pytest.raises(UserError, match="no permission to read the folder .*closed"):
         text_files(tmp_path / "closed")

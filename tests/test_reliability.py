@@ -595,7 +595,7 @@ def test_without_a_whole_step_the_best_model_is_named(go, tmp_path):
     go()
     for path in checkpoint.steps(tmp_path / "run"):
         path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="best.pt is whole: start from it with INIT_FROM="):
+    with pytest.raises(UserError, match="best.pt is intact: start from it with INIT_FROM="):
         go()
     (tmp_path / "run" / "best.pt").write_bytes(b"")
     with pytest.raises(UserError, match="remove the folder, or set another out_dir"):

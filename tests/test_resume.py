@@ -131,15 +131,17 @@ FIRST = dict(dropout=0.1, seed=7, ema=0.9, weight_decay=0.05, beta2=0.9, schedul
              keep_checkpoints=5)
 
 
-def test_settings_that_are_left_out_come_from_the_run(go, tmp_path, monkeypatch, capsys):
+def test_settings_that_are_left_out_come_from_the_run(go, text, tmp_path, monkeypatch, capsys):
     first = dict(FIRST, lr=1e-2, muon_lr=0.03, optimizer="muon", dtype="float32")
     go(out_dir=tmp_path / "whole", **first)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 5)
         go(out_dir=tmp_path / "broken", **first)
     capsys.readouterr()
+    tokens = set((text.parent / "cache").iterdir())
     names = [*first, "vocab_size", "warmup_steps", "max_steps", "eval_interval"]
     go(out_dir=tmp_path / "broken", **dict.fromkeys(names))
+    assert set((text.parent / "cache").iterdir()) == tokens  # of vocab_size too: nothing is tokenized again
     out = capsys.readouterr().out
     assert "lr=0.01" in out and "ema=0.9" in out and "new:" not in out
     whole, broken = (checkpoint.load_newest(tmp_path / name) for name in ("whole", "broken"))
@@ -221,13 +223,13 @@ def test_other_validation_text_begins_a_new_best(go, tmp_path, text, capsys):
     go(val_path=easy, max_steps=6)
     easy_loss = checkpoint.load(tmp_path / "run/best.pt")["progress"]["best"]
     go(val_path=hard, max_steps=6)  # complete, but for this text
-    assert "other validation data" in capsys.readouterr().out
+    assert "the validation data has changed" in capsys.readouterr().out
     state = checkpoint.load(tmp_path / "run/best.pt")
     assert state["progress"]["best"] > easy_loss + 0.1
     assert state["made_of"] == checkpoint.load_newest(tmp_path / "run")["made_of"]
     assert go(val_path=hard, max_steps=6) == 0
     out = capsys.readouterr().out
-    assert "other validation data" not in out and "the run is complete" in out
+    assert "validation data has changed" not in out and "the run is complete" in out
 
 
 @pytest.mark.parametrize("change", [dict(eval_tokens=64), dict(val_share=0.2)])
@@ -235,7 +237,7 @@ def test_another_choice_of_what_is_scored_begins_a_new_best_too(go, change, caps
     go(max_steps=3)
     capsys.readouterr()
     go(max_steps=4, **change)
-    assert "other validation data" in capsys.readouterr().out
+    assert "the validation data has changed" in capsys.readouterr().out
 
 
 def test_another_corpus_in_the_folder_of_a_run_is_refused(go, tmp_path, text):

@@ -350,7 +350,7 @@ def test_damaged_examples_of_the_cache_are_made_again(tmp_path, monkeypatch, cap
             (folder / name).write_bytes(damaged)
             prepare_examples("chat", cache, quiet=False)
             assert {path.name: path.read_bytes() for path in folder.iterdir()} == right, (name, damaged)
-    assert "its examples are made again" in capsys.readouterr().out
+    assert "we prepare its examples again" in capsys.readouterr().out
 
 
 def test_examples_named_for_validation_are_not_learned(tmp_path, capsys):

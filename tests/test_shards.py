@@ -223,7 +223,7 @@ def test_damage_is_found_whatever_the_times_say_and_the_sentence_has_the_remedy(
     data[-7] ^= 1
     file.write_bytes(bytes(data))
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    with pytest.raises(UserError, match=r"train_00000\.npy is damaged: .* OVERWRITE=tokens makes it again"):
+    with pytest.raises(UserError, match=r"train_00000\.npy is damaged: .* OVERWRITE=tokens prepares it again"):
         TokenStream(folder, "train")
 
 
@@ -285,7 +285,7 @@ def test_damaged_file_of_our_cache_is_made_again(tokens, capsys, name, kinds):
         if kind != "missing":
             path.write_bytes(damages(right, 1)[kind])
         assert prepare(configure([ModelConfig, DataSettings], argv, environ={})) == folder
-        assert "the tokens are made again" in capsys.readouterr().out, kind
+        assert "we prepare the tokens again" in capsys.readouterr().out, kind
         assert path.read_bytes() == right
 
 
@@ -348,7 +348,7 @@ def test_shards_need_their_tokenizer_and_validation(tmp_path, others):
     made(tmp_path, data_path=others.folder, tokenizer=tmp_path / "tokenizer.json")
     (others.folder / "x_val_0.bin").rename(tmp_path / "other.bin")
     for val_path in ("", write_text(tmp_path / "text.txt", prose(9))):  # text is no shard
-        with pytest.raises(UserError, match="has 3 shards to train on, and there are 0 to validate on"):
+        with pytest.raises(UserError, match="has 3 shards to train on and 0 to validate on"):
             made(tmp_path, data_path=others.folder, tokenizer=tmp_path / "tokenizer.json", val_path=val_path)
     made(tmp_path, data_path=others.folder, tokenizer=tmp_path / "tokenizer.json", val_path=tmp_path / "other.bin")
 
@@ -456,7 +456,7 @@ def test_killed_run_leaves_no_process_and_the_same_command_goes_on(tmp_path, mon
     error = run.communicate(timeout=100)[1]
     if how == signal.SIGINT:
         assert run.returncode == 130, error
-        assert error.strip().endswith("the same command resumes behind the last whole shard")
+        assert error.strip().endswith("the same command resumes after the last whole shard")
         assert "Traceback" not in error
     end = time.monotonic() + 60
     while processes_of(run.pid) and time.monotonic() < end:
@@ -469,7 +469,7 @@ def test_killed_run_leaves_no_process_and_the_same_command_goes_on(tmp_path, mon
     run = start(argv)
     out, error = run.communicate(timeout=100)
     assert run.returncode == 0, error
-    assert "resumes behind" in out and "tokenizer" in out and "training a" not in out, "the tokenizer was there"
+    assert "resumes after" in out and "tokenizer" in out and "training a" not in out, "the tokenizer was there"
     assert all(path.stat().st_mtime_ns == t for path, t in old.items()) and not (folder / "state.json").exists()
     s = configure([ModelConfig, DataSettings], [*argv[:1], f"cache_dir={tmp_path / 'other'}", *argv[2:4],
                                                 "workers=1", argv[5]], environ={})

@@ -331,7 +331,7 @@ def test_text_with_too_little_in_it_gives_fewer_tokens_and_says_so(capfd):
     for kind in spm.KINDS:
         codec = SentencePieceTokenizer.train(["hug pug hugs " * 9], 400, kind, workers=1)
         assert 261 < codec.vocab_size < 400
-        assert f"pieces for {codec.vocab_size} tokens only, not for 400" in capfd.readouterr().err
+        assert f"pieces for only {codec.vocab_size} tokens, not for 400" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -308,7 +308,7 @@ def test_mistakes_end_in_a_sentence(data, tmp_path):
     write(tmp_path / "piqa" / "valid.jsonl", [])
     refused("valid.jsonl holds no questions")
     write(tmp_path / "piqa" / "valid.jsonl", [{"goal": "a", "sol1": "b", "label": 0}])
-    refused(r"valid.jsonl, line 1 is no example of piqa: .*sol2")
+    refused(r"valid.jsonl, line 1 is not an example of piqa: .*sol2")
     (tmp_path / "piqa" / "valid-labels.lst").write_text("0\n1\n")
     refused("has 2 labels for the 1 lines of valid.jsonl")
 
@@ -344,7 +344,7 @@ def test_a_question_of_another_shape_is_refused_with_file_and_line(tmp_path, nam
     record = (SWAG if name == "hellaswag" else HUB)
     path = tmp_path / name / ("validation.jsonl" if name == "hellaswag" else "test.jsonl")
     write(path, [record, record | changes])
-    with pytest.raises(UserError, match=rf"{path.name}, line 2 is no example of {name}: .*{complaint}"):
+    with pytest.raises(UserError, match=rf"{path.name}, line 2 is not an example of {name}: .*{complaint}"):
         load(name, tmp_path)
 
 

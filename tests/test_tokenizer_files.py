@@ -285,7 +285,7 @@ def changed(document: dict, change: dict) -> dict:
 ])
 def test_what_a_file_needs_and_we_lack_is_named(change, what):
     document = changed(json.loads(layout("gpt2").to_str()), change)
-    with pytest.raises(UserError, match=f"x/tokenizer.json: it asks for.*{what}"):
+    with pytest.raises(UserError, match=f"x/tokenizer.json: it needs.*{what}"):
         tokenizer_from_dict({"tokenizer": document, "config": {}}, "x/tokenizer.json")
 
 
@@ -474,7 +474,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
     {"model.merges": ["a b c"]},
     {"model.merges": None}, {"model.merges": {}}, {"model.merges": "ab"}, {"model.merges": [1]}, {"model.merges": [[]]},
     {"model.merges": [["a", 1]]}, {"model.merges": ["a"]}, {"model.merges": [None]}, {"model": []}, {"model": None},
-    {"model.ignore_merges": "x"}, {"model.type": 7}, {"added_tokens": {}}, {"added_tokens": [5]},
+    {"model.ignore_merges": "x"}, {"model.type": 7}, {"model.type": ""}, {"added_tokens": {}}, {"added_tokens": [5]},
     {"added_tokens": [{}]},
     {"added_tokens": [{"id": -1, "content": "<x>", "special": True}]},
     {"added_tokens": [{"id": 10**9, "content": "<x>", "special": True}]},

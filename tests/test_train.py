@@ -194,7 +194,7 @@ def test_starting_from_a_checkpoint_takes_its_shape_and_tokenizer(go, text, tmp_
 
 def test_a_start_from_a_checkpoint_does_not_drop_another_tokenizer_silently(go, tmp_path):
     go(max_steps=2)
-    with pytest.raises(UserError, match="tokenizer=char: .*best.pt knows its own, from tokenizer=bpe"):
+    with pytest.raises(UserError, match="tokenizer=char: .*best.pt has its own, from tokenizer=bpe"):
         go(init_from=tmp_path / "run", out_dir=tmp_path / "more", tokenizer="char")
     assert not (tmp_path / "more").exists()
 

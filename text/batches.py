@@ -1,12 +1,12 @@
-"""Token ids on disk -> batches: the stream that joins shards, training and validation rows, a prefetch thread.
+"""From token ids on disk to batches: the stream that joins shards, training and validation rows, a prefetch thread.
 
     stream = TokenStream(folder, "train", tokenizer)     # memory-mapped; folder from data.prepare
     batches = Batches(stream, seq_len=256, seed=1)
     ids, targets, weights = batches.get(first, count)    # (count, 256) each; samples first ... first + count - 1
 
-Training data is an endless row of samples, and sample i is a function of (seed, i) and of nothing else. A step takes
-the next samples, and each rank and micro-batch a slice of them. So neither the number of ranks nor the size of a step
-changes the data, and a run resumes from nothing but the number of samples that it has seen.
+Training data is an endless sequence of samples, and sample i is a function of (seed, i) alone. A step takes the next
+samples, and each rank and micro-batch a slice of them. So neither the number of ranks nor the size of a step changes
+the data, and to resume, a run needs only the number of samples that it has seen.
 """
 
 import hashlib
@@ -31,14 +31,14 @@ Batch = tuple[Tensor, Tensor, Tensor | None]  # ids (B, T) int64, targets (B, T)
 class TokenStream:
     """The shards of one split of a prepared folder as one array of ids, memory-mapped.
 
-    With `tokenizer`, raises UserError if the ids were made by another one.
+    With `tokenizer`, raises UserError if the ids come from another one.
     """
 
     def __init__(self, folder: Path, split: str, tokenizer=None):
         meta = read_meta(folder)
         if tokenizer:
             need(tokenizer.fingerprint == meta["tokenizer"],
-                 f"the tokens in {folder} were made by tokenizer {meta['tokenizer']}, but tokenizer "
+                 f"the tokens in {folder} come from tokenizer {meta['tokenizer']}, but tokenizer "
                  f"{tokenizer.fingerprint} is in use")
         part = meta["splits"].get(split, {"shards": []})
         need(part["shards"], f"{folder / 'meta.json'} names no shards for {split}")
@@ -48,7 +48,7 @@ class TokenStream:
         for name, tokens in part["shards"]:
             path = shard_path(folder, meta, name)
             ids = open_shard(path, meta.get("bin_ids", "uint16"))
-            need(len(ids) == tokens, f"{path} holds {len(ids):,} ids, its meta.json says {tokens:,}")
+            need(len(ids) == tokens, f"{path} holds {len(ids):,} ids, but its meta.json says {tokens:,}")
             self.shards.append(ids)
         check_shards(folder, split, meta, self.shards)
         self.bounds = np.cumsum([0, *map(len, self.shards)])  # shard k is bounds[k] ... bounds[k + 1]
@@ -57,7 +57,7 @@ class TokenStream:
         return int(self.bounds[-1])
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Ids start ... start + length - 1, from as many shards as it takes; fewer at the end of the stream."""
+        """Ids start ... start + length - 1, across shards; fewer at the end of the stream."""
         parts, stop = [self.shards[0][:0]], min(start + length, len(self))
         while start < stop:
             k = int(np.searchsorted(self.bounds, start, side="right")) - 1
@@ -67,7 +67,7 @@ class TokenStream:
         return np.concatenate(parts)
 
     def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """(B, length) int64: the ids from each of B starts on, zeros behind the end of the stream."""
+        """(B, length) int64: the ids from each of B starts on, zeros after the end of the stream."""
         rows = np.zeros((len(starts), length), np.int64)
         shard = np.searchsorted(self.bounds, starts, side="right") - 1
         inside = starts + length <= self.bounds[shard + 1]
@@ -80,7 +80,7 @@ class TokenStream:
         return rows
 
     def document_ends(self) -> np.ndarray:
-        """The positions behind each end-of-text token, and the end of the stream; one pass over the shards."""
+        """The positions after each end-of-text token, and the end of the stream; one pass over the shards."""
         ends = [np.array([len(self)])]
         for begin, ids in zip(self.bounds[:-1], self.shards, strict=True):
             ends.append(begin + 1 + np.flatnonzero(ids == self.eot))
@@ -90,21 +90,21 @@ class TokenStream:
 # ---- Training rows ---------------------------------------------------------------------------------------------------
 
 
-RULE = 2    # by which a new run cuts its windows
+RULE = 2    # how a new run cuts its windows
 PIECE = 16  # tokens that are hashed together
 ROUNDS = 6  # of the permutation
 
 
 class Batches:
-    """An endless row of samples out of a stream.
+    """An endless sequence of samples from a stream.
 
     `window="stream"`: each epoch cuts the stream into windows of T = `seq_len` predictions, from its own offset, and
     shows each window once. Over the epochs, every token but the first is predicted.
-    `window="document"`: rows begin where a document does and hold whole documents, at most T + 1 tokens; the rest is
-    padding of weight 0. A longer document takes several rows, and `long_documents` counts such documents.
-    `order="shuffled"`: a keyed permutation per epoch; "sequential": in the order of the text, from offset 0. There, the
-    last window overlaps the one before it if the text ends inside.
-    `rule` is how windows are cut, and is saved with a run. Rule 1, of older runs, left out the last T - 1 tokens.
+    `window="document"`: rows begin at the start of a document and hold whole documents, at most T + 1 tokens; the rest
+    is padding of weight 0. A longer document fills several rows, and `long_documents` counts such documents.
+    `order="shuffled"`: a keyed permutation per epoch; "sequential": in the order of the text, from offset 0. If the
+    text ends inside the last window, that window overlaps the one before.
+    `rule` is how windows are cut, saved with a run. Rule 1, of older runs, skipped the last T - 1 tokens.
     """
 
     def __init__(self, stream: TokenStream, seq_len: int, seed: int = 0, order: str = "shuffled",
@@ -120,7 +120,7 @@ class Batches:
             self.starts, self.lengths = document_rows(ends, seq_len)
             self.per_epoch = len(self.starts)
             self.long_documents = int((np.diff(ends, prepend=0) > seq_len + 1).sum())
-        elif self.shuffled:  # leave room for the offset; what one epoch leaves out, another one shows
+        elif self.shuffled:  # leave room for the offset; other epochs show what one leaves out
             self.per_epoch = max(1, (len(stream) - seq_len) // seq_len)
             self.offsets = len(stream) - self.per_epoch * seq_len
             if rule == 1:
@@ -131,7 +131,7 @@ class Batches:
                 self.per_epoch += 1
 
     def sketch(self) -> list[int]:
-        """Hashes of some pieces of the text, by which a changed text is known as the same one."""
+        """Hashes of some pieces of the text, to recognise it after changes."""
         ids = self.stream.read(0, 1 << 20)
         starts = np.linspace(0, max(0, len(ids) - PIECE), 64).astype(np.int64)
         return np.unique(piece_hashes(ids)[starts]).tolist()
@@ -176,8 +176,8 @@ def piece_hashes(ids: np.ndarray) -> np.ndarray:
 
 
 def to_batch(rows: np.ndarray, lengths: np.ndarray | None = None, pad: int = 0) -> Batch:
-    """(B, T + 1) ids -> ids, targets, weights. With `lengths`, row i ends at lengths[i]; behind it, ids are `pad` and
-    weights 0."""
+    """(B, T + 1) ids -> ids, targets, weights. With `lengths`, row i ends at lengths[i]; after that, ids are `pad`
+    and weights 0."""
     weights = None
     if lengths is not None:
         real = np.arange(rows.shape[1]) < lengths[:, None]
@@ -191,7 +191,7 @@ def document_rows(ends: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarra
     """(starts, lengths) of rows that hold as many whole documents as fit into seq_len + 1 tokens.
 
     A longer document is cut into rows that overlap by one token, so that each of its tokens is predicted once; its rest
-    shares a row with the documents behind it.
+    shares a row with the next documents.
 
     >>> document_rows(np.array([3, 5, 15]), seq_len=5)  ->  [0, 5, 10], [5, 6, 5]
     """
@@ -219,9 +219,9 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """A pseudo-random permutation of 0 ... n - 1 that needs no table: where each index goes.
 
     A Feistel network (Luby and Rackoff 1988) on pairs of digits, index = left * side + right with side = ceil(sqrt n),
-    permutes the side^2 >= n pairs whatever its round function is, because each round can be undone by subtraction. An
-    image of n or more is sent through again until it is smaller, and that is again a permutation (cycle walking, Black
-    and Rogaway 2002).
+    permutes the side^2 >= n pairs whatever its round function is, because subtraction undoes each round. An image of n
+    or more goes through again until it is smaller, which still gives a permutation (cycle walking, Black and Rogaway
+    2002).
     """
     side = np.uint64(math.isqrt(n - 1) + 1)
     result, todo = index.astype(np.uint64), np.arange(len(index))
@@ -247,9 +247,9 @@ def scramble(x: np.ndarray) -> np.ndarray:
 class Validation:
     """Fixed windows over a stream, side by side from its beginning, the last one padded: the same in every run.
 
-    `max_tokens` limits the number of windows; they are spread evenly. `tokens` counts the predictions in all windows,
-    and `bytes` the text that they stand for, so nats / ln 2 / bytes is bits per byte. (End-of-text tokens and unknown
-    characters are predictions that stand for no bytes.)
+    `max_tokens` limits the number of windows, which are spread evenly. `tokens` counts the predictions in all windows,
+    and `bytes` the bytes of their text, so nats / ln 2 / bytes is bits per byte. (End-of-text tokens and unknown
+    characters are predictions of no bytes.)
     """
 
     def __init__(self, stream: TokenStream, seq_len: int, tokenizer, max_tokens: int = 0):
@@ -268,7 +268,7 @@ class Validation:
         return len(self.starts)
 
     def get(self, first: int, count: int) -> Batch:
-        """Windows first ... first + count - 1, fewer at the end; the weights are always there."""
+        """Windows first ... first + count - 1, fewer at the end; always with weights."""
         now = slice(first, first + count)
         return to_batch(self.stream.rows(self.starts[now], self.seq_len + 1), self.lengths[now], self.stream.eot)
 
@@ -282,7 +282,7 @@ class Prefetcher:
         with Prefetcher(lambda step: batches.get(step * B, B), first=step, device=device) as prefetcher:
             ids, targets, weights = prefetcher.next()
 
-    For CUDA the thread pins the tensors, and they are copied without blocking. `next()` raises what the thread raised.
+    For CUDA the thread pins the tensors and copies them without blocking. `next()` raises any error of the thread.
     """
 
     def __init__(self, fetch: Callable[[int], Batch], first: int, device: torch.device | str = "cpu", ahead: int = 2):

@@ -1,4 +1,4 @@
-"""Conversations: prompt formats, what is learned of a conversation, and chat with a model that keeps its cache.
+"""Conversations: prompt formats, loss masks, and chat with a model that keeps its cache.
 
     template = make_template("chatml", tokenizer)
     ids, learned = template.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
@@ -7,12 +7,12 @@
     for piece in chat.say("Hi"):
         print(piece, end="", flush=True)
 
-A conversation is a list of {"role": "system" | "user" | "assistant", "content": str}: perhaps a system text, then user
-and assistant by turns. A message of the user may have an "input", the text that an instruction is about.
+A conversation is a list of {"role": "system" | "user" | "assistant", "content": str}: an optional system text, then
+user and assistant in turn. A user's message may have an "input", the text that its instruction is about.
 
-Every part (a marker, a text, an end) is turned into ids by itself, and these ids get the mask of the part. So nothing
-is ever searched for among ids, and a marker that somebody typed is text like any other. The chat template that came
-with a model of others ("model", jinja_template.py) writes one text, as they do, and keeps that second promise.
+Every part (a marker, a text, an end) is encoded by itself, and its ids get the mask of the part. So we never search
+among ids, and a marker that a user typed is ordinary text. The chat template that an imported model brought ("model",
+jinja_template.py) writes one text, as its makers do, and keeps that second promise.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,14 +24,14 @@ import torch
 from configurator import UserError, check_fields, need
 from text.tokenizer import StreamDecoder, Tokenizer
 
-Message = dict  # {"role": str, "content": str}, perhaps "input": str, or "learn": False of an answer
+Message = dict  # {"role": str, "content": str}, optionally "input": str, or for an answer "learn": False
 
 
 @dataclass
 class ChatSettings:
     template: Literal["chatml", "alpaca", "inst", "model"] = "chatml"  # prompt format; model: what an import brought
-    system: str = ""            # system text before the conversation, which says how to answer
-    learn: Literal["response", "all"] = "response"  # what fine-tuning learns: the answers, or the prompts too
+    system: str = ""            # system text before the conversation: how to answer
+    learn: Literal["response", "all"] = "response"  # what fine-tuning learns: answers only, or prompts as well
 
     def __post_init__(self):
         check_fields(self)
@@ -41,7 +41,7 @@ class ChatSettings:
 class SftSettings:
     task: Literal["pretrain", "sft"] = "pretrain"  # learn to continue text, or to answer
     sft_mode: bool = False      # fine-tune with examples: SFT_MODE=1 is task=sft
-    packing: bool = True        # put several examples into a row of fine-tuning; they do not see each other
+    packing: bool = True        # put several fine-tuning examples into a row; they do not see each other
 
     def __post_init__(self):
         check_fields(self)
@@ -51,16 +51,16 @@ class SftSettings:
 
 @dataclass(frozen=True)
 class Format:
-    """How a conversation is written: special tokens by their names (see MARKS), texts with places to fill in."""
+    """A prompt format: special tokens by name (see MARKS), and texts with placeholders."""
 
     user: tuple[str, ...]
     assistant: tuple[str, ...] = ()     # before an answer
     ending: tuple[str, ...] = ("eos",)  # after an answer
     begin: tuple[str, ...] = ()         # once, before all
-    system: tuple[str, ...] = ()        # before the first message; a format without it has the text in the message:
+    system: tuple[str, ...] = ()        # before the first message; without it, `joined` puts the text in the message
     joined: str = "{system}\n\n{user}"
-    input: tuple[str, ...] = ()         # after a message; a format without it has the input at the message's end
-    stop_texts: tuple[str, ...] = ()    # what begins the user's next turn: a model that writes it has answered
+    input: tuple[str, ...] = ()         # after a message; without it, the input goes to the end of the message
+    stop_texts: tuple[str, ...] = ()    # beginnings of the user's next turn: a model that writes one has answered
 
     def parts(self) -> tuple[str, ...]:
         return self.begin + self.system + self.user + self.input + self.assistant + self.ending
@@ -78,7 +78,7 @@ FORMATS = {
         user=("### Instruction:\n", "{user}", "\n\n"),
         input=("### Input:\n", "{input}", "\n\n"),
         assistant=("### Response:\n",),
-        stop_texts=("\n\n### Instruction:", "### Instruction:")),  # the longer one takes the blank line along
+        stop_texts=("\n\n### Instruction:", "### Instruction:")),  # the longer one includes the blank line
     "inst": Format(  # Mistral
         begin=("bos",),
         system=("[SYSTEM_PROMPT]", "{system}", "[/SYSTEM_PROMPT]"),
@@ -88,7 +88,7 @@ TEMPLATES = tuple(FORMATS)
 
 
 def format_for(name: str, tokenizer: Tokenizer) -> Format:
-    """The format of that name, without the tokens that this tokenizer may lack."""
+    """The format of that name, without optional tokens that this tokenizer lacks."""
     form, specials = FORMATS[name], tokenizer.specials
     if name == "inst" and ("[INST]" not in specials or "[/INST]" not in specials):
         # Llama 2 (arXiv 2307.09288) and Mistral's first model: the markers are text.
@@ -103,11 +103,11 @@ def format_for(name: str, tokenizer: Tokenizer) -> Format:
 
 
 class Template:
-    """One of FORMATS for one tokenizer; UserError if that lacks a token that the format needs.
+    """One of FORMATS for one tokenizer; UserError if the tokenizer lacks a token that the format needs.
 
     A conversation is `opening` answer `ending` `opening` answer `ending` ...; all methods below follow from that.
 
-    ending      ids after an answer: its end token, then what belongs to no answer
+    ending      ids after an answer: its end token, then ids that belong to no answer
     stop_ids    ids that end an answer
     stop_texts  strings that end an answer
     """
@@ -115,7 +115,7 @@ class Template:
     def __init__(self, name: str, tokenizer: Tokenizer):
         need(name in FORMATS, f"template={name}: choose one of {', '.join(TEMPLATES)}, model")
         self.name, self.tokenizer, self.format = name, tokenizer, format_for(name, tokenizer)
-        # Many SentencePiece models put a space before a text that starts; in Mistral's encoder every text does.
+        # Many SentencePiece models put a space before a text that starts; Mistral's encoder before every text.
         self.every_text_starts = name == "inst"
         known = tokenizer.specials | {role: tokenizer.role(role) for role in ("bos", "eos", "eot")}
         if known["eos"] is None:
@@ -124,19 +124,19 @@ class Template:
         text = ""
         for part in self.format.parts():
             if part in MARKS:
-                need(known.get(part) is not None, f"template={name} needs the token {part}, and this tokenizer has "
-                                                  "none: choose another template, or train a tokenizer here")
+                need(known.get(part) is not None, f"template={name} needs the token {part}, which this tokenizer "
+                                                  "lacks: choose another template, or train a tokenizer here")
                 self.marks[part] = known[part]
             else:
                 text += part.format(system="", user="", input="")
         if tokenizer.role("unk") in tokenizer.encode(text):
-            raise UserError(f"template={name} writes {text!r}, and this tokenizer lacks "
+            raise UserError(f"template={name} writes {text!r}, but this tokenizer lacks "
                             f"{tokenizer.lost(text).first!r}: train with a tokenizer that has it")
         self.ending, self.stop_texts = self.encode(self.format.ending), self.format.stop_texts
         self.stop_ids = tuple(sorted({*self.marks.values(), *tokenizer.stop_ids()}))
 
     def encode(self, parts: Iterable[str], first: bool = False, **texts: str) -> list[int]:
-        """Parts of a format -> ids; the first of them may start the conversation."""
+        """Parts of a format -> ids; `first`: they start the conversation."""
         ids: list[int] = []
         for n, part in enumerate(parts):
             if part in self.marks:
@@ -151,12 +151,12 @@ class Template:
         return self.tokenizer.encode(text, starts=self.every_text_starts)
 
     def before_answer(self, prompt: list[int]) -> list[int]:
-        """The ids of a prompt that the text of its answer continues: none where the answer starts a text."""
+        """The ids of a prompt that the text of its answer continues: none if the answer starts a text."""
         return [] if self.every_text_starts else prompt
 
     def opening(self, user: Message, system: str | None = None) -> list[int]:
-        """What the user says, up to where the assistant begins to speak. `system` is the text before a first turn,
-        which may be empty; None for a later turn."""
+        """The ids of a user's turn, up to where the answer begins. `system` is the text before a first turn, which may
+        be empty; None for a later turn."""
         form, text, about = self.format, user["content"], user.get("input", "")
         if about and not form.input:
             text = f"{text}\n\n{about}"
@@ -173,10 +173,10 @@ class Template:
         return self.encode([*parts, *form.assistant], system is not None, system=system, user=text, input=about)
 
     def render(self, messages: list[Message], learn: str = "response") -> tuple[list[int], list[bool]]:
-        """(ids, learned): learned[i] is True if token i is a target that counts, be it predicted or the very first.
+        """(ids, learned): learned[i] is True if token i is a target that counts, even the very first token.
 
         "response": the tokens of every answer and its end token; "all": every token. An answer with "learn": False is
-        not learned in either case. A last message of the user has no answer.
+        not learned in either case. A user's last message may have no answer.
         """
         system, turns = split_turns(messages)
         ids: list[int] = []
@@ -196,12 +196,12 @@ class Template:
         return ids, learned
 
     def prompt(self, messages: list[Message], said: Sequence[list[int]] = ()) -> list[int]:
-        """Ids up to where the assistant begins to speak: what `render` gives with an answer begins with these.
+        """Ids up to where the answer begins; `render` with an answer gives ids that begin with these.
 
-        `said`: the ids of the answers so far as a model wrote them, to be used instead of their texts.
+        `said`: the ids of earlier answers as a model wrote them, used instead of their texts.
         """
         need(messages and messages[-1]["role"] == "user",
-             "the last message must be the user's: there is nothing to answer")
+             "the last message must be the user's, or there is nothing to answer")
         if not said:
             return self.render(messages)[0]
         system, turns = split_turns(messages)
@@ -211,12 +211,12 @@ class Template:
         return ids
 
     def continuation(self, user: Message) -> list[int]:
-        """What follows the text of an answer: its end token and the user's next message.
+        """The ids after the text of an answer: its end token and the user's next message.
 
         prompt([*before, answer, user]) == prompt(before) + ids of the answer + continuation(user)
 
-        The end token of an answer is never in the cache, because choosing it ends the answer, as a limit or an
-        interrupt does: so this continues every answer, however it ended.
+        The end token of an answer is never in the cache, because choosing it ends the answer, just as a limit or an
+        interrupt does. So this continues any answer, however it ended.
         """
         return self.ending + self.opening(user)
 
@@ -251,7 +251,7 @@ def split_turns(messages: list[Message]) -> tuple[str, list[tuple[Message, Messa
         expected = ("user", "assistant")[n % 2]
         need(message["role"] == expected,
              f"message {len(messages) - len(rest) + n + 1} is of role {message['role']!r}, expected {expected!r}: a "
-             "conversation is an optional system text, then user and assistant by turns")
+             "conversation is an optional system text, then user and assistant in turn")
         if expected == "user":
             turns.append((message, None))
         else:
@@ -265,34 +265,34 @@ def split_turns(messages: list[Message]) -> tuple[str, list[tuple[Message, Messa
 class Turn:
     user: str
     answer: str
-    ids: list[int]  # of the answer as the model wrote it: `encode` may divide the same text into other tokens
-    limit: str = ""  # what ended the answer before the model did: "context" or "max_new_tokens"
+    ids: list[int]  # of the answer as the model wrote it: `encode` may split the same text differently
+    limit: str = ""  # "context" or "max_new_tokens" if that ended the answer before the model did
 
 
 class Chat:
     """A conversation with a model, which is put into eval mode. Between turns it stays in the key/value cache.
 
-    What the cache must hold is worked out as ids every time. If it holds a beginning of that, only the rest is read;
-    else (turns left, the system text changed, an answer was cut) a new one is built. So nothing can get out of step.
+    We compute every time which ids the cache must hold. If it holds a prefix of these, we read only the rest; else
+    (turns were forgotten, the system text changed, an answer was cut) we build a new one. So the two always agree.
     """
 
     def __init__(self, model, tokenizer: Tokenizer, template: str, sampling, system: str = ""):
         """`sampling` are generate.SamplingSettings."""
         self.model, self.tokenizer, self.template = model.eval(), tokenizer, make_template(template, tokenizer)
-        self.sampling, self.system = sampling, system  # another system text holds from the next turn on
+        self.sampling, self.system = sampling, system  # a new system text applies from the next turn on
         self.unused = torch.tensor(tokenizer.unused_ids(model.cfg.vocab_size), device=model.embed.weight.device).long()
         self.reset()
 
     def reset(self) -> None:
         """Forget everything but the system text."""
         self.turns: list[Turn] = []
-        self.forgotten = 0  # turns that left because the context was full
+        self.forgotten = 0  # turns dropped because the context was full
         self.cache, self.known = None, []  # and the ids that it holds
         self.generator = torch.Generator(self.model.embed.weight.device).manual_seed(self.sampling.seed)
 
     @property
     def messages(self) -> list[Message]:
-        """The conversation so far, as `Template.render` takes it."""
+        """The conversation so far, for `Template.render`."""
         return self.messages_of(self.turns)
 
     def messages_of(self, turns: list[Turn]) -> list[Message]:
@@ -303,8 +303,8 @@ class Chat:
         return messages
 
     def say(self, text: str) -> Iterator[str]:
-        """The answer, in pieces of whole characters. The turn is over when these end, or are closed or interrupted:
-        what was said up to then is the answer.
+        """The answer, in pieces of whole characters. The turn ends when these end, are closed or interrupted: the text
+        up to then is the answer.
 
         When the context is too full, the oldest turns leave. UserError if not even `text` alone fits; nothing has
         changed then.
@@ -339,7 +339,7 @@ class Chat:
             if len(ids) <= limit:
                 return turns, ids
         what = "this message and the system text have" if self.system else "this message has"
-        raise UserError(f"{what} {len(ids)} tokens, and a context of {seq_len} takes {limit}: say it shorter")
+        raise UserError(f"{what} {len(ids)} tokens, and a context of {seq_len} has room for {limit}: shorten it")
 
     def ids(self, turns: list[Turn], text: str) -> list[int]:
         """`Template.prompt` with the answers' own ids."""
@@ -360,7 +360,7 @@ class Chat:
 
     @torch.inference_mode()
     def next_id(self, ids: list[int], answer: list[int], banned: tuple[int, ...]) -> int:
-        """Read those of `ids` that are not in the cache yet, and choose the next one."""
+        """Read the ids that are not in the cache yet, and sample the next one."""
         from generate import sample_tokens
 
         cache, known = self.cache, self.known

@@ -1,24 +1,24 @@
-"""Files of fine-tuning data -> conversations, in the formats that people have.
+"""Files of fine-tuning data -> conversations, from all common formats.
 
     for conversation in read_examples("my.jsonl"):
         conversation     # [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
-The content of a file decides how it is read, as in records.py: JSON lines, a JSON array of records, the rows of a .csv
-or .parquet file, text; each may be compressed. A record is of one of these kinds; FIELDS has their other spellings:
+A file is recognised by its content, as in records.py: JSON lines, a JSON array of records, the rows of a .csv or
+.parquet file, text; each may be compressed. A record has one of these forms; FIELDS lists other spellings:
 
-    {"messages": [{"role": "user", "content": "Hi"}, ...]}                 OpenAI, TRL; ShareGPT's from and value, too
+    {"messages": [{"role": "user", "content": "Hi"}, ...]}                 OpenAI, TRL; also ShareGPT's from and value
     {"instruction": ..., "input": ..., "output": ..., "history": [...]}    Alpaca; also prompt and completion
     {"conversation": [{"input": "Hi", "output": "Hello"}, ...]}            XTuner
 
-A text file has these lines before the parts of each example. What is before the first one is its system text, and a
-line `<|endoftext|>` ends an example:
+A text file has these lines before the parts of each example. Text before the first one is the system text, and a line
+`<|endoftext|>` ends an example:
 
     ### Instruction:
     ### Input:
     ### Response:
 
-No field is dropped in silence: those that change the meaning and that we cannot learn are refused with file and line,
-and the names of all others are counted in `notes`.
+No field is dropped silently: a field that changes the meaning and that we cannot learn is refused with file and line,
+and `notes` counts the names of all others that we do not read.
 """
 
 import re
@@ -33,7 +33,7 @@ from text.records import SEPARATOR, SUFFIXES, file_records, list_files, record_t
 
 Conversation = list[Message]
 
-# Part of a conversation: the names of its field. A record has at most one of them, unless they say the same.
+# Part of a conversation: the names of its field. A record has at most one of them, unless their values are equal.
 FIELDS = {
     "messages": ("messages", "conversations", "conversation"),
     "system": ("system", "system_prompt"),
@@ -46,8 +46,8 @@ MESSAGE_FIELDS = {"role": ("role", "from"), "content": ("content", "value"), "in
 TURN = {"system": "system", "input": "user", "output": "assistant"}  # field of a turn: role of its message
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
          "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
-LEARN = ("train", "training", "weight", "loss")  # of a message: whether it is learned
-LEARN_ALL = LEARN[:3]  # of a record; its "loss" is a number that somebody measured
+LEARN = ("train", "training", "weight", "loss")  # of a message: whether we learn it
+LEARN_ALL = LEARN[:3]  # of a record, whose "loss" is a measured number
 REFUSED = {"tools", "functions", "tool_calls", "function_call", "tool_call_id", "image", "images", "video", "videos",
            "audio", "audios", "chosen", "rejected", "kto_tag", "train_detail", "reasoning_content", "thinking",
            "segments", "prefix"}
@@ -57,7 +57,7 @@ EXPECTED = "expected a record with a list of messages, or with instruction and o
 def read_examples(*paths: str | Path, notes: Counter | None = None) -> Iterator[Conversation]:
     """The conversations of files, and of the files of folders; each ends with an answer.
 
-    `notes` counts what a reader of the data should know. UserError with file and line for a record that is none.
+    `notes` counts remarks about the data. UserError with file and line for a record that is no conversation.
     """
     notes = Counter() if notes is None else notes
     for file in chain.from_iterable(map(example_files, paths)):
@@ -77,8 +77,8 @@ def example_files(path: str | Path) -> list[Path]:
 
 
 def checked(messages: Conversation, where: str, notes: Counter) -> Conversation:
-    """The messages, if they are a conversation that ends with an answer. One without text, which would teach to end an
-    answer at once, is not learned, and may not be the last."""
+    """The messages, if they are a conversation that ends with an answer. An empty answer is not learned, because it
+    would teach the model to stop at once, and must not be the last."""
     try:
         split_turns(messages)
     except UserError as error:
@@ -96,21 +96,21 @@ def checked(messages: Conversation, where: str, notes: Counter) -> Conversation:
 # ---- records --------------------------------------------------------------------------------------------------------
 
 class Fields:
-    """The fields of a record or message by what they mean, and which of them were read."""
+    """The fields of a record or message by meaning, and which of them we have read."""
 
     def __init__(self, record: dict, where: str, spellings: dict[str, tuple[str, ...]]):
         self.record, self.where, self.read = record, where, set()
-        self.name: dict[str, str] = {}  # what a field means -> what it is called here
+        self.name: dict[str, str] = {}  # meaning of a field -> its name here
         for name, value in record.items():
             if name in REFUSED and is_filled(value) and value != "[]":
-                raise UserError(f"{where} has {name}, which we cannot learn: take the field or the record out")
+                raise UserError(f"{where} has {name}, which we cannot learn: remove the field or the record")
         if isinstance(record.get("label"), bool):  # a rated answer, which may be a bad one
-            raise UserError(f"{where} has label={record['label']}, a rating: keep the good answers, without the field")
+            raise UserError(f"{where} has label={record['label']}, a rating: keep good answers, without this field")
         for meaning, names in spellings.items():
             present = [name for name in names if name in record]
             filled = [name for name in present if is_filled(record[name])]
             need(all(record[name] == record[filled[0]] for name in filled),
-                 f"{where} has {' and '.join(filled)}, which mean the same to us: leave one of them out")
+                 f"{where} has {' and '.join(filled)}, which mean the same to us: remove one of them")
             if present:
                 self.name[meaning] = (filled or present)[0]
 
@@ -129,7 +129,7 @@ class Fields:
         return record_text(self.record, self.name[meaning], self.where)
 
     def wants_learning(self, names: tuple[str, ...]) -> set[bool]:
-        """What the record says of being learned: true, 1 -> {True}; false, 0 -> {False}; nothing -> set()."""
+        """Whether the record wants to be learned: true, 1 -> {True}; false, 0 -> {False}; nothing -> set()."""
         wishes = set()
         for name in names:
             self.read.add(name)
@@ -154,14 +154,14 @@ def record_messages(record: dict, where: str, notes: Counter) -> Conversation:
     """A record of any kind -> messages."""
     fields = Fields(record, where, FIELDS)
     need(False not in fields.wants_learning(LEARN_ALL),
-         f"{where} says that it is not to be learned: take the record out")
+         f"{where} says that it must not be learned: remove the record")
     messages: Conversation = []
     if fields.filled("messages") or ("messages" in fields and "answer" not in fields):
         messages = message_list(fields.value("messages"), where, notes)
         for other in ("history", "answer"):
             twice = fields.filled(other) and (other == "history" or fields.filled("user"))
-            need(not twice, f"{where} has both {fields.name['messages']} and {fields.name.get(other)}: it says its "
-                            "conversation twice, and we cannot know which one counts")
+            need(not twice, f"{where} has both {fields.name['messages']} and {fields.name.get(other)}, two versions "
+                            "of its conversation: remove one")
     elif isinstance(fields.value("user"), list):  # of messages, and so is the answer: TRL
         messages = message_list(fields.value("user"), where, notes)
         for each in messages:
@@ -175,14 +175,14 @@ def record_messages(record: dict, where: str, notes: Counter) -> Conversation:
         raise UserError(f"{where}: {EXPECTED}{has}")
     if fields.filled("system"):
         need(not messages or messages[0]["role"] != "system",
-             f"{where} has a field {fields.name['system']} and a message of that role: leave one of them out")
+             f"{where} has a field {fields.name['system']} and a message of that role: remove one of them")
         messages.insert(0, {"role": "system", "content": fields.text("system")})
     fields.note_unread(notes)
     return messages
 
 
 def question(fields: Fields) -> Message:
-    """The message of an instruction, and of the text that it is about."""
+    """The message of an instruction and the text that it is about."""
     message = {"role": "user", "content": ""}
     if "user" in fields:
         message["content"] = fields.text("user")
@@ -206,7 +206,7 @@ def history(fields: Fields) -> Conversation:
 
 
 def message_list(parts, where: str, notes: Counter, before: int = 0) -> Conversation:
-    """The messages of a list; `before`: how many of the record came before it."""
+    """The messages of a list; `before`: the number of the record's messages before it."""
     need(isinstance(parts, list), f"{where}: expected a list of messages, found a {type(parts).__name__}")
     if parts and all(isinstance(part, dict) and "output" in part for part in parts):
         turns, parts = parts, []
@@ -221,11 +221,11 @@ def message_list(parts, where: str, notes: Counter, before: int = 0) -> Conversa
 
 
 def message(part, where: str, notes: Counter) -> Message:
-    """One entry of a list of messages; "learn": False if it says that it is not to be learned."""
+    """One entry of a list of messages; "learn": False if it says that it must not be learned."""
     fields = Fields(part if isinstance(part, dict) else {}, where, MESSAGE_FIELDS)
     need("role" in fields and "content" in fields, f"{where} needs a role and a content")
     role = ROLES.get(fields.text("role").strip().lower())
-    need(role, f"{where} is of role {fields.value('role')!r}; we know {', '.join(ROLES)}")
+    need(role, f"{where} has the role {fields.value('role')!r}; we know {', '.join(ROLES)}")
     content = fields.value("content")
     if isinstance(content, list) and all(isinstance(each, dict) and each.get("type") == "text" for each in content):
         content = "".join(record_text(each, "text", where) for each in content)  # OpenAI's list of parts
@@ -237,7 +237,7 @@ def message(part, where: str, notes: Counter) -> Message:
     wishes = fields.wants_learning(LEARN)
     need(len(wishes) < 2, f"{where} says both that it is learned and that it is not")
     need(True not in wishes or role == "assistant",
-         f"{where} wants to be learned, but is no answer: leave that out; learn=all learns prompts, too")
+         f"{where} wants to be learned, but is not an answer: remove that field, or set learn=all to learn prompts")
     if False in wishes and role == "assistant":
         found["learn"] = False
     fields.note_unread(notes, " of messages")
@@ -251,7 +251,7 @@ BEFORE = {"Instruction": ("",), "Input": ("Instruction",), "Response": ("Instruc
 
 
 def text_examples(path: Path, notes: Counter) -> Iterator[Conversation]:
-    """The blocks of a text file; blank lines around a part are no part of it."""
+    """The examples of a text file; blank lines around a part do not belong to it."""
     parts: dict[str, list[str]] = {"": []}  # of this example; "" is what comes before its first heading
     last, start = "", 1  # the newest part, and the line where the example starts
     for number, line in enumerate(chain(text_lines(path), [SEPARATOR]), 1):
@@ -264,7 +264,7 @@ def text_examples(path: Path, notes: Counter) -> Iterator[Conversation]:
         if name:
             after = f"### {last}:" if last else "no ### Instruction:"
             need(last in BEFORE[name], f"{path}, line {number}: ### {name}: after {after}, but an example is an "
-                                       "Instruction, perhaps an Input, and a Response")
+                                       "Instruction, optionally an Input, and a Response")
             if name == "Instruction":
                 start = number
             parts[name], last = [line[found.end() :].strip()], name

@@ -1,4 +1,4 @@
-"""Corpora: those of data/, files of yours, and mixtures; which documents are for training and which for validation.
+"""Corpora: from data/, from your files, and mixtures; and their split into training and validation documents.
 
     raw = open_corpus(settings)                 # or open_mixture(settings)
     for text, ends in raw.pieces("train"):      # documents in pieces; `ends` closes the document
@@ -7,13 +7,13 @@
 A corpus of ours is a folder data/<name>/ with a `prepare.py` that has
 
     def documents(split: str) -> Iterator[str]   # split is "train" or "val"; the same documents at every call
-    def sources() -> list[Path]                  # optional: the files it reads, a change of which makes a new cache
-    def choose(text: str) -> None                # optional: called first, with what is behind dataset=<name>:
-    def choose_field(name: str) -> None          # optional: called with text_field, where somebody set it
+    def sources() -> list[Path]                  # optional: the files it reads; a change of one makes a new cache
+    def choose(text: str) -> None                # optional: called first, with the text after dataset=<name>:
+    def choose_field(name: str) -> None          # optional: called with text_field, if the user set it
     def downloads() -> list[Path]                # optional: the files it fetched, for overwrite=download
-    def describe() -> str                        # optional: what it is going to fetch, shown before the first byte
-    def size(split: str) -> float                # optional: bytes of its text, about, where files do not tell
-    skipped: list                                # optional: what documents() could not read
+    def describe() -> str                        # optional: a line about what it will fetch, shown before the download
+    def size(split: str) -> float                # optional: approximate bytes of its text, if files do not tell
+    skipped: list                                # optional: files that documents() could not read
 """
 
 import hashlib
@@ -68,7 +68,7 @@ class DataSettings:
 
 
 def forced(overwrite: str) -> tuple[str, ...]:
-    """The stages that a run makes again: the first one that `overwrite` names and all behind it."""
+    """The stages that a run redoes: the first one that `overwrite` names and all after it."""
     first = len(STAGES)
     for name in overwrite.replace(",", " ").split():
         stage = "download" if name.startswith("download:") else name
@@ -85,13 +85,13 @@ class Corpus:
     name: str
     train_files: list[Path]  # a change of these, or of val_files, makes the tokens stale
     val_files: list[Path] = field(default_factory=list)  # none: a part of the other text is for validation
-    notes: list[str] = field(default_factory=list)  # what to say about the choice of files
+    notes: list[str] = field(default_factory=list)  # messages about the choice of files
     module: "ModuleType | Mixture | None" = None  # what has documents(); None: train_files are text
     text_field: str = "text"
     val_share: float = 0.05
     unit: str = "MB"    # of `size` and `done`
     scale: float = 1e6  # bytes or words in a unit
-    position = None     # of the latest pass, where somebody knows it
+    position = None     # of the latest pass, if known
 
     def pieces(self, split: str) -> Iterator[Piece]:
         """The documents for "train" or "val", in pieces."""
@@ -113,7 +113,7 @@ class Corpus:
 
     @cached_property
     def plan(self) -> "Split":
-        """Made at the first use, because it reads the corpus, and a current cache does not need it."""
+        """Computed at the first use, because it reads the corpus, and a current cache does not need it."""
         size, quiet = total_size(self.train_files), not is_first_process()
         with closing(ProgressLine("choosing validation text", size, "MB", 1e6, quiet)) as progress:
             return plan_split(self.read(self.train_files, progress), self.val_share)
@@ -127,7 +127,7 @@ class Corpus:
         return [[str(path.resolve()), *file_state(require_file(path))] for path in self.files]
 
     def size(self, split: str) -> float:
-        """Bytes of a pass over a split, about, or words or tokens of a mixture; 0 if nobody knows."""
+        """Approximate bytes of a pass over a split, or words or tokens of a mixture; 0 if unknown."""
         if split == "val" and self.val_files:
             return total_size(self.val_files)
         if hasattr(self.module, "size"):
@@ -137,16 +137,16 @@ class Corpus:
         return total_size(self.train_files)
 
     def done(self, n_bytes: float) -> float:
-        """How much of `size` was read, if these are the bytes that came out."""
+        """How much of `size` has been read, when `n_bytes` have come out."""
         return self.position.now() if self.position else n_bytes
 
     def find(self, test: Callable[[str], bool]) -> str:
-        """ "file, line n" of the first text for which `test` is true, "" if nobody knows."""
+        """ "file, line n" of the first text for which `test` is true, "" if unknown."""
         return "" if self.module else records.find_text(self.files, self.text_field, test)
 
 
 def open_corpus(settings: DataSettings) -> Corpus:
-    """`data_path` where given, else `dataset`; `val_path` replaces the validation documents of either."""
+    """`data_path` if given, else `dataset`; `val_path` replaces the validation documents of either."""
     val = text_files(settings.val_path) if settings.val_path else []
     if settings.data_path:
         return open_files(settings.data_path, settings, val)
@@ -161,7 +161,7 @@ def open_files(path: str, settings: DataSettings, val: list[Path]) -> Corpus:
     parts = records.split_by_name(path, found, val)
     need(parts.train, f"val_path={settings.val_path} is all the text of data_path; nothing is left to train on")
     need(parts.val or 0 < settings.val_share < 1,
-         f"val_share={settings.val_share} must be between 0 and 1, or val_path name a file to validate on")
+         f"val_share={settings.val_share} must be between 0 and 1, or set val_path to a validation file")
     notes = records.left_out(path, found) + parts.notes
     return Corpus(records.path_name(path), parts.train, parts.val, notes,
                   text_field=settings.text_field, val_share=settings.val_share)
@@ -176,18 +176,18 @@ def dataset_name(dataset: str) -> str:
 
 
 def is_dataset(name: str) -> bool:
-    """Whether a name, with or without a choice behind a colon, is that of a corpus in our own data/: a plain word, and
-    no link that leads elsewhere."""
+    """Whether a name, without its choice after a colon, is a corpus in our own data/: a plain word, and not a link that
+    leads elsewhere."""
     name, home = name.partition(":")[0], (ROOT / "data").resolve()
     script = home / name / "prepare.py"
     return re.fullmatch(r"[A-Za-z0-9_]{1,60}", name) is not None and script.is_file() and script.resolve() == script
 
 
 def import_dataset(name: str) -> ModuleType:
-    """data/<name>/prepare.py as a module of its own; nothing is chosen or fetched."""
+    """Import data/<name>/prepare.py, without choosing or fetching anything."""
     if not is_dataset(name):
         known = sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py"))
-        raise UserError(f"dataset={name}: there are {', '.join(known)}; DATA_PATH=<file> takes any text")
+        raise UserError(f"dataset={name}: there are {', '.join(known)}; for any other text, set DATA_PATH=<file>")
     name = name.partition(":")[0]
     spec = importlib.util.spec_from_file_location(f"prepare_{name}", ROOT / "data" / name / "prepare.py")
     module = importlib.util.module_from_spec(spec)
@@ -196,9 +196,9 @@ def import_dataset(name: str) -> ModuleType:
 
 
 def open_dataset(name: str, text_field: str = "text") -> Corpus:
-    """A corpus of data/; its files are its prepare.py and what that reads.
+    """A corpus of data/; its files are its prepare.py and the files that this reads.
 
-    What is behind a colon ("hf:roneneldan/TinyStories") is the corpus's own choice, and goes to its choose().
+    The text after a colon ("hf:roneneldan/TinyStories") is the corpus's own choice, and goes to its choose().
     """
     module, (word, _, choice) = import_dataset(name), name.partition(":")
     if hasattr(module, "choose_field") and text_field != "text":
@@ -206,7 +206,7 @@ def open_dataset(name: str, text_field: str = "text") -> Corpus:
     if hasattr(module, "choose"):
         module.choose(choice)
     else:
-        need(not choice, f"dataset={word} leaves no choice; take away the :{choice}")
+        need(not choice, f"dataset={word} has no choices: remove the :{choice}")
     files = [Path(module.__file__)]
     if hasattr(module, "sources"):
         files += module.sources()
@@ -214,7 +214,7 @@ def open_dataset(name: str, text_field: str = "text") -> Corpus:
 
 
 def show_dataset(script: str) -> None:
-    """`python data/<name>/prepare.py [choice]`: how the first documents of each split begin."""
+    """`python data/<name>/prepare.py [choice]`: print the beginning of each split's first documents."""
 
     def main() -> None:
         if {"-h", "--help"} & set(sys.argv):
@@ -235,7 +235,7 @@ def show_dataset(script: str) -> None:
 
 @dataclass
 class Split:
-    """Which documents are for validation. Documents with the same text never part."""
+    """Which documents are for validation. Documents with the same text stay together."""
 
     below: int = 0                   # those with a hash below this, or
     hashes: frozenset = frozenset()  # those with one of these hashes, or
@@ -255,7 +255,7 @@ def document_hash(first_piece: str) -> int:
 def plan_split(pieces: Iterable[Piece], share: float) -> Split:
     """Many documents: each goes by its own hash. Few: whole documents that add up to about `share`. One: its end.
 
-    Reads no more than it takes to know that there are many.
+    Stops reading as soon as there are clearly many.
     """
     sizes, count, key = Counter(), 0, None  # hash of a document -> characters of all its copies
     for text, ends in pieces:
@@ -266,10 +266,10 @@ def plan_split(pieces: Iterable[Piece], share: float) -> Split:
             key, count = None, count + 1
         if len(sizes) * share >= FEW:
             return Split(below=int(share * 2**64))
-    need(count < 2 or len(sizes) > 1, f"all {count:,} documents are equal, and none is left to validate on: name other "
-                                      "text with val_path=<file>")
+    need(count < 2 or len(sizes) > 1, f"all {count:,} documents are equal, so none is left to validate on: set "
+                                      "val_path=<file> to other text")
     total = sizes.total()
-    for most in (1.5, 4):  # in the order of the hashes, none that would make validation far too large
+    for most in (1.5, 4):  # in the order of the hashes, except documents that would make validation far too large
         limit, chosen, taken = min(most * share, (1 + share) / 2) * total, set(), 0
         for key in sorted(sizes):
             if taken < share * total and taken + sizes[key] <= limit:
@@ -291,7 +291,7 @@ def split_pieces(pieces: Iterable[Piece], plan: Split, split: str) -> Iterator[P
                 halves = {"train": (text[:line], True), "val": (text[line:], ends)}
                 yield halves[split]
                 continue
-            is_val = here <= 0
+            is_val, ends = here <= 0, ends or here == len(text)  # where validation begins, the training part ends
         elif is_val is None:
             is_val = plan.is_val(text)
         if is_val == (split == "val"):
@@ -304,7 +304,7 @@ def split_pieces(pieces: Iterable[Piece], plan: Split, split: str) -> Iterator[P
 
 LONG = 8192      # characters, somewhat more than a thousand words of English
 MOST = 1e9       # a weight is below this
-REPEAT = 10_000  # passes over a part before all the others were used up once: then nobody meant these weights
+REPEAT = 10_000  # passes over a part before all others were used up once: then the weights are a mistake
 
 
 def mixture_shares(text: str) -> dict[str, float]:
@@ -316,17 +316,17 @@ def mixture_shares(text: str) -> dict[str, float]:
         need(name and name not in weights and is_number and 0 < float(weight) < MOST,
              f"mixture={text}: {item!r} must be a corpus named once and its weight, as in gutenberg:0.4 stdlib:0.6")
         weights[name] = float(weight)
-    need(len(weights) > 1, f"mixture={text} needs two corpora at least; dataset=<name> takes one")
+    need(len(weights) > 1, f"mixture={text} needs two corpora at least; for one, set dataset=<name>")
     return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
 def open_mixture(settings: DataSettings, count: Callable[[str], int] | None = None) -> Corpus:
-    """The corpora of mixture="gutenberg:0.4 tinystories:0.6". `count` measures a text where the unit is not words."""
+    """The corpora of mixture="gutenberg:0.4 tinystories:0.6". `count` measures a text if the unit is not words."""
     shares = mixture_shares(settings.mixture)
     parts, files, notes, names, own = {}, [], [], ["mix"], Counter()
     for name in shares:
         if is_dataset(name) or not find_path(name).exists():
-            part = open_dataset(name, settings.text_field)  # or the sentence that names what there is
+            part = open_dataset(name, settings.text_field)  # or its error, which lists our corpora
         else:
             part = open_files(name, settings, [])
             own.update(map(Path.resolve, part.files))
@@ -349,14 +349,14 @@ def count_words(text: str) -> int:
 class Mixture:
     """Corpora mixed by shares: mixture="gutenberg:0.4 tinystories:0.6" instead of dataset=<one>.
 
-    A part is a corpus of data/, with its choice (hf:a/b,limit=1e9:0.3), or a file or folder of text. Behind the last
-    colon is its weight; the weights need not add up to 1. A share is one of words (what blanks separate) or of tokens,
-    never of documents, for those differ in length. The next document always comes from the part that is furthest behind
-    its share, so the shares hold all along the text, and a part that has ended begins again.
+    A part is a corpus of data/, with its choice (hf:a/b,limit=1e9:0.3), or a file or folder of text. Its weight comes
+    after the last colon; weights need not add up to 1. Shares count words (separated by white space) or tokens, never
+    documents, which differ in length. The next document always comes from the part that is furthest behind its share,
+    so the shares hold all along the text. A part that has ended starts again.
 
-    Training text is drawn from the training split of each part, validation text from its validation split; a training
-    document that is in any validation split is left out. Training ends at `mixture_size`, or, if that is 0, when every
-    part was used up once; validation when the first part is used up, because a repetition would measure nothing new.
+    Training text comes from the training split of each part, validation text from its validation split; a training
+    document that is in any validation split is skipped. Training ends at `mixture_size`, or, if that is 0, when every
+    part was used up once; validation ends when the first part is used up, because repeats would measure nothing new.
     """
 
     parts: dict[str, Corpus]
@@ -373,7 +373,7 @@ class Mixture:
         return self.train_size if split == "train" else 0
 
     def now(self) -> int:
-        """How far the latest pass is."""
+        """Words or tokens so far in the latest pass."""
         return self.given.total()
 
     @property
@@ -400,7 +400,7 @@ class Mixture:
                 if not size and (split == "val" or len(ended) == len(self.parts)):
                     break
                 need(size or ended[name] < REPEAT, f"mixture: {name} came {REPEAT:,} times and another corpus is not "
-                                                   "used up: give mixture_size=<words>, or other weights")
+                                                   "used up: set mixture_size=<words>, or other weights")
                 texts[name] = portions(self.parts[name].pieces(split), held_out)
             elif n := self.count(text):
                 passes[name] = ended[name] + 1
@@ -411,7 +411,7 @@ class Mixture:
 
 
 def portions(pieces: Iterator[Piece], held_out: set[int]) -> Iterator[str]:
-    """The texts that are not held out; long ones in parts of whole lines, or one would be worth many others."""
+    """The texts that are not held out; long ones in parts of whole lines, because one would outweigh many others."""
     for text, _ in pieces:
         if document_hash(text) in held_out:
             continue

@@ -1,5 +1,6 @@
-"""Downloads that survive a bad line: resumed, retried, checked, one process at a time, complete or not there at all."""
+"""Downloads that survive a bad connection: resumed, retried, checked, by one process at a time, complete or absent."""
 
+import errno
 import hashlib
 import http.client
 import os
@@ -10,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
@@ -18,11 +20,11 @@ from configurator import UserError, need
 from runtime.files import locked
 from runtime.screen import ProgressLine, is_first_process, show_line, tell
 
-PAUSES = (1, 2, 4, 8, 16)  # seconds before each further try, as long as the tries bring nothing new
-LONGEST_PAUSE = 120        # seconds, if the server says how long to wait
+PAUSES = (1, 2, 4, 8, 16)  # seconds before each retry, while retries bring no new bytes
+LONGEST_PAUSE = 120        # seconds, if the server asks us to wait
 TIMEOUT = 30               # seconds without a byte
-TEMPORARY = (408, 416, 425, 429, 500, 502, 503, 504)  # status codes that may be others at the next try
-PLAIN = {  # what other errors are called
+TEMPORARY = (408, 416, 425, 429, 500, 502, 503, 504)  # status codes that may change at the next try
+PLAIN = {  # plain words for other errors
     socket.gaierror: "no network, or the name of the server is unknown",
     ConnectionRefusedError: "the server refuses the connection",
     TimeoutError: f"no answer within {TIMEOUT} s: no network, or a very slow one",
@@ -30,10 +32,10 @@ PLAIN = {  # what other errors are called
 
 
 def download(url: str, path: Path, size: int = 0, sha256: str = "") -> Path:
-    """Fetch `url` to `path`, unless a file is there: as `<path>.part` until `size` (bytes) and hash, if given, fit.
+    """Fetch `url` to `path`, unless that exists: as `<path>.part` until `size` (bytes) and hash, if given, match.
 
-    A try that ends early is resumed after growing pauses; with a hash, a later run resumes the `.part`, too. Of several
-    processes one works and the others wait. After a UserError a `.part` is left only if it can be resumed.
+    A try that ends early is resumed after growing pauses; with a hash, a later run also resumes the `.part`. Of several
+    processes one works and the others wait. After a UserError a `.part` remains only if it can be resumed.
     """
     part, before = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.before")
     by_hand = f"try again, or fetch {url} by hand and put it at {path}"
@@ -58,19 +60,19 @@ def download(url: str, path: Path, size: int = 0, sha256: str = "") -> Path:
                         part.unlink()
                     if before.exists() and not path.exists():
                         before.replace(path)
-    except OSError as error:  # of the disk: those of the network are Trouble
+    except OSError as error:  # a disk error: network errors are Trouble
         raise UserError(f"cannot write {part} ({error.strerror or error}); {by_hand}") from None
     return path
 
 
 def fetch_again(path: Path) -> None:
-    """Let the next `download` to this path fetch a new file; if none comes, the old one is back."""
+    """Make the next `download` to this path fetch a new file; if that fails, the old one comes back."""
     if path.is_file():
         path.replace(path.with_name(f"{path.name}.before"))
 
 
 class Trouble(Exception):
-    """Why a try ended early, how many more may help, and how many seconds the server asks us to wait."""
+    """Why a try ended early, how many retries may help, and how many seconds the server asks us to wait."""
 
     def __init__(self, text: str, retries: int = 99, wait: int = 0):
         super().__init__(text)
@@ -79,7 +81,7 @@ class Trouble(Exception):
 
 @contextmanager
 def network():
-    """Turns what goes wrong on the way into Trouble."""
+    """Turns network errors into Trouble."""
     try:
         yield
     except urllib.error.HTTPError as error:
@@ -89,20 +91,23 @@ def network():
         raise Trouble(str(error), retries, wait) from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        retries = 2 if isinstance(reason, socket.gaierror) else 99  # a network that is away stays away
-        raise Trouble(PLAIN.get(type(reason)) or str(reason) or type(reason).__name__, retries) from None
+        retries = 2 if isinstance(reason, socket.gaierror) else 99  # a missing network stays missing
+        said = PLAIN.get(type(reason)) or str(reason) or type(reason).__name__
+        if getattr(reason, "errno", 0) in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+            said = "no network"
+        raise Trouble(said, retries) from None
 
 
 class Transfer:
-    """A file, open for appending and reading, on its way to be complete: `size` bytes, unless that is 0."""
+    """Completes a file, open for appending and reading, to `size` bytes (0: unknown)."""
 
     def __init__(self, url: str, file: BinaryIO, size: int, sha256: str, progress: ProgressLine):
         self.url, self.file, self.size, self.sha256, self.progress = url, file, size, sha256, progress
-        self.tag, self.whole = "", size  # the server's version of the file, and its bytes, if it says so
+        self.tag, self.whole = "", size  # the server's version of the file, and its size, if known
 
     def run(self, by_hand: str) -> None:
         if not self.sha256 or 0 < self.size < self.have():
-            self.restart()  # nothing would tell that it is the beginning of the same file
+            self.restart()  # it may be the beginning of another file
         self.progress.restart(self.have())
         best, retry, restarted = 0, 0, False
         while True:
@@ -116,7 +121,7 @@ class Transfer:
                 retries = min(trouble.retries, len(PAUSES))
                 need(retry < retries, f"cannot download {self.url} ({trouble}); {by_hand}")
                 pause = max(PAUSES[retry], min(trouble.wait, LONGEST_PAUSE))
-                if retry == 0 and is_first_process():  # at once, and not after half a minute of silence
+                if retry == 0 and is_first_process():  # at once, not after half a minute of silence
                     self.progress.close()
                     tell(f"{self.progress.what}: {trouble}; trying again in {pause} s, {retries} times at most",
                          sys.stderr)
@@ -130,10 +135,10 @@ class Transfer:
             self.restart()
             need(begin and not restarted,
                  f"{self.url} gave {have:,} bytes that are not the expected {whole:,}; {by_hand}")
-            best, restarted = 0, True  # once more: the beginning may have been of another file
+            best, restarted = 0, True  # once more: the beginning may have come from another file
 
     def receive(self, have: int) -> None:
-        """Append what the file lacks, as far as it comes; a server that cannot resume sends all of it again."""
+        """Append what the file lacks, as far as it arrives; a server that cannot resume sends it all again."""
         headers = {"User-Agent": "nanoEnigma", "Accept-Encoding": "identity"}  # some servers refuse Python's own name
         if have and (self.tag or self.sha256):  # without either, the rest might be that of another version
             headers["Range"] = f"bytes={have}-"
@@ -153,9 +158,9 @@ class Transfer:
                 part = re.fullmatch(rf"bytes {have}-\d+/(\d+)", response.headers.get("Content-Range", ""))
                 if not part:
                     self.restart()
-                    raise Trouble("the server sent another part than we asked for")
+                    raise Trouble("the server sent a different part than we asked for")
                 total = int(part[1])
-            if self.size and total not in (0, self.size):  # before we give up what we have
+            if self.size and total not in (0, self.size):  # before we discard what we have
                 raise Trouble(f"it has {total:,} bytes, not the expected {self.size:,}", retries=0)
             if not resumes:
                 self.restart()
@@ -166,7 +171,7 @@ class Transfer:
             block = None
             while block != b"":
                 with network():
-                    block = response.read1(1 << 20)  # what has come, without waiting for all of it
+                    block = response.read1(1 << 20)  # the bytes that have arrived, without waiting for more
                 self.file.write(block)
                 self.progress.show(self.file.tell())
         if self.have() < self.whole:
@@ -180,12 +185,19 @@ class Transfer:
         self.tag, self.whole = "", self.size
 
     def hash(self) -> str:
+        """Of the file, which may be so large that this takes a while."""
+        self.progress.close()
+        digest, line = hashlib.sha256(), replace(self.progress, what=f"check {self.progress.what}", total=self.have())
         self.file.seek(0)
-        return hashlib.file_digest(self.file, "sha256").hexdigest()
+        while block := self.file.read(1 << 20):
+            digest.update(block)
+            line.show(self.file.tell())
+        line.close()
+        return digest.hexdigest()
 
 
 def is_safe(url: str) -> bool:
-    """Only https leaves this machine, and no `file:` is read because somebody's answer names it."""
+    """Only https may leave this machine, and a server's answer cannot make us read a `file:`."""
     parts = urlsplit(url)
     return parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost", "::1"))
 

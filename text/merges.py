@@ -1,6 +1,6 @@
-"""The algorithm of byte-level BPE, fast: the merges of a text, and the tokens of a piece.
+"""Byte-level BPE, fast: learn the merges of a text, and encode a piece.
 
-`bpe.py` has the same in the words of the textbook, and the tests hold the two equal.
+`bpe.py` has the textbook version, and tests prove that both give the same result.
 """
 
 import heapq
@@ -12,7 +12,7 @@ from text.pieces import ids_of
 
 Pair = tuple[bytes, bytes]
 
-# Ids 0 ... 255 of what we train, in GPT-2's order: first the bytes that it shows as the character that they are.
+# Ids 0 ... 255 of our tokenizers, in GPT-2's order: first the bytes that it shows as their own character.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 INVISIBLE = [byte for byte in range(256) if byte not in VISIBLE]
 BYTES = [bytes([byte]) for byte in VISIBLE + INVISIBLE]
@@ -20,7 +20,7 @@ BYTES = [bytes([byte]) for byte in VISIBLE + INVISIBLE]
 
 def learn_merges(pieces: dict[bytes, int], n_merges: int, forbidden: Collection[bytes] = (),
                  progress: Callable | None = None) -> list[Pair]:
-    """What `bpe.learn_merges_textbook` returns, in time about proportional to the text of the *different* pieces."""
+    """The same as `bpe.learn_merges_textbook`, in time about proportional to the text of the *different* pieces."""
     tokens, merges, pairs = list(BYTES), [], PairCounts(pieces, n_merges)
     while len(merges) < n_merges and (pair := pairs.most_frequent()):
         left, right = tokens[ord(pair[0])], tokens[ord(pair[1])]
@@ -48,12 +48,12 @@ class PairCounts:
         ids = ids_of(VISIBLE + INVISIBLE)
         self.words = [piece.decode("latin-1").translate(ids) for piece in pieces]
         self.times = list(pieces.values())  # words[i] occurs times[i] times
-        # Nearly all pairs are rare, so only those that occur `floor` times are kept. It begins at 8 times what the last
-        # merge may have, and is lowered when no pair is left: a bad guess costs time and no merge.
+        # Nearly all pairs are rare, so we keep only those that occur `floor` times. It starts at about 8 times what the
+        # last merge may have, and falls when no pair is left: a bad guess costs time, but no merge.
         self.floor = 8 + sum(self.times) // (8 * max(1, n_merges))
         self.counts: dict[str, int] = {}
-        self.where: dict[str, list[int]] = {}  # the words that hold a pair; may still list some that held it once
-        self.heap: list[tuple[int, str]] = []  # (-count, pair): the count may have fallen meanwhile
+        self.where: dict[str, list[int]] = {}  # the words that hold a pair, or once did
+        self.heap: list[tuple[int, str]] = []  # (-count, pair): the count may be outdated
 
     def add(self, pair: str, words: list[int]) -> int:
         """Count a pair that is in these words (twice in the list: twice in the word), and keep it if it is frequent."""
@@ -77,7 +77,7 @@ class PairCounts:
         """Take the most frequent pair from the heap; "" if no pair is left.
 
         Counts only fall, except for pairs with the newest token, and `join` adds these when they are complete. So a
-        pair on top whose count is still right is the most frequent one; any other goes back with its present count.
+        pair on top whose count is still right is the most frequent one; any other goes back with its current count.
         """
         while self.heap or self.floor > 1:
             if not self.heap:
@@ -93,7 +93,7 @@ class PairCounts:
         return ""
 
     def join(self, pair: str, new: str) -> None:
-        """Replace `pair` by the token `new` in all words. Only pairs beside it change their counts."""
+        """Replace `pair` by the token `new` in all words. Only neighbouring pairs change their counts."""
         left, right = pair
         before, behind, twice = defaultdict(list), defaultdict(list), []  # {neighbour of the pair: words}
         del self.counts[pair]
@@ -116,16 +116,16 @@ class PairCounts:
         self.replace(right + left, new + new, twice)
 
     def replace(self, old: str, new: str, words: list[int]) -> None:
-        """In these words, the pair `old` has become the pair `new`."""
+        """Update the counts after the pair `old` became the pair `new` in these words."""
         count = self.add(new, words)
         if old in self.counts:
             self.counts[old] -= count
 
 
 def encode_piece(piece: bytes, rank: Callable[[Pair], int | None], until: int = 1) -> list[bytes]:
-    """What `bpe.encode_textbook` returns, in n log n steps for n bytes; stops early when `until` tokens are left.
+    """The same as `bpe.encode_textbook`, in n log n steps for n bytes; stops early when `until` tokens are left.
 
-    Joins the pair of lowest rank (the leftmost of them), again and again. `rank` returns None for what is no pair.
+    Repeatedly joins the pair of lowest rank, the leftmost first. `rank` returns None for a pair that was not learned.
     """
     n = len(piece)
     end = list(range(1, n + 1))  # the token that begins at byte i ends before byte end[i]; 0 once it is part of another
@@ -133,7 +133,7 @@ def encode_piece(piece: bytes, rank: Callable[[Pair], int | None], until: int = 
     heap: list[tuple[int, int, int, int]] = []
 
     def propose(left: int, right: int) -> None:
-        """Two neighbours, by where they begin, wait for their turn."""
+        """Queue two neighbours, given by where they begin."""
         known = rank((piece[left:right], piece[right : end[right]]))
         if known is not None:
             heapq.heappush(heap, (known, left, right, end[right]))
@@ -144,7 +144,7 @@ def encode_piece(piece: bytes, rank: Callable[[Pair], int | None], until: int = 
     while tokens > until and heap:
         _, left, right, after = heapq.heappop(heap)
         if end[left] != right or end[right] != after:
-            continue  # one of them was joined with another neighbour meanwhile
+            continue  # one of them has been joined with another neighbour
         end[left], end[right] = after, 0
         tokens -= 1
         if after < n:

@@ -1,4 +1,4 @@
-"""overwrite=: which stages of a run are made again, and that each is made again once.
+"""overwrite=: which stages of a run to redo, each of them once.
 
     overwrite = Overwrite("tokenizer", cache)
     if overwrite.is_due(folder, "tokens"):      # "tokens" comes after "tokenizer"
@@ -16,8 +16,8 @@ from text.download import fetch_again
 
 
 class Overwrite:
-    """The launch decides, no clock: what one of its processes has made again is noted in the cache, and the others
-    take it as it is, however late they come."""
+    """Decides by launch, not by clock: a process records in the cache what it has redone, and the others of its launch
+    accept that, however late they come."""
 
     def __init__(self, overwrite: str, cache: Path):
         self.names, self.stages = overwrite.replace(",", " ").split(), forced(overwrite)
@@ -38,7 +38,7 @@ class Overwrite:
                 write_json(self.path, {"launch": self.launch, "done": [*self.done(), str(what)]})
 
     def put_downloads_aside(self, datasets: list[str], quiet: bool) -> None:
-        """Let the corpora of a run fetch their files again: those that download:<corpus> names, or all."""
+        """Make the corpora of a run fetch their files again: those that download:<corpus> names, or all."""
         if "download" not in self.stages:
             return
         corpora = [name.partition(":")[0] for name in datasets]
@@ -47,7 +47,7 @@ class Overwrite:
             if name.startswith("download:"):
                 named.add(name.partition(":")[2])
         unknown = ", ".join(named - set(corpora))
-        need(not unknown, f"overwrite: {unknown} is no corpus of this run; it has {', '.join(corpora)}")
+        need(not unknown, f"overwrite: {unknown} is not a corpus of this run; it has {', '.join(corpora)}")
         for corpus in filter(is_dataset, corpora):
             module = import_dataset(corpus)
             if not hasattr(module, "downloads") or named and corpus not in named:
@@ -60,11 +60,11 @@ class Overwrite:
 
 
 def launch_id() -> str:
-    """The same for all processes that one torchrun starts, and another for each start."""
+    """An id that is the same for all processes of one torchrun, and different for each start."""
     get = os.environ.get
     names = [get("TORCHELASTIC_RUN_ID", ""), get("MASTER_PORT", ""), get("GROUP_RANK", "")]
     process = os.getppid() if names[0] else os.getpid()
-    try:  # another process may have had this number before, but not with this time of its start
+    try:  # another process may have had this number before, but not this start time
         began = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:  # not Linux
         began = ""

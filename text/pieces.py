@@ -1,10 +1,10 @@
-r"""Cut text into pieces (roughly words, each with the space before it), and count them.
+r"""Split text into pieces (roughly words, each with the space before it), and count them.
 
     split_text("the cat", [PATTERNS["gpt2"]])             -> ["the", " cat"]
     count_pieces(["the cat", " cat"], PATTERNS["gpt2"])   -> {"the": 1, " cat": 2}
 
-Tokens of byte-level BPE never reach over two pieces. So `bpe` learns from the counts alone, encodes piece by piece, and
-can cut a long text between two pieces without changing an id (`safe_chunks`).
+Tokens of byte-level BPE never span two pieces. So `bpe` learns from the counts alone, encodes piece by piece, and can
+cut a long text between two pieces without changing an id (`safe_chunks`).
 """
 
 import re
@@ -46,14 +46,14 @@ NEMO = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\
         r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 DEEPSEEK = (r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^""" "\r\n" r"\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
             r"| ?[\p{P}\p{S}]+[" "\r\n" r"]*|\s*[" "\r\n" r"]+|\s+(?!\S)|\s+")  # its line breaks are no escapes
-CUTTABLE = {*PATTERNS.values(), NEMO}  # SAFE_CUT holds for them, also behind a cut at one of these:
+CUTTABLE = {*PATTERNS.values(), NEMO}  # SAFE_CUT holds for them, also after a split by one of these:
 DIGITS = {r"\p{N}", r"\p{N}+", r"\p{N}{1,3}"}  # StarCoder
 CHINESE_AND_JAPANESE = "[一-龥぀-ゟ゠-ヿ]+"  # DeepSeek
-PATIENCE = 60  # seconds for one search with a pattern that a file brings: some never end
+PATIENCE = 60  # seconds for one search with a pattern from a file: some never end
 
 
 def utf8(text: str) -> bytes:
-    """The bytes of `text`. Half a surrogate pair (from a broken JSON escape) is no character: UserError."""
+    """The bytes of `text`. UserError for half a surrogate pair (from a broken JSON escape), which is no character."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -70,7 +70,7 @@ def ids_of(names: Iterable, first: int = 0) -> dict:
 
 
 def split_text(text: str, patterns: list[str]) -> list[str]:
-    """The pieces of `text`, cut by one pattern after the other."""
+    """The pieces of `text`, split by one pattern after the other."""
     pieces = [text]
     for pattern in patterns:
         pieces = list(chain.from_iterable(find_pieces(piece, pattern) for piece in pieces))
@@ -78,7 +78,7 @@ def split_text(text: str, patterns: list[str]) -> list[str]:
 
 
 def find_pieces(text: str, pattern: str) -> list[str]:
-    """What a pattern finds; what it does not match is one piece, as in Hugging Face's tokenizers."""
+    """The matches of a pattern; text between them is one piece, as in Hugging Face's tokenizers."""
     if pattern in CUTTABLE:
         return with_tables_of_tiktoken(pattern).findall(text)
     try:
@@ -90,7 +90,7 @@ def find_pieces(text: str, pattern: str) -> list[str]:
 
 @cache
 def compile_pattern(pattern: str) -> regex.Pattern:
-    """`pattern`, extended by: and what it does not match is one piece. UserError for what is no pattern."""
+    """`pattern`, extended to match all other text as one piece. UserError for an invalid pattern."""
     try:
         if regex.fullmatch(pattern, "", timeout=PATIENCE):
             raise UserError(f"the split pattern {pattern} matches the empty text")
@@ -101,7 +101,7 @@ def compile_pattern(pattern: str) -> regex.Pattern:
 
 @cache
 def with_tables_of_tiktoken(pattern: str) -> re.Pattern:
-    """Libraries differ in which of the newest characters are letters. We ask the one that usually cuts: tiktoken."""
+    """Libraries disagree on which of the newest characters are letters. We ask the usual splitter, tiktoken."""
     every = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000))))
     ranks = {bytes([byte]): byte for byte in range(256)}
 
@@ -125,9 +125,9 @@ def is_basic(text: str) -> bool:
 
 
 def spell_classes(pattern: str, members: Callable[[str], str]) -> re.Pattern:
-    r"""`pattern` for `re`, which knows no \p: " ?\p{N}+" -> " ?[0-9²³¹¼-¾٠-٩...]+".
+    r"""`pattern` for `re`, which has no \p: " ?\p{N}+" -> " ?[0-9²³¹¼-¾٠-٩...]+".
 
-    members(r"\p{N}") returns the characters of a class in their order.
+    members(r"\p{N}") returns the characters of a class in order.
     """
 
     def ranges(name: str) -> str:
@@ -155,17 +155,17 @@ def find_names(names: Iterable[str]) -> regex.Pattern | None:
 # ---- cutting where no piece is cut -----------------------------------------------------------------------------------
 
 CHUNK = 1 << 20  # characters
-# Behind a letter or digit, and before anything but a letter, combining mark, digit or apostrophe, all patterns in
-# CUTTABLE end a piece, whatever follows; and Unicode composes nothing across. (?r) searches from the end.
+# After a letter or digit, and before anything but a letter, combining mark, digit or apostrophe, all patterns in
+# CUTTABLE end a piece, whatever follows; and Unicode composes nothing across it. (?r) searches from the end.
 SAFE_CUT = regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{M}\p{N}'])")
 
 
 def is_cuttable(patterns: list[str]) -> bool:
-    """Whether SAFE_CUT holds for the patterns by which a text is cut, one after the other."""
+    """Whether SAFE_CUT holds for the patterns that split a text, one after the other."""
     *before, last = patterns
     if not {*DIGITS, CHINESE_AND_JAPANESE}.issuperset(before):
         return False
-    # DeepSeek's pattern does not match digits, so they must be cut before.
+    # DeepSeek's pattern does not match digits, so they must be split off before.
     return last in CUTTABLE or last == DEEPSEEK and not DIGITS.isdisjoint(before)
 
 
@@ -173,10 +173,9 @@ def safe_chunks(texts: Iterable[str], names: Collection[str] = (), patterns: lis
                 limit: int = 0) -> Iterator[str]:
     """Cut the concatenation of `texts` into chunks below 2 `limit` characters that have the same pieces as the whole.
 
-    None of `names` is cut either. The work is linear: a chunk is searched once, from its end, and what is left over
-    holds no cut. If `limit` characters (0: CHUNK) hold none, the chunk ends anyway, and ids near there may differ from
-    those of the whole text; decoding still gives the text. With `patterns` that are not `is_cuttable`, all of the text
-    is one chunk.
+    None of `names` is cut either. The work is linear: we search a chunk once, from its end, and the rest has no cut. If
+    `limit` characters (0: CHUNK) have no cut, the chunk ends anyway, and ids near there may differ from those of the
+    whole text; decoding still gives the text. With `patterns` that are not `is_cuttable`, the whole text is one chunk.
     """
     if patterns and not is_cuttable(patterns):
         yield "".join(texts)
@@ -198,7 +197,7 @@ def safe_chunks(texts: Iterable[str], names: Collection[str] = (), patterns: lis
 
 
 def last_cut(text: str, finder: regex.Pattern | None, reach: int) -> int:
-    """The last safe cut of `text`, with room behind it for a name of `reach` characters; its end if there is none."""
+    """The last safe cut of `text`, with room after it for a name of `reach` characters; its end if there is none."""
     for match in SAFE_CUT.finditer(text, 0, max(0, len(text) - reach)):
         cut = match.start()
         if finder is None:
@@ -214,7 +213,7 @@ def last_cut(text: str, finder: regex.Pattern | None, reach: int) -> int:
 BATCH = 4 << 20  # characters that a counting process gets at once
 BLOCK = 1 << 13  # characters; an emoji slows down the counting of its block only
 MAX_PIECES = 4_000_000  # different pieces that we remember, in about 0.6 GB
-LONGEST = 1000  # characters of a piece; each merge costs time in proportion to it, and no learned token is longer
+LONGEST = 1000  # characters of a piece; the time of a merge grows with it, and no learned token is longer
 
 
 def count_pieces(texts: Iterable[str], pattern: str, max_bytes: int = 0, workers: int = 0,
@@ -223,9 +222,9 @@ def count_pieces(texts: Iterable[str], pattern: str, max_bytes: int = 0, workers
 
     `workers` processes share the work (0: one per CPU); the counts do not depend on their number.
 
-    Numbers, hashes and links never stop bringing new pieces. When MAX_PIECES are there (some GB of text), we forget the
-    rarest until half of them are left, with a message: those seen once, if need be those seen twice, and so on.
-    Such pieces are far too rare to make a merge of their own, and what is frequent is soon counted again.
+    Numbers, hashes and links bring new pieces without end. At MAX_PIECES (some GB of text), we forget the rarest until
+    half of them are left, with a message: those seen once, if necessary those seen twice, and so on. Such pieces are
+    far too rare to make their own merge, and frequent ones are soon counted again.
 
     A piece of more than LONGEST characters (a genome, base64, a line of dashes) counts as several.
     """

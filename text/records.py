@@ -2,10 +2,10 @@
 
     for text, ends in files_pieces(text_files("my/folder"), "text"):    # in pieces; `ends` closes the document
 
-The content of a file decides how it is read, the suffix only where the content cannot (`text_kind`). A file is never
+We recognise a file by its content, and by its suffix only where the content cannot tell (`text_kind`). A file is never
 read whole: a long document comes in pieces of about a million characters. We remove a byte-order mark, turn CRLF into
-LF, and change nothing else. Lines that hold exactly `<|endoftext|>` separate the documents of a text file; without them
-a file is one document. A JSON record, or a row of a .csv or .parquet file, is a document, unless its text is null.
+LF, and change nothing else. Lines of exactly `<|endoftext|>` separate the documents of a text file; without them a file
+is one document. A JSON record, or a row of a .csv or .parquet file, is a document, unless its text is null.
 """
 
 import bz2
@@ -29,7 +29,7 @@ from configurator import UserError, find_path, need
 from runtime.files import optional, require_file, unique_fields
 
 SEPARATOR = "<|endoftext|>"
-HEAD = 1 << 16    # bytes that tell what a file is
+HEAD = 1 << 16    # bytes from which we recognise a file
 LONGEST = 1 << 28 # bytes of a record, at most
 PIECE = 1 << 20   # bytes read at once, and about the characters of a piece
 
@@ -38,8 +38,8 @@ Record = tuple[str, object]  # ("file, line n", what the file has there: a dict,
 
 
 class Zstandard(io.RawIOBase):
-    """What a .zst file of one or more frames holds; EOFError where the last is cut short, which the package overlooks.
-    Little is unpacked at once, as 4 bytes may stand for 128 KB."""
+    """The contents of a .zst file of one or more frames; EOFError if the last is cut short, which the package ignores.
+    We unpack little at once, because 4 bytes may expand to 128 KB."""
 
     def __init__(self, file: BinaryIO):
         package = optional("zstandard", "zstandard", f"{file.name}: to read Zstandard")
@@ -69,7 +69,7 @@ def unpack_zstandard(file: BinaryIO) -> BinaryIO:
     return io.BufferedReader(Zstandard(file))
 
 
-PACKED = {  # suffix: how such a file begins, what unpacks it
+PACKED = {  # suffix: first bytes of such a file, function that unpacks it
     ".gz": (b"\x1f\x8b", gzip.open),
     ".bz2": (b"BZh", bz2.open),
     ".xz": (b"\xfd7zXZ\0", lzma.open),
@@ -97,14 +97,14 @@ def natural_key(path: Path | str) -> list:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """All files below a folder, also through links, each real file once, pipes and broken links too, but no hidden
-    files or folders."""
+    """All files below a folder, through links as well, each real file once, including pipes and broken links, but no
+    hidden files or folders."""
 
     def refuse(error: OSError):
         raise UserError(f"cannot read {error.filename}: {error.strerror}")
 
     def fresh(here: str, names: list[str]) -> list[str]:
-        """Those that are not hidden and that we have not met, naturally sorted."""
+        """The names that are not hidden and that we have not met, naturally sorted."""
         found = []
         for name in sorted(names, key=natural_key):
             real = os.path.realpath(os.path.join(here, name))  # resolve() raises where a link leads to itself
@@ -120,24 +120,24 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def list_files(path: str | Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """A file as it is; of a folder all files below it with these suffixes, naturally sorted."""
+    """A single file; or all files below a folder with these suffixes, naturally sorted."""
     found = find_path(path)
     if found.is_dir():
         files = [file for file in walk(found) if file.name.lower().endswith(suffixes) and file.is_file()]
         return sorted(files, key=lambda file: natural_key(file.relative_to(found).as_posix()))
     need(found.exists(), f"{path} not found (looked for {found.absolute()})")
-    need(not found.is_fifo(), f"{path} is a pipe, and a text is read more than once: write it to a file first")
+    need(not found.is_fifo(), f"{path} is a pipe, but we read a text more than once: write it to a file first")
     return [require_file(found)]
 
 
 def text_files(path: str | Path) -> list[Path]:
-    """The text files at `path`; a single file may have any suffix. Of a folder's .json files those with records: one
-    table over many lines is somebody's settings."""
+    """The text files at `path`; a single file may have any suffix. Of a folder's .json files, only those with records:
+    one table over many lines is a settings file."""
     files = list_files(path, SUFFIXES)
     if find_path(path).is_dir():
         files = [file for file in files if ".json" not in file.suffixes or text_kind(file) != "values"]
     need(files, f"{path} holds no text: none of its files ends in .parquet, .txt, {', '.join(KINDS)}, "
-                f"nor one of these with {', '.join(PACKED)} behind it")
+                f"nor one of these plus {', '.join(PACKED)}")
     return files
 
 
@@ -151,7 +151,7 @@ def path_name(path: str | Path) -> str:
 
 
 def left_out(path: str | Path, taken: list[Path]) -> list[str]:
-    """A note about the files of a folder that are not among those taken; none if it has no others."""
+    """A note about the files of a folder that are not in `taken`; none if it has no others."""
     found, known, others = find_path(path), set(taken), Counter()
     for file in walk(found) if found.is_dir() else ():
         kind = file.suffix or file.name
@@ -162,7 +162,7 @@ def left_out(path: str | Path, taken: list[Path]) -> list[str]:
     if not others:
         return []
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common(8))
-    return [f"{path} has files that we left out, because they are no text that we read: {kinds}"]
+    return [f"{path} has files that we left out, because we cannot read them as text: {kinds}"]
 
 
 TRAIN = {"train", "training"}                # words in the name of a file
@@ -173,14 +173,14 @@ TEST = {"test", "eval", "dev"}               # these count only beside a file th
 class Parts(NamedTuple):
     train: list[Path]
     val: list[Path]
-    notes: list[str]  # what the names of the files decided
+    notes: list[str]  # messages about decisions by file name
 
 
 def split_by_name(path: str | Path, files: list[Path], val: list[Path]) -> Parts:
     """Training and validation files among the `files` of the folder `path`: "train.txt", "val/a.txt", "my_test.jsonl".
     `val` are the files of val_path, if it is set.
 
-    Where all files have such names, these mean nothing; and a single file is what its user named.
+    If all files have such names, we ignore them; and so we do for a single file.
     """
     base, given, words = find_path(path).absolute(), set(map(Path.resolve, val)), {}
     for file in files:
@@ -210,7 +210,7 @@ def split_by_name(path: str | Path, files: list[Path], val: list[Path]) -> Parts
 
 
 class Position:
-    """How far a pass over files is, in bytes on the disk, so that the share of a compressed file is known, too."""
+    """How far a pass over files is, in bytes on the disk, so that we know the share of a compressed file as well."""
 
     before = 0   # bytes of the files before
     file = None  # the file that is open
@@ -245,21 +245,21 @@ def find_text(files: list[Path], text_field: str, test: Callable[[str], bool]) -
 
 @contextmanager
 def reading(path: Path):
-    """What can go wrong with a file, in one sentence."""
+    """Turns errors in reading a file into a one-sentence UserError."""
     try:
         yield
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
         broken = isinstance(error, (OSError, EOFError, zlib.error, lzma.LZMAError))
-        if broken or type(error).__name__ == "ZstdError":  # of a package that may not be there
+        if broken or type(error).__name__ == "ZstdError":  # of an optional package
             raise UserError(f"{path} is damaged or cut short: {error}") from None
         raise
 
 
 @contextmanager
 def opened(path: Path, position: Position | None = None) -> Iterator[BinaryIO]:
-    """A file for reading its bytes, unpacked if its first bytes are those of a compressed file."""
+    """Open a file for reading bytes, and unpack it if its first bytes are those of a compressed file."""
     position = position or Position()
     with reading(require_file(path)), open(path, "rb") as file:
         begin = file.peek(6)
@@ -284,7 +284,7 @@ def text_kind(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix in PACKED:
         suffix = Path(path.stem).suffix.lower()
-    need(suffix != ".parquet", f"{path} is damaged or no .parquet file: its first bytes are not PAR1")
+    need(suffix != ".parquet", f"{path} is damaged or not a .parquet file: its first bytes are not PAR1")
     kind = KINDS.get(suffix, "text")
     if kind in ("lines", "csv"):
         return kind
@@ -295,7 +295,7 @@ def text_kind(path: Path) -> str:
     if len(head) == HEAD:
         del lines[-1:]  # incomplete
     if suffix == ".json":
-        del lines[1:]   # a bad line gets a sentence
+        del lines[1:]   # a later bad line gets its own error
     is_long_record = not lines and re.match(r'\{\s*"[^"\n]*"\s*:', begin)
     if is_long_record or lines and all(map(is_record, lines)):
         return "lines"
@@ -303,7 +303,7 @@ def text_kind(path: Path) -> str:
 
 
 def refuse_foreign(path: Path, head: bytes) -> None:
-    """UserError for a file that begins as one of another kind or encoding does."""
+    """UserError for a file that begins like another kind of file or in another encoding."""
     for magic, what in FOREIGN.items():
         need(not head.startswith(magic), f"{path} is {what}")
     zeros = tuple(head[i::4].count(0) > 0.8 * len(head[i::4]) for i in range(4))
@@ -331,7 +331,7 @@ def text_blocks(path: Path, position: Position | None = None) -> Iterator[str]:
         while block != b"":
             block = file.read(PIECE)
             if b"\0" in block:
-                raise UserError(f"{path} is no text: it holds a zero byte at offset {done + block.index(0):,}")
+                raise UserError(f"{path} is not text: it holds a zero byte at offset {done + block.index(0):,}")
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
@@ -374,10 +374,10 @@ def text_pieces(path: Path, position: Position | None = None) -> Iterator[Piece]
                     yield text[1:], True
                 inside = False
         if len(rest) > PIECE:
-            cut = rest.rfind("\n", 1) + 1 or len(rest)  # a line longer than a piece has to be cut somewhere
+            cut = rest.rfind("\n", 1) + 1 or len(rest)  # a line longer than a piece must be cut somewhere
             yield rest[1:cut], False
             rest, inside = rest[cut - 1 :], True
-    if rest.endswith(f"\n{SEPARATOR}"):  # the last line need not end
+    if rest.endswith(f"\n{SEPARATOR}"):  # the last line may lack its newline
         rest = rest.removesuffix(SEPARATOR)
     if len(rest) > 1 or inside:
         yield rest[1:], True
@@ -395,7 +395,7 @@ def file_records(path: Path, kind: str, text_field: str = "*", position: Positio
 
 
 def record_texts(path: Path, kind: str, text_field: str, position: Position | None = None) -> Iterator[tuple[str, str]]:
-    """("file, line n", text) of each record that has text; null is none."""
+    """("file, line n", text) of each record that has text; null counts as none."""
     for where, record in file_records(path, kind, text_field, position):
         is_null = isinstance(record, dict) and record.get(text_field, "") is None
         if not is_null and (text := record_text(record, text_field, where)):
@@ -406,7 +406,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=unique_fields)
 
 
 def json_records(path: Path, position: Position | None = None) -> Iterator[Record]:
-    """The values of JSON lines; blank lines are none."""
+    """The values of JSON lines; blank lines are skipped."""
     for number, line in enumerate(text_lines(path, position), 1):
         if line := line.strip():
             try:
@@ -430,7 +430,7 @@ def json_values(path: Path, position: Position | None = None) -> Iterator[Record
         line, at = line + text.count("\n", at, end), end
         if begin and text.startswith("]", at):
             behind = text[at + 1 :] + "".join(blocks)
-            need(not behind.strip(), f"{path}, line {line} is not JSON: there is more behind the array")
+            need(not behind.strip(), f"{path}, line {line} is not JSON: text follows the array")
             return
         try:
             value, end = DECODER.raw_decode(text, at)
@@ -440,7 +440,7 @@ def json_values(path: Path, position: Position | None = None) -> Iterator[Record
                 why = str(error)
                 break
             text, at = text[at:] + more, 0
-            need(len(text) <= LONGEST, f"{path}, line {line}: no JSON, or a record of more than {LONGEST >> 20} MB")
+            need(len(text) <= LONGEST, f"{path}, line {line}: not JSON, or a record of more than {LONGEST >> 20} MB")
             continue
         yield f"{path}, line {line}", value
         line, at = line + text.count("\n", at, end), end
@@ -461,11 +461,11 @@ def csv_records(path: Path, position: Position | None = None) -> Iterator[Record
         for row in rows:
             where = f"{path}, line {rows.line_num}"
             if row and len(row) != len(names):
-                raise UserError(f"{where} has {len(row)} fields, and the first line names {len(names)} columns")
+                raise UserError(f"{where} has {len(row)} fields, but the first line names {len(names)} columns")
             if row:
                 yield where, dict(zip(names, row, strict=True))
     except csv.Error as error:
-        raise UserError(f"{path}, line {rows.line_num} is no row of a .csv file: {error}") from None
+        raise UserError(f"{path}, line {rows.line_num} is not a row of a .csv file: {error}") from None
 
 
 def parquet_records(path: Path, text_field: str = "*", position: Position | None = None) -> Iterator[Record]:
@@ -481,13 +481,13 @@ def parquet_records(path: Path, text_field: str = "*", position: Position | None
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", row
-        except Exception as error:  # whatever the package says of a damaged file
+        except Exception as error:  # whatever the package raises for a damaged file
             why = " ".join(str(error).split())[:200]
-            raise UserError(f"{path} is damaged or no .parquet file: {why}") from None
+            raise UserError(f"{path} is damaged or not a .parquet file: {why}") from None
 
 
 def record_text(record, text_field: str, where: str) -> str:
-    """The text of a record: one field, or with "*" all its strings. UserError for a record that has none."""
+    """The text of a record: one field, or with "*" all its strings. UserError if it has none."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected an object such as {{\"text\": \"...\"}}, found a {type(record).__name__}")
     if text_field == "*":
@@ -495,7 +495,7 @@ def record_text(record, text_field: str, where: str) -> str:
     elif text_field not in record:
         names, remedy = ", ".join(record)[:200], "choose with text_field="
         if not record.keys().isdisjoint(("messages", "instruction", "conversations", "prompt")):
-            remedy = "they are examples to answer: SFT_MODE=1"
+            remedy = "to fine-tune on such examples, set SFT_MODE=1"
         raise UserError(f"{where} has no field {text_field!r}; it has {names}; {remedy}")
     else:
         text = record[text_field]

@@ -36,9 +36,9 @@ Split = tuple[list[Conversation], list[Conversation]]  # training and validation
 def open_examples(tokenizer: Tokenizer, data: DataSettings, chat: ChatSettings, sft: SftSettings, *, seq_len: int,
                   seed: int, eval_tokens: int, found: Split | None = None, quiet: bool = False,
                   ) -> tuple["Examples", "Examples"]:
-    """Training and validation rows of `data_path`, or of data/<dataset>/; shows one example as the model will see it.
+    """Training and validation rows of `data_path`, or of data/<dataset>/; prints one example as the model will see it.
 
-    `found` are the examples of a resumed run, which are not read again.
+    `found` holds the examples of a resumed run, which we do not read again.
     """
     template = make_template(chat.template, tokenizer)
 
@@ -66,8 +66,7 @@ def open_examples(tokenizer: Tokenizer, data: DataSettings, chat: ChatSettings, 
 
 def held_out_rows(val: list[Conversation], template: Template, chat: ChatSettings, *, packing: bool, seq_len: int,
                   seed: int, eval_tokens: int) -> "Examples":
-    """What `eval.evaluate` scores of the validation examples: those within the first `eval_tokens` ids, all if it is 0.
-    """
+    """The validation rows for `eval.evaluate`: of the examples within the first `eval_tokens` ids, all if that is 0."""
     content = digest(*val)
     val = [with_system(each, chat.system) for each in val]
     if eval_tokens:
@@ -93,7 +92,7 @@ def length_of(example: Conversation, template: Template, seq_len: int) -> int:
 
 
 def show_example(ids: list[int], learned: list[bool], tokenizer: Tokenizer) -> str:
-    """The text of one example, what is learned of it between ⟦ and ⟧."""
+    """The text of one example, with the learned parts between ⟦ and ⟧."""
     text, before = "", []
     for counts, run in groupby(zip(ids, learned, strict=True), key=lambda pair: bool(pair[1])):
         part, _ = zip(*run, strict=True)
@@ -105,8 +104,8 @@ def show_example(ids: list[int], learned: list[bool], tokenizer: Tokenizer) -> s
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 def read_split(data: DataSettings, fits: Callable[[Conversation], bool] = bool, quiet: bool = False) -> Split:
-    """The examples that the settings name. For validation are those of `val_path`, else of files with such names, else
-    a share of all, chosen among those that `fits` allows. Says what was read."""
+    """The examples that the settings name. Validation examples come from `val_path`, else from files with such names,
+    else they are a share of all, chosen among those that `fits` allows. Prints a summary."""
     notes: list[str] = []
     if data.data_path:
         found = example_files(data.data_path)
@@ -126,8 +125,8 @@ def read_split(data: DataSettings, fits: Callable[[Conversation], bool] = bool, 
     may_be_empty = not data.data_path  # a corpus of data/ may have no validation examples
     if train and (not val_files or (not val and may_be_empty)):
         train, val = split_examples(train, data.val_share, fits)
-    need(train, "there is no example left to train on: see data_path")
-    need(val, "there is no example left to validate on: see val_path")
+    need(train, "there is no example left to train on: check data_path")
+    need(val, "there is no example left to validate on: check val_path")
     return train, val
 
 
@@ -136,13 +135,13 @@ def split_examples(examples: list[Conversation], val_share: float,
     """(train, val): about `val_share` of the different conversations, at least one, chosen by the hash of their text
     among those that `fits` allows.
 
-    Equal conversations never part, and the choice depends neither on a seed nor on the order of the examples.
+    Equal conversations stay together, and the choice depends neither on a seed nor on the order of the examples.
     """
     hashes = list(map(example_hash, examples))
     different = dict(zip(hashes, examples, strict=True))
     need(0 < val_share < 1 and len(different) > 1,
          f"val_share={val_share} of {len(different)} different examples leaves nothing to train or validate on: "
-         "give a share between 0 and 1 of at least two examples")
+         "set a share between 0 and 1 of at least two examples")
     count = min(len(different) - 1, max(1, round(val_share * len(different))))
     train, val, held_out = [], [], set()
     for key in sorted(different):
@@ -159,17 +158,17 @@ def example_hash(example: Conversation) -> int:
 
 
 def digest(*parts) -> str:
-    """A short hash of what JSON can say."""
+    """A short hash of JSON-able values."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def examples_folder(cache_dir: str, train: str, val: str) -> Path:
-    """Where the examples of these two digests are kept."""
+    """The folder that keeps the examples with these two digests."""
     return cache_folder(cache_dir) / f"examples-{train}-{val}"
 
 
 def keep_examples(cache_dir: str, train: list[Conversation], val: list[Conversation], quiet: bool) -> None:
-    """A copy in the cache, by which a run finds its examples again: their files may change, or be elsewhere."""
+    """Keep a copy in the cache, where a run finds its examples again: their files may change or move."""
     folder = examples_folder(cache_dir, digest(*train), digest(*val))
     if not (folder / "val.jsonl").is_file():
         with working(folder, quiet):
@@ -184,14 +183,14 @@ def write_examples(path: Path, examples: Iterable) -> None:
 
 
 def find_examples(cache_dir: str, made_of: dict) -> Split | None:
-    """The examples in our cache of which a run is made (see runtime/resume.py), None if they are not there."""
+    """The examples of a run in our cache (see made_of in runtime/resume.py), None if they are not there."""
     folder, found = examples_folder(cache_dir, made_of["train"], made_of["val"]), []
-    if not re.fullmatch("examples-[0-9a-f]{16}-[0-9a-f]{16}", folder.name):  # a checkpoint names no other folder
+    if not re.fullmatch("examples-[0-9a-f]{16}-[0-9a-f]{16}", folder.name):  # a checkpoint must name no other folder
         return None
     for split in ("train", "val"):
         try:
             part = [record for _, record in json_records(folder / f"{split}.jsonl")]
-        except UserError:  # not there, or damaged
+        except UserError:  # missing or damaged
             return None
         if digest(*part) != made_of[split]:
             return None
@@ -200,9 +199,9 @@ def find_examples(cache_dir: str, made_of: dict) -> Split | None:
 
 
 def prepare_examples(dataset: str, cache_dir: str, quiet: bool) -> Path:
-    """The folder with train.jsonl and val.jsonl of data/<dataset>/, made now unless it is there and current."""
+    """The folder with train.jsonl and val.jsonl of data/<dataset>/, prepared now unless it is current."""
     raw = open_dataset(dataset)
-    need(hasattr(raw.module, "examples"), f"dataset={dataset} is text to read and has no questions and answers: set "
+    need(hasattr(raw.module, "examples"), f"dataset={dataset} is plain text without questions and answers: set "
                                           "dataset=stdlib_chat, or DATA_PATH=<your .jsonl>")
     facts = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in raw.files]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
@@ -211,7 +210,7 @@ def prepare_examples(dataset: str, cache_dir: str, quiet: bool) -> Path:
         noted = read_notes(folder / "hashes.json", {str: str})
         if not noted or noted != file_hashes(folder):
             if noted:
-                say(f"data: {folder} is damaged: its examples are made again", quiet)
+                say(f"data: {folder} is damaged: we prepare its examples again", quiet)
             for split in ("train", "val"):
                 write_examples(folder / f"{split}.jsonl", raw.module.examples(split))
             write_json(folder / "hashes.json", file_hashes(folder))
@@ -227,24 +226,24 @@ def file_hashes(folder: Path) -> dict[str, str]:
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 class Examples:
-    """Conversations as an endless row of samples; sample i is a function of (seed, i) and of nothing else.
+    """Conversations as an endless sequence of samples; sample i is a function of (seed, i) alone.
 
-    An example of n ids takes n - 1 places of a row: its ids but the last as inputs, its ids but the first as targets.
-    So every target belongs to the example of its input, and no prediction crosses a border. `positions` begin at 0
-    with each example, by which the model keeps them apart (see `example_mask`); what remains of a row is
-    padding of weight 0, set apart in the same way.
+    An example of n ids takes n - 1 places of a row: all ids but the last as inputs, all but the first as targets. So
+    every target belongs to the example of its input, and no prediction crosses a border. `positions` restart at 0 with
+    each example, which is how the model keeps them apart (see `example_mask`); the rest of a row is padding of
+    weight 0, kept apart in the same way.
 
-    Rows are made once, and each epoch shows each row once, in an order of its own; for validation, where they are not
+    Rows are built once, and each epoch shows each row once, in its own order; for validation, where they are not
     `shuffled`, there is one epoch. With `packing` the longest examples come first and each goes to the fullest row that
-    has room (best-fit decreasing); else each has a row for itself. An example longer than seq_len + 1 ids loses its
+    has room (best-fit decreasing); else each has its own row. An example longer than seq_len + 1 ids loses its
     beginning if at least its last answer fits, else it is dropped.
 
-    per_epoch     rows                      fill    the share of the rows that is no padding
-    places        predictions in them       tokens  those of weight 1, which count
-    cut, dropped  examples too long         bytes   of text that these stand for (none for the end of an answer)
+    per_epoch     rows                      fill    the share of the rows that is not padding
+    places        predictions in them       tokens  predictions of weight 1, which count
+    cut, dropped  examples too long         bytes   of the text of these tokens (none for the end of an answer)
     """
 
-    rule = 1  # by which rows are made
+    rule = 1  # how rows are built
 
     def __init__(self, conversations: list[Conversation], template: Template, seq_len: int, learn: str = "response",
                  seed: int = 0, packing: bool = True, content: str = "", scored: str = "",
@@ -290,7 +289,7 @@ class Examples:
         return set(map(example_hash, self.conversations))
 
     def sketch(self) -> list[int]:
-        """Hashes of some examples, by which changed examples are known as the same ones."""
+        """Hashes of some examples, to recognise the set after changes."""
         return sorted(self.hashes())[:64]
 
     def share_of(self, sketch: list[int]) -> float:
@@ -306,7 +305,7 @@ class Examples:
         return text
 
     def get(self, first: int, count: int) -> Batch:
-        """Samples first ... first + count - 1; fewer at the end of what is not shuffled."""
+        """Samples first ... first + count - 1; fewer at the end if not shuffled."""
         if not self.shuffled:
             return self.to_batch(list(range(len(self)))[first : first + count])
         epochs, rows = np.divmod(np.arange(first, first + count), self.per_epoch)
@@ -333,7 +332,7 @@ class Examples:
 
 
 def shorten_example(ids: list[int], learned: list[bool], seq_len: int) -> tuple[list[int], list[bool]] | None:
-    """The newest seq_len + 1 ids and what is learned of them; None if the last answer would lose its beginning."""
+    """The newest seq_len + 1 ids and their mask; None if the last answer would lose its beginning."""
     first = len(ids) - seq_len - 1  # the first id to stay
     if first <= 0:
         return ids, learned
@@ -344,7 +343,7 @@ def shorten_example(ids: list[int], learned: list[bool], seq_len: int) -> tuple[
     if begin <= first:
         return None
     ids, learned = ids[first:], learned[first:]
-    # If the cut goes through an answer, its rest has lost its question: it is read, and not learned.
+    # If the cut splits an answer, its rest has lost its question: the model reads it, but does not learn it.
     rest = learned.index(False)
     return ids, [False] * rest + learned[rest:]
 

@@ -1,13 +1,13 @@
-"""Shards: files of token ids, and the meta.json that says what they hold.
+"""Shards: files of token ids, and the meta.json that describes them.
 
     part = write_split(folder, "train", raw, tokenizer, shard_tokens=1 << 25)    # documents -> shards, by all cores
     ids = open_shard(folder / "train_00000.npy")                                 # memory-mapped; also .bin of others
     meta = read_meta(folder)
 
 The text is cut into jobs of about a megabyte, always at the same places. Workers encode the jobs, and this process
-writes their ids in the order of the text, in bounded memory. `state.json` notes after each whole shard where in the
-text it ends. The next call reads the text up to there without encoding it, and its shards are those of an uninterrupted
-run, byte by byte.
+writes their ids in the order of the text, in bounded memory. After each whole shard, `state.json` records where in the
+text it ends. The next call reads the text up to there without encoding it, and its shards equal those of an
+uninterrupted run, byte for byte.
 """
 
 import hashlib
@@ -55,9 +55,9 @@ FEW = 8        # jobs; fewer are not worth starting workers
 
 
 class ShardWriter:
-    """Cuts a stream of ids into .npy files of `shard_tokens` each: uint16 where the vocabulary fits, else uint32.
+    """Cuts a stream of ids into .npy files of `shard_tokens` each: uint16 if the vocabulary fits, else uint32.
 
-    `shards` and `sums` list what is written so far; those of an interrupted writer let this one continue behind them.
+    `shards` and `sums` list the files so far; with those of an interrupted writer, this one continues after them.
     """
 
     def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int, shards: list = (),
@@ -70,7 +70,7 @@ class ShardWriter:
 
     def write(self, ids: np.ndarray) -> None:
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
-            raise UserError(f"the tokenizer made ids up to {ids.max()}, beyond its vocabulary of {self.vocab_size}")
+            raise UserError(f"the tokenizer gave ids up to {ids.max()}, beyond its vocabulary of {self.vocab_size}")
         self.tokens += len(ids)
         while len(ids):
             some = ids[: len(self.buffer) - self.filled]
@@ -113,17 +113,17 @@ def open_shard(path: Path, bin_ids: str = "uint16") -> np.ndarray:
                 ids = np.memmap(path, np.dtype(bin_ids.replace("auto", "uint16")).newbyteorder("<"), "r")
         except OSError:
             raise
-        except Exception:  # numpy says in many ways what is missing or wrong
-            raise UserError(f"{path} is cut short, or no file of token ids") from None
+        except Exception:  # numpy has many ways to report a bad file
+            raise UserError(f"{path} is cut short, or not a file of token ids") from None
     need(ids.ndim == 1 and ids.dtype.kind in "ui",
          f"{path} holds {ids.ndim}-dimensional {ids.dtype}, expected a row of token ids")
     need(ids.offset + ids.nbytes == path.stat().st_size,
-         f"{path} is longer than the {len(ids):,} ids that its header names: is it written to the end?")
+         f"{path} is longer than the {len(ids):,} ids in its header: was its writer interrupted?")
     return np.asarray(ids)  # a plain view of the mapped file, faster to slice
 
 
 def header_dtype(path: Path) -> str | None:
-    """The dtype in the header of a .bin file, None without a header that we know."""
+    """The dtype in the header of a .bin file, None without a known header."""
     return HEADERS.get(tuple(np.fromfile(path, "<i4", 2).tolist()))
 
 
@@ -176,10 +176,10 @@ def shard_path(folder: Path, meta: dict, name: str) -> Path:
 
 
 def check_shards(folder: Path, split: str, meta: dict, shards: list[np.ndarray]) -> None:
-    """UserError for a shard whose bytes are not those that were written, or with an id beyond the vocabulary.
+    """UserError for a shard whose bytes have changed since it was written, or with an id beyond the vocabulary.
 
-    Each file is read once, at about the speed of the disk; CHECKED remembers its state. A folder from before there were
-    checksums gets them if it can be written. What changes a file but neither its size nor its times is not seen.
+    Each file is read once, at about the speed of the disk; CHECKED remembers its state. An old folder without checksums
+    gets them if it is writable. We do not notice a change that leaves a file's size and times alone.
     """
     part, known = meta["splits"][split], read_notes(folder / CHECKED, {str: [int]})
     before, sums = dict(known), []
@@ -192,10 +192,10 @@ def check_shards(folder: Path, split: str, meta: dict, shards: list[np.ndarray])
             noted = [*state, *measure(path, ids, progress)]
         found = noted[-2:]
         need(wanted in (None, found), f"{path} is damaged: its checksum is not that of the tokens that were written; "
-                                      "OVERWRITE=tokens makes it again")
+                                      "OVERWRITE=tokens prepares it again")
         vocab_size = meta.get("vocab_size", math.inf)
         need(found[1] < vocab_size, f"{path} holds id {found[1]}, but the vocabulary of {folder} has {vocab_size:,}; "
-                                    "OVERWRITE=tokens makes it again")
+                                    "OVERWRITE=tokens prepares it again")
         known[name] = noted
         sums.append(found)
     progress.close()
@@ -231,7 +231,7 @@ class Job(NamedTuple):
     number: int
     mark: str    # hash of the text up to its end
     done: float  # how much of the corpus was read when it was cut
-    work: list[Piece] | np.ndarray  # ids, where only the tokenizer itself knows where to cut
+    work: list[Piece] | np.ndarray  # ids, if only the tokenizer can cut the text
 
 
 class CountedText:
@@ -266,7 +266,7 @@ def write_split(folder: Path, split: str, raw: Corpus, tokenizer, shard_tokens: 
                 quiet: bool = False, note: Callable[[str], None] | None = None, replace: bool = False) -> dict:
     """Encode one split into shards of `folder`; returns its part of meta.json. `workers`: 0 = one per CPU.
 
-    `replace` writes U+FFFD for characters that the tokenizer lacks, and counts them; without it they are a UserError
+    `replace` writes U+FFFD for characters that the tokenizer lacks, and counts them; without it they cause a UserError
     with file and line.
     """
     from runtime.workers import in_order
@@ -285,7 +285,7 @@ def write_split(folder: Path, split: str, raw: Corpus, tokenizer, shard_tokens: 
             job = find_job(jobs, begun["task"], begun["mark"], folder)
             jobs = chain([job], jobs)
             progress.restart(job.done)
-            say(f"data: resumes behind {text.counts['bytes'] / 1e6:,.1f} MB, {writer.tokens:,} tokens of {split}",
+            say(f"data: resumes after {text.counts['bytes'] / 1e6:,.1f} MB, {writer.tokens:,} tokens of {split}",
                 quiet)
         with closing(in_order(encode_job, jobs, workers, few=FEW)) as encoded:
             for job, ids in encoded:
@@ -318,7 +318,7 @@ def write_split(folder: Path, split: str, raw: Corpus, tokenizer, shard_tokens: 
 
 
 def cut_into_jobs(pieces: Iterator[Piece], tokenizer) -> Iterator[list[Piece] | np.ndarray]:
-    """Short documents in groups of about JOB characters, long ones in parts that have the ids of the whole."""
+    """Short documents in groups of about JOB characters, long ones in parts with the same ids as the whole."""
     group, size = [], 0
     for text, ends in pieces:
         if ends:
@@ -348,7 +348,7 @@ def rest_of_document(pieces: Iterator[Piece]) -> Iterator[str]:
 
 
 def encode(tokenizer, eot: np.ndarray, job: Job) -> np.ndarray:
-    """The ids, with end-of-text behind each document that ends here; uint16 where they fit, for the way back."""
+    """The ids, with end-of-text after each document that ends here; uint16 if they fit, to send less back."""
     ids = job.work
     if isinstance(ids, list):
         parts = []
@@ -363,7 +363,7 @@ def encode(tokenizer, eot: np.ndarray, job: Job) -> np.ndarray:
     return ids.astype(np.uint32)
 
 
-# ---- How far an interrupted run came ---------------------------------------------------------------------------------
+# ---- Progress of an interrupted run ----------------------------------------------------------------------------------
 
 
 def read_state(folder: Path, quiet: bool = False) -> dict:
@@ -381,7 +381,7 @@ def read_state(folder: Path, quiet: bool = False) -> dict:
                 ids = open_shard(shard)
                 need(len(ids) == tokens and measure(shard, ids) == sums, f"{shard} is damaged")
     except UserError as error:
-        say(f"data: {error}; the tokens are made from the beginning", quiet)
+        say(f"data: {error}; we start from the beginning", quiet)
         return {}
     return state
 
@@ -391,8 +391,8 @@ def write_state(folder: Path, state: dict) -> None:
 
 
 def find_job(jobs: Iterator[Job], number: int, mark: str, folder: Path) -> Job:
-    """The job in which the last whole shard ends. UserError if the text has changed since: a stream from elsewhere may,
-    while files are part of the folder's name."""
+    """The job in which the last whole shard ends. UserError if the text has changed: a remote stream may, while files
+    are part of the folder's name."""
     job = next((job for job in jobs if job.number == number), None)
     if job is None or job.mark != mark:
         (folder / "state.json").unlink(missing_ok=True)
@@ -400,11 +400,11 @@ def find_job(jobs: Iterator[Job], number: int, mark: str, folder: Path) -> Job:
     return job
 
 
-# ---- Token ids that others made --------------------------------------------------------------------------------------
+# ---- Token ids of other programs -------------------------------------------------------------------------------------
 
 
 def find_shards(data_path: str, val_path: str) -> Parts | None:
-    """The files of token ids at `data_path`, split by what their names say; None if it holds text."""
+    """The files of token ids at `data_path`, split by name; None if it holds text."""
     files = shard_files(data_path)
     if not files:
         return None
@@ -413,8 +413,8 @@ def find_shards(data_path: str, val_path: str) -> Parts | None:
          f"{data_path} holds both text and token ids; keep one of them there, or name a single file")
     parts = split_by_name(data_path, files, shard_files(val_path) if val_path else [])
     need(parts.train and parts.val,
-         f"{data_path} has {len(parts.train)} shards to train on, and there are {len(parts.val)} to validate on (those "
-         "with val in their names, or val_path=<file or folder of shards>)")
+         f"{data_path} has {len(parts.train)} shards to train on and {len(parts.val)} to validate on (these have "
+         "val in their names, or set val_path=<file or folder of shards>)")
     return parts
 
 
@@ -424,7 +424,8 @@ def shard_files(path: str | Path) -> list[Path]:
 
 
 def count_shards(files: list[Path], tokenizer, bin_dtype: str, progress: ProgressLine) -> dict:
-    """Their part of meta.json. Reads all ids once: the tokenizer must have them, and says how many bytes they are."""
+    """The part of meta.json for these shards. Reads all ids once, to check that the tokenizer has them and to count
+    their bytes."""
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     shards, content = [], hashlib.blake2b(digest_size=16)
     progress.total = sum(path.stat().st_size for path in files)
@@ -438,9 +439,9 @@ def count_shards(files: list[Path], tokenizer, bin_dtype: str, progress: Progres
             smallest, largest = int(some.min()), int(some.max())
             if smallest < 0 or largest >= len(counts):
                 bad = min(smallest, 0) or largest
-                wide = "; bin_dtype=uint16 or uint32 says how wide its ids are" if path.suffix == ".bin" else ""
+                wide = "; or set bin_dtype=uint16 or uint32 to their width" if path.suffix == ".bin" else ""
                 raise UserError(f"{path} holds id {bad}, but tokenizer {tokenizer.fingerprint} has ids 0 ... "
-                                f"{len(counts) - 1}: it is not the one that made them{wide}")
+                                f"{len(counts) - 1}: set the tokenizer that made them{wide}")
             content.update(some)
             counts += np.bincount(some, minlength=len(counts))
             progress.add(some.nbytes)
@@ -452,8 +453,8 @@ def count_shards(files: list[Path], tokenizer, bin_dtype: str, progress: Progres
 
 
 def refuse_wide(path: Path, vocab_size: int) -> None:
-    """UserError for a .bin file without a header whose ids are more likely uint32 than uint16: read as uint32, all of
-    them are in the vocabulary, so as uint16 every second one is (nearly) 0."""
+    """UserError for a headerless .bin file whose ids are more likely uint32 than uint16: as uint32, all of them are in
+    the vocabulary, so as uint16 every second one is (nearly) 0."""
     if path.suffix != ".bin" or header_dtype(path):
         return
     ids, size = np.fromfile(path, "<u4", 1 << 20), path.stat().st_size
@@ -461,5 +462,5 @@ def refuse_wide(path: Path, vocab_size: int) -> None:
         return
     need(len(ids) < 4 or size % 8 or ids[1::2].any(),
          f"{path} looks like ids of eight bytes: save them as .npy, or as .bin of two or four bytes")
-    raise UserError(f"{path} looks like ids of four bytes, for every second one of two bytes is about 0: say "
-                    "bin_dtype=uint32, or bin_dtype=uint16 if they are of two")
+    raise UserError(f"{path} looks like ids of four bytes, because every second pair of bytes is about 0: set "
+                    "bin_dtype=uint32, or bin_dtype=uint16 if they have two")

@@ -1,11 +1,11 @@
-"""SentencePiece's models, loaded or trained here.
+"""SentencePiece models, loaded or trained here.
 
     tokenizer = SentencePieceTokenizer.load("tokenizer.model")
     tokenizer = SentencePieceTokenizer.train(documents, 8000, "unigram")
 
 SentencePiece (Kudo and Richardson 2018) writes a space as ▁ and looks for pieces in the text as a whole. With "spbpe"
 it joins the best neighbours, as `bpe` does; with "unigram" (Kudo 2018) each piece has a probability, and the most
-probable way to cut the text is taken. What no piece covers becomes bytes (byte fallback), or <unk> in models without.
+probable split of the text wins. Text that no piece covers becomes bytes (byte fallback), or <unk> in models without.
 """
 
 import base64
@@ -23,28 +23,28 @@ from runtime.files import optional, require_file
 from text.pieces import count_pieces, find_names, utf8
 from text.tokenizer import LARGEST_ID, SPECIALS, Tokenizer, check_shape, config_for, naming, read_config
 
-KINDS = {"unigram": "unigram", "spbpe": "bpe"}  # what we train, and SentencePiece's name for it
-CHUNK = 1 << 16  # characters that SentencePiece gets at once, at least
-SPACE = "▁"  # U+2581. In a text, SentencePiece takes it for a space; we spell it in bytes where the model has them
-# A word that training counts, with the spaces before it: no piece reaches over two of them, and no piece holds a tab,
-# which SentencePiece uses inside. It writes a space in 3 bytes, and silently skips what has more than 4,192.
+KINDS = {"unigram": "unigram", "spbpe": "bpe"}  # our names, and SentencePiece's
+CHUNK = 1 << 16  # least number of characters that SentencePiece gets at once
+SPACE = "▁"  # U+2581. In a text, SentencePiece reads it as a space; we spell it in bytes if the model has them
+# A word that training counts, with the spaces before it: no piece spans two words, and no piece holds a tab, which
+# SentencePiece uses internally. It writes a space in 3 bytes, and silently skips words of more than 4,192.
 WORD = rf" {{0,99}}[^ \t\n\0{SPACE}]{{1,900}}| {{1,99}}|\n{{1,99}}"
 # A protobuf message may be continued: its field 3 (normalizer_spec), 2 bytes, where field 3 (add_dummy_prefix) is 0.
 NO_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """Text to ids and back. Made by `train`, `load` or `from_dict`, and not changed afterwards.
+    """Text to ids and back. Created by `train`, `load` or `from_dict`, and never changed afterwards.
 
     model    the bytes of a .model file
-    config   tokenizer_config.json; tokens that it adds behind those of the model are special tokens too
+    config   tokenizer_config.json; tokens that it adds after those of the model are also special tokens
 
-    Special tokens are SentencePiece's control and unknown ones; as names in a text they are found with allow_special
-    only. A model's "user defined" symbols are not special: SentencePiece finds them in every text.
+    Special tokens are SentencePiece's control and unknown tokens; their names in a text are found only with
+    allow_special. A model's "user defined" symbols are not special: SentencePiece finds them in every text.
 
     Many models put a space before the text (add_dummy_prefix), so that a word has the same id there as inside. It goes
-    before text that starts, or that follows a special token, and `decode_bytes` takes it away at these places. So what
-    an id stands for depends on the id before it; `token_bytes` counts the space.
+    before text that starts, or that follows a special token, and `decode_bytes` removes it there. So the text of an id
+    depends on the id before it; `token_bytes` counts the space.
     """
 
     def __init__(self, model: bytes, config: dict | None = None, source: str = "this tokenizer"):
@@ -61,7 +61,7 @@ class SentencePieceTokenizer(Tokenizer):
                 specials[piece] = i
         for i, token in ((config or {}).get("added_tokens_decoder") or {}).items():
             need(i.isdecimal() and len(i) < 9 and int(i) <= LARGEST_ID,
-                 f"{source}: {i[:50]!r} in added_tokens_decoder is no id")
+                 f"{source}: {i[:50]!r} in added_tokens_decoder is not an id")
             if int(i) >= len(pieces):
                 specials[token["content"]] = int(i)
         need("" not in specials, f"{source}: a special token is empty")
@@ -78,7 +78,7 @@ class SentencePieceTokenizer(Tokenizer):
 
         start = processor.normalize("a")
         need(start in ("a", SPACE + "a"),
-             f"{source} marks the end of words (treat_whitespace_as_suffix), which we do not have")
+             f"{source} marks the end of words (treat_whitespace_as_suffix), which we do not support")
         self.adds_space = start != "a"
         if self.adds_space:
             self._rest = load_processor(model + NO_PREFIX, source)
@@ -93,10 +93,10 @@ class SentencePieceTokenizer(Tokenizer):
               coverage: float = 0.9995) -> "SentencePieceTokenizer":
         """Learn from documents. The same texts give the same tokenizer, whatever `workers` is.
 
-        `vocab_size` counts <unk>, specials, 256 bytes and pieces; text with too little in it gives a smaller
-        vocabulary and a line on stderr. The round trip is exact: nothing is normalised, spaces and newlines are kept.
-        The most frequent characters that make up `coverage` of the text become pieces, the others bytes. Words are
-        counted here and SentencePiece gets the counts, so memory holds the different words and not the text.
+        `vocab_size` counts <unk>, specials, 256 bytes and pieces; too little text gives a smaller vocabulary and a line
+        on stderr. The round trip is exact: nothing is normalised, spaces and newlines stay. The most frequent
+        characters that make up `coverage` of the text become pieces, the others bytes. We count words here and give
+        SentencePiece the counts, so memory holds the different words, not the text.
         """
         need(kind in KINDS,
              f"a SentencePiece tokenizer of kind {kind} cannot be trained, only {' and '.join(KINDS)}")
@@ -120,17 +120,17 @@ class SentencePieceTokenizer(Tokenizer):
                             f"and the characters of the text need {needed[1]}") from None
         made = cls(file.getvalue(), config_for(specials))
         if made.vocab_size < vocab_size:
-            print(f"the text has pieces for {made.vocab_size:,} tokens only, not for {vocab_size:,}", file=sys.stderr)
+            print(f"the text has pieces for only {made.vocab_size:,} tokens, not for {vocab_size:,}", file=sys.stderr)
         return made
 
     def _chunks(self, texts: Iterable[str]) -> Iterator[str]:
         """The concatenation of `texts`, in chunks of CHUNK to 2 CHUNK characters; the last may be shorter. They depend
-        on the text and not on how it arrives. A model that normalises gets all of the text as one chunk."""
+        on the text, not on how it arrives. A model that normalises gets the whole text as one chunk."""
         if not self._cuttable:
             yield "".join(texts)
             return
         held, size = [], 0
-        for text in chain(texts, [None]):  # None: no more will come
+        for text in chain(texts, [None]):  # None: the end
             held.append(text or "")
             size += len(held[-1])
             if text is None or size >= 2 * CHUNK:
@@ -142,8 +142,8 @@ class SentencePieceTokenizer(Tokenizer):
                 held, size = [whole[at:]], size - at
 
     def _next_cut(self, text: str, at: int) -> int:
-        """The first place CHUNK characters behind `at` that no piece reaches over, because none has these two
-        characters as neighbours, and where the first is not unknown. At most 2 CHUNK behind."""
+        """The first place at least CHUNK characters after `at` that no piece spans, because none has these two
+        characters as neighbours, and where the first is not unknown. At most 2 CHUNK after `at`."""
         last = min(len(text), at + 2 * CHUNK)
         for i in range(at + CHUNK, last):
             if text[i - 1] in self._chars and text[i - 1 : i + 1] not in self._pairs:
@@ -151,17 +151,17 @@ class SentencePieceTokenizer(Tokenizer):
         return last
 
     def independent_chunks(self, texts: Iterable[str], allow_special: bool = False) -> None:
-        return None  # the first chunk may get a space in front, the others do not
+        return None  # the first chunk may get a leading space, the others do not
 
     def encode_stream_to_numpy(self, texts: Iterable[str], allow_special: bool = False,
                                starts: bool = True) -> Iterator[np.ndarray]:
         """Ids of the concatenation of `texts`, equal to those of the whole, in bounded memory.
 
-        Long texts are cut in `encode_to_numpy` too, see `_chunks`: this costs no id with "spbpe"; with "unigram", two
-        ways to cut a word that are equally good are told apart by rounding, and SentencePiece, adding up from the start
-        of the text, may round to the other one.
+        `encode_to_numpy` also cuts long texts, see `_chunks`. This changes no id with "spbpe". With "unigram", rounding
+        decides between two equally good splits of a word, and SentencePiece, which adds up from the start of the text,
+        may decide for the other one.
 
-        starts=False: the text continues another, and gets no space in front.
+        starts=False: the text continues another, and gets no leading space.
         """
         finder = self._finders[allow_special]
         for chunk in self._chunks(texts):
@@ -197,7 +197,7 @@ class SentencePieceTokenizer(Tokenizer):
         return b"".join(text)
 
     def to_dict(self) -> dict:
-        """JSON-able. `specials` is there to be seen and for the fingerprint: `from_dict` reads the other two."""
+        """JSON-able. `specials` is for human readers and for the fingerprint: `from_dict` reads the other two."""
         document = {"type": "sentencepiece", "model": base64.b64encode(self.model).decode(), "specials": self.specials}
         return {"tokenizer": document, "config": self.config}
 
@@ -213,7 +213,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @classmethod
     def load(cls, path: str | Path) -> "SentencePieceTokenizer":
-        """Read a .model file, and the tokenizer_config.json beside it if there is one."""
+        """Read a .model file, and the tokenizer_config.json beside it if that exists."""
         path = require_file(Path(path))
         try:
             return cls(path.read_bytes(), read_config(path), str(path))
@@ -228,6 +228,6 @@ def load_processor(model: bytes, source: str):
         processor.LoadFromSerializedProto(model)
         if model and processor.vocab_size():
             return processor
-    except Exception:  # whatever it raises on bytes of others
+    except Exception:  # it raises anything on other files
         pass
     raise UserError(f"{source} is not a SentencePiece model")

@@ -3,7 +3,7 @@
     questions, files = open_task("arc_easy", n_shot=5)      # downloaded once, or from task_dir
     questions[0].context, questions[0].choices, questions[0].gold
 
-A model answers with the choice that it finds most likely after the context: see eval.py.
+A model answers with the choice that is most likely after the context: see eval.py.
 """
 
 import random
@@ -39,8 +39,8 @@ class Question:
 @dataclass
 class Benchmark:
     parse: Callable[[dict], Question]  # ValueError if the record has another shape
-    words: tuple[str, ...]  # the path of its files has one of these, if only its letters count
-    split: str              # what is scored
+    words: tuple[str, ...]  # the path of its files contains one of these, looking only at letters
+    split: str              # the split that we score
     urls: dict[str, list[str]]  # split -> files
 
 
@@ -59,7 +59,7 @@ def require_shape(record, shape: dict) -> None:
 
 
 def parse_arc(record: dict) -> Question:
-    """AI2's files have {"question": {"stem", "choices": [{"text", "label"}]}}, those of the Hub two lists."""
+    """AI2's files have {"question": {"stem", "choices": [{"text", "label"}]}}, the Hub's files two lists."""
     if isinstance(record, dict) and isinstance(record.get("question"), dict):
         require_shape(record, ARC_AI2_SHAPE)
         question, choices = record["question"]["stem"], record["question"]["choices"]
@@ -77,7 +77,7 @@ def parse_arc(record: dict) -> Question:
 
 
 def parse_hellaswag(record: dict) -> Question:
-    """capitalize() also lowers the rest of ctx_b: the published scores were made so."""
+    """capitalize() also lowers the rest of ctx_b, as in the published scores."""
     require_shape(record, HELLASWAG_SHAPE)
     query = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
     return Question(clean(query), list(map(clean, record["endings"])), int(record["label"]), record)
@@ -139,8 +139,8 @@ def open_task(name: str, n_shot: int = 0, limit: int = 0, task_dir: str = "", ca
 
 
 def add_shots(questions: list[Question], pool: list[Question], n_shot: int, has_test: bool) -> None:
-    """Put n_shot answered questions of `pool` before each, drawn as the harness draws them: one generator for all
-    questions in their order. Without a test split, it draws one more, so that the question itself can be left out."""
+    """Put n_shot answered questions of `pool` before each, drawn as the harness does: one generator for all questions
+    in their order. Without a test split, it draws one more, so that we can leave out the question itself."""
     generator = random.Random(FEW_SHOT_SEED)
     count = n_shot if has_test else n_shot + 1
     need(len(pool) >= count, f"n_shot={n_shot} needs {count} training examples; there are {len(pool)}")
@@ -174,17 +174,17 @@ def read_questions(name: str, files: list[Path]) -> list[Question]:
                 if choices < 2 or not 0 <= gold < choices:
                     raise ValueError(f"the answer {shown(str(gold))} of {choices} choices")
             except ValueError as error:
-                raise UserError(f"{where} is no example of {name}: {error}") from None
+                raise UserError(f"{where} is not an example of {name}: {error}") from None
             asked = repr((question.query, question.choices))
             other = first.setdefault(asked, path)
-            need(other == path, f"{where} is in {other.name}, too: are these two versions of {name}? Leave one")
+            need(other == path, f"{where} is also in {other.name}: if these are two versions of {name}, remove one")
             questions.append(question)
     need(questions, f"{name}: {files[0]} holds no questions")
     return questions
 
 
 def labelled_records(path: Path) -> Iterator[tuple[str, dict]]:
-    """("file, line n", record), with labels from the .lst file beside it, where there is one (PIQA)."""
+    """("file, line n", record), with labels from the .lst file beside it, if there is one (PIQA)."""
     if path.suffix == ".parquet":
         yield from parquet_records(path)
         return
@@ -205,8 +205,8 @@ def labelled_records(path: Path) -> Iterator[tuple[str, dict]]:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 def task_files(name: str, split: str, task_dir: str = "", cache_dir: str = "") -> list[Path]:
-    """The .jsonl or .parquet files of a split, however they are published: one, or numbered parts of one. They are
-    in `task_dir`, or are downloaded once."""
+    """The .jsonl or .parquet files of a split: one, or numbered parts of one. They come from `task_dir`, or are
+    downloaded once."""
     folder = find_path(task_dir) if task_dir else download_task(name, split, cache_dir)
     words, found = TASKS[name].words, []
     for path in sorted(folder.rglob("*"), key=natural_key):
@@ -218,7 +218,7 @@ def task_files(name: str, split: str, task_dir: str = "", cache_dir: str = "") -
     need(found, f"{name}: no .jsonl or .parquet file with {' or '.join(words)} in its path and "
                 f"{' or '.join(sorted(SPLITS[split]))} in its name below {folder.absolute()}")
     names = ", ".join(str(path.relative_to(folder)) for path in found[:4])
-    need(are_parts(found), f"{name}: {names} look like versions of one file: leave one in {folder.absolute()}, or "
+    need(are_parts(found), f"{name}: {names} look like versions of one file: keep one in {folder.absolute()}, or "
                            "number its parts from 0 or 1 on")
     return found
 
@@ -234,7 +234,7 @@ def download_task(name: str, split: str, cache_dir: str) -> Path:
 
 
 def are_parts(files: list[Path]) -> bool:
-    """Whether the files are one, or its parts: names that differ in one number, which counts from 0 or 1 on.
+    """Whether the files are one file, or its parts: names that differ in one number, which counts from 0 or 1.
 
     >>> are_parts([Path("val-0-of-2.jsonl"), Path("val-1-of-2.jsonl")])  ->  True
     >>> are_parts([Path("val.jsonl"), Path("val_old.jsonl")]), are_parts([Path("val_v1.jsonl"), Path("val_v2.jsonl")])

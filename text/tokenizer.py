@@ -1,4 +1,4 @@
-"""What all tokenizers have in common, and the simplest of them: one id per character.
+"""The interface of all tokenizers, and the simplest one: one id per character.
 
     ids = tokenizer.encode("To be, or not to be")
     tokenizer.decode(ids), tokenizer.role("eot"), tokenizer.fingerprint
@@ -26,10 +26,10 @@ from runtime.files import Either, mismatch, read_json, write_json
 from text.pieces import find_names, first_bytes, ids_of, safe_chunks, utf8
 
 SPECIALS = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]  # our trainers always reserve these
-LARGEST_ID = 1 << 24  # a model has a row for every id up to the largest, and so have our tables
+LARGEST_ID = 1 << 24  # a model, like our tables, has a row for every id up to the largest
 
-# Roles and the names under which they are known. A role is the token that `roles` names, or else
-# tokenizer_config.json ("eos_token": ...), or else the first of these that is among the *special* tokens.
+# Roles and their usual names. A role's token is the one that `roles` names, else tokenizer_config.json
+# ("eos_token": ...), else the first of these among the *special* tokens.
 ROLES = {
     "eot": ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>"),  # ends a document; if there is none: eos
     "bos": ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "<|bos|>", "[BOS]", "<｜begin▁of▁sentence｜>"),
@@ -46,7 +46,7 @@ CONFIG = {"roles?": Either({str: str}, None), "added_tokens_decoder?": Either({s
 
 
 class LostCharacters(NamedTuple):
-    """What does not come back when a text is encoded and decoded; str() is a sentence."""
+    """The characters that a text loses when it is encoded and decoded; str() is a sentence."""
 
     rate: float  # share of the characters
     first: str   # the first of them, "" if there is none
@@ -56,11 +56,11 @@ class LostCharacters(NamedTuple):
 
 
 class Unwritable(UserError):
-    """A text has a character that the vocabulary has no bytes for."""
+    """A text has a character that the vocabulary cannot encode."""
 
 
 class Tokenizer:
-    """Text to ids and back. Not changed once it is made.
+    """Text to ids and back. Immutable.
 
     vocab_size  one more than the largest id
     specials    {name: id}; in a text, the names are plain text unless `allow_special`
@@ -77,12 +77,12 @@ class Tokenizer:
         self.vocab_size = max(spellings) + 1  # ids may have holes
 
     def encode_to_numpy(self, text: str, allow_special: bool = False, starts: bool = True) -> np.ndarray:
-        """Ids as uint32. BPE lets other threads run meanwhile."""
+        """Ids as uint32. BPE lets other threads run."""
         raise NotImplementedError
 
     def independent_chunks(self, texts: Iterable[str], allow_special: bool = False) -> Iterator[str] | None:
-        """The concatenation of `texts` in chunks that have the ids of the whole, each encoded on its own; None where
-        an id depends on what is before its chunk."""
+        """The concatenation of `texts` in chunks that, encoded one by one, give the ids of the whole; None if an id can
+        depend on the text before its chunk."""
         raise NotImplementedError
 
     def to_dict(self) -> dict:
@@ -90,11 +90,11 @@ class Tokenizer:
         raise NotImplementedError
 
     def encode(self, text: str, allow_special: bool = False, starts: bool = True) -> list[int]:
-        """Ids of `text`, with no begin-of-text token: `role("bos")` is the caller's to add."""
+        """Ids of `text`, without a begin-of-text token: the caller adds `role("bos")`."""
         return self.encode_to_numpy(text, allow_special, starts).tolist()
 
     def encode_batch(self, texts: Iterable[str], allow_special: bool = False, threads: int = 0) -> list[list[int]]:
-        """`encode` of each, by `threads` threads (0: one per CPU)."""
+        """`encode` each text, in `threads` threads (0: one per CPU)."""
         with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
             return list(pool.map(partial(self.encode, allow_special=allow_special), texts))
 
@@ -111,11 +111,11 @@ class Tokenizer:
         try:
             return b"".join(map(self._bytes.__getitem__, ids))
         except KeyError as error:
-            raise UserError(f"id {error} is not in this vocabulary of {self.vocab_size}: was it made by another "
+            raise UserError(f"id {error} is not in this vocabulary of {self.vocab_size}: does it come from another "
                             "tokenizer?") from None
 
     def decode(self, ids: Iterable[int], after: Iterable[int] = ()) -> str:
-        """Text of `ids`; bytes that are no UTF-8 (half a character, say) show as U+FFFD."""
+        """Text of `ids`; bytes that are not UTF-8 (half a character, for example) become U+FFFD."""
         return self.decode_bytes(ids, after).decode("utf-8", "replace")
 
     def token_bytes(self) -> list[bytes]:
@@ -131,7 +131,7 @@ class Tokenizer:
         return np.array([len(token) for token in self.token_bytes()])
 
     def role(self, name: str) -> int | None:
-        """Id of the token that plays a role, a key of ROLES; None where this tokenizer has none."""
+        """Id of the token for a role, a key of ROLES; None if this tokenizer has none."""
         named = self.config.get(f"{name}_token")
         if isinstance(named, dict):
             named = named["content"]
@@ -143,13 +143,13 @@ class Tokenizer:
             return None
         i = self.id_of(token, name)
         if name == "unk" and i == self.role("eot"):
-            return None  # GPT-2's files name end-of-text here, which is a token of its own
+            return None  # GPT-2's files name end-of-text here, a token of its own
         return i
 
     def id_of(self, token: str, what: str) -> int:
         """The id of a token by its name, special or not."""
         ids = self.encode(token, allow_special=True)
-        need(len(ids) == 1, f"{token!r} is to be the {what} token, but this tokenizer has no such token")
+        need(len(ids) == 1, f"{token!r} should be the {what} token, but this tokenizer has no such token")
         return ids[0]
 
     def stop_ids(self) -> tuple[int, ...]:
@@ -171,7 +171,7 @@ class Tokenizer:
         return bool(self.config.get("add_bos_token"))
 
     def needs(self, name: str) -> int:
-        """`role(name)`; UserError where there is none."""
+        """`role(name)`; UserError if there is none."""
         i = self.role(name)
         need(i is not None, f"this tokenizer has no {name} token: name one of its tokens in tokenizer_config.json, as "
                             f'"roles": {{"{name}": "..."}}')
@@ -179,12 +179,12 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of what decides about ids: vocabulary, merges, patterns, specials."""
+        """16 hex digits of everything that determines ids: vocabulary, merges, patterns, specials."""
         decides = self.to_dict()["tokenizer"] | {"post_processor": None}
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
     def lost(self, text: str) -> LostCharacters:
-        """Characters without a token, or changed by normalising: of "naïve", English characters lose (0.2, "ï")."""
+        """Characters without a token, or changed by normalising: without "ï", "naïve" loses (0.2, "ï")."""
         text, replaced = self.repaired(text)
         unk = self.role("unk")
         back = self.decode(i for i in self.encode(text) if i != unk)
@@ -206,7 +206,7 @@ class Tokenizer:
 
 
 class CharTokenizer(Tokenizer):
-    """One id per character, in the order of code points, then the specials. What was not in the data is <unk>."""
+    """One id per character, in the order of code points, then the specials. Characters not in the data are <unk>."""
 
     def __init__(self, chars: Iterable[str], specials: list[str], config: dict | None = None):
         self.chars = sorted(chars)
@@ -227,7 +227,7 @@ class CharTokenizer(Tokenizer):
         specials = list(dict.fromkeys(["<unk>", *specials]))
         room = vocab_size - len(specials)
         need(room > 0 or not vocab_size,
-             f"vocab_size={vocab_size} leaves no room for characters beside {len(specials)} specials")
+             f"vocab_size={vocab_size} leaves no room for characters besides {len(specials)} specials")
         counts = Counter()
         for text in first_bytes(texts, max_bytes):
             utf8(text)  # refuses lone surrogates
@@ -258,7 +258,7 @@ class CharTokenizer(Tokenizer):
 
 
 class StreamDecoder:
-    """Decode while ids arrive, never half a UTF-8 character. `after`: the ids of the text that they continue.
+    """Decode ids as they arrive, never half a UTF-8 character. `after`: the ids of the text that they continue.
 
     decoder = StreamDecoder(tokenizer, after=prompt)
     for i in ids: print(decoder.push(i), end="")
@@ -270,19 +270,19 @@ class StreamDecoder:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, i: int) -> str:
-        """The text that is complete with id `i`, often ''."""
+        """The text that id `i` completes, often ''."""
         shown = self.tokenizer.decode_bytes([i], after=self.before)
         self.before = [i]
         return self.decoder.decode(shown)
 
     def flush(self) -> str:
-        """U+FFFD if a character was left unfinished; ready for another text then."""
+        """U+FFFD if a character is unfinished. Afterwards ready for another text."""
         self.before = []
         return self.decoder.decode(b"", final=True)
 
 
 class Excerpt:
-    """The first `limit` characters of a text that comes in parts, to see what a tokenizer loses of it."""
+    """The first `limit` characters of a text that arrives in parts, to check what a tokenizer loses of it."""
 
     def __init__(self, limit: int = 1 << 20):
         self.parts: list[str] = []
@@ -302,7 +302,7 @@ class Excerpt:
 
 @contextmanager
 def naming(source: str | Path) -> Iterator[None]:
-    """A mistake inside is one of the file `source`."""
+    """Prefix a UserError inside with the name of the file `source`."""
     try:
         yield
     except UserError as error:
@@ -310,13 +310,13 @@ def naming(source: str | Path) -> Iterator[None]:
 
 
 def check_shape(value, shape, name: str = "") -> None:
-    """UserError if data from outside does not have the shape (see `files.mismatch`)."""
+    """UserError if data from outside does not match the shape (see `files.mismatch`)."""
     wrong = mismatch(value, shape, name)
     need(not wrong, f"not a tokenizer that we can read: {wrong}")
 
 
 def check_files(d: dict, document: object) -> None:
-    """UserError if `d` is no {"tokenizer": a document of this shape, "config": tokenizer_config.json}."""
+    """UserError unless `d` is {"tokenizer": a document of this shape, "config": tokenizer_config.json}."""
     check_shape(d, {"tokenizer": document, "config": CONFIG})
 
 

@@ -1,4 +1,4 @@
-"""Train or load a tokenizer of any kind, and read the files of others.
+"""Train or load a tokenizer of any kind, and read the files of other programs.
 
     tokenizer = load_tokenizer("my_tokenizer")      # a file or folder: its content says which kind it is
     tokenizer = load_tokenizer("cl100k_base")       # OpenAI's encoding, by tiktoken
@@ -38,15 +38,15 @@ from text.tokenizer import (
     read_config,
 )
 
-# tiktoken's encodings that we know by name, and which of PATTERNS cuts text as theirs does. Theirs have possessive
-# quantifiers, which Hugging Face's tokenizers reads as something else.
+# tiktoken's encodings that we know by name, and our equivalent PATTERNS. tiktoken's own have possessive quantifiers,
+# which Hugging Face's tokenizers reads differently.
 TIKTOKEN = {"gpt2": "gpt2", "r50k_base": "gpt2", "p50k_base": "gpt2", "cl100k_base": "cl100k", "o200k_base": "o200k"}
 
 
 def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int, pattern: str = "gpt2",
                     specials: Iterable[str] = SPECIALS, max_bytes: int = 0, workers: int = 0,
                     progress: Callable | None = None) -> Tokenizer:
-    """A new tokenizer, one of TRAINED, from documents; see their `train`. Only BPE has a use for `pattern`."""
+    """Train a tokenizer, one of TRAINED, on documents; see their `train`. Only BPE uses `pattern`."""
     need(kind in TRAINED, f"a tokenizer of kind {kind} cannot be trained, only {', '.join(TRAINED)}")
     if kind == "bpe":
         return BPETokenizer.train(texts, vocab_size, pattern, specials, max_bytes, workers, progress)
@@ -58,12 +58,12 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int, pattern: s
 
 
 def load_tokenizer(path: str | Path, pattern: str = "", roles: dict[str, str] | None = None) -> Tokenizer:
-    """Read a tokenizer: a file, a folder that holds one, or tiktoken's encoding by name. A run or a checkpoint has one,
-    too: `runtime.checkpoint.find_tokenizer`.
+    """Read a tokenizer: a file, a folder that holds one, or tiktoken's encoding by name. For that of a run or a
+    checkpoint, see `runtime.checkpoint.find_tokenizer`.
 
-    What a file is shows in its content and not in its name. vocab.json and ranks do not say how text is cut: `pattern`,
-    a key of PATTERNS, does. By default it is GPT-2's for vocab.json, for ranks see RANKS. `roles`: {role: name of its
-    token}, stronger than what the file says.
+    We recognise a file by its content, not by its name. vocab.json and ranks do not say how to split text: `pattern`, a
+    key of PATTERNS, does. The default is GPT-2's for vocab.json; for ranks see RANKS. `roles`: {role: name of its
+    token}, overrides the file.
     """
     need(not pattern or pattern in PATTERNS, f"pattern={pattern} is none of {', '.join(PATTERNS)}")
     name, path = str(path), find_path(path)
@@ -101,7 +101,7 @@ def read_tokenizer(path: Path, pattern: str) -> Tokenizer:
 
 
 def kind_of(path: Path) -> str:
-    """json, checkpoint, ranks, or sentencepiece: what a tokenizer's file is, by how it begins."""
+    """json, checkpoint, ranks, or sentencepiece: the kind of a tokenizer's file, from its first bytes."""
     try:
         with open(path, "rb") as file:
             begin = file.read(4096)
@@ -117,8 +117,8 @@ def kind_of(path: Path) -> str:
 
 
 def tokenizer_file(folder: Path) -> Path | None:
-    """The tokenizer's file of a folder, None if it has none. A SentencePiece model has what its tokenizer.json leaves
-    out, and ranks do not have the special tokens that tokenizer.json has."""
+    """The tokenizer's file in a folder, None if there is none. A SentencePiece model goes before its tokenizer.json,
+    which lacks parts of it; tokenizer.json goes before ranks, which lack its special tokens."""
     found = {"sentencepiece": [], "ranks": [], "json": [], "checkpoint": []}
     for path in [*sorted(folder.glob("*.model*")), *sorted(folder.glob("*.tiktoken"))]:
         if path.is_file() and path.name[0] != ".":
@@ -132,8 +132,8 @@ def tokenizer_file(folder: Path) -> Path | None:
 
 
 def tokenizer_from_dict(d: dict | str, source: str = "this tokenizer") -> Tokenizer:
-    """Inverse of `to_dict` for every kind, and for tokenizer.json of others; `d` may be JSON of it. UserError, which
-    names `source`, if it is not what it should be."""
+    """Inverse of `to_dict` for every kind, and for tokenizer.json of other programs; `d` may be JSON text. A UserError
+    names `source`."""
     with naming(source):
         if isinstance(d, str):
             try:
@@ -162,13 +162,13 @@ FOREIGN_SPLIT = {"pattern": Either({"Regex": str}, {"String": str}), "behavior":
 
 
 def read_tokenizer_json(document: dict, config: dict) -> BPETokenizer:
-    """A tokenizer.json of anybody. UserError names what it asks for and we do not have. Its settings for truncating and
-    padding are left out: they say how a program called `tokenizers`."""
+    """Any tokenizer.json. A UserError names a feature that we lack. We ignore its settings for truncating and padding,
+    which only describe how a program called `tokenizers`."""
     need("model" in document, "not a tokenizer.json: it has no model")
     check_shape(document, FOREIGN)
     model, added = document["model"], document.get("added_tokens") or []
-    kind = model.get("type") or "BPE"
-    refuse(kind != "BPE", f"a {kind} model")
+    kind = model.get("type")
+    refuse(kind not in (None, "BPE"), f"a {kind} model")
     check_shape(model, FOREIGN_MODEL, "model")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         refuse(model.get(key), f"{key}={model.get(key)}")
@@ -191,7 +191,7 @@ def read_tokenizer_json(document: dict, config: dict) -> BPETokenizer:
 
 
 def refuse(wrong: object, what: str) -> None:
-    need(not wrong, f"it asks for {what}, which we do not have: we read byte-level BPE only")
+    need(not wrong, f"it needs {what}, which we do not support: we read only byte-level BPE")
 
 
 def steps_of(document: dict, section: str, inner: str) -> list[dict]:
@@ -206,7 +206,7 @@ def steps_of(document: dict, section: str, inner: str) -> list[dict]:
 
 
 def split_pattern(step: dict) -> str:
-    """The expression by which a pre-tokenizer cuts."""
+    """The regular expression of a pre-tokenizer."""
     if step["type"] == "Digits" and step.get("individual_digits"):
         return r"\p{N}"
     if step["type"] == "Digits":
@@ -215,7 +215,7 @@ def split_pattern(step: dict) -> str:
     check_shape(step, FOREIGN_SPLIT, "a Split")
     pattern = step["pattern"].get("Regex") or regex.escape(step["pattern"]["String"])
     isolated = step["behavior"] == "Isolated" and not step["invert"]
-    # To remove what does not match is the same, if the pattern matches every text.
+    # Removing text that does not match is the same, if the pattern matches every text.
     kept = step["behavior"] == "Removed" and step["invert"] and pattern in CUTTABLE
     refuse(not (isolated or kept), pre_tokenizer_of(step))
     return pattern
@@ -250,7 +250,7 @@ def refuse_other_ids(added: list[dict], vocab: dict[str, int]) -> None:
 
 
 def read_gpt2(path: Path, names: dict[str, int], pattern: str) -> BPETokenizer:
-    """vocab.json: {spelled token: id}; merges.txt: "left right" a line, behind a line with a version."""
+    """vocab.json: {spelled token: id}; merges.txt: "left right" on each line, after a line with a version."""
     config = read_config(path)
     merges_file = path.with_name(path.name.replace("vocab.json", "merges.txt"))
     need(merges_file != path and merges_file.exists(), f"{path} needs its merges.txt beside it")
@@ -262,10 +262,10 @@ def read_gpt2(path: Path, names: dict[str, int], pattern: str) -> BPETokenizer:
         check_shape(names, {str: int})
         pairs = [read_merge(line) for line in lines if line and not line.startswith("#version")]
         made = set(map("".join, pairs)).union(map(bpe.spell, BYTES))
-        # What no merge makes cannot come from text, so it is special; transformers lists more in the config.
+        # A token that no merge makes cannot come from text, so it is special; transformers lists more in the config.
         added = added_tokens({name: i for name, i in names.items() if name not in made})
         for i, token in (config.get("added_tokens_decoder") or {}).items():
-            need(i.isdecimal() and len(i) < 9, f"{i[:50]!r} in added_tokens_decoder is no id")
+            need(i.isdecimal() and len(i) < 9, f"{i[:50]!r} in added_tokens_decoder is not an id")
             check_shape(token, {"content": str, "special": bool}, "added_tokens_decoder")
             if token["content"] not in names:
                 added.append(token | {"id": int(i)})
@@ -279,7 +279,7 @@ LLAMA_3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>
            "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
            "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
            *(f"<|reserved_special_token_{n}|>" for n in range(3, 248))]
-# A file of ranks names no special tokens. Which encoding it is shows in its number of ranks and the largest of them.
+# A file of ranks names no special tokens. Its number of ranks and its largest rank tell which encoding it is.
 RANKS = {
     (50256, 50255): ("gpt2", {"<|endoftext|>": 50256}),
     (50280, 50280): ("gpt2", {"<|endoftext|>": 50256}),  # p50k: runs of spaces behind the special token
@@ -292,14 +292,14 @@ RANKS = {
 
 def tiktoken_by_name(name: str) -> BPETokenizer:
     """OpenAI's encoding, from tiktoken's cache or, the first time, over the network."""
-    need(name in TIKTOKEN, f"{name} is none of tiktoken's encodings that we know: {', '.join(TIKTOKEN)}")
+    need(name in TIKTOKEN, f"{name} is not one of tiktoken's encodings that we know: {', '.join(TIKTOKEN)}")
     import tiktoken_ext.openai_public as openai
 
     try:
         parts = getattr(openai, name)()
     except (OSError, ValueError):  # all network errors of requests are OSErrors; ValueError: a damaged download
-        raise UserError(f"tiktoken cannot get its file of {name} from its cache or the network; on a machine that is "
-                        "online, fetch it once and set TIKTOKEN_CACHE_DIR to its folder here") from None
+        raise UserError(f"tiktoken cannot get its file of {name} from its cache or the network; fetch it on a machine "
+                        "that is online, copy its folder here, and set TIKTOKEN_CACHE_DIR to it") from None
     return from_ranks(parts["mergeable_ranks"], PATTERNS[TIKTOKEN[name]], parts["special_tokens"])
 
 
@@ -322,21 +322,21 @@ TEKKEN = {
     "vocab": [{"rank": int, "token_bytes": str}],
     "special_tokens?": Either([{"rank": int, "token_str": str}], None),
 }
-# What the tekken.json of Mistral's third template does not list.
+# Special tokens that the tekken.json of Mistral's third template does not list.
 TEKKEN_SPECIALS = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
                    "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]",
                    "[PREFIX]", "[MIDDLE]", "[SUFFIX]"]
 
 
 def read_tekken(document: dict) -> BPETokenizer:
-    """Mistral's tekken.json: special tokens have the first ids, and a rank is an id behind them."""
+    """Mistral's tekken.json: special tokens have the first ids, and a rank counts from the first id after them."""
     check_shape(document, TEKKEN)
     config, names = document["config"], dict(enumerate(TEKKEN_SPECIALS))
     if document.get("special_tokens"):
         names = dict(map(itemgetter("rank", "token_str"), document["special_tokens"]))
     first, size = config["default_num_special_tokens"], config["default_vocab_size"]
     need(max(names) < first < size <= LARGEST_ID,
-         f"default_num_special_tokens={first} and default_vocab_size={size} do not go together with a special token of "
+         f"default_num_special_tokens={first} and default_vocab_size={size} do not fit a special token of "
          f"rank {max(names)}")
     specials = {names.get(i, f"<SPECIAL_{i}>"): i for i in range(first)}
     ranks = {}
@@ -349,13 +349,13 @@ def read_tekken(document: dict) -> BPETokenizer:
 
 
 def from_ranks(ranks: dict[bytes, int], pattern: str, specials: dict[str, int]) -> BPETokenizer:
-    """Ranks have no merges: two neighbours are joined if the result has a rank. So the merge that makes a token is the
-    last pair when the token itself is encoded; a token without one is found as a whole piece only."""
+    """Ranks have no merges: two neighbours are joined if the result has a rank. So the merge of a token is the last
+    pair left when we encode the token itself; a token without one is found only as a whole piece."""
     need(ranks and b"" not in ranks, "a token is empty, or there is none")
     tokens = sorted(ranks, key=ranks.get)
 
     def find_cuts() -> list[int]:
-        """Where the last pair of each token meets; 0 for a byte, -1 where no pair makes it."""
+        """Where the last pair of each token meets; 0 for a byte, -1 if no pair makes it."""
         cuts = []
         for token in tokens:
             parts = encode_piece(token, lambda pair: ranks.get(pair[0] + pair[1]), until=2)
