@@ -333,7 +333,7 @@ def test_a_message_that_is_too_long_is_refused_and_changes_nothing():
     talking = Chat(model_for(tokenizer, 64), tokenizer, "chatml", sampling=GREEDY)
     "".join(talking.say("Hi"))
     before = (list(talking.turns), list(talking.known), talking.cache, talking.forgotten)
-    with pytest.raises(UserError, match=r"this message has \d+ tokens, and a context of 64 takes 52"):
+    with pytest.raises(UserError, match=r"this message has \d+ tokens, and a context of 64 has room for 52"):
         next(talking.say("the quick brown fox " * 40))
     assert (talking.turns, talking.known, talking.cache, talking.forgotten) == before
     talking.system = "the quick brown fox " * 40
