@@ -1,11 +1,14 @@
 """Chat templates of others: ids as transformers has them, no forged turn, templates stopped; ours exported."""
 
+import io
+import json
 import string
 import time
 
 import pytest
+import sentencepiece
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 import sample
 import train
@@ -20,6 +23,7 @@ from text.chat import Chat, make_template
 from text.jinja_sandbox import Sandbox
 from text.jinja_template import ModelTemplate
 from text.sft import show_example
+from text.spm import SentencePieceTokenizer
 from text.tokenizer import Tokenizer
 from text.tokenizer_files import tokenizer_from_dict, train_tokenizer
 
@@ -214,6 +218,26 @@ def test_an_input_joins_the_message(base):
     template = make_template("model", with_template(base, MISTRAL))
     messages = [{"role": "user", "content": "Translate", "input": "Hallo"}, {"role": "assistant", "content": "Hello"}]
     assert shown(template, messages) == "<s>[INST]Translate\n\nHallo[/INST]⟦Hello</s>⟧"
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("source", [ZEPHYR, LLAMA2, MISTRAL])
+def test_sentencepiece_has_the_spaces_of_transformers(source, legacy, tmp_path):
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([string.printable, ENGLISH * 9]), model_writer=file, vocab_size=500, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+        hard_vocab_limit=False)
+    (tmp_path / "tokenizer.model").write_bytes(file.getvalue())
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "bos_token": "<s>", "eos_token": "</s>",
+              "unk_token": "<unk>", "chat_template": source}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    other = LlamaTokenizer.from_pretrained(tmp_path)
+    template = make_template("model", SentencePieceTokenizer.load(tmp_path / "tokenizer.model"))
+    for messages in (talk("Hi there"), talk("Hi", "the quick fox", "and?", "brown", "so"), talk("a", "b", system="c")):
+        begins = messages[-1]["role"] == "user"
+        ids = template.prompt(messages) if begins else template.render(messages)[0]
+        assert ids == other.apply_chat_template(messages, add_generation_prompt=begins, return_dict=False)
 
 
 # ---- nobody forges a turn -------------------------------------------------------------------------------------------

@@ -64,6 +64,8 @@ class ModelTemplate:
         self.tokenizer, self.source = tokenizer, template_text(tokenizer.config)
         self.finder = find_names(tokenizer.specials) or re.compile("((?!))")
         self.begins = set(tokenizer.specials.values()) - {tokenizer.role("unk")}  # behind one of these, a text starts
+        if tokenizer.config.get("legacy") is False:  # SentencePiece in transformers: only the very first text starts
+            self.begins = set()
         self.sandbox = Sandbox(self.source, token_names(tokenizer.config), seconds)
         user, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
         system = {"role": "system", "content": SYSTEM}
