@@ -49,12 +49,13 @@ class LlamaCpp:
             function.restype, function.argtypes = result, arguments
 
     def load(self, path: Path, n_ctx: int = 512) -> "Model":
-        return Model(self.lib, path, n_ctx)
+        return Model(self, path, n_ctx)
 
 
 class Model:
-    def __init__(self, lib, path: Path, n_ctx: int):
-        self.lib = lib
+    def __init__(self, llama: LlamaCpp, path: Path, n_ctx: int):
+        self.llama, self.lib = llama, llama.lib  # llama.cpp calls llama.quiet as long as a model lives
+        lib = llama.lib
         self.model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
         assert self.model, f"llama.cpp does not load {path}"
         params = lib.llama_context_default_params()
