@@ -29,6 +29,7 @@ from model import ModelConfig
 from runtime import checkpoint
 from runtime.files import own_folder, unless_empty
 from runtime.screen import run
+from text.chat import make_template
 
 USAGE = "say: python convert.py SOURCE TARGET [DTYPE=...] [MERGE=1] [TO=run] [LORA_BASE=CHECKPOINT]"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}  # in a GGUF file
@@ -163,12 +164,17 @@ def export_model(path: Path, target: str, dtype: str, adapters: bool, lora_base:
 def whole_model(path: Path, lora_base: str):
     """(settings, weights, tokenizer) of a run; adapters are merged into their base."""
     state = checkpoint.load(path)
+    saved = checkpoint.saved_settings(state, path, [ModelConfig])
     if state["base"]:
         model, tokenizer, _ = checkpoint.load_model(path, lora_base=lora_base)
-        return pick(ModelConfig, merged_settings(model, vars(model.cfg))), merged_state(model), tokenizer
-    saved, weights = checkpoint.saved_settings(state, path, [ModelConfig]), checkpoint.weights(state)
-    checkpoint.check_weights(path, saved, weights)
-    return pick(ModelConfig, saved), weights, checkpoint.tokenizer_of(state, saved, path)
+        cfg, weights = pick(ModelConfig, merged_settings(model, vars(model.cfg))), merged_state(model)
+    else:
+        cfg, weights = pick(ModelConfig, saved), checkpoint.weights(state)
+        checkpoint.check_weights(path, saved, weights)
+        tokenizer = checkpoint.tokenizer_of(state, saved, path)
+    if saved.get("task") == "sft" and saved.get("template", "model") != "model":  # it learned one of our prompt formats
+        tokenizer.config["chat_template"] = make_template(saved["template"], tokenizer).jinja()
+    return cfg, weights, tokenizer
 
 
 # ---- adapters into their base

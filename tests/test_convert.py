@@ -16,6 +16,8 @@ from conftest import tiny_run, tune
 from model import LanguageModel, ModelConfig
 from runtime import checkpoint
 from runtime.safetensors import SafetensorsFile, write_safetensors
+from text.chat import make_template
+from text.tokenizer_hf import read_hf_tokenizer
 
 VOCAB = 270  # two more than the tokenizer has
 IDS = torch.randint(VOCAB - 4, (2, 48), generator=torch.Generator().manual_seed(1))
@@ -394,6 +396,10 @@ def test_an_imported_model_trains_further_and_is_evaluated(text, theirs, questio
     merged = ours(tmp_path / "lora-merged")
     assert torch.equal(again.load("model.layers.0.self_attn.q_proj.weight"), merged.blocks[0].attn.q.weight)
     assert torch.equal(again.load("lm_head.weight"), merged.head.weight)
+    exported = read_hf_tokenizer(tmp_path / "merged")  # with the prompt format that was learned
+    talk = [{"role": "user", "content": "say a"}]
+    learned = checkpoint.settings(tmp_path / "lora-merged" / "best.pt")["template"]
+    assert make_template("model", exported).prompt(talk) == make_template(learned, exported).prompt(talk)
 
 
 def test_adapters_leave_as_a_peft_folder_and_come_back(text, theirs, questions, tmp_path):
