@@ -245,8 +245,8 @@ def test_the_help_of_a_setting_makes_sense_without_its_neighbours(part):
 def wrong_values(kind) -> list:
     """What no setting of this type may be."""
     if typing.get_origin(kind) is Literal:
-        choice = typing.get_args(kind)[0]
-        return [choice.upper(), choice + " ", "", None, 1, True]
+        choices = typing.get_args(kind)
+        return [value for value in (choices[-1].upper(), choices[-1] + " ", "", None, 1, True) if value not in choices]
     if kind is int:
         return ["3", None, True, 1.5, float("nan"), 10**19, 10**400, 1e30, -(10**16)]
     if kind is float:

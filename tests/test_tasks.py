@@ -367,7 +367,7 @@ def test_numbered_parts_are_read_in_order_unless_they_repeat_a_question(tmp_path
     write(tmp_path / "._hellaswag_val-00-of-12.jsonl", [])  # of a Mac
     assert [each.record["ctx_a"] for each in load("hellaswag", tmp_path)] == [str(i) for i in range(12)]
     write(tmp_path / "hellaswag_val-11-of-12.jsonl", [SWAG | {"ctx_a": "3"}])
-    with pytest.raises(UserError, match="-11-of-12.jsonl, line 1 is in hellaswag_val-03-of-12.jsonl, too"):
+    with pytest.raises(UserError, match="-11-of-12.jsonl, line 1 is also in hellaswag_val-03-of-12.jsonl"):
         load("hellaswag", tmp_path)
 
 

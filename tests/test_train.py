@@ -309,7 +309,7 @@ def test_a_sample_and_its_prompt_join_with_the_space_of_their_text(go, tmp_path,
             vocab_size=300, hard_vocab_limit=False, byte_fallback=True, normalization_rule_name="identity",
             remove_extra_whitespaces=False, add_dummy_prefix=True, minloglevel=2)
 
-    def oracle(model, prompts, sampling, stops):  # a model that knows how each document goes on
+    def oracle(model, prompts, sampling, stops, unused):  # a model that knows how each document goes on
         rows = []
         for prompt in prompts:
             text = truth["tokenizer"].decode(prompt[1:])
@@ -335,9 +335,9 @@ def test_a_sample_and_its_prompt_join_with_the_space_of_their_text(go, tmp_path,
 def test_samples_have_a_fixed_number_of_tokens_whatever_the_machine(go, tmp_path, monkeypatch, documents):
     asked, original = [], sample.generate
 
-    def generating(model, prompts, sampling, stops):
+    def generating(model, prompts, sampling, stops, unused):
         asked.append((len(prompts), sampling.max_new_tokens))
-        return original(model, prompts, sampling, stops)
+        return original(model, prompts, sampling, stops, unused=unused)
 
     monkeypatch.setattr(sample, "generate", generating)
     for name, seq_len, tokens in (("short", 16, 8), ("long", 256, 100)):
