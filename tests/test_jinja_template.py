@@ -3,7 +3,6 @@
 import io
 import json
 import string
-import time
 
 import pytest
 import sentencepiece
@@ -280,11 +279,10 @@ MESSAGES = [{"role": "user", "content": "Hi"}]
     "{{ 'a' * 10 ** 10 }}", "{{ 'x' * 70000000 }}",
     "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"])
 def test_a_template_that_never_ends_is_stopped(source):
-    began = time.monotonic()
     with pytest.raises(UserError, match="did not end within 1 seconds|MemoryError|more than 64 million") as error:
         found = Sandbox(source, {}, seconds=1).render([(MESSAGES, True)])
         raise found[0]
-    assert time.monotonic() - began < 10 and len(str(error.value)) < 200
+    assert len(str(error.value)) < 200
 
 
 @pytest.mark.parametrize("source,problem", [
