@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import ROOT, Settings, UserError, check, find_path, need, pick
+from configurator import ROOT, Settings, UserError, check, find_path, need, pick, shown
 from lora import LoraSettings, adapter_state, fingerprint, inject, load_adapter, merge
 from model import LanguageModel, ModelConfig, shapes_only
 from runtime.files import Either, locked, misfit, mismatch, replacing, require_file, unless_empty, write_text, writing
@@ -218,6 +218,27 @@ def rebuild_tensor(flat: torch.Tensor, offset: int, size: tuple, stride: tuple, 
     if math.prod(size) > len(flat):
         raise Foreign(f"a tensor of shape {tuple(size)} has {len(flat)} numbers")
     return flat.as_strided(size, stride, offset)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """{name: tensor} of a file of others that torch.save wrote, and nothing else; UserError otherwise."""
+    try:
+        if zipfile.is_zipfile(require_file(path)):
+            state = read(path, "cpu")
+        else:  # by torch before 1.6: of these, torch.load takes no more memory than they have bytes
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        wrong = mismatch(state, {str: torch.Tensor})
+        for tensor in () if wrong else state.values():
+            if tensor.layout != torch.strided or tensor.nbytes > path.stat().st_size:
+                wrong = "a tensor is sparse, or larger than the file"
+    except (UserError, MemoryError):
+        raise
+    except pickle.UnpicklingError:
+        wrong = "it is damaged, or asks for more than tensors"
+    except Exception as error:  # zipfile, pickle and torch raise almost anything for a wrong byte
+        wrong = shown(f"{type(error).__name__} {error}".splitlines()[0], most=100)
+    need(not wrong, f"{path} holds no weights that we read ({wrong}): take the .safetensors of the same model")
+    return state
 
 
 def saved_settings(state: dict, path: Path, parts: list[type]) -> dict:

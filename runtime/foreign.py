@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configurator import UserError, need, shown
+from configurator import need, shown
 from model import LanguageModel, ModelConfig, shapes_only
 from runtime import checkpoint, gguf
 from runtime.families import (
@@ -35,11 +35,11 @@ from runtime.families import (
     write_gguf_meta,
     write_hf_config,
 )
-from runtime.files import mismatch, read_json, write_json, writing
+from runtime.files import read_json, write_json, writing
 from runtime.safetensors import NAMES, SafetensorsFile, write_safetensors
 from text.tokenizer import Tokenizer
 from text.tokenizer_gguf import read_tokenizer_meta, write_tokenizer_meta
-from text.tokenizer_hf import generation_config, read_hf_tokenizer, stop_tokens, write_hf_tokenizer
+from text.tokenizer_hf import generation_config, read_hf_tokenizer, write_hf_tokenizer
 
 HEAD = {False: "lm_head.weight", True: "output.weight"}  # in a Hugging Face file, in a GGUF file
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -66,17 +66,10 @@ class ForeignModel:
 
 
 class PickledWeights:
-    """pytorch_model.bin, with the interface of SafetensorsFile. The file is read whole; a loaded tensor is let go."""
+    """pytorch_model.bin, with the interface of SafetensorsFile. A loaded tensor is let go."""
 
     def __init__(self, path: Path):
-        try:
-            self.state = checkpoint.read(path, "cpu")
-            wrong = mismatch(self.state, {str: Tensor})
-        except (UserError, MemoryError):
-            raise
-        except Exception as error:  # zipfile and pickle raise almost anything for a wrong byte
-            wrong = shown(f"{type(error).__name__} {error}", most=100)
-        need(not wrong, f"{path} holds no weights that we read ({wrong}): take the model.safetensors of the same model")
+        self.state = checkpoint.read_weights(path)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
 
     def load(self, name: str) -> Tensor:
@@ -144,19 +137,20 @@ def is_extra_layer(family: Family, cfg: ModelConfig, name: str) -> bool:
 
 def read_gguf_model(path: Path) -> ForeignModel:
     """UserError for what is damaged, hostile, or a model that we cannot be."""
-    file = gguf.GGUFFile(path)
-    factors = None
-    if ROPE_FACTORS in file.shapes:
-        need(len(file.shapes[ROPE_FACTORS]) == 1 and file.shapes[ROPE_FACTORS][0] <= 1 << 16,
-             f"{path}: {ROPE_FACTORS} has the shape {file.shapes[ROPE_FACTORS]}")
-        factors = file.load(ROPE_FACTORS)
-    family, cfg = read_gguf_meta(file.meta, file.shapes, factors, str(path))
-    tokenizer = read_tokenizer_meta(file.meta, str(path))
-    ends = [file.meta.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
-    stops = stop_tokens(tokenizer, ends)
-    if stops:
-        tokenizer.config["stop_tokens"] = stops
-    return ForeignModel(path, family, cfg, file.shapes, file.load, tokenizer, is_gguf=True, ignored={ROPE_FACTORS})
+    files = gguf.open_gguf(path)
+    meta, places = files[0].meta, {}
+    for file in files:
+        twice = places.keys() & file.shapes.keys()
+        need(not twice, f"{path}: {more(twice, 'two of its parts have ')}")
+        places |= dict.fromkeys(file.shapes, file)
+    shapes, factors = {name: file.shapes[name] for name, file in places.items()}, None
+    if ROPE_FACTORS in shapes:
+        need(len(shapes[ROPE_FACTORS]) == 1 and shapes[ROPE_FACTORS][0] <= 1 << 16,
+             f"{path}: {ROPE_FACTORS} has the shape {shapes[ROPE_FACTORS]}")
+        factors = places[ROPE_FACTORS].load(ROPE_FACTORS)
+    family, cfg = read_gguf_meta(meta, shapes, factors, str(path))
+    return ForeignModel(path, family, cfg, shapes, lambda name: places[name].load(name),
+                        read_tokenizer_meta(meta, str(path)), is_gguf=True, ignored={ROPE_FACTORS})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

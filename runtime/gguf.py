@@ -11,6 +11,7 @@ file: the fastest dimension comes first there, and last here. Nothing is allocat
 """
 
 import math
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import UserError, need
+from configurator import UserError, need, shown
 from runtime.files import replacing, require_file
 
 MAGIC = b"GGUF"
@@ -29,6 +30,9 @@ DEEPEST = 4  # dimensions of a tensor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Blocks: some 32 or 256 numbers that share a scale
+
+
+IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 
 
 def halves(blocks: np.ndarray, column: int) -> np.ndarray:
@@ -59,6 +63,10 @@ def read_q4_1(blocks: np.ndarray) -> np.ndarray:
     return halves(blocks, 0) * nibbles(blocks[:, 4:]).astype(np.float32) + halves(blocks, 2)
 
 
+def read_iq4_nl(blocks: np.ndarray) -> np.ndarray:
+    return halves(blocks, 0) * IQ4[nibbles(blocks[:, 2:])]
+
+
 def read_q5_0(blocks: np.ndarray) -> np.ndarray:
     q = (nibbles(blocks[:, 6:]) | fifth_bits(blocks[:, 2:6])).astype(np.int8) - 16
     return halves(blocks, 0) * q.astype(np.float32)
@@ -69,26 +77,58 @@ def read_q5_1(blocks: np.ndarray) -> np.ndarray:
     return halves(blocks, 0) * q.astype(np.float32) + halves(blocks, 2)
 
 
+def bits(packed: np.ndarray, width: int) -> np.ndarray:
+    """(n, 32 · m) bytes -> (n, m · 8 / width, 32): the lowest bits of 32 bytes, then the next, one group each."""
+    packed = packed.reshape(len(packed), -1, 1, 32)
+    parts = [packed >> shift & (1 << width) - 1 for shift in range(0, 8, width)]
+    return np.concatenate(parts, axis=2).reshape(len(packed), -1, 32)
+
+
+def grouped(scales: np.ndarray, q: np.ndarray, minima: np.ndarray | None = None) -> np.ndarray:
+    """(n, 256) numbers of groups with a scale, and perhaps a minimum, each."""
+    values = scales[..., None] * q.reshape(len(q), scales.shape[1], -1).astype(np.float32)
+    if minima is not None:
+        values -= minima[..., None]
+    return values.reshape(-1, 256)
+
+
+def read_q2_k(blocks: np.ndarray) -> np.ndarray:
+    """16 groups of 16 with a scale and a minimum of 4 bits each."""
+    scales, minima = (blocks[:, :16] & 15).astype(np.float32), (blocks[:, :16] >> 4).astype(np.float32)
+    return grouped(halves(blocks, 80) * scales, bits(blocks[:, 16:80], 2), halves(blocks, 82) * minima)
+
+
+def read_q3_k(blocks: np.ndarray) -> np.ndarray:
+    """16 groups of 16 with a scale of 6 bits: two low bits of each element, and whether 4 is not taken away."""
+    low, high = blocks[:, 96:104], blocks[:, 104:108]
+    scales = np.concatenate([low & 15, low >> 4], axis=1)
+    scales |= np.concatenate([high >> shift & 3 for shift in (0, 2, 4, 6)], axis=1) << 4
+    q = (bits(blocks[:, 32:96], 2) | bits(blocks[:, :32], 1) << 2).astype(np.int8) - 4
+    return grouped(halves(blocks, 108) * (scales.astype(np.int8) - 32).astype(np.float32), q)
+
+
 def read_q4_k(blocks: np.ndarray) -> np.ndarray:
+    return read_q4_q5_k(blocks, bits(blocks[:, 16:], 4))
+
+
+def read_q5_k(blocks: np.ndarray) -> np.ndarray:
+    return read_q4_q5_k(blocks, bits(blocks[:, 48:], 4) | bits(blocks[:, 16:48], 1) << 4)
+
+
+def read_q4_q5_k(blocks: np.ndarray, q: np.ndarray) -> np.ndarray:
     """Eight groups of 32 with a scale and a minimum of 6 bits each, in units of two f16 per block."""
     a, b, c = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = np.concatenate([a & 63, c & 15 | a >> 2 & 48], axis=1).astype(np.float32)
     minima = np.concatenate([b & 63, c >> 4 | b >> 2 & 48], axis=1).astype(np.float32)
-    packed = blocks[:, 16:].reshape(-1, 4, 1, 32)  # 32 bytes: the low halves of one group, the high ones of the next
-    q = np.concatenate([packed & 15, packed >> 4], axis=2).reshape(-1, 8, 32)
-    scales, minima = halves(blocks, 0) * scales, halves(blocks, 2) * minima
-    return (scales[..., None] * q.astype(np.float32) - minima[..., None]).reshape(-1, 256)
+    return grouped(halves(blocks, 0) * scales, q, halves(blocks, 2) * minima)
 
 
 def read_q6_k(blocks: np.ndarray) -> np.ndarray:
     """16 groups of 16 with a scale of 8 bits: four low bits, then two high bits of each element."""
     low = blocks[:, :128].reshape(-1, 2, 1, 64)
     low = np.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 8, 32)
-    high = blocks[:, 128:192].reshape(-1, 2, 1, 32)
-    high = np.concatenate([high >> shift & 3 for shift in (0, 2, 4, 6)], axis=2).reshape(-1, 8, 32)
-    q = ((low | high << 4).astype(np.int8) - 32).reshape(-1, 16, 16)
-    scales = halves(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32)
-    return (scales[..., None] * q.astype(np.float32)).reshape(-1, 256)
+    q = (low | bits(blocks[:, 128:192], 2) << 4).astype(np.int8) - 32
+    return grouped(halves(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32), q)
 
 
 def read_bf16(blocks: np.ndarray) -> np.ndarray:
@@ -138,15 +178,20 @@ KINDS = {
     "Q5_0": Kind(6, 32, 22, read_q5_0),
     "Q5_1": Kind(7, 32, 24, read_q5_1),
     "Q8_0": Kind(8, 32, 34, read_q8_0, write_q8_0),
+    "Q2_K": Kind(10, 256, 84, read_q2_k),
+    "Q3_K": Kind(11, 256, 110, read_q3_k),
     "Q4_K": Kind(12, 256, 144, read_q4_k),
+    "Q5_K": Kind(13, 256, 176, read_q5_k),
     "Q6_K": Kind(14, 256, 210, read_q6_k),
+    "IQ4_NL": Kind(20, 32, 18, read_iq4_nl),
     "BF16": Kind(30, 1, 2, read_bf16, write_bf16),
 }
 BY_NUMBER = {kind.number: name for name, kind in KINDS.items()}
 # Types that llama.cpp knows and we do not read, for the sentence.
-OTHERS = {10: "Q2_K", 11: "Q3_K", 13: "Q5_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
-          20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
+OTHERS = {15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
+          21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
           29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}
+PART = re.compile(r"(.+)-\d{5}-of-\d{5}")  # the name of a file that llama-gguf-split wrote
 CHUNK = 1 << 20  # elements that are converted at once, so that the copies on the way stay small
 
 
@@ -260,6 +305,24 @@ class GGUFFile:
         for first in range(0, len(blocks), step):
             values[first : first + step] = kind.read(np.ascontiguousarray(blocks[first : first + step]))
         return torch.from_numpy(values.reshape(self.shapes[name]))
+
+
+def open_gguf(path: Path) -> list[GGUFFile]:
+    """The file, or all the parts of a model that llama.cpp split: model-00001-of-00003.gguf names the other two."""
+    file = GGUFFile(path)
+    count, name = file.meta.get("split.count", 1), PART.fullmatch(path.stem)
+    if count == 1:
+        return [file]
+    need(isinstance(count, int) and 1 < count < 1 << 16 and name,
+         f"{path} is a part of {shown(str(count))}: name it as llama.cpp did, or join them: llama-gguf-split --merge")
+    paths = [path.with_name(f"{name[1]}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+    lacking = [each.name for each in paths if not each.exists()]
+    need(not lacking, f"{path} is a part of {count}, and {', '.join(lacking[:3])} is not beside it")
+    files = list(map(GGUFFile, paths))
+    for number, part in enumerate(files):
+        found = [part.meta.get("split.no"), part.meta.get("split.count")]
+        part.check(found == [number, count], f"it says that it is part {shown(str(found))}, counted from 0")
+    return files
 
 
 # ---------------------------------------------------------------------------------------------------------------------

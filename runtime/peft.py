@@ -27,7 +27,7 @@ from lora import LoraLinear, LoraSettings, adapted, fingerprint, inject, load_ad
 from model import LanguageModel, ModelConfig, shapes_only
 from runtime import checkpoint
 from runtime.families import Family, Link, family_of, links
-from runtime.files import Either, read_json, require_file, write_json, writing
+from runtime.files import Either, read_json, write_json, writing
 from runtime.safetensors import SafetensorsFile, write_safetensors
 
 PREFIX = "base_model.model."
@@ -230,7 +230,7 @@ class Adapter:
         self.file = folder / "adapter_model.safetensors"
         if not self.file.is_file() and (folder / "adapter_model.bin").is_file():
             self.file = folder / "adapter_model.bin"
-            tensors = read_pickle(self.file)
+            tensors = checkpoint.read_weights(self.file)
             self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             load = tensors.__getitem__
         else:
@@ -321,20 +321,6 @@ class Adapter:
         wanted = [wanted] if isinstance(wanted, int) else wanted
         numbers = {module: re.search(r"\.(\d+)\.", module) for module in modules}
         return {module for module, number in numbers.items() if not number or int(number[1]) not in wanted}
-
-
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """An older adapter_model.bin, as tensors and nothing else."""
-    try:
-        state = checkpoint.read(require_file(path), "cpu")
-    except UserError:
-        raise
-    except Exception as error:  # zipfile and pickle raise almost anything for a wrong byte
-        reason = shown(f"{type(error).__name__} {error}".splitlines()[0], most=80)
-        raise UserError(f"{path} cannot be read ({reason}); save it as adapter_model.safetensors") from None
-    is_state = isinstance(state, dict) and all(isinstance(tensor, Tensor) for tensor in state.values())
-    need(is_state and all(isinstance(name, str) for name in state), f"{path} holds more than tensors with names")
-    return state
 
 
 def read_peft(folder: str, target: str, base: str) -> str:

@@ -1,8 +1,9 @@
 """Models of transformers come in and go out again: the same logits, whatever the family and the files."""
 
 import json
+import math
 import shutil
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -15,10 +16,13 @@ from configurator import UserError
 from conftest import tiny_run, tune
 from model import LanguageModel, ModelConfig
 from runtime import checkpoint
+from runtime.files import misfit
+from runtime.gguf import GGUFFile, Tensor, write_gguf
 from runtime.safetensors import SafetensorsFile, write_safetensors
 from text.chat import make_template
 from text.tokenizer_hf import read_hf_tokenizer
 
+OLD = dict(_use_new_zipfile_serialization=False)  # torch.save as before 1.6
 VOCAB = 270  # two more than the tokenizer has
 IDS = torch.randint(VOCAB - 4, (2, 48), generator=torch.Generator().manual_seed(1))
 SIZES = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -145,6 +149,36 @@ def test_a_gguf_file_gives_back_every_bit_and_setting(name, tmp_path):
         assert far(read(IDS).logits, theirs(IDS).logits) < 1e-5
 
 
+def split_gguf(path):
+    """Cut a file into three parts, as llama-gguf-split does; returns their paths."""
+    whole, parts = GGUFFile(path), []
+    names = sorted(whole.shapes)
+    for number in range(3):
+        own = [Tensor(name, whole.shapes[name], "F32", partial(whole.load, name)) for name in names[number::3]]
+        meta = {} if number else whole.meta
+        parts.append(path.with_name(f"part-{number + 1:05}-of-00003.gguf"))
+        write_gguf(parts[-1], meta | {"split.no": number, "split.count": 3}, own)
+    return parts
+
+
+def test_a_gguf_file_in_parts_is_one_model(theirs, tmp_path):
+    go(theirs, tmp_path / "run")
+    go(tmp_path / "run", tmp_path / "whole.gguf")
+    parts = split_gguf(tmp_path / "whole.gguf")
+    go(parts[0], tmp_path / "again")
+    found, expected = ours(tmp_path / "again").state_dict(), ours(tmp_path / "run").state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    shutil.copy(parts[1], parts[2])
+    with pytest.raises(UserError, match="00003-of-00003.gguf .*: it says that it is part"):
+        go(parts[0], tmp_path / "other")
+    parts[2].unlink()
+    with pytest.raises(UserError, match="is a part of 3, and part-00003-of-00003.gguf is not beside it"):
+        go(parts[0], tmp_path / "other")
+    parts[0].rename(tmp_path / "renamed.gguf")
+    with pytest.raises(UserError, match="llama-gguf-split --merge"):
+        go(tmp_path / "renamed.gguf", tmp_path / "other")
+
+
 @pytest.mark.parametrize("dtype, most", [("float16", 3e-4), ("bfloat16", 2e-3), ("q8_0", 6e-3), ("q4_0", 0.1)])
 def test_rounded_gguf_files_are_near(dtype, most, tmp_path):
     save(build("llama"), tmp_path / "theirs")
@@ -218,6 +252,30 @@ def test_old_files_of_gpt2_without_prefix_and_with_masks(tmp_path):
     assert far(ours(tmp_path / "run")(IDS), model(IDS).logits) < 1e-5
 
 
+@pytest.mark.parametrize("how", [OLD, {}])
+def test_pickles_in_shards_whose_tensors_share_memory(how, theirs, tmp_path):
+    """One storage for all: tied matrices, and views of which one is transposed."""
+    go(theirs, tmp_path / "expected")
+    file = SafetensorsFile(theirs / "model.safetensors")
+    flat = torch.cat([file.load(name).flatten() for name in file.shapes])
+    state, at = {}, 0
+    for name, shape in file.shapes.items():
+        state[name] = flat[at : at + math.prod(shape)].view(shape)
+        at += math.prod(shape)
+    state[Q] = state[Q].T.contiguous().T
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    (theirs / "model.safetensors").unlink()
+    names = sorted(state)
+    shards = {"a.bin": names[::2], "b.bin": names[1::2]}
+    for shard, inside in shards.items():
+        torch.save({name: state[name] for name in inside}, theirs / shard, **how)
+    places = {name: shard for shard, inside in shards.items() for name in inside}
+    (theirs / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    go(theirs, tmp_path / "run")
+    found, expected = (checkpoint.load(tmp_path / run / "best.pt")["model"] for run in ("run", "expected"))
+    assert not misfit(expected, found) and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @torch.no_grad()
 def test_layers_that_predict_a_second_token_are_left_out(tmp_path):
     folder = save(build("deepseek_v3"), tmp_path / "theirs")
@@ -270,10 +328,23 @@ def cut(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def pickle_of(content):
+def pickle_of(content, **how):
     def change(folder):
         (folder / "model.safetensors").unlink()
-        torch.save(content, folder / "pytorch_model.bin")
+        torch.save(content, folder / "pytorch_model.bin", **how)
+    return change
+
+
+def claim(places):
+    """An old pickle of one tensor, of shape (3, 4), whose bytes say something else."""
+    def change(folder):
+        pickle_of({"w": torch.ones(3, 4)}, **OLD)(folder)
+        path = folder / "pytorch_model.bin"
+        raw = path.read_bytes()
+        for old, new in places.items():
+            assert old in raw
+            raw = raw.replace(old, new)
+        path.write_bytes(raw)
     return change
 
 
@@ -301,6 +372,11 @@ WRONG = {
         folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')), "weight_map is a list"),
     "a pickle of other things": (pickle_of({"a": 1}), "holds no weights that we read"),
     "a pickle with code": (pickle_of({"a": shutil.rmtree}), "holds no weights that we read"),
+    "an old pickle with code": (pickle_of({"a": shutil.rmtree}, **OLD), "or asks for more than tensors"),
+    "an old pickle of a large storage": (claim({b"K\x0cNt": b"\x8a\x06" + bytes(5) + b"\x01Nt"}), "holds no weights"),
+    "an old pickle of a large tensor": (claim({b"K\x03K\x04\x86": b"J\xff\xff\xff\x7fK\x04\x86",
+                                               b"K\x04K\x01\x86": b"K\x00K\x01\x86"}), "larger than the file"),
+    "an old pickle that is cut short": (claim({torch.ones(3).numpy().tobytes(): b""}), "holds no weights"),
 }
 
 

@@ -180,7 +180,7 @@ def test_an_older_pickle_is_read_as_tensors_only(tied, tmp_path):
     read_peft(tmp_path / "peft", tmp_path / "run", run)
     assert_same(ours(tmp_path / "run"), expected)
     torch.save({"x": print}, tmp_path / "peft" / "adapter_model.bin")
-    with pytest.raises(UserError, match=r"adapter_model.bin cannot be read \(Foreign it asks for __builtin__.print"):
+    with pytest.raises(UserError, match=r"adapter_model.bin holds no .* \(Foreign it asks for __builtin__.print"):
         read_peft(tmp_path / "peft", tmp_path / "other", run)
 
 

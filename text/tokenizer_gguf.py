@@ -16,7 +16,7 @@ from configurator import UserError, need, shown
 from runtime.files import mismatch
 from text.pieces import CHINESE_AND_JAPANESE, DEEPSEEK, NEMO, PATTERNS
 from text.tokenizer import Tokenizer, naming
-from text.tokenizer_hf import added_names
+from text.tokenizer_hf import added_names, stop_tokens
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens, in GGUF and SentencePiece
 # How a name of llama.cpp cuts, and whether a piece that is a token becomes that token even without merges.
@@ -104,7 +104,7 @@ def read_roles(own: dict, tokenizer: Tokenizer) -> dict:
             config[f"{role}_token"] = names[own[key]]
     if config.get("bos_token") == config.get("eos_token") and not config["add_bos_token"]:
         config.pop("bos_token", None)  # as in GPT-2's files: nothing begins a text
-    stops = [names[own[key]] for key in ("eot_token_id", "eom_token_id") if own.get(key) in names]
+    stops = stop_tokens(tokenizer, [own.get(f"{end}_token_id") for end in ("eos", "eot", "eom")])
     if stops:
         config["stop_tokens"] = stops
     if own.get("chat_template"):
