@@ -8,7 +8,11 @@ import transformers
 
 from configurator import UserError
 from test_bpe import TEXTS, fuzz, train
+from test_spm import IDENTITY
+from test_spm import theirs as theirs_spm
 from test_tokenizer_files import layout
+from text.spm import SentencePieceTokenizer
+from text.spm_model import change_scores, round_score
 from text.tokenizer import SPECIALS, CharTokenizer
 from text.tokenizer_files import load_tokenizer, train_tokenizer
 from text.tokenizer_hf import generation_config, read_hf_tokenizer, write_hf_tokenizer
@@ -28,9 +32,9 @@ def folder_of(tmp_path, name="llama3", **files):
 # ---- writing
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gpt4", "qwen2", "o200k", "char", "spbpe"])
+@pytest.mark.parametrize("kind", ["gpt2", "gpt4", "qwen2", "cl100k", "o200k", "char", "spbpe", "unigram"])
 def test_transformers_loads_what_we_write_with_equal_ids(kind, tmp_path):
-    if kind in ("char", "spbpe"):
+    if kind in ("char", "spbpe", "unigram"):
         ours = train_tokenizer(kind, TEXTS, 0 if kind == "char" else 700, workers=1)
     else:
         ours = train(700, kind)
@@ -39,11 +43,71 @@ def test_transformers_loads_what_we_write_with_equal_ids(kind, tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in HARD:
         assert theirs.encode(text) == ours.encode(text, allow_special=True)
+        assert kind == "char" or theirs.encode(text, split_special_tokens=True) == ours.encode(text)
     assert len(theirs) == ours.vocab_size and theirs.chat_template == TEMPLATE
     assert theirs.eos_token_id == ours.role("eos") and theirs.pad_token_id == ours.role("pad")
     assert theirs.bos_token is None and theirs.unk_token_id == ours.role("unk")
     ids = ours.encode("it's 12, naïve.")
     assert theirs.decode(ids).strip() == ours.decode(ids)
+
+
+@pytest.mark.parametrize("options", [
+    dict(model_type="bpe"), dict(model_type="unigram"), dict(model_type="unigram", add_dummy_prefix=False),
+    dict(model_type="bpe", add_dummy_prefix=False, user_defined_symbols=["<tool>", "▁▁▁"]),
+    dict(model_type="unigram", add_dummy_prefix=False, user_defined_symbols=["<tool>"]),
+])
+def test_a_sentencepiece_model_of_others_leaves_with_equal_ids(options, tmp_path):
+    """Unigram's scores are rounded, as in our own: otherwise a run of one character has several best splits."""
+    model = theirs_spm(["the cat is a hat", *TEXTS[1:]], allow_whitespace_only_pieces=True, **IDENTITY, **options)
+    ours = SentencePieceTokenizer(change_scores(model, round_score), {"add_bos_token": True})
+    write_hf_tokenizer(ours, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*HARD, *fuzz(300, 1, ("<tool>", "<0x0A>", "<s>", "</s>", "xx" * 20, "=-" * 20))]:
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text, allow_special=True)
+        assert theirs.encode(text, add_special_tokens=False, split_special_tokens=True) == ours.encode(text)
+    assert theirs.encode("a") == [ours.role("bos"), *ours.encode("a")]
+    again = read_hf_tokenizer(tmp_path)
+    assert again.fingerprint == ours.fingerprint and again.adds_bos()
+
+
+def test_a_unigram_that_lacks_the_characters_of_its_own_names_leaves_with_equal_ids(tmp_path):
+    ours = train_tokenizer("unigram", ["the cat is a hat " * 9], 300, workers=1)
+    write_hf_tokenizer(ours, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("<0x0A>", "a<0x0A> 0x0A", "<|im_end|> x <unk>", "<<||>>"):
+        assert theirs.encode(text, split_special_tokens=True) == ours.encode(text)
+        assert theirs.encode(text) == ours.encode(text, allow_special=True)
+
+
+@pytest.mark.parametrize("config, options, what", [
+    ({"legacy": False}, {}, "begins with a space"),
+    ({}, dict(user_defined_symbols=["<tool>"]), "behind <tool>"),
+    ({}, dict(model_type="unigram"), "long runs"),
+    ({}, {}, ""),
+])
+def test_where_transformers_gives_other_ids_a_line_says_so(config, options, what, tmp_path, capsys):
+    model = theirs_spm(**{"model_type": "bpe", "allow_whitespace_only_pieces": True} | IDENTITY | options)
+    write_hf_tokenizer(SentencePieceTokenizer(model, config), tmp_path)
+    said = capsys.readouterr().err
+    assert what in said and bool(said) == bool(what)
+
+
+@pytest.mark.parametrize("options, what", [
+    (dict(model_type="bpe"), "changes text before it cuts it"),
+    (IDENTITY | dict(byte_fallback=False), "tokens for bytes"),
+])
+def test_a_sentencepiece_model_without_a_form_there_is_a_sentence(options, what, tmp_path):
+    with pytest.raises(UserError, match=what):
+        write_hf_tokenizer(SentencePieceTokenizer(theirs_spm(**options)), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_to_which_tokenizers_gives_other_ids_is_refused(tmp_path, monkeypatch):
+    ours = train(300)
+    monkeypatch.setattr(ours, "encode", lambda text, allow_special: [0])
+    with pytest.raises(UserError, match="tokenizers would give other ids"):
+        write_hf_tokenizer(ours, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_we_write_comes_back(tmp_path):

@@ -21,6 +21,7 @@ import numpy as np
 from configurator import UserError, need
 from runtime.files import optional, require_file
 from text.pieces import count_pieces, find_names, utf8
+from text.spm_model import change_scores, round_score
 from text.tokenizer import LARGEST_ID, SPECIALS, Tokenizer, check_shape, config_for, naming, read_config
 
 KINDS = {"unigram": "unigram", "spbpe": "bpe"}  # our names, and SentencePiece's
@@ -118,7 +119,7 @@ class SentencePieceTokenizer(Tokenizer):
                 raise
             raise UserError(f"vocab_size={vocab_size} is too small: <unk>, {len(specials)} special tokens, 256 bytes "
                             f"and the characters of the text need {needed[1]}") from None
-        made = cls(file.getvalue(), config_for(specials))
+        made = cls(change_scores(file.getvalue(), round_score), config_for(specials))
         if made.vocab_size < vocab_size:
             print(f"the text has pieces for only {made.vocab_size:,} tokens, not for {vocab_size:,}", file=sys.stderr)
         return made
@@ -157,9 +158,9 @@ class SentencePieceTokenizer(Tokenizer):
                                starts: bool = True) -> Iterator[np.ndarray]:
         """Ids of the concatenation of `texts`, equal to those of the whole, in bounded memory.
 
-        `encode_to_numpy` also cuts long texts, see `_chunks`. This changes no id with "spbpe". With "unigram", rounding
-        decides between two equally good splits of a word, and SentencePiece, which adds up from the start of the text,
-        may decide for the other one.
+        `encode_to_numpy` also cuts long texts, see `_chunks`. This changes no id with "spbpe", nor with a "unigram"
+        that we trained. In one of others, rounding decides between two equally good splits of a word, and
+        SentencePiece, which adds up from the start of the text, may decide for the other one.
 
         starts=False: the text continues another, and gets no leading space.
         """

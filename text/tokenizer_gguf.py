@@ -7,18 +7,16 @@ For byte-level BPE, llama.cpp knows how text is cut by a name, `tokenizer.ggml.p
 SentencePiece's models are protobuf messages: a few fields of them are all that GGUF has.
 """
 
-import struct
 import sys
-from collections.abc import Iterator
 
 from bpe import BPETokenizer, added_tokens, pre_tokenizer, read_names, spell
 from configurator import UserError, need, shown
 from runtime.files import mismatch
 from text.pieces import CHINESE_AND_JAPANESE, DEEPSEEK, NEMO, PATTERNS
+from text.spm_model import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, read_spm_model, write_spm_model
 from text.tokenizer import Tokenizer, naming
-from text.tokenizer_hf import added_names, stop_tokens
+from text.tokenizer_hf import added_names, check_ids, stop_tokens
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens, in GGUF and SentencePiece
 # How a name of llama.cpp cuts, and whether a piece that is a token becomes that token even without merges.
 CUTS = {
     "gpt-2": ([PATTERNS["gpt2"]], False),
@@ -26,11 +24,21 @@ CUTS = {
     "qwen2": ([PATTERNS["qwen2"]], False),
     "gpt-4o": ([PATTERNS["o200k"]], False),
     "smollm": ([r"\p{N}", PATTERNS["gpt2"]], False),
+    "deepseek-coder": ([r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"], False),
     "deepseek-v3": ([r"\p{N}{1,3}", CHINESE_AND_JAPANESE, DEEPSEEK], False),
     "llama-bpe": ([PATTERNS["gpt4"]], True),
     "tekken": ([NEMO], True),
 }
-ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+SAME_CUT = {  # further names of them
+    "gpt-2": "mpt olmo phi-2 jais trillion exaone4 granite-docling gigachat a.x-4.0 mellum modern-bert",
+    "smaug-bpe": "dbrx",
+    "qwen2": "deepseek-r1-qwen stablelm2 megrez hunyuan solar-open kormo grok-2",
+    "gpt-4o": "llama4 kanana2 minimax-m2",
+    "smollm": "starcoder refact command-r codeshell exaone minerva-7b mellum2",
+    "deepseek-v3": "hunyuan-dense joyai-llm",
+    "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",
+}
+ALIASES = {alias: name for name, aliases in SAME_CUT.items() for alias in aliases.split()}
 BEGINS = {"llama-bpe", "tekken"}  # names with a begin-of-text token, unless the file says that there is none
 # What llama.cpp cuts in another way than the model's own files say.
 CASES = "combining marks and capitals beyond ASCII"
@@ -73,7 +81,7 @@ def read_tokenizer_meta(meta: dict, where: str) -> Tokenizer:
 def read_bpe_meta(own: dict, tokens: list[str], types: list[int]) -> BPETokenizer:
     pre = own.get("pre", "default")
     pre = ALIASES.get(pre, pre)
-    need(pre in CUTS, f"its tokenizer cuts text as {shown(pre)} does, and we know {', '.join([*CUTS, *ALIASES])}")
+    need(pre in CUTS, f"its tokenizer cuts text as {shown(pre)} does: we know the names that docs/convert.md lists")
     need(BYTE not in types, "its tokenizer is byte-level BPE and has tokens of the type for bytes")
     patterns, whole = CUTS[pre]
     vocab, added = {}, []
@@ -129,6 +137,8 @@ def write_tokenizer_meta(tokenizer: Tokenizer, vocab_size: int) -> dict:
     meta = {f"tokenizer.ggml.{key}": value for key, value in (meta | write_roles(tokenizer)).items()}
     if tokenizer.config.get("chat_template"):
         meta["tokenizer.chat_template"] = tokenizer.config["chat_template"]
+    again = read_tokenizer_meta(meta, "GGUF")
+    check_ids(tokenizer, again.encode, "a GGUF file")
     return meta
 
 
@@ -175,9 +185,7 @@ def write_roles(tokenizer: Tokenizer) -> dict:
     return {key: i for key, i in ids.items() if i is not None}
 
 
-# ---- SentencePiece: a protobuf message of which GGUF has the pieces --------------------------------------------------
-
-BPE = 2  # SentencePiece's number of the kind; 1 is unigram
+# ---- SentencePiece ---------------------------------------------------------------------------------------------------
 
 
 def read_spm_meta(own: dict, tokens: list[str], types: list[int]) -> Tokenizer:
@@ -186,79 +194,25 @@ def read_spm_meta(own: dict, tokens: list[str], types: list[int]) -> Tokenizer:
     scores = own.get("scores")
     need(scores and len(scores) == len(tokens), f"its {len(tokens)} tokens have {len(scores or [])} scores")
     need(all(0 < kind < 7 for kind in types), "a token is of no type that GGUF has")
-    pieces, count = [], len(tokens)
+    count = len(tokens)
     while count and types[count - 1] == UNUSED:  # what a model has beyond its tokenizer
         count -= 1
-    for token, score, kind in zip(tokens[:count], scores, types, strict=False):
-        pieces.append(field(1, field(1, token.encode()) + b"\x15" + struct.pack("<f", score) + field(3, kind)))
-    trainer = field(3, BPE) + field(35, int(BYTE in types))
-    spaces = field(3, int(own.get("add_space_prefix", True))) + field(4, 0) + field(5, 1)
-    model = b"".join(pieces) + field(2, trainer) + field(3, field(1, b"identity") + spaces)
+    pieces = zip(tokens[:count], scores, types, strict=False)
+    model = write_spm_model(pieces, own.get("add_space_prefix", True))
     return SentencePieceTokenizer(model, {"add_bos_token": True})
 
 
 def write_spm_meta(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> dict:
     """Fills in `tokens` and `types`; returns what else there is."""
-    fields = list(fields_of(tokenizer.model))
-    trainer, normalizer = ({}, {})
-    for number, value in fields:
-        if number == 2:
-            trainer |= dict(fields_of(value))
-        elif number == 3:
-            normalizer |= dict(fields_of(value))
-    need(trainer.get(3, 1) == BPE, "llama.cpp has no exact form of a unigram tokenizer: TOKENIZER=bpe or spbpe leaves")
-    need(not normalizer.get(2) and not normalizer.get(4, 1),
+    parts = read_spm_model(tokenizer.model)
+    need(parts.kind == BPE, "llama.cpp cannot spell unknown characters of a unigram tokenizer in bytes: a Hugging Face "
+                            "folder can hold it, TOKENIZER=bpe becomes GGUF")
+    need(not parts.changes_text,
          "this tokenizer changes text before it cuts it, which llama.cpp does not: it cannot become a GGUF file")
     scores = [0.0] * len(tokens)
-    for i, piece in enumerate(value for number, value in fields if number == 1):
-        parts = dict(fields_of(piece))
-        tokens[i], types[i] = parts[1].decode(), parts.get(3, NORMAL)
-        scores[i] = struct.unpack("<f", parts.get(2, bytes(4)))[0]
+    for i, piece in enumerate(parts.pieces):
+        tokens[i], scores[i], types[i] = piece
     for name, i in tokenizer.specials.items():
         if types[i] == UNUSED:
             tokens[i], types[i] = name, CONTROL
     return {"model": "llama", "scores": scores, "add_space_prefix": tokenizer.adds_space}
-
-
-def field(number: int, value: int | bytes) -> bytes:
-    """One field of a protobuf message: a number, or bytes behind their length."""
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def varint(number: int) -> bytes:
-    """300 -> b"\\xac\\x02": seven bits a byte, the lowest first; the eighth says that more follow."""
-    found = bytearray()
-    while number > 127:
-        found.append(number & 127 | 128)
-        number >>= 7
-    found.append(number)
-    return bytes(found)
-
-
-def fields_of(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of the fields of a message that SentencePiece has accepted."""
-    at = 0
-
-    def read_varint() -> int:
-        nonlocal at
-        number = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            number |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return number
-
-    while at < len(message):
-        key = read_varint()
-        size = {1: 8, 5: 4}.get(key & 7)
-        if key & 7 == 0:
-            yield key >> 3, read_varint()
-            continue
-        if size is None:
-            size = read_varint()
-        yield key >> 3, message[at : at + size]
-        at += size

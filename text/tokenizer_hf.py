@@ -8,11 +8,17 @@
 Which file of a folder holds the tokenizer, `tokenizer_files` knows.
 """
 
+import json
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from bpe import BPETokenizer, added_tokens
-from configurator import UserError, need
+from bpe import MODEL, BPETokenizer, added_tokens
+from configurator import UserError, need, shown
 from runtime.files import Either, read_json, replacing, require_file, write_json
+from text.pieces import ids_of
+from text.spm_model import BPE, BYTE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, read_spm_model, round_score
 from text.tokenizer import CharTokenizer, Tokenizer
 from text.tokenizer_files import load_tokenizer, tokenizer_from_dict
 
@@ -119,7 +125,8 @@ def added_names(tokenizer: Tokenizer) -> dict[int, str]:
 
 
 def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a tokenizer into a model's folder, for transformers.AutoTokenizer. UserError for what has no form there."""
+    """Write a tokenizer into a model's folder, for transformers.AutoTokenizer. UserError for what has no form there,
+    and, where the package `tokenizers` is installed, for a file to which it gives other ids."""
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for key in NAMED:
         i = tokenizer.role(key.removesuffix("_token"))
@@ -129,21 +136,56 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
             config[key] = tokenizer.decode_bytes([i]).decode()
     if tokenizer.config.get("chat_template"):
         config["chat_template"] = tokenizer.config["chat_template"]
-    document = tokenizer.to_dict()["tokenizer"]
-    if isinstance(tokenizer, CharTokenizer):
+    model = None
+    if isinstance(tokenizer, BPETokenizer):
+        document = tokenizer.to_dict()["tokenizer"]
+    elif isinstance(tokenizer, CharTokenizer):
         document = char_document(tokenizer)
-    elif not isinstance(tokenizer, BPETokenizer):
-        config = {"bos_token": None} | config  # without the key, it has one
-        config |= {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": tokenizer.adds_bos(),
-                   "add_prefix_space": tokenizer.adds_space}
-        document = None
-        with replacing(folder / "tokenizer.model") as file:
-            file.write(tokenizer.model)
-    elif tokenizer.adds_bos():
-        document["post_processor"] = tokenizer.post or begin_with(config["bos_token"], tokenizer.role("bos"))
+    else:
+        document, model = spm_document(tokenizer), tokenizer.model
+        config["add_bos_token"] = tokenizer.adds_bos()
+        if "legacy" in tokenizer.config:
+            config["legacy"] = tokenizer.config["legacy"]
+    if tokenizer.adds_bos():
+        document["post_processor"] = document["post_processor"] or begin_with(config["bos_token"],
+                                                                              tokenizer.role("bos"))
+    check_with_tokenizers(tokenizer, document)
     write_json(folder / "tokenizer_config.json", config)
-    if document:
-        write_json(folder / "tokenizer.json", document)
+    write_json(folder / "tokenizer.json", document)
+    if model:  # which we read rather than tokenizer.json, and so does llama.cpp's converter
+        with replacing(folder / "tokenizer.model") as file:
+            file.write(model)
+
+
+HARD_TEXTS = (
+    "", " ", "  a  b\r\n\n\tc   ", "it's IT'S don't 12345 3.14 x1y2", "def f(x):\n    return [x,  2]\n",
+    "déjà vu Straße İ ﬁ — “quote”…", "世界。你好ひらがな 안녕 नमस्ते ไทย שלום مرحبا Привет",
+    "👩\u200d👩\u200d👧 🇩🇪 ❤️", "\u00a0\u3000\u200b\ufeff\x00\x07\x85", "a" * 33 + " " * 33 + "=" * 33, "http://a.b/c?d=e&f",
+    "<|im_start|>user\n<|im_end|>", "<s>[INST] a [/INST]</s>", "<|endoftext|> <0x0A>Ġ▁x")
+
+
+def check_ids(tokenizer: Tokenizer, encode: Callable[[str, bool], list[int]], what: str) -> None:
+    """UserError if `encode` (text, whether names of special tokens mean these) gives ids that differ from ours."""
+    for text in HARD_TEXTS:
+        text, _ = tokenizer.repaired(text)
+        for special in (False, True):
+            need(encode(text, special) == tokenizer.encode(text, allow_special=special),
+                 f"{what} would give other ids than ours to {shown(text)}: this tokenizer cannot leave so")
+
+
+def check_with_tokenizers(tokenizer: Tokenizer, document: dict) -> None:
+    try:
+        import tokenizers
+    except ImportError:
+        return
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(document))
+
+    def encode(text: str, special: bool) -> list[int]:
+        theirs.encode_special_tokens = not special
+        return theirs.encode(text, add_special_tokens=False).ids
+
+    if tokenizer.config.get("legacy") is not False or not tokenizer.adds_space:
+        check_ids(tokenizer, encode, "tokenizers")
 
 
 def begin_with(token: str, i: int) -> dict:
@@ -162,6 +204,78 @@ def char_document(tokenizer: CharTokenizer) -> dict:
             "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated",
                               "invert": False},
             "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}}
+
+
+NEVER = -1e6  # the score of a piece that Unigram finds in no text
+
+
+def spm_document(tokenizer: Tokenizer) -> dict:
+    """The tokenizer.json of a SentencePiece model. Its tokens have a space where SentencePiece has ▁: so a ▁ in a text
+    is no space, as with us."""
+    parts = read_spm_model(tokenizer.model)
+    kinds = {kind for _, _, kind in parts.pieces}
+    need(not parts.changes_text, "this tokenizer changes text before it cuts it, and we write only such that do not")
+    need(BYTE in kinds and UNUSED not in kinds,
+         "we write a SentencePiece tokenizer only if it has tokens for bytes and no unused ones")
+    names, scores, normal = [], [], {}
+    added = added_tokens(tokenizer.specials)
+    for i, (text, score, kind) in enumerate(parts.pieces):
+        if kind in (NORMAL, USER_DEFINED):
+            text = text.replace("▁", " ")
+        if kind == NORMAL:
+            normal[text] = score
+        if kind == USER_DEFINED:
+            added += [entry | {"special": False} for entry in added_tokens({text: i})]
+        names.append(text)
+        scores.append(score if kind == NORMAL else NEVER)
+    alone = {text for text in normal if len(text) == 1}
+    need(alone.issuperset("".join(normal)), "a token of this tokenizer has a character that is no token itself")
+    unknown = next(i for i, piece in enumerate(parts.pieces) if piece[2] == UNKNOWN)
+    splits, normalizer, decoders = [], None, [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    if tokenizer.adds_space:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    if tokenizer.adds_space and tokenizer.config.get("legacy") is False:
+        splits.append({"type": "Metaspace", "replacement": " ", "prepend_scheme": "first", "split": False})
+        say_differs("a text that begins with a space")
+    elif tokenizer.adds_space:
+        normalizer = {"type": "Prepend", "prepend": " "}
+        if USER_DEFINED in kinds:
+            say_differs(f"a text behind {shown(next(text for text, _, kind in parts.pieces if kind == USER_DEFINED))}")
+    if parts.kind == BPE:
+        model = MODEL | {"unk_token": names[unknown], "fuse_unk": True, "byte_fallback": True,
+                         "vocab": ids_of(names), "merges": spm_merges(normal)}
+    else:
+        model = {"type": "Unigram", "unk_id": unknown, "vocab": list(zip(names, scores, strict=True)),
+                 "byte_fallback": True}
+        # It would find "<0x0A>" in a text that has no other way to write "<": cut there.
+        foreign = set("".join(names)) - set("".join(normal))
+        if foreign:
+            pattern = "[" + "".join(map(re.escape, sorted(foreign))) + "]"
+            splits.append({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False})
+        if any(score != round_score(score) for score in normal.values()):
+            say_differs("some long runs of one character")
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": normalizer,
+            "pre_tokenizer": sequence_of("pretokenizers", splits), "post_processor": None,
+            "decoder": sequence_of("decoders", decoders), "model": model}
+
+
+def say_differs(what: str) -> None:
+    print(f"transformers gives other ids to {what}", file=sys.stderr)
+
+
+def sequence_of(key: str, steps: list[dict]) -> dict | None:
+    return {"type": "Sequence", key: steps} if steps else None
+
+
+def spm_merges(scores: dict[str, float]) -> list[list[str]]:
+    """SentencePiece joins the two neighbours whose joint piece has the highest score: {"a": -3, "b": -4, "ab": -1} ->
+    [["a", "b"]]. Of pairs that make one piece, the one with the longer left part is met first, from left to right."""
+    merges = []
+    for piece in sorted(scores, key=scores.get, reverse=True):
+        for at in range(len(piece) - 1, 0, -1):
+            if piece[:at] in scores and piece[at:] in scores:
+                merges.append([piece[:at], piece[at:]])
+    return merges
 
 
 def generation_config(tokenizer: Tokenizer) -> dict:
