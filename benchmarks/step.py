@@ -119,7 +119,7 @@ TUNING = {"all weights": [], "LoRA": ["use_lora=1"], "DoRA": ["use_lora=1", "lor
 
 def bench_depth(s: Settings, argv: list[str]) -> dict:
     """Reversible stacks of different depth: time per step, and memory."""
-    shape = dict(seq_len=2048, d_model=256, n_head=4, n_kv_head=4, optimizer="adamw", lr=1e-3)
+    shape = dict(seq_len=2048, d_model=256, n_head=4, n_kv_head=4, ffn="relu2", optimizer="adamw", lr=1e-3)
     depths, rows = (4, 8, 16, 32, 48), []
     if s.smoke:
         depths = (4,)
@@ -130,8 +130,8 @@ def bench_depth(s: Settings, argv: list[str]) -> dict:
 
 def bench_lora(s: Settings, argv: list[str]) -> dict:
     """Fine-tuning a model of 47 M parameters: all of them, or adapters of rank 16."""
-    shape = dict(seq_len=512, d_model=512, n_head=8, n_kv_head=8, n_layer=12, vocab_size=16384, optimizer="adamw",
-                 lr=1e-3)
+    shape = dict(seq_len=512, d_model=512, n_head=8, n_kv_head=8, n_layer=12, vocab_size=16384, ffn="relu2",
+                 optimizer="adamw", lr=1e-3)
     return {"rows": compare_steps(s, argv, TUNING, shape)}
 
 

@@ -16,6 +16,7 @@ n_layer = 4
 n_head = 16
 n_kv_head = 16
 d_ff = 1344
+ffn = "relu2"
 
 optimizer = "adamw"
 lr = 1e-3

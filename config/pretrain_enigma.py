@@ -14,6 +14,7 @@ n_head = 8
 n_kv_head = 8
 n_enigma = 6
 n_layer = 6
+ffn = "relu2"
 position = "alibi"
 reversible = True
 

@@ -4,6 +4,7 @@ so `best.pt` is the checkpoint to sample from.
 
 dataset = "shakespeare"
 tokenizer = "char"
+ffn = "relu2"
 dropout = 0.1
 lr = 1e-2
 muon_ratio = 0.5

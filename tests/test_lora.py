@@ -398,13 +398,13 @@ def test_fingerprint_sees_every_bit_name_shape_and_dtype_and_no_order():
 
 
 def test_describe_equals_the_hand_count():
-    model, _ = adapted()  # d 32, 2 layers, 4 heads of 8, 2 key heads, relu2 of 128; rank 4
-    trained = 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 2 * (32 + 128))
+    model, _ = adapted()  # d 32, 2 layers, 4 heads of 8, 2 key heads, swiglu of 128; rank 4
+    trained = 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 128))
     total = tiny().count_parameters()["total"] + trained
-    assert describe(model) == (f"LoRA rank 4 on 12 matrices (q k v o ffn): {trained:,} of {total:,} parameters train, "
+    assert describe(model) == (f"LoRA rank 4 on 14 matrices (q k v o ffn): {trained:,} of {total:,} parameters train, "
                                f"{100 * trained / total:.1f} %")
     dora = describe(adapted("enigma", lora_dora=True)[0])
-    assert dora.startswith("DoRA rank 4 on 30 matrices (shears up taps down q k v o ffn)")
+    assert dora.startswith("DoRA rank 4 on 33 matrices (shears up taps down q k v o ffn)")
 
 
 @pytest.mark.parametrize("preset, rank", [("quickstart", 8), ("tinystories", 16), ("ancients", 16), ("mini", 16),

@@ -105,9 +105,9 @@ def test_presets_have_exactly_the_promised_parameters(name, total):
 
 
 def test_parameters_and_flops_equal_the_hand_count():
-    model = tiny(n_kv_head=2)  # d 32, 2 layers, 4 heads of 8, relu2 of 128
+    model = tiny(n_kv_head=2)  # d 32, 2 layers, 4 heads of 8, swiglu of 128
     attention = 32 * 32 + 2 * 32 * 16 + 32 * 32
-    matrices = 2 * (attention + 2 * 32 * 128)
+    matrices = 2 * (attention + 3 * 32 * 128)
     norms = 2 * (2 * 32 + 2 * 8) + 32
     assert model.count_parameters() == {
         "total": 97 * 32 + matrices + norms, "embedding": 97 * 32, "active": 97 * 32 + matrices + norms}
