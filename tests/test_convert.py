@@ -12,10 +12,11 @@ import convert
 import eval as evaluation
 import train
 from bpe import BPETokenizer
-from configurator import UserError
+from configurator import UserError, configure
 from conftest import tiny_run, tune
 from model import LanguageModel, ModelConfig
 from runtime import checkpoint
+from runtime.families import family_of
 from runtime.files import misfit
 from runtime.gguf import GGUFFile, Tensor, write_gguf
 from runtime.safetensors import SafetensorsFile, write_safetensors
@@ -421,6 +422,13 @@ def test_what_no_format_can_say_is_refused_with_the_reason(what, tmp_path):
     with pytest.raises(UserError, match=sentence):
         go(folder, tmp_path / target, *words)
     assert not (tmp_path / target).exists()
+
+
+@pytest.mark.parametrize("preset, form", [("quickstart", "qwen3"), ("tinystories", "llama"), ("gpt2", "gpt2"),
+                                          ("lumen", "llama"), ("mla_moe", "deepseek_v3")])
+def test_presets_that_can_leave(preset, form):
+    cfg = configure(train.SETTINGS, [f"config/{preset}.py"], {}).part(ModelConfig)
+    assert family_of(cfg).model_type == form
 
 
 def test_a_window_in_gguf_is_told(tmp_path, capsys):
