@@ -75,7 +75,7 @@ SIZES = [("vocab_size", "vocab_size", "vocab_size"), ("seq_len", "max_position_e
          ("n_head", "num_attention_heads", "attention.head_count"),
          ("d_ff", "intermediate_size", "feed_forward_length"),
          ("norm_eps", "rms_norm_eps", "attention.layer_norm_rms_epsilon"),
-         ("tie_embeddings", "tie_word_embeddings", "")]
+         ("tie_embeddings", "tie_word_embeddings", ""), ("init_std", "initializer_range", "")]
 HEADS = [("n_kv_head", "num_key_value_heads", "attention.head_count_kv"),
          ("head_dim", "head_dim", "attention.key_length")]
 CHOICE = [("top_k", "num_experts_per_tok", "expert_used_count")]
@@ -94,13 +94,14 @@ GPT2_SIZES = [("vocab_size", "vocab_size", "vocab_size"), ("seq_len", "n_positio
               ("d_model", "n_embd", "embedding_length"), ("n_layer", "n_layer", "block_count"),
               ("n_head", "n_head", "attention.head_count"), ("d_ff", "n_inner", "feed_forward_length"),
               ("norm_eps", "layer_norm_epsilon", "attention.layer_norm_epsilon"),
-              ("tie_embeddings", "tie_word_embeddings", "")]
+              ("tie_embeddings", "tie_word_embeddings", ""), ("init_std", "initializer_range", "")]
 
 SOME = "at least one"  # of a setting that a family needs: any value but 0
+UNBIASED = "loss or none"  # of balance: a router without a bias
 PLAIN = dict(norm_position="pre", residual="serial", embed_scale=1.0, logit_softcap=0.0, reversible=False, n_enigma=0)
 ROTARY = PLAIN | dict(norm="rmsnorm", position="rope", bias=False)
 LLAMA = ROTARY | dict(attention="gqa", ffn="swiglu", qk_norm=False, qkv_bias=False, window=0, n_expert=0)
-SPARSE = dict(n_expert=SOME, n_shared=0, n_dense=0, router="softmax", router_scale=1.0, n_group=1)
+SPARSE = dict(n_expert=SOME, n_shared=0, n_dense=0, router="softmax", router_scale=1.0, n_group=1, balance=UNBIASED)
 DEEPSEEK = ROTARY | dict(attention="mla", ffn="swiglu", qk_norm=False, window=0, n_expert=SOME)
 
 
@@ -115,18 +116,25 @@ class Family:
     sizes: list[tuple[str, str, str]]
     rows: list[tuple[str, str, str]]
     constants: dict = field(default_factory=dict)  # of config.json, as they must be
-    defaults: dict = field(default_factory=dict)  # of config.json's keys, where an old file has none
+    defaults: dict = field(default_factory=dict)  # of config.json's keys, where a file has none; the others are needed
+    aliases: dict = field(default_factory=dict)  # {another name of a key of config.json: the key}
 
 
+EVERY = dict(is_causal=True, partial_rotary_factor=1.0, per_layer_config=None)  # constants that few files mention
 ACT = dict(hidden_act="silu", attention_bias=False)
-OLD = dict(rms_norm_eps=1e-6, tie_word_embeddings=False)
+OLD = dict(rms_norm_eps=1e-6, tie_word_embeddings=False, num_key_value_heads=None, head_dim=None,
+           initializer_range=None)
+LATENT_OLD = OLD | dict(q_lora_rank=None, n_shared_experts=None)
 GATED = [*ENDS, *NORMS, *GROUPED, *DENSE]
 FAMILIES = [
     Family("gpt2", "GPT2LMHeadModel", "gpt2",
            PLAIN | dict(attention="gqa", norm="layernorm", position="learned", bias=True, qk_norm=False, ffn="gelu",
                         n_expert=0, window=0),
-           GPT2_SIZES, GPT2, dict(activation_function="gelu_new", scale_attn_weights=True),
-           dict(n_inner=None, tie_word_embeddings=True, layer_norm_epsilon=1e-5)),
+           GPT2_SIZES, GPT2, dict(activation_function="gelu_new", scale_attn_weights=True,
+                                  scale_attn_by_inverse_layer_idx=False),
+           dict(n_inner=None, tie_word_embeddings=True, layer_norm_epsilon=1e-5, initializer_range=None),
+           dict(hidden_size="n_embd", max_position_embeddings="n_positions", num_attention_heads="n_head",
+                num_hidden_layers="n_layer")),
     Family("llama", "LlamaForCausalLM", "llama", LLAMA, SIZES + HEADS, GATED, ACT | dict(mlp_bias=False), OLD),
     Family("mistral", "MistralForCausalLM", "llama", LLAMA | dict(window=SOME, window_pattern="S"),
            [*SIZES, *HEADS, ("window", "sliding_window", "attention.sliding_window")], GATED, dict(hidden_act="silu"),
@@ -140,21 +148,26 @@ FAMILIES = [
     Family("mixtral", "MixtralForCausalLM", "llama", LLAMA | SPARSE | dict(router_renormalise=True),
            [*SIZES, *HEADS, *CHOICE, ("n_expert", "num_local_experts", "expert_count")],
            [*ENDS, *NORMS, *GROUPED, *MIXTRAL], dict(hidden_act="silu", sliding_window=None),
-           OLD | dict(rms_norm_eps=1e-5, rope_theta=1e6)),
+           OLD | dict(rms_norm_eps=1e-5, rope_theta=1e6), dict(num_experts="num_local_experts")),
     Family("qwen3_moe", "Qwen3MoeForCausalLM", "qwen3moe", LLAMA | SPARSE | dict(qk_norm=True),
            [*SIZES, *HEADS, *CHOICE, ("n_expert", "num_experts", "expert_count"),
             ("d_expert", "moe_intermediate_size", "expert_feed_forward_length"),
             ("router_renormalise", "norm_topk_prob", "expert_weights_norm")],
-           [*ENDS, *NORMS, *GROUPED, *EXPERTS], ACT | dict(decoder_sparse_step=1, mlp_only_layers=[]),
-           OLD | dict(norm_topk_prob=False, head_dim=None)),
+           [*ENDS, *NORMS, *GROUPED, *EXPERTS],
+           ACT | dict(use_sliding_window=False, decoder_sparse_step=1, mlp_only_layers=[]),
+           OLD | dict(norm_topk_prob=False), dict(num_local_experts="num_experts")),
     Family("deepseek_v2", "DeepseekV2ForCausalLM", "deepseek2",
-           DEEPSEEK | dict(router="softmax", router_renormalise=False), SIZES + LATENT_SIZES,
+           DEEPSEEK | dict(router="softmax", router_renormalise=False, balance=UNBIASED), SIZES + LATENT_SIZES,
            [*ENDS, *NORMS, *LATENT, *DENSE, *EXPERTS, *SHARED],
-           ACT | dict(moe_layer_freq=1, scoring_func="softmax"), OLD),
+           ACT | dict(moe_layer_freq=1, scoring_func="softmax"),
+           LATENT_OLD | dict(topk_method="greedy", n_group=None, topk_group=None, norm_topk_prob=False,
+                             routed_scaling_factor=1.0)),
     Family("deepseek_v3", "DeepseekV3ForCausalLM", "deepseek2", DEEPSEEK | dict(router="sigmoid", balance="bias"),
            SIZES + LATENT_SIZES, [*ENDS, *NORMS, *LATENT, *DENSE, *EXPERTS, *SHARED],
-           ACT | dict(moe_layer_freq=1, scoring_func="sigmoid", topk_method="noaux_tc", rope_interleave=True), OLD),
+           ACT | dict(moe_layer_freq=1, scoring_func="sigmoid", topk_method="noaux_tc", rope_interleave=True),
+           LATENT_OLD | dict(norm_topk_prob=True)),
 ]
+WHOLE = ("llama", "arcee", "deepseek_v2")  # of which transformers 5 refuses other widths, though head_dim is free
 BY_TYPE = {family.model_type: family for family in FAMILIES}
 
 
@@ -174,12 +187,18 @@ def differences(family: Family, cfg: ModelConfig) -> list[str]:
         value = getattr(cfg, name)
         if wanted == SOME:
             fits = bool(value)
+        elif wanted == UNBIASED:
+            fits = value != "bias"
         elif name == "window_pattern":
             fits = "L" not in value
         else:
             fits = value == wanted
         if not fits:
             found.append(f"{name}={wanted} (not {value})")
+    if family.model_type == "gpt2" and cfg.n_kv_head != cfg.n_head:
+        found.append(f"n_kv_head={cfg.n_head} (not {cfg.n_kv_head})")
+    if family.model_type == "gpt2" and cfg.n_head * cfg.head_dim != cfg.d_model:
+        found.append(f"d_model={cfg.n_head * cfg.head_dim} (not {cfg.d_model})")
     return found
 
 
@@ -190,6 +209,8 @@ def differences(family: Family, cfg: ModelConfig) -> list[str]:
 def write_hf_config(family: Family, cfg: ModelConfig) -> dict:
     """config.json of a model of ours, without what its tokenizer decides. Every key is written: where one is missing,
     transformers takes a default of its own, and another one in each version."""
+    need(family.model_type not in WHOLE or cfg.d_model % cfg.n_head == 0,
+         f"transformers' {family.model_type} needs a d_model that n_head divides, not {cfg.d_model} and {cfg.n_head}")
     config = {"architectures": [family.architecture], "model_type": family.model_type}
     config |= {hf: getattr(cfg, ours) for ours, hf, _ in family.sizes} | family.constants
     if family.model_type == "mixtral":
@@ -197,13 +218,12 @@ def write_hf_config(family: Family, cfg: ModelConfig) -> dict:
     if family.model_type == "qwen3_moe":
         config["num_local_experts"] = cfg.n_expert
     if cfg.attention == "mla":
-        config |= {"q_lora_rank": cfg.q_rank or None, "v_head_dim": cfg.head_dim, "head_dim": cfg.rope_dim,
-                   "n_shared_experts": cfg.n_shared or None}
+        config |= {"q_lora_rank": cfg.q_rank or None, "v_head_dim": cfg.head_dim, "head_dim": cfg.rope_dim}
     if family.model_type == "deepseek_v2":
         config["topk_method"] = "greedy" if cfg.n_group == 1 else "group_limited_greedy"
     if cfg.position == "rope":
         config |= {"rope_theta": cfg.rope_theta, "rope_scaling": write_scaling(cfg)}
-    return config | {"initializer_range": cfg.init_std, "use_cache": True}
+    return config | {"initializer_range": min(cfg.init_std, 1.0), "use_cache": True}
 
 
 def write_scaling(cfg: ModelConfig) -> dict | None:
@@ -229,28 +249,41 @@ def read_hf_config(config: dict, where: str) -> tuple[Family, ModelConfig]:
     need(not quantised, f"{where}: its weights are quantised ({shown(str(quantised))}); take the model before that")
     family = BY_TYPE[config["model_type"]]
     config = family.defaults | config
-    for key, wanted in family.constants.items():
+    for other, key in family.aliases.items():
+        value = config.get(other, config.get(key))
+        need(config.setdefault(key, value) == value, f"{where}: {other} and {key} are the same setting, and differ")
+    for key, wanted in (EVERY | family.constants).items():
         found = config.get(key, wanted)
-        need(found == wanted, f"{where}: {key} is {shown(str(found))}, and we have {wanted} only")
+        need(found == wanted or not (found or wanted), f"{where}: {key} is {shown(str(found))}, and we have {wanted} "
+                                                       "only")
+    layers = config.get("layer_types") or []
+    need(isinstance(layers, list) and all(each == "full_attention" for each in layers),
+         f"{where}: layer_types is {shown(str(layers))}, and our layers are alike")
     found = {"n_kv_head": 0}  # as many as n_head, where the file does not say
     for ours, hf, _ in family.sizes:
-        if config.get(hf) is not None:
-            found[ours] = config[hf]
+        value = config.get(hf)
+        optional = family.defaults.get(hf, ...) is None or hf == "sliding_window"
+        need(value is not None or optional, f"{where}: it lacks {hf}")
+        if value is not None:
+            found[ours] = value
+    need(found.get("n_expert") != 0, f"{where}: a {family.model_type} has experts, and this one says 0")
     found |= family_settings(family, config, where) | read_scaling(config, found.get("seq_len", 0), where)
     return family, to_config(found, where)
 
 
 def family_settings(family: Family, config: dict, where: str) -> dict:
     """What follows from the family, or from more than one key."""
-    own = {name: value for name, value in family.needs.items() if value != SOME}
+    own = {name: value for name, value in family.needs.items() if value not in (SOME, UNBIASED)}
     if family.model_type == "mistral" and not config.get("sliding_window"):
         own["window"] = 0  # from version 0.2 on
     if family.model_type == "mixtral":
         own["d_expert"] = config.get("intermediate_size")
-    if family.model_type == "qwen3_moe" and "num_local_experts" in config:
-        own["n_expert"] = config["num_local_experts"]
-    if family.model_type == "deepseek_v2" and config.get("topk_method") == "greedy":
-        own |= {"n_group": 1, "topk_group": 1}
+    if family.model_type == "deepseek_v2":
+        method = config["topk_method"]
+        need(method in ("greedy", "group_limited_greedy"), f"{where}: topk_method is {shown(str(method))}, and we have "
+                                                           "greedy and group_limited_greedy")
+        if method == "greedy":
+            own |= {"n_group": 1, "topk_group": 1}
     if own["attention"] == "mla":
         same = config.get("v_head_dim") == config.get("qk_nope_head_dim")
         need(same, f"{where}: v_head_dim differs from qk_nope_head_dim, and ours are equal")
@@ -259,33 +292,39 @@ def family_settings(family: Family, config: dict, where: str) -> dict:
 
 def read_scaling(config: dict, seq_len, where: str) -> dict:
     """The settings of the rotations, from either spelling: rope_scaling (transformers 4), rope_parameters (5)."""
-    theta, scaling = config.get("rope_theta", 10000.0), config.get("rope_scaling")
-    if scaling is None:
-        scaling = config.get("rope_parameters", {})
-        theta = scaling.get("rope_theta", theta) if isinstance(scaling, dict) else theta
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     need(isinstance(scaling, dict), f"{where}: rope_scaling is {shown(str(scaling))}")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     need(kind in ("default", "linear", "llama3", "yarn"),
          f"{where}: rope_scaling is of the type {shown(str(kind))}, and we have linear, llama3 and yarn")
-    if kind == "default":
-        return {"rope_theta": theta}
-    original = scaling.get("original_max_position_embeddings", 0)
-    factor = scaling.get("factor")
-    if factor is None and isinstance(seq_len, int) and isinstance(original, int) and original:
-        factor = seq_len / original
+    original = scaling.get("original_max_position_embeddings") or seq_len
+    beside, mscale = config.get("original_max_position_embeddings", original), scaling.get("mscale") or None
     fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "beta_fast": 32, "beta_slow": 1, "truncate": True,
-             "attention_factor": None, "mscale": scaling.get("mscale_all_dim")}
+             "attention_factor": None, "partial_rotary_factor": 1.0, "full_attention": None}
     for key, wanted in fixed.items():
         found = scaling.get(key, wanted)
         need(found == wanted or found is None, f"{where}: rope_scaling has {key}={shown(str(found))}, we have {wanted}")
-    more = {"rope_mscale": scaling["mscale_all_dim"]} if scaling.get("mscale_all_dim") else {}
-    return {"rope_theta": theta, "rope_scaling": kind, "rope_factor": factor, "rope_original": original or 0} | more
+    settings = {"rope_theta": scaling.get("rope_theta", config.get("rope_theta", 10000.0))}
+    if kind != "default":
+        settings |= {"rope_scaling": kind, "rope_factor": scaling.get("factor")}
+    if kind in ("llama3", "yarn"):
+        settings["rope_original"] = original
+        need(beside == original, f"{where}: original_max_position_embeddings is {shown(str(beside))}, and in "
+                                 f"rope_scaling {shown(str(original))}")
+    if kind == "yarn":
+        settings["rope_mscale"] = mscale
+        both = scaling.get("mscale_all_dim") or None
+        need(mscale == both, f"{where}: rope_scaling has mscale={shown(str(mscale))} and mscale_all_dim="
+                             f"{shown(str(both))}, and ours are equal")
+        if settings["rope_factor"] is None and isinstance(seq_len, int) and isinstance(original, int):
+            settings["rope_factor"] = seq_len / original
+    return settings
 
 
 def to_config(found: dict, where: str) -> ModelConfig:
     """ModelConfig checks types and ranges; its sentence gets the file's name."""
     known = {each.name for each in fields(ModelConfig)}
-    for name in ("rope_theta", "rope_factor", "norm_eps", "router_scale"):
+    for name in ("rope_theta", "rope_factor", "norm_eps", "router_scale", "init_std"):
         if isinstance(found.get(name), int):
             found[name] = float(found[name])
     try:
@@ -455,7 +494,8 @@ def read_gguf_meta(meta: dict, shapes: dict[str, tuple], factors: Tensor | None,
     names = {"llama": "mixtral" if own.get("expert_count") else "llama", "qwen3moe": "qwen3_moe",
              "deepseek2": "deepseek_v3" if own.get("expert_gating_func") == 2 else "deepseek_v2"}
     family = BY_TYPE[names.get(arch, arch)]
-    found = {"n_kv_head": 0, "norm_eps": 1e-5} | {name: value for name, value in family.needs.items() if value != SOME}
+    found = {"n_kv_head": 0, "norm_eps": 1e-5} | {name: value for name, value in family.needs.items()
+                                                   if value not in (SOME, UNBIASED)}
     for ours, _, key in family.sizes:
         if key in own:
             found[ours] = own[key]

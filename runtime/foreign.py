@@ -87,9 +87,8 @@ def read_hf_folder(folder: Path) -> ForeignModel:
             ours = modern_name(family, name)
             need(ours not in names, f"{folder}: the tensor {name} is there twice")
             names[ours], load[ours] = file.shapes[name], partial(file.load, name)
-    if HEAD[False] not in names and config.get("tie_word_embeddings") is not False:
-        cfg.tie_embeddings = True
-    ignored = {name for name in names if BUFFERS.fullmatch(name) or is_extra_layer(family, cfg, name)}
+    ignored = {name for name, shape in names.items()
+               if BUFFERS.fullmatch(name) or is_extra_layer(family, cfg, name) or 0 in shape}
     return ForeignModel(folder, family, cfg, names, lambda name: load[name](), read_hf_tokenizer(folder),
                         is_gguf=False, ignored=ignored)
 
@@ -119,10 +118,11 @@ def open_weights(path: Path) -> SafetensorsFile | PickledWeights:
 
 
 def modern_name(family: Family, name: str) -> str:
-    """The published files of GPT-2 lack a prefix that transformers writes today."""
-    if family.model_type == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
-        return f"transformer.{name}"
-    return name
+    """Files of a model without its head, and the published ones of GPT-2, lack a prefix that others have."""
+    prefix = family.rows[0][1].partition(".")[0]
+    if name.startswith((f"{prefix}.", "lm_head.")):
+        return name
+    return f"{prefix}.{name}"
 
 
 def is_extra_layer(family: Family, cfg: ModelConfig, name: str) -> bool:

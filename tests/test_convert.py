@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import fields
 from functools import cache, partial
 
 import pytest
@@ -18,6 +19,7 @@ from model import LanguageModel, ModelConfig
 from runtime import checkpoint
 from runtime.families import family_of
 from runtime.files import misfit
+from runtime.foreign import write_hf_folder
 from runtime.gguf import GGUFFile, Tensor, write_gguf
 from runtime.safetensors import SafetensorsFile, write_safetensors
 from text.chat import make_template
@@ -65,14 +67,14 @@ MODELS = {
 }
 
 
-def build(name):
+def build(name, **more):
     """A model of transformers with random weights, norms and biases among them."""
     import transformers
 
     kind, settings = MODELS[name]
     ending = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
     torch.manual_seed(0)
-    model = getattr(transformers, kind + ending)(getattr(transformers, f"{kind}Config")(**settings))
+    model = getattr(transformers, kind + ending)(getattr(transformers, f"{kind}Config")(**settings | more))
     for key, p in model.named_parameters():
         torch.nn.init.normal_(p, mean=1.0 if "norm" in key or "ln_" in key else 0.0, std=0.2)
     for key, buffer in model.named_buffers():
@@ -121,6 +123,63 @@ def test_logits_are_those_of_transformers_both_ways(name, tmp_path):
     go(tmp_path / "run", tmp_path / "back")
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     assert far(back(IDS).logits, expected) < 1e-6
+
+
+# ---- config.json
+
+SCALED = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+CONFIGS = [  # (model, changes, the sentence of a refusal, or nothing: then transformers computes the same)
+    ("llama", dict(rope_parameters=None, rope_theta=300.0), ""),
+    ("llama", dict(rope_scaling=dict(type="linear", factor=2.0, rope_theta=77.0), rope_theta=300.0), ""),
+    ("llama", dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), ""),
+    ("qwen3_moe", dict(mlp_only_layers=None), ""),
+    ("deepseek_v2", dict(topk_method=..., n_group=4, topk_group=2), ""),
+    ("llama", dict(is_causal=False), "is_causal is False"),
+    ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
+    ("llama", dict(per_layer_config={"0": {"num_key_value_heads": 1}}), "per_layer_config is"),
+    ("llama", dict(tie_word_embeddings=...), "lacks the tensor lm_head.weight"),
+    ("llama", dict(num_attention_heads=...), "it lacks num_attention_heads"),
+    ("mistral", dict(layer_types=["sliding_attention", "full_attention"]), "layer_types is"),
+    ("qwen3", dict(rope_scaling=SCALED, original_max_position_embeddings=32), "is 32, and in rope_scaling 16"),
+    ("qwen3", dict(rope_parameters=dict(full_attention=SCALED)), "rope_scaling has full_attention="),
+    ("mixtral", dict(num_local_experts=0), "this one says 0"),
+    ("mixtral", dict(num_local_experts=...), "it lacks num_local_experts"),
+    ("qwen3_moe", dict(sliding_window=5, use_sliding_window=True), "use_sliding_window is True"),
+    ("qwen3_moe", dict(num_experts_per_tok=...), "it lacks num_experts_per_tok"),
+    ("qwen3_moe", dict(num_experts=4), "num_local_experts and num_experts are the same setting"),
+    ("deepseek_v2", dict(rope_scaling=SCALED | dict(mscale_all_dim=1.0)), "mscale=None and mscale_all_dim=1.0"),
+    ("deepseek_v2", dict(topk_method="noaux_tc"), "topk_method is noaux_tc"),
+    ("deepseek_v3", dict(routed_scaling_factor=...), "it lacks routed_scaling_factor"),
+    ("deepseek_v3", dict(norm_topk_prob=None), "it lacks norm_topk_prob"),
+    ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True"),
+    ("gpt2", dict(num_attention_heads=2), "num_attention_heads and n_head are the same setting"),
+]
+
+
+@pytest.mark.parametrize("name, changes, sentence", CONFIGS, ids=str)
+@torch.no_grad()
+def test_a_config_means_what_it_means_to_transformers_or_is_refused(name, changes, sentence, tmp_path):
+    import transformers
+
+    folder = save(build(name, tie_word_embeddings="tie_word_embeddings" in changes), tmp_path / "theirs")
+    set_config(folder, **changes)
+    if sentence:
+        with pytest.raises(UserError, match=sentence) as error:
+            go(folder, tmp_path / "run")
+        assert "\n" not in str(error.value)
+        return
+    go(folder, tmp_path / "run")
+    expected = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()(IDS).logits
+    assert far(ours(tmp_path / "run")(IDS), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_a_tied_model_saved_without_its_head_has_other_names(tmp_path):
+    model = build("llama, tied")
+    save(model.model, tmp_path / "theirs")
+    assert "embed_tokens.weight" in SafetensorsFile(tmp_path / "theirs" / "model.safetensors").shapes
+    go(tmp_path / "theirs", tmp_path / "run")
+    assert far(ours(tmp_path / "run")(IDS), model(IDS).logits) < 1e-5
 
 
 # ---- GGUF
@@ -236,8 +295,10 @@ def rewrite(folder, change):
 
 
 def set_config(folder, **changes):
+    """Change keys of config.json; `...` removes one."""
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
 
 
 @torch.no_grad()
@@ -401,12 +462,18 @@ def our_run(folder, **settings):
     return convert.save_run(folder, vars(cfg), LanguageModel(cfg).state_dict(), about).parent
 
 
+GPT2 = dict(ffn="gelu", norm="layernorm", position="learned", bias=True, qk_norm=False, n_kv_head=4)
 REFUSED = {
     "relu2 with qk_norm": (dict(ffn="relu2", qk_norm=True), "hf", "qwen3 comes nearest"),
     "alibi": (dict(position="alibi", ffn="swiglu"), "hf", "position=rope"),
     "reversible": (dict(reversible=True, ffn="swiglu"), "hf", "reversible=False"),
     "enigma": (dict(reversible=True, n_enigma=1, ffn="swiglu", head_dim=8), "hf", "n_enigma=0"),
     "soft cap": (dict(logit_softcap=30.0, ffn="swiglu"), "model.gguf", "logit_softcap=0"),
+    "gpt2 with fewer keys": (GPT2 | dict(n_kv_head=2), "hf", r"n_kv_head=4 \(not 2\)"),
+    "gpt2 with wider heads": (GPT2 | dict(head_dim=16), "hf", r"d_model=64 \(not 32\)"),
+    "a bias that softmax lacks": (dict(n_expert=4, ffn="swiglu", balance="bias"), "hf", "n_expert=0|balance=loss or"),
+    "a width that heads do not divide": (dict(ffn="swiglu", qk_norm=False, n_head=3, n_kv_head=1, head_dim=8), "hf",
+                                         "a d_model that n_head divides, not 32 and 3"),
     "no renormalising": (dict(n_expert=4, ffn="swiglu", router_renormalise=False), "model.gguf", "router_renormalise"),
     "latent without q_rank": (dict(n_expert=4, ffn="swiglu", attention="mla", qk_norm=False, router="sigmoid",
                                    balance="bias"), "model.gguf", "q_rank"),
@@ -429,6 +496,61 @@ def test_what_no_format_can_say_is_refused_with_the_reason(what, tmp_path):
 def test_presets_that_can_leave(preset, form):
     cfg = configure(train.SETTINGS, [f"config/{preset}.py"], {}).part(ModelConfig)
     assert family_of(cfg).model_type == form
+
+
+EXPERT = dict(n_expert=8, top_k=3, d_expert=16, ffn="swiglu")
+MLA = EXPERT | dict(attention="mla", qk_norm=False, kv_rank=16, q_rank=16, rope_dim=4, n_shared=1, n_dense=1)
+OURS = {
+    "gpt2": GPT2, "llama": dict(ffn="swiglu", qk_norm=False), "mistral": dict(ffn="swiglu", qk_norm=False, window=9),
+    "qwen2": dict(ffn="swiglu", qk_norm=False, qkv_bias=True), "qwen3": dict(ffn="swiglu"),
+    "arcee": dict(qk_norm=False), "mixtral": EXPERT | dict(qk_norm=False), "qwen3_moe": EXPERT,
+    "deepseek_v2": MLA | dict(router_renormalise=False),
+    "deepseek_v3": MLA | dict(router="sigmoid", balance="bias", n_group=4, topk_group=2),
+}
+OTHER = dict(  # values of every setting
+    vocab_size=[VOCAB + 1], seq_len=[128], d_model=[40], n_layer=[1], n_head=[2], n_kv_head=[1, 2, 4], head_dim=[12],
+    d_ff=[56], ffn=["swiglu", "relu2", "gelu", "silu"], norm=["rmsnorm", "layernorm"], norm_position=["post"],
+    norm_eps=[0.3], residual=["parallel"], qk_norm=[True, False], position=["rope", "alibi", "learned", "none"],
+    rope_theta=[50.0], rope_scaling=["yarn", "llama3", "linear"], rope_factor=[4.0], rope_mscale=[0.5],
+    rope_original=[16], window=[0, 5], window_pattern=["SL"], tie_embeddings=[False], embed_scale=[3.0],
+    logit_softcap=[5.0], attention=["mla", "gqa"], kv_rank=[8], q_rank=[0, 8], rope_dim=[2], n_expert=[0, 4],
+    top_k=[2], n_shared=[0, 2], d_expert=[24], n_dense=[0, 1], router=["softmax", "sigmoid"],
+    router_renormalise=[True, False], router_scale=[2.5], n_group=[1, 2], topk_group=[1, 2],
+    balance=["loss", "bias", "none"], balance_loss=[0.5], balance_rate=[0.5], bias=[True, False],
+    qkv_bias=[True, False], dropout=[0.3], init_std=[2.0], checkpoint_activations=[True], reversible=[True],
+    reversible_grid=[3], n_enigma=[1], wheels=["none"], kernel=[0], shears=[False], label_smoothing=[0.2])
+
+
+@pytest.mark.parametrize("kind", OURS)
+@torch.no_grad()
+def test_every_setting_leaves_with_the_model_or_is_refused(kind, tmp_path):
+    import transformers
+
+    written = refused = 0
+    for each in fields(ModelConfig):
+        for value in OTHER[each.name]:
+            changes = {each.name: value}
+            if each.name == "rope_scaling":
+                changes |= dict(rope_factor=4.0, rope_original=16)
+            folder = tmp_path / f"{each.name}-{value}"
+            try:
+                cfg = ModelConfig(**dict(vocab_size=VOCAB, seq_len=64, d_model=32, n_layer=2, n_head=4) | OURS[kind]
+                                  | changes)
+                model = shaken(LanguageModel(cfg)).eval()
+                write_hf_folder(folder, cfg, model.state_dict(), tokenizer(), torch.float32)
+            except UserError:
+                refused += 1
+                continue
+            written += 1
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+            assert far(theirs(IDS).logits, model(IDS)) < 1e-5, changes
+    assert written > 20 and refused > 10
+
+
+def shaken(model):
+    for name, tensor in model.state_dict().items():
+        torch.nn.init.normal_(tensor, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    return model
 
 
 def test_a_window_in_gguf_is_told(tmp_path, capsys):
