@@ -449,10 +449,9 @@ def examples_of(s: Settings, state: dict, tokenizer: Tokenizer, seq_len: int, ru
         folder = prepare_examples("stdlib_chat", s.cache_dir, quiet=True)
         examples = list(read_examples(folder / "val.jsonl"))
     else:
-        need(before, f"{run} is too old to find its validation examples: train it further with {words}, which "
-                     "records them")
-        raise UserError(f"the examples that {run} validated on are not in {cache_folder(s.cache_dir)}: name that "
-                        f"folder with CACHE_DIR=, or rerun the run with {words}")
+        need(before, f"{run} is too old to name its validation examples: train it further with {words}")
+        raise UserError(f"{cache_folder(s.cache_dir)} lacks the examples that {run} validated on: set CACHE_DIR=, or "
+                        f"rerun it with {words}")
     chat = pick(ChatSettings, saved)
     return held_out_rows(examples, make_template(chat.template, tokenizer), chat, packing=saved["packing"],
                          seq_len=seq_len, seed=0, eval_tokens=s.eval_tokens)

@@ -413,10 +413,10 @@ def load_base(base: dict, folder: Path, moved_to: str = "") -> dict[str, torch.T
         if fingerprint(found) == base["fingerprint"]:
             return found
     if paths:
-        raise UserError(f"these adapters belong to weights {base['fingerprint']}, but {paths[0]} holds others; "
-                        "set lora_base=<checkpoint> to the right ones")
-    raise UserError(f"these adapters belong to weights that are not in {folder}; they were in {visible(str(was))}: "
-                    "set lora_base=<checkpoint>")
+        raise UserError(f"{paths[0]} does not hold the weights {base['fingerprint']} of these adapters: set "
+                        "LORA_BASE=CHECKPOINT")
+    raise UserError(f"the weights of these adapters are not in {folder}, and were in {shown(str(was), most=60)}: set "
+                    "LORA_BASE=CHECKPOINT")
 
 
 def keep_base(path: Path, folder: Path) -> None:

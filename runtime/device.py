@@ -268,9 +268,8 @@ def out_of_memory(error: Exception, batch_size: int, grad_accum: int) -> UserErr
     if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
         return None
     smaller = max(1, batch_size // 2)
-    return UserError(f"out of memory with batch_size={batch_size}: try BATCH_SIZE={smaller} GRAD_ACCUM="
-                     f"{grad_accum * batch_size // smaller}, CHECKPOINT_ACTIVATIONS=1, or a smaller seq_len; the last "
-                     "checkpoint is intact")
+    return UserError(f"out of memory: try BATCH_SIZE={smaller} GRAD_ACCUM={grad_accum * batch_size // smaller}, "
+                     "CHECKPOINT_ACTIVATIONS=1, or a smaller SEQ_LEN; the last checkpoint is intact")
 
 
 def peak_memory(machine: Machine) -> float:

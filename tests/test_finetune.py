@@ -174,11 +174,11 @@ def test_a_wrong_base_is_refused_and_a_moved_one_is_found(text, base, adapted, t
     torch.save(state, copy / "best.pt")
     assert checkpoint.load_model(copy / "best.pt")  # from the copy that the run kept
     (copy / "base.pt").unlink()
-    with pytest.raises(UserError, match="lora_base="):
+    with pytest.raises(UserError, match="LORA_BASE="):
         checkpoint.load_model(copy / "best.pt")
     assert checkpoint.load_model(copy / "best.pt", lora_base=str(base))
     train.main(tiny_run(text, tmp_path / "other", vocab_size=320, seq_len=64, max_steps=2, seed=2))
-    with pytest.raises(UserError, match="holds others"):
+    with pytest.raises(UserError, match="does not hold the weights"):
         checkpoint.load_model(copy / "best.pt", lora_base=str(tmp_path / "other"))
 
 

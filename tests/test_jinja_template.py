@@ -20,7 +20,7 @@ from runtime.screen import visible
 from test_chat import CHINESE, EMOJI, ENGLISH, talk
 from text.chat import Chat, make_template
 from text.jinja_sandbox import Sandbox
-from text.jinja_template import ModelTemplate
+from text.jinja_template import LEARNED_DAY, ModelTemplate
 from text.sft import show_example
 from text.spm import SentencePieceTokenizer
 from text.tokenizer import Tokenizer
@@ -321,6 +321,13 @@ def test_templates_have_what_transformers_gives_them():
               "{% endfor %} {{ dict(a=1).a }} {% generation %}{{ add_generation_prompt }}{% endgeneration %}")
     found = Sandbox(source, {"bos_token": "<s>"}).render([(MESSAGES, True)])
     assert found == ['True True {"a": "<é>"} 4 <s>  1 1 True']
+
+
+def test_what_is_learned_does_not_change_by_the_day(base):
+    """A prompt has today's date, as in transformers."""
+    template = make_template("model", with_template(base, "{{ strftime_now('%Y-%m-%d') }}" + CHATML))
+    learned, prompt = (base.decode(ids) for ids in (template.render(talk("a", "b"))[0], template.prompt(talk("a"))))
+    assert learned.startswith(LEARNED_DAY) and not prompt.startswith(LEARNED_DAY) and prompt.startswith("20")
 
 
 def test_roles_out_of_order_are_named(base):

@@ -157,7 +157,8 @@ def test_what_is_no_text_is_one_sentence(tmp_path, content, sentence):
     ("a.json", '[{"text": "a"}]{', "line 1 is not JSON: text follows"), ("a.json", '[{"text": "a"} x', "not JSON"),
     ("a.json", '{"data": [\n1]}', "line 1 has no field 'text'; it has data"),
     ("a.csv", "id,title\n1,b\n", "line 2 has no field 'text'; it has id, title"),
-    ("a.csv", "text,text\na,b\n", "line 1 names the column 'text' twice"),
+    ("a.csv", "text,text\na,b\n", "line 1 names the column text twice"),
+    ("a.csv", '"a\nb","a\nb"\n1,2\n', "names the column 'a.nb' twice"), ("a.csv", '"a\nb"\n1\n', "it has 'a.nb';"),
     ("a.csv", "id,text\r1,b\r", "line 1 is not a row of a .csv file"),
     ("a.csv", "id,text\n1,b,c\n", "line 2 has 3 fields"), ("a.csv", 'id,text\n1,"b\n', "is not a row of a .csv file"),
 ])

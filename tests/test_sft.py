@@ -11,7 +11,7 @@ import torch
 
 from configurator import UserError, configure
 from test_chat import BLOCKS, CHINESE, EMOJI, make, model_for, talk
-from text.chat import TEMPLATES, ChatSettings, Template
+from text.chat import TEMPLATES, ChatSettings, Template, make_template
 from text.corpus import DataSettings
 from text.sft import (
     Examples,
@@ -188,6 +188,19 @@ def test_a_row_without_anything_to_learn_is_harmless(tokenizer):
     assert loss.item() == 0 and all(not p.grad.any() for p in model.parameters() if p.grad is not None)
     with pytest.raises(UserError, match="validation"):
         held_out_rows([talk("Hi")], template, ChatSettings(), packing=True, seq_len=32, seed=0, eval_tokens=0)
+
+
+def test_losses_under_two_chat_templates_are_not_compared():
+    """Both are template=model: the text of the template tells them apart."""
+    tokenizer, scored = make("bpe"), []
+    text = Template("chatml", tokenizer).jinja()
+    for written in (text, text, text + " "):
+        tokenizer.config["chat_template"] = written
+        template = make_template("model", tokenizer)
+        rows = held_out_rows([talk("Hi", "Yo")], template, ChatSettings(), packing=True, seq_len=64, seed=0,
+                             eval_tokens=0)
+        scored.append(rows.scored)
+    assert scored[0] == scored[1] != scored[2]
 
 
 def test_validation_shows_each_row_once_in_a_fixed_order(template):

@@ -431,7 +431,7 @@ def test_unreachable_and_unknown_encodings_are_one_sentence(monkeypatch):
         raise requests.exceptions.ConnectionError("HTTPSConnectionPool(...)")
 
     monkeypatch.setattr(openai, "load_tiktoken_bpe", unreachable)
-    with pytest.raises(UserError, match="^tiktoken cannot get its file of cl100k_base .*TIKTOKEN_CACHE_DIR"):
+    with pytest.raises(UserError, match="^tiktoken finds its file of cl100k_base .*TIKTOKEN_CACHE_DIR"):
         tiktoken_by_name("cl100k_base")
     with pytest.raises(UserError, match="gpt5.*gpt2, r50k_base"):
         tiktoken_by_name("gpt5")

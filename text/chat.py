@@ -107,6 +107,7 @@ class Template:
 
     A conversation is `opening` answer `ending` `opening` answer `ending` ...; all methods below follow from that.
 
+    source      tells formats apart: here the name
     ending      ids after an answer: its end token, then ids that belong to no answer
     stop_ids    ids that end an answer
     stop_texts  strings that end an answer
@@ -114,7 +115,8 @@ class Template:
 
     def __init__(self, name: str, tokenizer: Tokenizer):
         need(name in FORMATS, f"template={name}: choose one of {', '.join(TEMPLATES)}, model")
-        self.name, self.tokenizer, self.format = name, tokenizer, format_for(name, tokenizer)
+        self.name = self.source = name
+        self.tokenizer, self.format = tokenizer, format_for(name, tokenizer)
         # Many SentencePiece models put a space before a text that starts; Mistral's encoder before every text.
         self.every_text_starts = name == "inst"
         known = tokenizer.specials | {role: tokenizer.role(role) for role in ("bos", "eos", "eot")}

@@ -34,9 +34,11 @@ class Sandbox:
         self.template, self.names, self.seconds = template, names, seconds
         self.process: subprocess.Popen | None = None
 
-    def render(self, jobs: list[tuple[list[dict], bool]]) -> list[str | UserError]:
-        """A text, or what is wrong, for each (messages, whether the beginning of an answer comes last)."""
-        request = {"jobs": [{"messages": messages, "add_generation_prompt": begins} for messages, begins in jobs]}
+    def render(self, jobs: list[tuple[list[dict], bool]], day: str = "") -> list[str | UserError]:
+        """A text, or what is wrong, for each (messages, whether the beginning of an answer comes last). The template
+        takes `day`, as "2025-01-01", for today's date; without it, the clock's."""
+        request = {"jobs": [{"messages": messages, "add_generation_prompt": begins} for messages, begins in jobs],
+                   "day": day}
         if self.process is None:
             self.process = start_sandbox(self.seconds)
             self.stop = weakref.finalize(self, stop_process, self.process)
@@ -87,26 +89,27 @@ def stop_process(process: subprocess.Popen) -> None:
 
 def serve(seconds: int) -> None:
     """Answer requests until there are no more; the first brings the template."""
-    template, problem = None, ""
+    template, problem, clock = None, "", {}
     limit_process()
     for line in sys.stdin.buffer:
         limit_time(seconds)
         request = json.loads(line)
         if "template" in request:
             try:
-                template = compile_template(request["template"]).render
+                template = compile_template(request["template"], clock).render
                 names = request["names"]
             except Exception as error:
                 problem = describe_error(error)
         answer = {"error": problem}
         if template:
+            clock["day"] = request["day"]
             answer = {"texts": render_jobs(template, names, request["jobs"])}
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
         sys.stdout.buffer.flush()
 
 
-def compile_template(text: str):
-    """As transformers does it: the same environment, names and tags."""
+def compile_template(text: str, clock: dict):
+    """As transformers does it: the same environment, names and tags. clock["day"], if any, is today."""
     from datetime import datetime
 
     import jinja2
@@ -148,7 +151,10 @@ def compile_template(text: str):
         raise jinja2.TemplateError(message)
 
     def strftime_now(form):
-        return datetime.now().strftime(form)
+        now = datetime.now()
+        if clock["day"]:
+            now = datetime.fromisoformat(clock["day"])
+        return now.strftime(form)
 
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])

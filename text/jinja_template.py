@@ -24,6 +24,7 @@ from text.jinja_sandbox import SECONDS, Sandbox
 from text.pieces import find_names
 from text.tokenizer import Tokenizer
 
+LEARNED_DAY = "2025-01-01"  # for a template that writes the date: what is learned and scored may not change by the day
 PRIVATE = list(map(chr, range(0xFDD0, 0xFDF0)))  # Unicode keeps these for programs: they are in no text
 QUESTION, ANSWER, SYSTEM = "471193", "882264", "993357"  # contents that we find again
 INSTEAD = "choose template=chatml, alpaca or inst"
@@ -53,6 +54,7 @@ def token_names(config: dict) -> dict[str, str]:
 class ModelTemplate:
     """The chat template of a tokenizer; UserError if it has none, or one that cannot be used.
 
+    source      its text
     stop_ids    ids that end an answer
     stop_texts  strings that end an answer
     """
@@ -177,7 +179,7 @@ class ModelTemplate:
                 instead = message | {"content": f"{probe}{ANSWER}{probe}"}
                 jobs.append((messages[:n], True))
                 jobs.append(([*messages[:n], instead, *messages[n + 1 :]], begins))
-        texts = self.sandbox.render(jobs)
+        texts = self.sandbox.render(jobs, "" if begins else LEARNED_DAY)
         for found in texts:
             if isinstance(found, UserError):
                 raise found

@@ -25,7 +25,7 @@ from itertools import chain, islice, product
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from configurator import UserError, find_path, need
+from configurator import UserError, find_path, need, shown
 from runtime.files import optional, require_file, unique_fields
 
 SEPARATOR = "<|endoftext|>"
@@ -457,7 +457,7 @@ def csv_records(path: Path, position: Position | None = None) -> Iterator[Record
     try:
         names = next(rows, [])
         for name, count in Counter(names).items():
-            need(count == 1, f"{path}, line 1 names the column {name!r} twice: rename one of them")
+            need(count == 1, f"{path}, line 1 names the column {shown(name)} twice: rename one of them")
         for row in rows:
             where = f"{path}, line {rows.line_num}"
             if row and len(row) != len(names):
@@ -493,7 +493,7 @@ def record_text(record, text_field: str, where: str) -> str:
     if text_field == "*":
         text = "\n".join(value for value in record.values() if isinstance(value, str))
     elif text_field not in record:
-        names, remedy = ", ".join(record)[:200], "choose with text_field="
+        names, remedy = shown(", ".join(record), most=60), "choose with text_field="
         if not record.keys().isdisjoint(("messages", "instruction", "conversations", "prompt")):
             remedy = "to fine-tune on such examples, set SFT_MODE=1"
         raise UserError(f"{where} has no field {text_field!r}; it has {names}; {remedy}")

@@ -72,7 +72,7 @@ def held_out_rows(val: list[Conversation], template: Template, chat: ChatSetting
     if eval_tokens:
         ends = np.cumsum([length_of(each, template, seq_len) for each in val])
         val = val[: max(1, int((ends < eval_tokens).sum()))]
-    scored = digest(content, chat.template, chat.system, chat.learn, packing, seq_len, eval_tokens)
+    scored = digest(content, template.source, chat.system, chat.learn, packing, seq_len, eval_tokens)
     rows = Examples(val, template, seq_len, chat.learn, seed, packing, content, scored, shuffled=False)
     need(rows.bytes, "the answers of the validation examples hold no text: the loss would measure nothing")
     return rows

@@ -298,8 +298,8 @@ def tiktoken_by_name(name: str) -> BPETokenizer:
     try:
         parts = getattr(openai, name)()
     except (OSError, ValueError):  # all network errors of requests are OSErrors; ValueError: a damaged download
-        raise UserError(f"tiktoken cannot get its file of {name} from its cache or the network; fetch it on a machine "
-                        "that is online, copy its folder here, and set TIKTOKEN_CACHE_DIR to it") from None
+        raise UserError(f"tiktoken finds its file of {name} neither in its cache nor online: copy the cache of a "
+                        "machine that is online, and set TIKTOKEN_CACHE_DIR to it") from None
     return from_ranks(parts["mergeable_ranks"], PATTERNS[TIKTOKEN[name]], parts["special_tokens"])
 
 
