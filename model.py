@@ -29,6 +29,7 @@ from reversible import Branch, Chain
 Layers = Annotated[int, Range(least=0, most=10_000)]
 Dim = Annotated[int, Range(least=1, most=2**20)]
 Bits = Annotated[int, Range(least=0, most=20)]
+Mscale = Annotated[float, Range(least=0, most=100)]
 DimOrZero = Annotated[int, Range(least=0, most=2**20)]  # 0 = none, or a default
 
 
@@ -52,7 +53,7 @@ class ModelConfig:
     rope_theta: Annotated[float, Range(above=1)] = 10000.0  # base of the rotary wavelengths
     rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"  # stretch rotary wavelengths for long contexts
     rope_factor: Positive = 1.0  # rope_scaling: how many times longer the context becomes
-    rope_mscale: NotNegative = 0.0  # mla with yarn: scores grow by (1 + rope_mscale ln(rope_factor) / 10)²; 0 = as yarn
+    rope_mscale: Mscale = 0.0   # mla with yarn: scores grow by (1 + rope_mscale ln(rope_factor) / 10)²; 0 = as yarn
     rope_original: Size = 0     # rope_scaling=yarn, llama3: context length before stretching
     window: Size = 0            # sliding window: tokens visible to each position, itself included; 0 = all
     window_pattern: str = "S"   # which blocks have the window, repeated: S has it, L sees all; SSL = two of three

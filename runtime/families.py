@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from attention import RopeScaling, rope_frequencies
-from configurator import UserError, need, shown
+from configurator import need, shown
 from model import ModelConfig
 from runtime.gguf import KINDS
+from text.tokenizer import naming
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Names of tensors: ours, in a Hugging Face file, in a GGUF file. N is the number of the layer, E that of the expert.
@@ -266,9 +267,8 @@ def read_hf_config(config: dict, where: str) -> tuple[Family, ModelConfig]:
         need(value is not None or optional, f"{where}: it lacks {hf}")
         if value is not None:
             found[ours] = value
-    need(found.get("n_expert") != 0, f"{where}: a {family.model_type} has experts, and this one says 0")
     found |= family_settings(family, config, where) | read_scaling(config, found.get("seq_len", 0), where)
-    return family, to_config(found, where)
+    return family, to_config(family, found, where)
 
 
 def family_settings(family: Family, config: dict, where: str) -> dict:
@@ -321,16 +321,16 @@ def read_scaling(config: dict, seq_len, where: str) -> dict:
     return settings
 
 
-def to_config(found: dict, where: str) -> ModelConfig:
+def to_config(family: Family, found: dict, where: str) -> ModelConfig:
     """ModelConfig checks types and ranges; its sentence gets the file's name."""
     known = {each.name for each in fields(ModelConfig)}
     for name in ("rope_theta", "rope_factor", "norm_eps", "router_scale", "init_std"):
         if isinstance(found.get(name), int):
             found[name] = float(found[name])
-    try:
-        return ModelConfig(**{name: value for name, value in found.items() if name in known and value is not None})
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+    with naming(where):
+        cfg = ModelConfig(**{name: value for name, value in found.items() if name in known and value is not None})
+        need(cfg.n_expert or family.needs["n_expert"] != SOME, f"it has no experts, and a {family.model_type} has some")
+    return cfg
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -449,9 +449,14 @@ def write_gguf_meta(family: Family, cfg: ModelConfig) -> dict:
     if family.model_type == "qwen3_moe":
         need(cfg.router_renormalise, "llama.cpp's qwen3moe always has router_renormalise=True: this model has it False")
     if cfg.attention == "mla":
-        need(cfg.q_rank, "llama.cpp's deepseek2 needs q_rank above 0, but for models of 26, 27 or 48 layers")
+        need(cfg.q_rank or cfg.n_layer in (26, 27),
+             "llama.cpp's deepseek2 needs q_rank above 0, but for models of 26 or 27 layers")
         need(cfg.n_group == 1 or cfg.router == "sigmoid",
              "llama.cpp rates a group of experts by the sum of its best two, this model by the best: n_group must be 1")
+        need(cfg.n_shared, "llama.cpp's deepseek2 needs n_shared above 0")
+        check_stretched_latent(cfg)
+    need(cfg.rope_scaling != "llama3" or arch in ("llama", "arcee"),
+         f"llama.cpp's {arch} has no rope_scaling=llama3: a Hugging Face folder can hold this model")
     sizes = {key: getattr(cfg, ours) for ours, _, key in family.sizes if key}
     meta = {key: value for key, value in sizes.items() if value or isinstance(value, bool)}
     if family.model_type == "mixtral":
@@ -473,7 +478,18 @@ def write_gguf_meta(family: Family, cfg: ModelConfig) -> dict:
     return {"general.architecture": arch} | {f"{arch}.{key}": value for key, value in meta.items()}
 
 
+def check_stretched_latent(cfg: ModelConfig) -> None:
+    """llama.cpp's deepseek2 multiplies the scores by (0.1 ln(factor) + 1)², whatever stretches the rotations."""
+    need(cfg.attention != "mla" or cfg.rope_scaling == "none" or cfg.rope_mscale,
+         f"in llama.cpp, deepseek2 with rope_scaling={cfg.rope_scaling} computes what transformers does only with yarn "
+         "and its mscale_all_dim")
+
+
 GATES = {"softmax": 1, "sigmoid": 2}
+# Keys that a file may lack: llama.cpp takes none, or follows other keys.
+OPTIONAL = {"", "vocab_size", "leading_dense_block_count", "expert_shared_count", "expert_group_count",
+            "expert_group_used_count", "expert_weights_norm", "expert_weights_scale", "attention.head_count_kv",
+            "attention.key_length", "attention.sliding_window", "attention.q_lora_rank"}
 ROPE_FACTORS = "rope_freqs.weight"  # (head_dim / 2,): by what llama3's scaling divides each frequency
 
 
@@ -491,42 +507,74 @@ def read_gguf_meta(meta: dict, shapes: dict[str, tuple], factors: Tensor | None,
     known = sorted({family.gguf for family in FAMILIES})
     need(arch in known, f"{where}: the architecture {shown(str(arch))} is none of {', '.join(known)}")
     own = {key.removeprefix(f"{arch}."): value for key, value in meta.items() if key.startswith(f"{arch}.")}
-    names = {"llama": "mixtral" if own.get("expert_count") else "llama", "qwen3moe": "qwen3_moe",
-             "deepseek2": "deepseek_v3" if own.get("expert_gating_func") == 2 else "deepseek_v2"}
-    family = BY_TYPE[names.get(arch, arch)]
-    found = {"n_kv_head": 0, "norm_eps": 1e-5} | {name: value for name, value in family.needs.items()
-                                                   if value not in (SOME, UNBIASED)}
+    family = BY_TYPE[name_of_family(arch, own)]
+    found = {"n_kv_head": 0} | {name: value for name, value in family.needs.items() if value not in (SOME, UNBIASED)}
     for ours, _, key in family.sizes:
+        need(key in own or key in OPTIONAL, f"{where}: its metadata lacks {arch}.{key}")
         if key in own:
             found[ours] = own[key]
-    if "norm_eps" in found and isinstance(found["norm_eps"], float):  # an f32: 1e-5 reads 9.9999997e-6
+    if isinstance(found["norm_eps"], float):  # an f32: 1e-5 reads 9.9999997e-6
         found["norm_eps"] = float(f"{found['norm_eps']:.7g}")
     found["vocab_size"] = shapes.get("token_embd.weight", (0, 0))[0]
     found["tie_embeddings"] = "output.weight" not in shapes
     if family.model_type == "mixtral":
         found["d_expert"] = own.get("feed_forward_length")
     if family.needs["attention"] == "mla":
-        found["head_dim"] = own.get("attention.value_length_mla")
-        found["n_kv_head"] = 0
+        need("attention.value_length_mla" in own,
+             f"{where}: its keys and values are stored as before 2025: convert the model with today's llama.cpp")
+        found["head_dim"] = own["attention.value_length_mla"]
+        found["router_renormalise"] = own.get("expert_weights_norm", False)
     if family.needs["position"] == "rope":
-        found |= {"rope_theta": own.get("rope.freq_base", 10000.0)} | read_meta_scaling(own, found, factors, where)
-    return family, to_config(found, where)
-
-
-def read_meta_scaling(own: dict, found: dict, factors: Tensor | None, where: str) -> dict:
-    """The settings of stretched rotations in a GGUF file."""
+        found |= {"rope_theta": own.get("rope.freq_base", 10000.0)} | read_meta_scaling(own, found, where)
+    cfg = to_config(family, found, where)
     if factors is not None:
-        return read_factors(factors, own.get("rope.freq_base", 10000.0), where)
-    kind = own.get("rope.scaling.type", "none")
+        need(cfg.attention == "gqa" and len(factors) == cfg.head_dim // 2 and cfg.rope_scaling == "none",
+             f"{where}: {ROPE_FACTORS} does not fit its other settings")
+        cfg = to_config(family, found | read_factors(factors, cfg.rope_theta, where), where)
+    for key, wanted in constants_of_gguf(cfg).items():
+        need(own.get(key, wanted) == wanted,
+             f"{where}: {arch}.{key} is {shown(str(own.get(key)))}, and we have {wanted} only")
+    with naming(where):
+        check_stretched_latent(cfg)
+    return family, cfg
+
+
+def name_of_family(arch: str, own: dict) -> str:
+    """The model_type of a GGUF file: some architectures hold two or three of ours."""
+    if arch == "llama" and own.get("expert_count"):
+        return "mixtral"
+    if arch == "llama" and own.get("attention.sliding_window"):
+        return "mistral"
+    if arch == "deepseek2":
+        return "deepseek_v3" if own.get("expert_gating_func") == GATES["sigmoid"] else "deepseek_v2"
+    return {"qwen3moe": "qwen3_moe"}.get(arch, arch)
+
+
+def constants_of_gguf(cfg: ModelConfig) -> dict:
+    """Keys that change what llama.cpp computes, and their only values in a model of ours."""
+    found = {"attention.causal": True, "attention.temperature_scale": 0.0, "rope.scaling.attn_factor": 1.0,
+             "rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0,
+             "expert_gating_func": GATES[cfg.router]}
+    if cfg.attention == "gqa":
+        found["expert_group_count"] = 1
+    if cfg.attention == "gqa" and cfg.position == "rope":
+        found["rope.dimension_count"] = cfg.head_dim
+    return found
+
+
+def read_meta_scaling(own: dict, found: dict, where: str) -> dict:
+    """The settings of stretched rotations in a GGUF file. A factor without a type is linear, as in old files."""
+    factor = own.get("rope.scaling.factor", own.get("rope.scale_linear", 0.0))
+    kind = own.get("rope.scaling.type", "linear")
     need(kind in ("none", "linear", "yarn"),
          f"{where}: rope.scaling.type is {shown(str(kind))}, and we have linear and yarn")
-    if kind == "none":
+    if kind == "none" or factor in (0, 1):
         return {}
-    scaling = {"rope_scaling": kind, "rope_factor": own.get("rope.scaling.factor")}
-    scaling["rope_original"] = own.get("rope.scaling.original_context_length", 0)
-    if own.get("rope.scaling.yarn_log_multiplier"):
-        scaling["rope_mscale"] = float(f"{10 * own['rope.scaling.yarn_log_multiplier']:.6g}")
-    return scaling
+    scaling = {"rope_scaling": kind, "rope_factor": factor}
+    scaling["rope_original"] = own.get("rope.scaling.original_context_length", found["seq_len"])
+    multiplier = own.get("rope.scaling.yarn_log_multiplier", 0.0)
+    need(isinstance(multiplier, float), f"{where}: rope.scaling.yarn_log_multiplier is {shown(str(multiplier))}")
+    return scaling | {"rope_mscale": float(f"{10 * multiplier:.6g}")}
 
 
 def read_factors(factors: Tensor, theta: float, where: str) -> dict:
