@@ -571,7 +571,8 @@ def read_meta_scaling(own: dict, found: dict, where: str) -> dict:
     if kind == "none" or factor in (0, 1):
         return {}
     scaling = {"rope_scaling": kind, "rope_factor": factor}
-    scaling["rope_original"] = own.get("rope.scaling.original_context_length", found["seq_len"])
+    if kind == "yarn":
+        scaling["rope_original"] = own.get("rope.scaling.original_context_length", found["seq_len"])
     multiplier = own.get("rope.scaling.yarn_log_multiplier", 0.0)
     need(isinstance(multiplier, float), f"{where}: rope.scaling.yarn_log_multiplier is {shown(str(multiplier))}")
     return scaling | {"rope_mscale": float(f"{10 * multiplier:.6g}")}

@@ -222,7 +222,7 @@ class GGUFFile:
         self.meta = {}
         for _ in range(pairs):
             key = self.text()
-            self.check(key not in self.meta, f"{key} is there twice")
+            self.check(key not in self.meta, f"{shown(key)} is there twice")
             self.meta[key] = self.value(self.number("<u4"))
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.places: dict[str, tuple[str, int, int]] = {}  # kind, offset, bytes
@@ -266,28 +266,29 @@ class GGUFFile:
     def read_info(self) -> None:
         """Name, shape, type and place of one tensor."""
         name = self.text()
-        self.check(name not in self.shapes, f"the tensor {name} is there twice")
+        said = f"the tensor {shown(name, most=60)}"
+        self.check(name not in self.shapes, f"{said} is there twice")
         depth = self.number("<u4")
-        self.check(depth <= DEEPEST, f"the tensor {name} has {depth} dimensions")
+        self.check(depth <= DEEPEST, f"{said} has {depth} dimensions")
         shape = tuple(self.number("<u8") for _ in range(depth))[::-1]
         number, offset = self.number("<u4"), self.number("<u8")
         kind = BY_NUMBER.get(number, OTHERS.get(number, str(number)))
-        need(kind in KINDS, f"{self.path}: {name} has the type {kind}, and we read {', '.join(KINDS)}")
+        need(kind in KINDS, f"{self.path}: {said} has the type {kind}, and we read {', '.join(KINDS)}")
         count, block = math.prod(shape), KINDS[kind].elements
         self.check(min(shape, default=1) > 0 and (shape[-1] if shape else 1) % block == 0,
-                   f"{name} {list(shape)} does not divide into {kind}'s blocks of {block}")
+                   f"{said} {list(shape)} does not divide into {kind}'s blocks of {block}")
         self.shapes[name] = shape
         self.places[name] = (kind, offset, count // block * KINDS[kind].bytes)
 
     def find_data(self) -> None:
         """Where the tensors begin; all are inside the file, and no two share a byte."""
         alignment = self.meta.get("general.alignment", ALIGNMENT)
-        self.check(isinstance(alignment, int) and 0 < alignment <= 1 << 16, f"general.alignment is {alignment}")
+        self.check(isinstance(alignment, int) and 0 < alignment <= 1 << 16, f"general.alignment is {shown(alignment)}")
         begin, end = -(-self.at // alignment) * alignment, 0
         for name, (kind, offset, size) in sorted(self.places.items(), key=lambda item: item[1][1]):
-            self.check(offset >= end, f"the tensor {name} begins within another")
-            self.check(begin + offset + size <= len(self.data),
-                       f"the tensor {name} ends behind the file's end: it is cut short")
+            said = f"the tensor {shown(name, most=60)}"
+            self.check(offset >= end, f"{said} begins within another")
+            self.check(begin + offset + size <= len(self.data), f"{said} ends behind the file's end: it is cut short")
             self.places[name] = (kind, begin + offset, size)
             end = offset + size
 
@@ -302,8 +303,9 @@ class GGUFFile:
         blocks = self.data[offset : offset + size].reshape(-1, kind.bytes)
         values = np.empty((len(blocks), kind.elements), np.float32)
         step = CHUNK // kind.elements
-        for first in range(0, len(blocks), step):
-            values[first : first + step] = kind.read(np.ascontiguousarray(blocks[first : first + step]))
+        with np.errstate(all="ignore"):  # scales that are not finite have a sentence of their own
+            for first in range(0, len(blocks), step):
+                values[first : first + step] = kind.read(np.ascontiguousarray(blocks[first : first + step]))
         return torch.from_numpy(values.reshape(self.shapes[name]))
 
 

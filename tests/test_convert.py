@@ -189,7 +189,7 @@ GGUF = [name for name in MODELS if name not in (
 BY_TRANSFORMERS = ["llama", "llama, tied", "qwen2"]  # of the others it overlooks settings: head_dim, the context
 
 
-@pytest.mark.parametrize("name", GGUF)
+@pytest.mark.parametrize("name", [*GGUF, "mistral"])
 @torch.no_grad()
 def test_a_gguf_file_gives_back_every_bit_and_setting(name, tmp_path):
     theirs = build(name)
@@ -266,6 +266,70 @@ def test_llama_cpp_computes_the_same(name, tmp_path, llama_cpp):
     expected, theirs = ours(tmp_path / "run")(IDS[:1])[0, -1], llama_cpp.load(tmp_path / "model.gguf")
     found = torch.from_numpy(theirs.logits(IDS[0].tolist()))
     assert (found - expected).abs().max() < 0.02 * expected.std()
+
+
+def other_gguf(name, folder, changes):
+    """A GGUF file of one of MODELS with other settings; None takes one away."""
+    save(build(name), folder / "theirs")
+    go(folder / "theirs", folder / "run")
+    go(folder / "run", folder / "model.gguf")
+    file = GGUFFile(folder / "model.gguf")
+    arch = file.meta["general.architecture"]
+    meta = file.meta | {f"{arch}.{key}": value for key, value in changes.items()}
+    meta = {key: value for key, value in meta.items() if value is not None}
+    write_gguf(folder / "other.gguf", meta, [Tensor(each, shape, "F32", partial(file.load, each))
+                                             for each, shape in file.shapes.items()])
+    return folder / "other.gguf"
+
+
+LATENT = "deepseek_v3, yarn"
+READ = {  # what llama.cpp makes of it
+    "a factor without a type": ("qwen3", {"rope.scaling.factor": 4.0}, dict(rope_scaling="linear", rope_factor=4.0)),
+    "the old name of the factor": ("llama", {"rope.scale_linear": 4.0}, dict(rope_scaling="linear", rope_factor=4.0)),
+    "no scaling, with a factor": ("llama", {"rope.scaling.type": "none", "rope.scaling.factor": 4.0},
+                                  dict(rope_scaling="none", rope_factor=1.0)),
+    "yarn from the context": ("llama", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0},
+                              dict(rope_scaling="yarn", rope_original=64)),
+    "experts without a norm": ("deepseek_v3", {"expert_weights_norm": None}, dict(router_renormalise=False)),
+}
+
+
+@pytest.mark.parametrize("what", READ)
+def test_settings_of_a_gguf_file_mean_what_they_mean_in_llama_cpp(what, tmp_path):
+    name, changes, settings = READ[what]
+    go(other_gguf(name, tmp_path, changes), tmp_path / "again")
+    cfg = vars(ours(tmp_path / "again").cfg)
+    assert {key: cfg[key] for key in settings} == settings
+
+
+FOREIGN = {
+    "sees the future": ("llama", {"attention.causal": False}, "attention.causal is False, and we have True only"),
+    "turns a part of a head": ("qwen2", {"rope.dimension_count": 4}, "dimension_count is 4, and we have 8 only"),
+    "larger rotations": ("llama, yarn", {"rope.scaling.attn_factor": 1.5}, "attn_factor is 1.5"),
+    "another yarn": ("llama, yarn", {"rope.scaling.yarn_beta_fast": 8.0}, "yarn_beta_fast is 8"),
+    "groups of experts": ("qwen3_moe", {"expert_group_count": 4}, "expert_group_count is 4, and we have 1 only"),
+    "another gate": ("deepseek_v2", {"expert_gating_func": 3}, "expert_gating_func is 3, and we have 1 only"),
+    "attention by temperature": ("deepseek_v2", {"attention.temperature_scale": 0.5}, "temperature_scale is 0.5"),
+    "latent, linear": ("deepseek_v2", {"rope.scaling.factor": 4.0}, "only with yarn and its mscale_all_dim"),
+    "latent, plain yarn": (LATENT, {"rope.scaling.yarn_log_multiplier": None}, "only with yarn"),
+    "latent, a text as number": (LATENT, {"rope.scaling.yarn_log_multiplier": "a"}, "yarn_log_multiplier is a"),
+    "latent, huge": (LATENT, {"rope.scaling.yarn_log_multiplier": 1e30}, "rope_mscale=1e"),
+    "latent of old": ("deepseek_v2", {"attention.value_length_mla": None}, "stored as before 2025"),
+    "stretched twice": ("llama, llama3", {"rope.scaling.factor": 4.0}, "rope_freqs.weight does not fit"),
+    "other heads": ("llama, llama3", {"attention.key_length": 16}, "rope_freqs.weight does not fit"),
+    "no context": ("llama", {"context_length": None}, "lacks llama.context_length"),
+    "no heads": ("gpt2", {"attention.head_count": None}, "lacks gpt2.attention.head_count"),
+    "no experts": ("qwen3_moe", {"expert_count": 0}, "has no experts, and a qwen3_moe has some"),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_gguf_file_of_what_we_do_not_compute_is_refused(what, tmp_path):
+    name, changes, sentence = FOREIGN[what]
+    path = other_gguf(name, tmp_path, changes)
+    with pytest.raises(UserError, match=sentence) as error:
+        go(path, tmp_path / "again")
+    assert str(error.value).startswith(str(path)) and not (tmp_path / "again").exists()
 
 
 # ---- files of every kind
@@ -463,6 +527,8 @@ def our_run(folder, **settings):
 
 
 GPT2 = dict(ffn="gelu", norm="layernorm", position="learned", bias=True, qk_norm=False, n_kv_head=4)
+LATENT_OF_OURS = dict(n_expert=4, ffn="swiglu", attention="mla", qk_norm=False, router="sigmoid", balance="bias",
+                      q_rank=8)
 REFUSED = {
     "relu2 with qk_norm": (dict(ffn="relu2", qk_norm=True), "hf", "qwen3 comes nearest"),
     "alibi": (dict(position="alibi", ffn="swiglu"), "hf", "position=rope"),
@@ -477,6 +543,11 @@ REFUSED = {
     "no renormalising": (dict(n_expert=4, ffn="swiglu", router_renormalise=False), "model.gguf", "router_renormalise"),
     "latent without q_rank": (dict(n_expert=4, ffn="swiglu", attention="mla", qk_norm=False, router="sigmoid",
                                    balance="bias"), "model.gguf", "q_rank"),
+    "latent without n_shared": (LATENT_OF_OURS, "model.gguf", "n_shared above 0"),
+    "latent, linear": (LATENT_OF_OURS | dict(n_shared=1, rope_scaling="linear", rope_factor=2.0), "model.gguf",
+                       "only with yarn"),
+    "qwen3 with llama3": (dict(ffn="swiglu", rope_scaling="llama3", rope_factor=2.0, rope_original=16), "model.gguf",
+                          "qwen3 has no rope_scaling=llama3"),
     "q8_0 elsewhere": (dict(ffn="swiglu"), "hf DTYPE=q8_0", "is for GGUF"),
 }
 

@@ -99,6 +99,18 @@ def test_a_header_with_any_byte_changed_is_read_or_refused_in_one_sentence(tmp_p
             assert total <= 8 * len(whole)
 
 
+@pytest.mark.parametrize("name", ["a\x1b[2J\nb", "a" * 5000])
+def test_names_of_strangers_are_escaped_and_shortened_in_a_sentence(tmp_path, name):
+    path = tmp_path / "a.gguf"
+    for meta, shapes in (({}, [(1, 1, 1, 1, 1)]), ({}, [(4,), (4,)]), ({name: 1}, [(0,)]),
+                         ({"general.alignment": name}, [(4,)])):
+        write_gguf(path, meta, [Tensor(name, shape, "F32", lambda shape=shape: torch.zeros(shape)) for shape in shapes])
+        with pytest.raises(UserError) as error:
+            GGUFFile(path)
+        sentence = str(error.value).removeprefix(str(path))
+        assert sentence.isprintable() and len(sentence) < 160
+
+
 def test_types_that_we_do_not_read_are_named(tmp_path):
     raw = np.zeros((1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.IQ4_XS][1]), np.uint8)
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
