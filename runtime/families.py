@@ -449,16 +449,19 @@ def write_gguf_meta(family: Family, cfg: ModelConfig) -> dict:
     if family.model_type == "qwen3_moe":
         need(cfg.router_renormalise, "llama.cpp's qwen3moe always has router_renormalise=True: this model has it False")
     if cfg.attention == "mla":
-        need(cfg.q_rank or cfg.n_layer in (26, 27),
-             "llama.cpp's deepseek2 needs q_rank above 0, but for models of 26 or 27 layers")
+        without = cfg.n_layer in (26, 27)  # by this llama.cpp knows DeepSeek-V2-Lite and its kin
+        need(bool(cfg.q_rank) != without,
+             f"llama.cpp's deepseek2 of {cfg.n_layer} layers needs q_rank {'0' if without else 'above 0'}")
         need(cfg.n_group == 1 or cfg.router == "sigmoid",
              "llama.cpp rates a group of experts by the sum of its best two, this model by the best: n_group must be 1")
         need(cfg.n_shared, "llama.cpp's deepseek2 needs n_shared above 0")
-        check_stretched_latent(cfg)
+        check_latent(cfg)
+    need(arch != "qwen2" or cfg.n_head * cfg.head_dim == cfg.d_model,
+         "llama.cpp's qwen2 needs n_head · head_dim = d_model: a Hugging Face folder can hold this model")
     need(cfg.rope_scaling != "llama3" or arch in ("llama", "arcee"),
          f"llama.cpp's {arch} has no rope_scaling=llama3: a Hugging Face folder can hold this model")
     sizes = {key: getattr(cfg, ours) for ours, _, key in family.sizes if key}
-    meta = {key: value for key, value in sizes.items() if value or isinstance(value, bool)}
+    meta = {key: value for key, value in sizes.items() if value or isinstance(value, bool | float)}
     if family.model_type == "mixtral":
         meta["feed_forward_length"] = cfg.d_expert
     if cfg.attention == "mla":
@@ -478,8 +481,11 @@ def write_gguf_meta(family: Family, cfg: ModelConfig) -> dict:
     return {"general.architecture": arch} | {f"{arch}.{key}": value for key, value in meta.items()}
 
 
-def check_stretched_latent(cfg: ModelConfig) -> None:
-    """llama.cpp's deepseek2 multiplies the scores by (0.1 ln(factor) + 1)², whatever stretches the rotations."""
+def check_latent(cfg: ModelConfig) -> None:
+    """UserError where llama.cpp's deepseek2 is not transformers': its latents are normalised with norm_eps, not 1e-6,
+    and the scores grow by (0.1 ln(factor) + 1)², whatever stretches the rotations."""
+    need(cfg.attention != "mla" or cfg.norm_eps <= 1e-5,
+         f"in llama.cpp, deepseek2 with norm_eps={cfg.norm_eps} is not transformers' model: it must be at most 1e-5")
     need(cfg.attention != "mla" or cfg.rope_scaling == "none" or cfg.rope_mscale,
          f"in llama.cpp, deepseek2 with rope_scaling={cfg.rope_scaling} computes what transformers does only with yarn "
          "and its mscale_all_dim")
@@ -535,7 +541,7 @@ def read_gguf_meta(meta: dict, shapes: dict[str, tuple], factors: Tensor | None,
         need(own.get(key, wanted) == wanted,
              f"{where}: {arch}.{key} is {shown(str(own.get(key)))}, and we have {wanted} only")
     with naming(where):
-        check_stretched_latent(cfg)
+        check_latent(cfg)
     return family, cfg
 
 

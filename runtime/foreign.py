@@ -291,5 +291,9 @@ def write_gguf_model(path: Path, cfg: ModelConfig, state: dict[str, Tensor], tok
         if stored == "F16":
             load = partial(rounded, name, load, torch.float16)
         tensors.append(gguf.Tensor(name, shape, stored, load))
+    others = [each.name for each in tensors if each.kind == "F16" != kind]
+    if others:
+        print(f"note: {len(others)} tensors are F16, as their rows are no whole blocks of {kind}: "
+              f"{more(set(others), '')}")
     with writing(path.parent):
         gguf.write_gguf(path, meta, tensors)

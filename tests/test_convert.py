@@ -546,6 +546,10 @@ REFUSED = {
     "latent without n_shared": (LATENT_OF_OURS, "model.gguf", "n_shared above 0"),
     "latent, linear": (LATENT_OF_OURS | dict(n_shared=1, rope_scaling="linear", rope_factor=2.0), "model.gguf",
                        "only with yarn"),
+    "latent, large eps": (LATENT_OF_OURS | dict(n_shared=1, norm_eps=0.1), "model.gguf", "at most 1e-5"),
+    "latent of 27 layers": (LATENT_OF_OURS | dict(n_shared=1, n_layer=27), "model.gguf", "27 layers needs q_rank 0"),
+    "qwen2 with wide heads": (dict(ffn="swiglu", qk_norm=False, qkv_bias=True, head_dim=16), "model.gguf",
+                              "needs n_head · head_dim = d_model"),
     "qwen3 with llama3": (dict(ffn="swiglu", rope_scaling="llama3", rope_factor=2.0, rope_original=16), "model.gguf",
                           "qwen3 has no rope_scaling=llama3"),
     "q8_0 elsewhere": (dict(ffn="swiglu"), "hf DTYPE=q8_0", "is for GGUF"),
@@ -627,6 +631,14 @@ def shaken(model):
 def test_a_window_in_gguf_is_told(tmp_path, capsys):
     go(our_run(tmp_path / "run", ffn="swiglu", qk_norm=False, window=16), tmp_path / "model.gguf")
     assert "up to 16 tokens" in capsys.readouterr().out
+
+
+def test_rows_that_are_no_whole_blocks_are_told(tmp_path, capsys):
+    run = our_run(tmp_path / "run", ffn="swiglu", d_ff=40)
+    go(run, tmp_path / "f16.gguf", "DTYPE=float16")
+    assert "note" not in capsys.readouterr().out
+    go(run, tmp_path / "model.gguf", "DTYPE=q8_0")
+    assert "2 tensors are F16, as their rows are no whole blocks of Q8_0: blk.0.ffn_down" in capsys.readouterr().out
 
 
 def test_numbers_that_float16_cannot_hold_are_refused(theirs, tmp_path):
