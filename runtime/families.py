@@ -316,7 +316,8 @@ def read_scaling(config: dict, seq_len, where: str) -> dict:
         both = scaling.get("mscale_all_dim") or None
         need(mscale == both, f"{where}: rope_scaling has mscale={shown(str(mscale))} and mscale_all_dim="
                              f"{shown(str(both))}, and ours are equal")
-        if settings["rope_factor"] is None and isinstance(seq_len, int) and isinstance(original, int):
+        counts = isinstance(seq_len, int) and isinstance(original, int) and 0 < seq_len < 1 << 63
+        if settings["rope_factor"] is None and counts:
             settings["rope_factor"] = seq_len / original
     return settings
 
@@ -325,7 +326,7 @@ def to_config(family: Family, found: dict, where: str) -> ModelConfig:
     """ModelConfig checks types and ranges; its sentence gets the file's name."""
     known = {each.name for each in fields(ModelConfig)}
     for name in ("rope_theta", "rope_factor", "norm_eps", "router_scale", "init_std"):
-        if isinstance(found.get(name), int):
+        if isinstance(found.get(name), int) and abs(found[name]) < 1 << 63:  # a larger one may be no float
             found[name] = float(found[name])
     with naming(where):
         cfg = ModelConfig(**{name: value for name, value in found.items() if name in known and value is not None})

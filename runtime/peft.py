@@ -42,8 +42,14 @@ def tables(cfg: ModelConfig) -> tuple[Family, dict[str, Link]]:
         names = list(LanguageModel(cfg).state_dict())
     family, found = family_of(cfg), {}
     for link in links(family, replace(cfg, tie_embeddings=False), names, gguf=False):
+        link.theirs = [new_name(name) for name in link.theirs]
         found |= dict.fromkeys(link.ours, link)
     return family, found
+
+
+def new_name(name: str) -> str:
+    """Mixtral's experts have another name in transformers 5 than in its files, and peft takes that of the module."""
+    return name.replace(".block_sparse_moe.", ".mlp.")
 
 
 def linear_names(cfg: ModelConfig) -> list[str]:
@@ -205,17 +211,17 @@ def plain(alpha: float) -> float | int:
 
 # ---- theirs -> ours ----
 
-PATTERN = Either(None, {str: float})
-SHAPE = {"peft_type": str, "task_type?": Either(None, str), "r?": int, "lora_alpha?": float, "lora_dropout?": float,
-         "use_rslora?": bool, "use_dora?": bool, "bias?": str, "target_modules?": Either(None, str, [str]),
-         "exclude_modules?": Either(None, str, [str]), "layers_to_transform?": Either(None, int, [int]),
-         "modules_to_save?": Either(None, [str]), "rank_pattern?": Either(None, {str: int}), "alpha_pattern?": PATTERN,
-         "fan_in_fan_out?": Either(None, bool), "init_lora_weights?": Either(None, bool, str),
-         "ensure_weight_tying?": Either(None, bool)}
+SHAPE = {"peft_type": str, "task_type?": Either(str, None), "r?": int, "lora_alpha?": float, "lora_dropout?": float,
+         "use_rslora?": bool, "use_dora?": bool, "bias?": str, "target_modules?": Either([str], str, None),
+         "exclude_modules?": Either([str], str, None), "layers_to_transform?": Either([int], int, None),
+         "modules_to_save?": Either([str], None), "rank_pattern?": Either({str: int}, None),
+         "alpha_pattern?": Either({str: float}, None), "fan_in_fan_out?": Either(bool, None),
+         "init_lora_weights?": Either(str, bool, None), "ensure_weight_tying?": Either(bool, None)}
 DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "bias": "none"}
-# What changes how adapters are computed, or what they are on, and has no form here.
-REFUSED = ["lora_bias", "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora", "use_bdlora",
-           "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config"]
+# Of all other keys, only these change nothing of what adapters compute, or of what they are on.
+HARMLESS = ["auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "layers_pattern",
+            "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+            "runtime_config"]
 STARTS = [True, False, None, "gaussian", "orthogonal", "eva"]  # init_lora_weights that leave the base as it is
 
 
@@ -250,13 +256,13 @@ class Adapter:
         need(config.get("task_type", "CAUSAL_LM") == "CAUSAL_LM",
              f"{where}: task_type is {shown(config.get('task_type'))}, and we have CAUSAL_LM only")
         need(config["bias"] == "none", f"{where}: bias is {shown(config['bias'])}, and ours stay as the base has them")
-        for name in REFUSED:
-            need(not config.get(name), f"{where}: {name} is set, which our adapters cannot say")
+        for name in sorted(config.keys() - {key.rstrip("?") for key in SHAPE} - set(HARMLESS)):
+            need(not config[name], f"{where}: {shown(name)} is set, which our adapters cannot say")
         start = config.get("init_lora_weights")
         need(start in STARTS, f"{where}: init_lora_weights is {shown(start)}, which changes the base; convert the "
                               "adapter to plain LoRA in peft first")
         for name, alpha in {"lora_alpha": config["lora_alpha"], **config.get("alpha_pattern", {})}.items():
-            need(math.isfinite(alpha) and alpha > 0, f"{where}: the alpha of {shown(name)} is {alpha}")
+            need(0 < alpha < 1e9, f"{where}: the alpha of {shown(name)} is {shown(str(alpha))}")
         for pattern in [*config.get("rank_pattern", {}), *config.get("alpha_pattern", {})]:
             self.check_pattern(pattern)
 
@@ -280,12 +286,12 @@ class Adapter:
     def sort(self, name: str) -> None:
         """Note what a tensor of the file is."""
         need(name.startswith(PREFIX), f"{self.file}: {shown(name)} does not begin with {PREFIX}")
-        inner = name.removeprefix(PREFIX)
+        inner = new_name(name.removeprefix(PREFIX))
         for end, kind in KINDS.items():
             if inner.endswith(end):
                 self.adapters.setdefault(inner.removesuffix(end), {})[kind] = name
                 return
-        need("lora_" not in inner, f"{self.file}: {shown(name, most=100)} is no adapter of a linear layer")
+        need("lora_" not in inner, f"{self.file}: {shown(name, most=100)} ends with none of {', '.join(KINDS)}")
         if ".base_layer." in inner:
             self.bases[inner.replace(".base_layer.", ".")] = name
         else:
@@ -393,8 +399,8 @@ def settle_head(adapter: Adapter, saved: dict, replaced: dict[str, Tensor]) -> N
     if not saved["tie_embeddings"] or not ends:
         return
     names = [name.rpartition(".")[2] for name in adapter.config.get("modules_to_save", [])]
-    own = {"lm_head", "embed_tokens", "wte"} & set(names)
-    if own and not adapter.config.get("ensure_weight_tying"):
+    tied = adapter.config.get("ensure_weight_tying") and {"lm_head", "embed_tokens"} & set(names)  # not wte
+    if {"lm_head", "embed_tokens", "wte"} & set(names) and not tied:
         saved["tie_embeddings"] = False
     else:
         replaced |= {"embed.weight": replaced[ends[0]], "head.weight": replaced[ends[0]]}

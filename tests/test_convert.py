@@ -143,6 +143,7 @@ CONFIGS = [  # (model, changes, the sentence of a refusal, or nothing: then tran
     ("qwen3", dict(rope_scaling=SCALED, original_max_position_embeddings=32), "is 32, and in rope_scaling 16"),
     ("qwen3", dict(rope_parameters=dict(full_attention=SCALED)), "rope_scaling has full_attention="),
     ("mixtral", dict(num_local_experts=0), "has no experts, and a mixtral has some"),
+    ("llama", dict(rms_norm_eps=10**400), "norm_eps=1000"),
     ("mixtral", dict(num_local_experts=...), "it lacks num_local_experts"),
     ("qwen3_moe", dict(sliding_window=5, use_sliding_window=True), "use_sliding_window is True"),
     ("qwen3_moe", dict(num_experts_per_tok=...), "it lacks num_experts_per_tok"),

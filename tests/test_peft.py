@@ -24,6 +24,7 @@ KINDS = {
     "untied": dict(TINY, tie_embeddings=False),
     "qwen3": dict(TINY, qk_norm=True, head_dim=16),
     "gpt2": dict(TINY, n_kv_head=4, ffn="gelu", norm="layernorm", position="learned", bias=True),
+    "mixtral": dict(TINY, n_expert=4, top_k=2, d_expert=16),
     "qwen3_moe": dict(TINY, qk_norm=True, n_expert=4, top_k=2, d_expert=16),
     "deepseek": dict(TINY, n_kv_head=0, attention="mla", kv_rank=12, q_rank=20, rope_dim=6, n_expert=8, top_k=3,
                      n_shared=2, d_expert=16, n_dense=1, router="sigmoid", balance="bias", n_group=4, topk_group=2),
@@ -128,7 +129,8 @@ def peft_adapter(folder, hf, **config):
     ("tied", dict(lora_targets="all,head")), ("tied", dict(lora_targets="all,head", lora_dora=True)),
     ("untied", dict(lora_targets="all,head", lora_rs=True)), ("qwen3", dict(lora_targets="blocks.1.*,blocks.0.attn.o")),
     ("gpt2", dict(lora_targets="all,head")), ("gpt2", dict(lora_targets="q,v,o", lora_dora=True, lora_rs=True)),
-    ("qwen3_moe", dict(lora_targets="all")), ("deepseek", dict(lora_targets="all,head")),
+    ("mixtral", dict(lora_targets="all")), ("qwen3_moe", dict(lora_targets="all")),
+    ("deepseek", dict(lora_targets="all,head")),
     ("deepseek", dict(lora_targets="all", lora_dora=True)),
 ], ids=str)
 def test_peft_computes_with_our_adapters_what_we_do(bases, kind, settings, tmp_path):
@@ -170,6 +172,19 @@ def test_an_adapter_on_the_fused_layer_of_gpt2_becomes_three(bases, tmp_path, do
     assert checkpoint.settings(tmp_path / "run" / "best.pt")["lora_targets"] == "down,k,q,v"
 
 
+@pytest.mark.parametrize("kind, config", [
+    ("gpt2", dict(target_modules=["c_attn"], modules_to_save=["wte"], ensure_weight_tying=True)),  # which ties nothing
+    ("gpt2", dict(target_modules=["c_attn"], modules_to_save=["lm_head"], ensure_weight_tying=True)),
+    ("tied", dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+    ("mixtral", dict(target_modules=["o_proj"], modules_to_save=["mlp.gate"])),
+], ids=str)
+def test_whole_tensors_replace_what_they_replace_in_peft(bases, kind, config, tmp_path):
+    run, hf, _ = bases[kind]
+    expected = peft_adapter(tmp_path / "peft", hf, **config)
+    assert "changes" in read_peft(tmp_path / "peft", tmp_path / "run", run)
+    assert_same(ours(tmp_path / "run"), expected)
+
+
 def test_an_older_pickle_is_read_as_tensors_only(tied, tmp_path):
     run, hf, _ = tied
     expected = peft_adapter(tmp_path / "peft", hf, target_modules=["q_proj"])
@@ -194,7 +209,10 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     (dict(r=8), {}, r"lora_A.weight is \(4, 32\), expected \(8, 32\)"),
     (dict(r=-1), {}, r"expected \(-1, 32\)"),
     (dict(lora_alpha=math.nan), {}, "the alpha of lora_alpha is nan"),
+    (dict(lora_alpha=10**400), {}, "the alpha of lora_alpha is 1000"),
     (dict(alpha_pattern={"q": -1}), {}, "the alpha of q is -1"),
+    (dict(rank_pattern={"q": True}), {}, "rank_pattern.q is a bool, expected int"),
+    (dict(use_a_thing_of_2030=True), {}, "use_a_thing_of_2030 is set"),
     (dict(alpha_pattern={"(a+)+b": 2}), {}, "repeats too much"),
     (dict(rank_pattern={"[": 2}), {}, r"\[ is no pattern"),
     (dict(rank_pattern=[]), {}, "rank_pattern is a list"),
@@ -215,7 +233,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     ({}, {Q + "B.weight": torch.full((32, 4), math.inf)}, "lora_B.weight is not finite"),
     ({}, {Q + "B.weight": torch.zeros(32, 4, dtype=torch.int32)}, "is torch.int32"),
     ({}, {"model.q_proj.lora_A.weight": torch.zeros(4, 32)}, "does not begin with base_model.model."),
-    ({}, {Q + "embedding_A": torch.zeros(4, 77)}, "is no adapter of a linear layer"),
+    ({}, {Q + "embedding_A": torch.zeros(4, 77)}, "embedding_A ends with none of .lora_A.weight,"),
     ({}, {Q.replace("layers.0", "layers.9") + "A.weight": torch.zeros(4, 32)}, "is no matrix that can be adapted"),
     ({}, {"base_model.model.score.weight": torch.zeros(2, 32)}, "score.weight.* is nothing of a llama"),
     ({}, {"base_model.model.lm_head.weight": torch.zeros(90, 32)}, r"lm_head.weight is \(90, 32\), and the base has"),
