@@ -27,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
 
-from configurator import UserError, need
+from configurator import UserError, need, shown
 from runtime.screen import say, show_line, tell
 
 try:
@@ -260,7 +260,7 @@ def unique_fields(pairs: list[tuple[str, object]]) -> dict:
     fields = {}
     for name, value in pairs:
         if name in fields:
-            raise ValueError(f"it has the field {name!r} twice")
+            raise ValueError(f"it has the field {shown(name)} twice")
         fields[name] = value
     return fields
 
@@ -311,7 +311,7 @@ def mismatch(value, shape, name: str = "") -> str:
         each = shape[str]
         if isinstance(each, type) and set(map(type, value.values())) <= {each}:  # a vocabulary has 200,000 entries
             return ""
-        parts = [(f"{name}.{key}", value[key], each) for key in value]
+        parts = [(f"{name}.{shown(key, most=100)}", value[key], each) for key in value]
     elif isinstance(shape, dict):
         for entry, each in shape.items():
             key = entry.removesuffix("?")

@@ -85,7 +85,7 @@ def read_hf_folder(folder: Path) -> ForeignModel:
     for file in weight_files(folder):
         for name in file.shapes:
             ours = modern_name(family, name)
-            need(ours not in names, f"{folder}: the tensor {name} is there twice")
+            need(ours not in names, f"{folder}: the tensor {shown(name, most=80)} is there twice")
             names[ours], load[ours] = file.shapes[name], partial(file.load, name)
     ignored = {name for name, shape in names.items()
                if BUFFERS.fullmatch(name) or is_extra_layer(family, cfg, name) or 0 in shape}

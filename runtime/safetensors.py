@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import UserError, need
+from configurator import UserError, need, shown
 from runtime.files import Either, mismatch, replacing, require_file, unique_fields
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -44,7 +44,8 @@ class SafetensorsFile:
         try:
             header = json.loads(self.data[8 : 8 + length].tobytes(), object_pairs_hook=unique_fields)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.path} is no safetensors file: its header is not JSON ({error})") from None
+            reason = shown(str(error), most=120)
+            raise UserError(f"{self.path} is no safetensors file: its header is not JSON ({reason})") from None
         self.check(not mismatch(header, SHAPE), mismatch(header, SHAPE))
         self.metadata = header.pop("__metadata__", {})
         self.begin = 8 + length
@@ -60,12 +61,15 @@ class SafetensorsFile:
 
     def read_info(self, name: str, info: dict, begin: int) -> int:
         """Note one tensor, which begins where the one before ended. Returns its end."""
-        self.check("dtype" in info, f"{name} has no dtype")
-        self.check(info["dtype"] in DTYPES, f"{name} has the dtype {info['dtype']}")
+        what = shown(name, most=80)
+        self.check("dtype" in info, f"{what} has no dtype")
+        self.check(info["dtype"] in DTYPES, f"{what} has the dtype {shown(info['dtype'])}")
         dtype, shape = DTYPES[info["dtype"]], tuple(info["shape"])
-        self.check(min(shape, default=0) >= 0, f"{name} has the shape {list(shape)}")
+        self.check(min(shape, default=0) >= 0, f"{what} has the shape {shown(list(shape))}")
         end = begin + math.prod(shape) * dtype.itemsize
-        self.check(info["data_offsets"] == [begin, end], f"{name} is at {info['data_offsets']}, not at {[begin, end]}")
+        self.check(end <= len(self.data), f"{what} has more numbers than the file holds")
+        self.check(info["data_offsets"] == [begin, end],
+                   f"{what} is at {shown(info['data_offsets'])}, not at {[begin, end]}")
         self.shapes[name], self.places[name] = shape, (dtype, begin, end)
         return end
 
