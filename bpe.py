@@ -309,6 +309,10 @@ class BPETokenizer(Tokenizer):
                 whole.append(i)
         return [*sorted(single), *sorted(joined, key=joined.get), *sorted(whole)]
 
+    def makes_every_token(self) -> bool:
+        """Whether merges alone make every token, so that `ignore_merges` would change nothing."""
+        return not self.ignore_merges and len(self._order()) == len(self.vocab)
+
     def _content(self) -> str:
         """A hash of everything that determines `_order`: its key in the cache."""
         pairs = map(self.vocab.__getitem__, chain.from_iterable(self.merges))

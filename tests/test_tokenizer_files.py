@@ -275,7 +275,7 @@ def changed(document: dict, change: dict) -> dict:
 @pytest.mark.parametrize("change, what", [
     ({"model": {"type": "Unigram", "vocab": []}}, "Unigram model"),
     ({"model": {"type": "WordPiece", "vocab": {}}}, "WordPiece model"),
-    ({"model.byte_fallback": True}, "byte_fallback=True"), ({"model.dropout": 0.1}, "dropout"),
+    ({"model.byte_fallback": True}, "the step ByteLevel"), ({"model.dropout": 0.1}, "dropout"),
     ({"model.end_of_word_suffix": "</w>"}, "end_of_word_suffix"),
     ({"normalizer": {"type": "Lowercase"}}, "normalizer Lowercase"),
     ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Strip"}]}}, "normalizer Strip"),

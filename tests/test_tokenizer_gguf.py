@@ -76,6 +76,16 @@ def test_another_name_of_a_cut_is_read_as_that(alias):
     assert again.fingerprint == read_tokenizer_meta(meta, "a.gguf").fingerprint
 
 
+def test_whole_pieces_do_not_matter_if_merges_make_every_token():
+    """As in Mistral's tekken.json, where nothing says how pieces become tokens."""
+    made = train(600)
+    ours = BPETokenizer(made.vocab, made.merges, *CUTS["tekken"][:1], made.added, config=made.config)
+    assert write_tokenizer_meta(ours, 600)["tokenizer.ggml.pre"] == "tekken"
+    vocab = made.vocab | {b" hello": 600}
+    with pytest.raises(UserError, match="cuts text in no way"):
+        write_tokenizer_meta(BPETokenizer(vocab, made.merges, *CUTS["tekken"][:1], made.added, config=made.config), 601)
+
+
 def test_a_tokenizer_that_would_come_back_with_other_ids_is_refused(monkeypatch):
     monkeypatch.setattr(tokenizer_gguf, "name_of_cut", lambda tokenizer: "gpt-2")
     with pytest.raises(UserError, match="a GGUF file would give other ids"):

@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+import tokenizers
 import transformers
 
 from configurator import UserError
@@ -12,10 +13,11 @@ from test_spm import IDENTITY
 from test_spm import theirs as theirs_spm
 from test_tokenizer_files import layout
 from text.spm import SentencePieceTokenizer
+from text.spm_json import spm_document
 from text.spm_model import change_scores, round_score
 from text.tokenizer import SPECIALS, CharTokenizer
 from text.tokenizer_files import load_tokenizer, train_tokenizer
-from text.tokenizer_hf import generation_config, read_hf_tokenizer, write_hf_tokenizer
+from text.tokenizer_hf import begin_with, generation_config, read_hf_tokenizer, write_hf_tokenizer
 
 HARD = [*fuzz(300, extra=(*SPECIALS, "<|im_start|>user\n")), "", " "]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -140,6 +142,63 @@ def test_generation_ends_at_every_stop_token_and_the_end_of_a_text_is_the_first(
 
 
 # ---- reading
+
+
+def llama2_json(tokenizer: SentencePieceTokenizer) -> dict:
+    """As in the folders of Llama 2: spaces are ▁."""
+    document = spm_document(tokenizer)
+    model = document["model"]
+    model["vocab"] = {name.replace(" ", "▁"): i for name, i in model["vocab"].items()}
+    model["merges"] = [[part.replace(" ", "▁") for part in pair] for pair in model["merges"]]
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    document["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
+    return document
+
+
+@pytest.fixture(scope="module")
+def llama2() -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(theirs_spm(TEXTS, model_type="bpe", allow_whitespace_only_pieces=True, **IDENTITY),
+                                  {"add_bos_token": True})
+
+
+def test_sentencepiece_without_its_model_is_read_from_tokenizer_json(llama2, tmp_path):
+    document = llama2_json(llama2) | {"post_processor": begin_with("<s>", 1)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    ours, theirs = read_hf_tokenizer(tmp_path), tokenizers.Tokenizer.from_str(json.dumps(document))
+    for text in HARD:
+        if "▁" not in text:  # which is a space there
+            assert ours.encode(text, allow_special=True) == theirs.encode(text, add_special_tokens=False).ids
+    assert ours.adds_bos() and ours.role("unk") == 0 and ours.specials == llama2.specials
+
+
+@pytest.mark.parametrize("legacy", [None, False])
+def test_what_transformers_saves_of_our_sentencepiece_comes_back(legacy, llama2, tmp_path):
+    """It leaves tokenizer.model out."""
+    ours = SentencePieceTokenizer(llama2.model, {"legacy": legacy} if legacy is False else {})
+    write_hf_tokenizer(ours, tmp_path / "ours")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    assert not (tmp_path / "theirs" / "tokenizer.model").exists()
+    again = read_hf_tokenizer(tmp_path / "theirs")
+    for text in HARD:
+        assert again.encode(text, allow_special=True) == ours.encode(text, allow_special=True)
+    assert again.config.get("legacy") == legacy and not again.adds_bos()
+
+
+@pytest.mark.parametrize("change, what", [
+    (lambda d: d["model"]["merges"].sort(), "merges that SentencePiece does not have"),
+    (lambda d: d["model"]["merges"].pop(), "merges that SentencePiece does not have"),
+    (lambda d: d["model"].update(unk_token=None), "no unk_token"),
+    (lambda d: d["model"]["vocab"].update({"zz": 10**6}), "no token, or two, with the id"),
+    (lambda d: d["model"]["vocab"].update({"z" * 10**6: len(d["model"]["vocab"])}), "has 1,000,000 characters"),
+    (lambda d: d.update(normalizer={"type": "NFKC"}), "needs the step NFKC"),
+    (lambda d: d.update(normalizer={"type": "Prepend", "prepend": 5}), "needs the step Prepend"),
+])
+def test_a_tokenizer_json_that_is_no_sentencepiece_is_a_sentence(change, what, llama2, tmp_path):
+    document = llama2_json(llama2)
+    change(document)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(UserError, match=what):
+        read_hf_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("where", ["generation_config", "config"])

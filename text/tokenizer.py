@@ -164,8 +164,7 @@ class Tokenizer:
 
     def adds_bos(self) -> bool:
         """Whether the tokenizer's files put a begin-of-text token before a text: Llama's do, GPT-2's do not."""
-        post = self.to_dict()["tokenizer"].get("post_processor") or {}
-        steps = [step for each in (post, *post.get("processors", [])) for step in each.get("single", [])]
+        steps = template_steps(self.to_dict()["tokenizer"])
         if steps:
             return "SpecialToken" in steps[0]
         return bool(self.config.get("add_bos_token"))
@@ -203,6 +202,12 @@ class Tokenizer:
         files = self.to_dict()
         write_json(Path(folder) / "tokenizer_config.json", files["config"])
         write_json(Path(folder) / "tokenizer.json", files["tokenizer"])
+
+
+def template_steps(document: dict) -> list[dict]:
+    """What the post-processor of a tokenizer.json writes: [{"SpecialToken": ...}, {"Sequence": ...}]"""
+    post = document.get("post_processor") or {}
+    return [step for each in (post, *post.get("processors", [])) for step in each.get("single", [])]
 
 
 class CharTokenizer(Tokenizer):

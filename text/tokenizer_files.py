@@ -161,7 +161,7 @@ FOREIGN_MODEL = {"vocab": {str: int}, "merges": list, "ignore_merges?": Either(b
 FOREIGN_SPLIT = {"pattern": Either({"Regex": str}, {"String": str}), "behavior": str, "invert": bool}
 
 
-def read_tokenizer_json(document: dict, config: dict) -> BPETokenizer:
+def read_tokenizer_json(document: dict, config: dict) -> Tokenizer:
     """Any tokenizer.json. A UserError names a feature that we lack. We ignore its settings for truncating and padding,
     which only describe how a program called `tokenizers`."""
     need("model" in document, "not a tokenizer.json: it has no model")
@@ -170,28 +170,34 @@ def read_tokenizer_json(document: dict, config: dict) -> BPETokenizer:
     kind = model.get("type")
     refuse(kind not in (None, "BPE"), f"a {kind} model")
     check_shape(model, FOREIGN_MODEL, "model")
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         refuse(model.get(key), f"{key}={model.get(key)}")
     normalizers = steps_of(document, "normalizer", "normalizers")
+    steps = steps_of(document, "pre_tokenizer", "pretokenizers")
+    pairs = list(map(read_merge, model["merges"]))
+    refuse_other_ids(added, model["vocab"])
+    if model.get("byte_fallback") and not model.get("ignore_merges"):  # SentencePiece's BPE, as in Llama 2
+        from text.spm_json import read_spm_json
+
+        return read_spm_json(document, normalizers + steps, list(map(tuple, pairs)), config)
+    refuse(model.get("byte_fallback"), "byte_fallback with ignore_merges")
     for step in normalizers:
         refuse(step["type"] != "NFC", f"the normalizer {step['type']}")
     decoders = steps_of(document, "decoder", "decoders")
     refuse(len(decoders) != 1 or decoders[0]["type"] != "ByteLevel", "a decoder other than ByteLevel")
-    *splits, last = steps_of(document, "pre_tokenizer", "pretokenizers") or [{"type": "nothing"}]
+    *splits, last = steps or [{"type": "nothing"}]
     patterns = list(map(split_pattern, splits))
     refuse(last["type"] in ("nothing", "Split", "Digits"), "pre-tokenizing without ByteLevel")
     refuse(last["type"] != "ByteLevel" or last.get("add_prefix_space", True), pre_tokenizer_of(last))
     if last.get("use_regex", True):
         patterns.append(PATTERNS["gpt2"])
-    pairs = list(map(read_merge, model["merges"]))
-    refuse_other_ids(added, model["vocab"])
     vocab, merges = bpe.read_names(model["vocab"], pairs, added)
     return BPETokenizer(vocab, merges, patterns or [r"[\s\S]+"], added, bool(model.get("ignore_merges")),
                         nfc=len(normalizers) > 0, config=config, post=document.get("post_processor"))
 
 
 def refuse(wrong: object, what: str) -> None:
-    need(not wrong, f"it needs {what}, which we do not support: we read only byte-level BPE")
+    need(not wrong, f"it needs {what}, which we do not support: we read only byte-level BPE and SentencePiece's")
 
 
 def steps_of(document: dict, section: str, inner: str) -> list[dict]:

@@ -157,6 +157,8 @@ def write_bpe_meta(tokenizer: BPETokenizer, tokens: list[str], types: list[int])
 def name_of_cut(tokenizer: BPETokenizer) -> str:
     """llama.cpp's name of how a tokenizer cuts text, with a line on stderr where it does not quite."""
     names = [name for name, cuts in CUTS.items() if cuts == (tokenizer.patterns, tokenizer.ignore_merges)]
+    if not names and tokenizer.makes_every_token():
+        names = [name for name, (patterns, _) in CUTS.items() if patterns == tokenizer.patterns]
     differs = list(map(INEXACT.get, names))
     if tokenizer.patterns == [PATTERNS["cl100k"]] and not tokenizer.ignore_merges:
         names, differs = ["smaug-bpe"], ["white space at the end of a text"]

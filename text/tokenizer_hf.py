@@ -9,16 +9,13 @@ Which file of a folder holds the tokenizer, `tokenizer_files` knows.
 """
 
 import json
-import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bpe import MODEL, BPETokenizer, added_tokens
+from bpe import BPETokenizer, added_tokens
 from configurator import UserError, need, shown
 from runtime.files import Either, read_json, replacing, require_file, write_json
-from text.pieces import ids_of
-from text.spm_model import BPE, BYTE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, read_spm_model, round_score
+from text.spm_json import spm_document
 from text.tokenizer import CharTokenizer, Tokenizer
 from text.tokenizer_files import load_tokenizer, tokenizer_from_dict
 
@@ -204,78 +201,6 @@ def char_document(tokenizer: CharTokenizer) -> dict:
             "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated",
                               "invert": False},
             "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}}
-
-
-NEVER = -1e6  # the score of a piece that Unigram finds in no text
-
-
-def spm_document(tokenizer: Tokenizer) -> dict:
-    """The tokenizer.json of a SentencePiece model. Its tokens have a space where SentencePiece has ▁: so a ▁ in a text
-    is no space, as with us."""
-    parts = read_spm_model(tokenizer.model)
-    kinds = {kind for _, _, kind in parts.pieces}
-    need(not parts.changes_text, "this tokenizer changes text before it cuts it, and we write only such that do not")
-    need(BYTE in kinds and UNUSED not in kinds,
-         "we write a SentencePiece tokenizer only if it has tokens for bytes and no unused ones")
-    names, scores, normal = [], [], {}
-    added = added_tokens(tokenizer.specials)
-    for i, (text, score, kind) in enumerate(parts.pieces):
-        if kind in (NORMAL, USER_DEFINED):
-            text = text.replace("▁", " ")
-        if kind == NORMAL:
-            normal[text] = score
-        if kind == USER_DEFINED:
-            added += [entry | {"special": False} for entry in added_tokens({text: i})]
-        names.append(text)
-        scores.append(score if kind == NORMAL else NEVER)
-    alone = {text for text in normal if len(text) == 1}
-    need(alone.issuperset("".join(normal)), "a token of this tokenizer has a character that is no token itself")
-    unknown = next(i for i, piece in enumerate(parts.pieces) if piece[2] == UNKNOWN)
-    splits, normalizer, decoders = [], None, [{"type": "ByteFallback"}, {"type": "Fuse"}]
-    if tokenizer.adds_space:
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    if tokenizer.adds_space and tokenizer.config.get("legacy") is False:
-        splits.append({"type": "Metaspace", "replacement": " ", "prepend_scheme": "first", "split": False})
-        say_differs("a text that begins with a space")
-    elif tokenizer.adds_space:
-        normalizer = {"type": "Prepend", "prepend": " "}
-        if USER_DEFINED in kinds:
-            say_differs(f"a text behind {shown(next(text for text, _, kind in parts.pieces if kind == USER_DEFINED))}")
-    if parts.kind == BPE:
-        model = MODEL | {"unk_token": names[unknown], "fuse_unk": True, "byte_fallback": True,
-                         "vocab": ids_of(names), "merges": spm_merges(normal)}
-    else:
-        model = {"type": "Unigram", "unk_id": unknown, "vocab": list(zip(names, scores, strict=True)),
-                 "byte_fallback": True}
-        # It would find "<0x0A>" in a text that has no other way to write "<": cut there.
-        foreign = set("".join(names)) - set("".join(normal))
-        if foreign:
-            pattern = "[" + "".join(map(re.escape, sorted(foreign))) + "]"
-            splits.append({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False})
-        if any(score != round_score(score) for score in normal.values()):
-            say_differs("some long runs of one character")
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": normalizer,
-            "pre_tokenizer": sequence_of("pretokenizers", splits), "post_processor": None,
-            "decoder": sequence_of("decoders", decoders), "model": model}
-
-
-def say_differs(what: str) -> None:
-    print(f"transformers gives other ids to {what}", file=sys.stderr)
-
-
-def sequence_of(key: str, steps: list[dict]) -> dict | None:
-    return {"type": "Sequence", key: steps} if steps else None
-
-
-def spm_merges(scores: dict[str, float]) -> list[list[str]]:
-    """SentencePiece joins the two neighbours whose joint piece has the highest score: {"a": -3, "b": -4, "ab": -1} ->
-    [["a", "b"]]. Of pairs that make one piece, the one with the longer left part is met first, from left to right."""
-    merges = []
-    for piece in sorted(scores, key=scores.get, reverse=True):
-        for at in range(len(piece) - 1, 0, -1):
-            if piece[:at] in scores and piece[at:] in scores:
-                merges.append([piece[:at], piece[at:]])
-    return merges
 
 
 def generation_config(tokenizer: Tokenizer) -> dict:
