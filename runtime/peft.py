@@ -257,7 +257,8 @@ class Adapter:
              f"{where}: task_type is {shown(config.get('task_type'))}, and we have CAUSAL_LM only")
         need(config["bias"] == "none", f"{where}: bias is {shown(config['bias'])}, and ours stay as the base has them")
         for name in sorted(config.keys() - {key.rstrip("?") for key in SHAPE} - set(HARMLESS)):
-            need(not config[name], f"{where}: {shown(name)} is set, which our adapters cannot say")
+            off = config[name] in (None, False, [])  # {} is a table of defaults
+            need(off, f"{where}: {shown(name)} is set, which our adapters cannot say")
         start = config.get("init_lora_weights")
         need(start in STARTS, f"{where}: init_lora_weights is {shown(start)}, which changes the base; convert the "
                               "adapter to plain LoRA in peft first")
@@ -306,6 +307,11 @@ class Adapter:
         """Compare the modules of the file with a list in target_modules. Of a pattern, or of "all-linear", the file
         says which ones it means."""
         targets, excluded = self.config.get("target_modules"), self.config.get("exclude_modules", [])
+        for module in self.adapters:
+            need(module not in self.skipped([module]),
+                 f"{self.file}: {shown(module, most=80)} is of no layer in layers_to_transform")
+            need(isinstance(excluded, str) or not any(means(target, module) for target in excluded),
+                 f"{self.file}: {shown(module, most=80)} is in exclude_modules")
         if isinstance(targets, list):
             for module in self.adapters:
                 need(any(means(target, module) for target in targets),
@@ -322,7 +328,7 @@ class Adapter:
     def skipped(self, modules: list[str]) -> set[str]:
         """Those of the layers that layers_to_transform leaves out."""
         wanted = self.config.get("layers_to_transform")
-        if wanted is None:
+        if wanted in (None, []):
             return set()
         wanted = [wanted] if isinstance(wanted, int) else wanted
         numbers = {module: re.search(r"\.(\d+)\.", module) for module in modules}
@@ -426,7 +432,7 @@ def read_adapters(adapter: Adapter, cfg: ModelConfig, weights: dict) -> tuple[Lo
     chosen = [name.removesuffix(".weight") for module in adapter.adapters for name in modules[module].ours]
     try:
         settings = LoraSettings(use_lora=True, lora_rank=rank, lora_alpha=float(config["lora_alpha"]),
-                                lora_dropout=float(config["lora_dropout"]), lora_rs=config["use_rslora"],
+                                lora_dropout=config["lora_dropout"], lora_rs=config["use_rslora"],
                                 lora_dora=config["use_dora"], lora_targets=",".join(our_targets(chosen, linear)))
     except UserError as error:
         raise UserError(f"{adapter.where}: {error}") from None
@@ -462,11 +468,11 @@ def check_shapes(adapter: Adapter, module: str, link: Link, weights: dict[str, T
     need(sorted(kinds) == wanted, f"{adapter.file}: the adapter of {module} has {', '.join(sorted(kinds))}, "
                                           f"expected {', '.join(wanted)}")
     rank = adapter.of_pattern("rank_pattern", module, config["r"])
+    need(0 < rank < 1 << 20, f"{adapter.where}: the rank of {module} is {shown(str(rank))}")
     out, into = sum(weights[name].shape[0] for name in link.ours), weights[link.ours[0]].shape[1]
     for kind, shape in {"a": (rank, into), "b": (out, rank), "magnitude": (out,)}.items():
         found = adapter.shapes[kinds[kind]] if kind in kinds else shape
         need(found == shape, f"{adapter.file}: {kinds.get(kind)} is {found}, expected {shape}")
-    need(rank > 0, f"{adapter.where}: the rank of {module} is {rank}")
     return rank
 
 
