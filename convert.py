@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     source, target = find_path(s.paths[0]), "".join(s.paths[1:])
     kind = kind_of_model(source)
     if kind != "run":
-        need(not target.endswith(".gguf"),
+        need(not names_gguf(target),
              f"{source} is not a run of ours: import it first (python convert.py {source} out/NAME), then export that")
         need(s.dtype == "float32" and not s.merge, f"{source} becomes a run, in float32: leave DTYPE and MERGE out")
         print(f"wrote {import_model(source, kind, target, s.lora_base)}")
@@ -85,6 +85,13 @@ def kind_of_model(path: Path) -> str:
     need(path.suffix != ".safetensors", f"{path} is a file of a Hugging Face folder: name the folder")
     with open(checkpoint.require_file(path), "rb") as file:
         return "gguf" if file.read(4) == b"GGUF" else "run"
+
+
+def names_gguf(target: str) -> bool:
+    """Whether a target is the name of a GGUF file; UserError for the name of one file of what becomes a folder."""
+    suffix = Path(target).suffix.lower()
+    need(suffix not in (".safetensors", ".bin", ".pt"), f"{target} would be a folder: name one, or a file *.gguf")
+    return suffix == ".gguf"
 
 
 def new_target(target: str) -> Path:
@@ -142,7 +149,7 @@ def export_model(path: Path, target: str, dtype: str, adapters: bool, lora_base:
     """A run becomes a GGUF file, a Hugging Face folder, or, as `adapters` alone, a PEFT folder; returns what to say."""
     from runtime.foreign import write_gguf_model, write_hf_folder
 
-    to, is_gguf = new_target(target), target.endswith(".gguf")
+    to, is_gguf = new_target(target), names_gguf(target)
     need(is_gguf or not dtype.startswith("q"), f"DTYPE={dtype} is for GGUF: name the target *.gguf, or set "
                                                "DTYPE=bfloat16")
     need(not (is_gguf and adapters), f"{path} holds adapters, and a GGUF file a whole model: add MERGE=1")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import shutil
 from dataclasses import fields
 from functools import cache, partial
@@ -19,7 +20,7 @@ from model import LanguageModel, ModelConfig
 from runtime import checkpoint
 from runtime.families import family_of
 from runtime.files import misfit
-from runtime.foreign import write_hf_folder
+from runtime.foreign import load_weights, read_gguf_model, write_hf_folder
 from runtime.gguf import GGUFFile, Tensor, write_gguf
 from runtime.safetensors import SafetensorsFile, write_safetensors
 from text.chat import make_template
@@ -333,6 +334,21 @@ def test_a_gguf_file_of_what_we_do_not_compute_is_refused(what, tmp_path):
     assert str(error.value).startswith(str(path)) and not (tmp_path / "again").exists()
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama, llama3", "deepseek_v3, yarn"])
+def test_a_gguf_file_with_a_damaged_header_is_read_or_refused_in_one_sentence(name, tmp_path):
+    path, chance = other_gguf(name, tmp_path, {}), random.Random(0)
+    whole, begin = path.read_bytes(), GGUFFile(path).at
+    for _ in range(60):
+        data, at = bytearray(whole), chance.randrange(begin)
+        new = chance.choice([b"\0", b"\xff", bytes([data[at] ^ 1 << chance.randrange(8)]), b"\xff" * 8])
+        data[at : at + len(new)] = new
+        path.write_bytes(data)
+        try:
+            load_weights(read_gguf_model(path), say=lambda text: None)
+        except UserError as error:
+            assert str(error).startswith(str(path)) and str(error).isprintable()
+
+
 # ---- files of every kind
 
 
@@ -627,6 +643,19 @@ def shaken(model):
     for name, tensor in model.state_dict().items():
         torch.nn.init.normal_(tensor, mean=1.0 if "norm" in name else 0.0, std=0.2)
     return model
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "b.PT", "c.bin"])
+def test_a_target_named_as_a_part_of_a_folder_is_refused(theirs, name, tmp_path):
+    run = our_run(tmp_path / "run", ffn="swiglu")
+    for source in (run, theirs):
+        with pytest.raises(UserError, match="would be a folder: name one, or a file"):
+            go(source, tmp_path / name)
+
+
+def test_a_gguf_name_in_capitals_is_a_file(tmp_path):
+    go(our_run(tmp_path / "run", ffn="swiglu"), tmp_path / "MODEL.GGUF")
+    assert (tmp_path / "MODEL.GGUF").is_file()
 
 
 def test_a_window_in_gguf_is_told(tmp_path, capsys):
