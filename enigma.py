@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import Attention, KVCache, Place
+from attention import Attention, KVCache, Place, push
 from ffn import FeedForward, Linear, RMSNorm
 from reversible import Branch
 
@@ -85,16 +85,16 @@ def stepping(positions: Tensor, count: int, head_dim: int, carry: bool = False) 
 
 
 class ConvCache:
-    """The last rows that a convolution read: shape (B, kernel - 1, D)."""
+    """The newest vectors that a convolution read of each row: shape (rows, kernel - 1, D)."""
+
+    axis = None
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device):
         self.rows = torch.zeros(shape, dtype=dtype, device=device)
 
-    def update(self, x: Tensor) -> Tensor:
-        """x (B, T, D) -> (B, kernel - 1 + T, D): the rows before x, then x."""
-        rows = torch.cat((self.rows.to(x.dtype), x), dim=1)
-        self.rows.copy_(rows[:, x.shape[1] :])
-        return rows
+    def update(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """x (B, T, D) -> (B, kernel - 1 + T, D): what is before x, then x. `lengths` (B,): new tokens of each row."""
+        return push(self.rows, x, lengths)
 
 
 class DynamicConv(nn.Module):
@@ -115,8 +115,9 @@ class DynamicConv(nn.Module):
     def new_cache(self, batch: int, dtype: torch.dtype, device) -> ConvCache:
         return ConvCache((batch, self.kernel - 1, self.taps.in_features), dtype, device)
 
-    def forward(self, x: Tensor, positions: Tensor, cache: ConvCache | None = None) -> Tensor:
-        """x (B, T, D), positions (T,) or (B, T) -> (B, T, D)."""
+    def forward(self, x: Tensor, positions: Tensor, cache: ConvCache | None = None,
+                lengths: Tensor | None = None) -> Tensor:
+        """x (B, T, D), positions (T,) or (B, T) -> (B, T, D). `lengths` (B,), if rows differ: their tokens in x."""
         B, T, D = x.shape
         H, before = self.n_head, self.kernel - 1
         a, gate = self.up(x).chunk(2, dim=-1)
@@ -125,7 +126,7 @@ class DynamicConv(nn.Module):
         too_far = torch.arange(self.kernel, device=x.device) > positions[..., None]  # (T, kernel) or (B, T, kernel)
         taps = taps.masked_fill(too_far[..., None, :], float("-inf")).softmax(dim=-1)
         taps = taps.to(u.dtype)[..., None]  # (B, T, H, kernel, 1)
-        rows = F.pad(u, (0, 0, before, 0)) if cache is None else cache.update(u)
+        rows = F.pad(u, (0, 0, before, 0)) if cache is None else cache.update(u, lengths)
         rows = rows.view(B, before + T, H, D // H)
         y = taps[..., 0, :] * rows[:, before:]  # (B, T, H, D / H)
         for j in range(1, self.kernel):
@@ -160,10 +161,10 @@ class EnigmaBlock(nn.Module):
         return self.shears[which](x)
 
     def convolve(self, x: Tensor, place: Place, cache: ConvCache | None = None) -> Tensor:
-        return self.conv(self.conv_norm(x), place.positions, cache)
+        return self.conv(self.conv_norm(x), place.positions, cache, place.lengths)
 
     def attend(self, x: Tensor, place: Place, cache: KVCache | None = None) -> Tensor:
-        return self.attn(self.attn_norm(x), place.wheels, cache, place.start, place.mask)
+        return self.attn(self.attn_norm(x), place.wheels, cache, place)
 
     def think(self, x: Tensor, place: Place, cache: None = None) -> Tensor:
         return self.ffn(self.ffn_norm(x))

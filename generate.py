@@ -1,20 +1,32 @@
-"""From ids to more ids: prefill, decoding one token at a time through the cache, and the rules of sampling.
+"""From ids to more ids: rows that a model continues together, and the rules of sampling.
 
     for new in stream(model, [prompt_ids], sampling):     # new: one id per row, None where a row has ended
         ...
     texts = generate(model, [prompt_ids], sampling)       # the same, collected: a list of new ids per row
 
-The rules apply in this order: repetition penalty and bans, temperature, top-k, top-p, min-p.
+    decoder = Decoder(model, capacity=8)                  # rows may come and go between two steps
+    decoder.add(Row(prompt_ids, sampling))
+    while decoder.advance():
+        for row in decoder.draw():
+            ...
+
+The rules apply in this order: bias, penalties and bans, temperature, top-k, top-p, min-p. The token is then drawn with
+noise that depends on (seed, sample, position) alone, so a row does not depend on its neighbours.
 """
 
+import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from configurator import Amount, NotNegative, Positive, Share, Size, UserError, check_fields
-from model import LanguageModel
+from configurator import Amount, NotNegative, Positive, Range, Share, Size, UserError, check_fields
+from model import Cache, LanguageModel
+
+Penalty = Annotated[float, Range(least=-2, most=2)]
 
 
 @dataclass
@@ -26,11 +38,205 @@ class SamplingSettings:
     top_p: Share = 0.95         # sample from the likeliest tokens that together reach p (arXiv 1904.09751); 1 = all
     min_p: Share = 0.0          # sample from tokens at least min_p times as likely as the likeliest (arXiv 2407.01082)
     repetition_penalty: Positive = 1.0  # penalises generated tokens: logits l/p or, if negative, l·p (arXiv 1909.05858)
+    presence_penalty: Penalty = 0.0   # subtracted from the logits of generated tokens
+    frequency_penalty: Penalty = 0.0  # the same, times how often each was generated
     no_repeat_ngram: Size = 0   # never generate the same n tokens in a row twice; 0 = off
     seed: Amount = 1337         # seed of the random choices
 
     def __post_init__(self):
         check_fields(self)
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Row:
+    """A text that a model continues: what was asked, and what has come of it."""
+
+    ids: list[int]  # the prompt, which is not empty; new ids are appended
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    sample: int = 0  # samples of one seed that shall differ have different numbers
+    stop_ids: tuple[int, ...] = ()  # end the row and are not part of it
+    first: list[int] = field(default_factory=list)  # the only ids it may begin with, if any
+    bias: dict[int, float] = field(default_factory=dict)  # added to the logits of these ids
+    n_logprobs: int | None = None  # keep the log probability of each new id, and of the n likeliest
+    ended: str = ""  # "stop" or "length"; "" as long as it goes on
+    logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)  # (that of the id, {likely id: its})
+
+    def __post_init__(self):
+        if not self.ids:
+            raise ValueError("every prompt needs at least one token")
+        self.ids, self.prompt = list(self.ids), len(self.ids)
+        if not self.sampling.max_new_tokens:
+            self.ended = "length"
+
+    @property
+    def new(self) -> list[int]:
+        return self.ids[self.prompt :]
+
+    def take(self, token: int) -> None:
+        if token in self.stop_ids:
+            self.ended = "stop"
+            return
+        self.ids.append(token)
+        if len(self.ids) - self.prompt >= self.sampling.max_new_tokens:
+            self.ended = "length"
+
+
+class Decoder:
+    """Rows that share the passes of a model, and may come and go between two steps (continuous batching: Orca, OSDI
+    2022).
+
+    Row i of `rows` has slot i of the cache. Slots beyond keep the ids of rows that have left: a prompt that begins like
+    them, as the next turn of a conversation does, is read from where it differs. When a row has filled its slot, its
+    newest half is read again and the rest forgotten. With a `chunk`, no step reads more tokens of new prompts than
+    that, so that the other rows go on meanwhile; else a step reads all new prompts at once, equal ones only once.
+    `unused` lists ids that no token has (`Tokenizer.unused_ids`), which are never chosen.
+    """
+
+    def __init__(self, model: LanguageModel, capacity: int, size: int = 0, unused: Iterable[int] = (), chunk: int = 0):
+        self.model, self.capacity, self.chunk = model, capacity, chunk
+        self.device = model.embed.weight.device
+        self.cache = model.new_cache(capacity, size or model.cfg.seq_len)
+        self.held: list[list[int]] = [[] for _ in range(capacity)]  # the ids in each slot
+        self.rows: list[Row] = []
+        self.waiting: list[Row] = []
+        self.logits = torch.empty(0)  # (rows, V) of the next ids
+        self.unused = torch.tensor(list(unused), dtype=torch.int64, device=self.device)
+
+    def add(self, row: Row) -> None:
+        if not row.ended:
+            self.waiting.append(row)
+
+    def remove(self, row: Row) -> None:
+        """A row leaves before its end."""
+        if row in self.waiting:
+            self.waiting.remove(row)
+        elif row in self.rows:
+            self.leave(self.rows.index(row))
+
+    @torch.inference_mode()
+    def advance(self) -> bool:
+        """Read the newest token of every row, then prompts. False if there is nothing to do."""
+        logits = []
+        if self.rows:
+            self.make_room()
+            logits.append(self.read(0, [row.ids[-1:] for row in self.rows]))
+        if self.waiting and len(self.rows) < self.capacity:
+            logits += self.admit()
+        if logits:
+            self.logits = torch.cat(logits)
+        return bool(self.rows or self.waiting)
+
+    @torch.inference_mode()
+    def draw(self) -> list[Row]:
+        """Choose the next token of every row and return them; rows that end leave."""
+        drawn = list(self.rows)
+        if drawn:
+            for row, token in zip(drawn, choose(self.logits, drawn, self.unused), strict=True):
+                row.take(token)
+        for i in reversed(range(len(drawn))):
+            if drawn[i].ended:
+                self.leave(i)
+        return drawn
+
+    def read(self, slot: int, parts: list[list[int]]) -> Tensor:
+        """Append parts[i] to slot + i. Returns the logits (B, V) after each part."""
+        try:
+            logits = read(self.model, self.cache, slot, parts)
+        except BaseException:  # Ctrl-C in the middle of a pass: only some layers have read
+            for i in range(slot, slot + len(parts)):
+                self.keep(i, 0)
+            raise
+        for held, part in zip(self.held[slot:], parts, strict=False):
+            held += part
+        return logits
+
+    def make_room(self) -> None:
+        """A row whose slot is full begins it anew with all but the last token of its newest half."""
+        for i, row in enumerate(self.rows):
+            if self.cache.lengths[i] == self.cache.size:
+                self.keep(i, 0)
+                if newest := row.ids[-max(1, self.cache.size // 2) : -1]:
+                    self.read(i, [newest])
+
+    def admit(self) -> list[Tensor]:
+        """Read prompts that wait. Returns the logits of those that are read to their end, which join the rows."""
+        n = len(self.rows)
+        rows = self.waiting[: 1 if self.chunk else self.capacity - n]
+        prompts = [tuple(row.ids[-self.cache.size :]) for row in rows]
+        different = list(dict.fromkeys(prompts))
+        parts = []
+        for slot, prompt in enumerate(different, start=n):
+            self.claim(slot, prompt)
+            part = list(prompt[self.cache.lengths[slot] :])
+            parts.append(part[: self.chunk or None])
+        logits = self.read(n, parts)
+        if self.cache.lengths[n] < len(prompts[0]):
+            return []
+        which = [different.index(prompt) for prompt in prompts]
+        if which != list(range(len(rows))):
+            self.cache.assign(list(range(n, n + len(rows))), [n + i for i in which])
+            self.held[n : n + len(rows)] = [list(prompt) for prompt in prompts]
+        self.rows += rows
+        del self.waiting[: len(rows)]
+        return [logits[which]]
+
+    def claim(self, slot: int, prompt: tuple[int, ...]) -> None:
+        """Let `slot` hold the longest beginning of the prompt that it or a free slot behind it holds. If none does, the
+        slot with the fewest ids is forgotten."""
+        common = {i: self.common(self.held[i], prompt) for i in range(slot, self.capacity)}
+        best = max(common, key=lambda i: (common[i], -len(self.held[i])))
+        if best > slot:
+            self.swap(slot, best)
+        self.keep(slot, common[best])
+
+    def common(self, held: list[int], prompt: tuple[int, ...]) -> int:
+        """How many ids of a slot can stay where the prompt follows: at least one must be read."""
+        most = min(len(held), len(prompt) - 1)
+        same = next((i for i in range(most) if held[i] != prompt[i]), most)
+        return same if same == len(held) or self.cache.can_shorten else 0
+
+    def keep(self, slot: int, length: int) -> None:
+        self.cache.lengths[slot] = length
+        del self.held[slot][length:]
+
+    def leave(self, i: int) -> None:
+        """The last row takes the place of row i, whose ids stay in a free slot."""
+        last = len(self.rows) - 1
+        if i < last:
+            self.swap(i, last)
+            self.rows[i] = self.rows[last]
+        self.rows.pop()
+
+    def swap(self, a: int, b: int) -> None:
+        self.cache.swap(a, b)
+        self.held[a], self.held[b] = self.held[b], self.held[a]
+
+
+def read(model: LanguageModel, cache: Cache, slot: int, parts: list[list[int]]) -> Tensor:
+    """Append parts[i], which are not empty, to slot + i of the cache, in one pass. Returns the logits (B, V) of what
+    follows each. Their logits do not depend on each other."""
+    lengths = list(map(len, parts))
+    longest = max(lengths)
+    ids = torch.tensor([part + [0] * (longest - len(part)) for part in parts], device=model.embed.weight.device)
+    rows = cache.view(slot, len(parts)) if slot else cache
+    logits = model(ids, cache=rows, lengths=lengths if min(lengths) < longest else None, n_logits=1)[:, -1]
+    cache.lengths[slot : slot + len(parts)] = rows.lengths[: len(parts)]
+    return logits
+
+
+def prefill(model: LanguageModel, prompts: list[list[int]], more: int) -> tuple[Cache, Tensor]:
+    """Read all prompts at once, equal ones only once. Returns a cache with room for up to `more` further tokens, and
+    the logits (B, V) of the next one."""
+    different = list(dict.fromkeys(map(tuple, prompts)))
+    cache = model.new_cache(len(prompts), min(model.cfg.seq_len, max(map(len, different)) + more))
+    logits = read(model, cache, 0, list(map(list, different)))
+    which = [different.index(tuple(prompt)) for prompt in prompts]
+    if which != list(range(len(prompts))):
+        cache.assign(list(range(len(prompts))), which)
+    return cache, logits[which]
 
 
 def generate(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSettings | None = None,
@@ -45,120 +251,107 @@ def generate(model: LanguageModel, prompts: list[list[int]], sampling: SamplingS
     return rows
 
 
-@torch.inference_mode()
 def stream(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSettings | None = None,
            stop_ids: tuple[int, ...] = (), first: list[list[int]] | None = None,
            unused: list[int] | None = None) -> Iterator[list[int | None]]:
     """Yield the next token of every row until all have ended or max_new_tokens is reached.
 
-    Prompts may differ in length but must not be empty. They share one batch, padded on the left, and the logits of a
-    row do not depend on the others. When a row has filled the context, we reread its newest half and forget the rest;
-    longer prompts keep their newest seq_len tokens. `first[i]`, if not empty, lists the only ids that row i may begin
-    with; `unused` lists ids that no token has (`Tokenizer.unused_ids`), which are never sampled. The model stays in the
-    mode it was in.
+    Prompts may differ in length but must not be empty; of longer ones than seq_len the newest tokens are read.
+    `first[i]`, if not empty, lists the only ids that row i may begin with. The model stays in the mode it was in.
     """
     sampling = sampling or SamplingSettings()
-    if not prompts or not all(prompts):
+    if not prompts:
         raise ValueError("every prompt needs at least one token")
-    device = model.embed.weight.device
-    generator = torch.Generator(device).manual_seed(sampling.seed)
-    seq_len, never = model.cfg.seq_len, torch.tensor(unused or [], dtype=torch.int64, device=device)
-    context = [list(prompt[-seq_len:]) for prompt in prompts]  # the tokens of each row that the model reads
-    generated: list[list[int]] = [[] for _ in prompts]
-    ended = [False] * len(prompts)
+    rows = [Row(prompt, sampling, sample, stop_ids, first[sample] if first else []) for sample, prompt in
+            enumerate(prompts)]
+    size = min(model.cfg.seq_len, max(map(len, prompts)) + sampling.max_new_tokens)
+    decoder = Decoder(model, len(rows), size, unused or ())
+    for row in rows:
+        decoder.add(row)
     was_training = model.training
     model.eval()
     try:
-        cache, logits = prefill(model, context, sampling.max_new_tokens)
-        if first:
-            logits = allow_only(logits, first)
-        for step in range(sampling.max_new_tokens):
-            banned = stop_ids if step < sampling.min_new_tokens else ()
-            tokens = sample_tokens(logits, sampling, generator, generated, banned, never).tolist()
-            new: list[int | None] = [None] * len(prompts)
-            for i, token in enumerate(tokens):
-                ended[i] = ended[i] or token in stop_ids
-                if not ended[i]:
-                    new[i] = token
-                    generated[i].append(token)
-                    context[i].append(token)
-            yield new
-            if all(ended) or step + 1 == sampling.max_new_tokens:
-                return
-            if cache.length < cache.size:
-                logits = model(torch.tensor(tokens, device=device)[:, None], cache=cache, n_logits=1)[:, -1]
-                continue
-            for i, row in enumerate(context):
-                if ended[i]:
-                    context[i] = row[-1:]  # one token is enough
-                elif len(row) > seq_len:
-                    context[i] = row[-max(1, seq_len // 2) :]
-            cache, logits = prefill(model, context, seq_len)
+        while decoder.advance():
+            before = [len(row.ids) for row in rows]
+            decoder.draw()
+            yield [row.ids[-1] if len(row.ids) > n else None for row, n in zip(rows, before, strict=True)]
     finally:
         model.train(was_training)
 
 
-def prefill(model: LanguageModel, rows: list[list[int]], more: int):
-    """Read all rows at once, equal rows only once. Returns a cache with room for up to `more` further tokens, and the
-    logits (B, V) of the next one."""
-    device = model.embed.weight.device
-    different = list(dict.fromkeys(map(tuple, rows)))
-    longest = max(map(len, different))
-    cache = model.new_cache(len(different), min(model.cfg.seq_len, longest + more))
-    ids = torch.zeros(len(different), longest, dtype=torch.int64)
-    pad = torch.zeros(len(different), dtype=torch.int64)
-    for i, row in enumerate(different):
-        pad[i] = longest - len(row)
-        ids[i, longest - len(row) :] = torch.tensor(row)
-    if pad.any():
-        cache.pad = pad.to(device)
-    logits = model(ids.to(device), cache=cache, n_logits=1)[:, -1]
-    if len(different) == len(rows):
-        return cache, logits
-    index = torch.tensor([different.index(tuple(row)) for row in rows], device=device)
-    return model.spread_cache(cache, index), logits[index]
+# ---- the rules of sampling -------------------------------------------------------------------------------------------
 
 
-def allow_only(logits: Tensor, ids: list[list[int]]) -> Tensor:
-    """Logits (B, V) with -inf for all but the ids of each row; an empty list allows all."""
-    mask = torch.zeros_like(logits)
-    for row, allowed in zip(mask, ids, strict=True):
-        if allowed:
-            row.fill_(float("-inf"))
-            row[allowed] = 0.0
-    return logits + mask
-
-
-def sample_tokens(logits: Tensor, sampling: SamplingSettings, generator: torch.Generator,
-                  generated: list[list[int]], banned: tuple[int, ...] = (), unused: Tensor | None = None) -> Tensor:
-    """logits (B, V) -> sampled ids (B,). `generated` are the new tokens of each row, for penalty and bans; `unused` are
-    ids that are never chosen.
+def choose(logits: Tensor, rows: list[Row], unused: Tensor | None = None) -> list[int]:
+    """logits (B, V) -> the next id of each row, by its own rules. `unused` are ids that are never chosen.
 
     Extreme temperatures and penalties are safe: a temperature near 0 takes the most likely token, a very large one
     any allowed token.
     """
-    logits, largest, room = logits.float(), torch.finfo(torch.float32).max, logits.shape[1]
+    logits, room = logits.float(), logits.shape[1]
+    plain = {i: logits[i].log_softmax(dim=-1) for i, row in enumerate(rows) if row.n_logprobs is not None}
+    logits = logits.clone()
     if unused is not None and len(unused):
-        logits = logits.index_fill(1, unused, float("-inf"))
+        logits[:, unused] = float("-inf")
         room -= len(unused)
-    for i, row in enumerate(generated):
-        if sampling.repetition_penalty != 1 and row:
-            seen = torch.tensor(sorted(set(row)), device=logits.device)  # once per token, however often it came
-            values = logits[i, seen]
-            penalty = within_float32(sampling.repetition_penalty)
-            logits[i, seen] = torch.where(values > 0, values / penalty, values * penalty).clamp(-largest, largest)
-        ban = [*banned, *ngram_bans(row, sampling.no_repeat_ngram)]
-        if len(set(ban)) < room:  # something must remain
-            logits[i, ban] = float("-inf")
-    best = logits.amax(dim=-1, keepdim=True)
+    alike: dict[tuple, list[int]] = {}  # rows with the same rules are drawn together
+    for i, row in enumerate(rows):
+        shift(logits[i], row, room)
+        rules = row.sampling
+        if rules.temperature:
+            alike.setdefault((rules.temperature, rules.top_k, rules.top_p, rules.min_p), []).append(i)
+    best, ids = logits.max(dim=-1, keepdim=True)
     if not best.isfinite().all():
         raise UserError("the model's output is not finite: training diverged, or its dtype is too narrow "
                         "(dtype=float32 is the widest)")
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    temperature = within_float32(sampling.temperature)
-    probs = filter_probs((logits - best) / temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    for (temperature, *rules), which in alike.items():
+        probs = filter_probs((logits[which] - best[which]) / within_float32(temperature), *rules)
+        noises = torch.stack([noise(rows[i], probs.shape[1], probs.device) for i in which])
+        ids[which] = (probs / noises).argmax(dim=-1, keepdim=True)
+    tokens = ids[:, 0].tolist()
+    for i, logprobs in plain.items():
+        if tokens[i] not in rows[i].stop_ids:
+            rows[i].logprobs.append((logprobs[tokens[i]].item(), likeliest(logprobs, rows[i].n_logprobs)))
+    return tokens
+
+
+def shift(logits: Tensor, row: Row, room: int) -> None:
+    """Bias, penalties and bans of a row, in place: logits (V,), of which `room` may be chosen."""
+    rules, new, largest = row.sampling, row.new, torch.finfo(torch.float32).max
+    for token, bias in row.bias.items():
+        logits[token] += bias
+    if new and (rules.repetition_penalty != 1 or rules.presence_penalty or rules.frequency_penalty):
+        counts = Counter(new)
+        seen = torch.tensor(list(counts), device=logits.device)
+        often = torch.tensor(list(counts.values()), device=logits.device)
+        values, penalty = logits[seen], within_float32(rules.repetition_penalty)
+        values = torch.where(values > 0, values / penalty, values * penalty)  # once per token, however often it came
+        values = values - rules.presence_penalty - rules.frequency_penalty * often
+        logits[seen] = values.clamp(-largest, largest)
+    banned = ngram_bans(new, rules.no_repeat_ngram)
+    if len(new) < rules.min_new_tokens:
+        banned += row.stop_ids
+    if len(set(banned)) < room:  # something must remain
+        logits[banned] = float("-inf")
+    if row.first and not new:
+        allowed = logits[row.first]
+        logits.fill_(float("-inf"))
+        logits[row.first] = allowed
+
+
+def noise(row: Row, size: int, device) -> Tensor:
+    """(size,) numbers of the exponential distribution, a function of (seed, sample, position) alone. The argmax of
+    p / noise is a draw from p (the Gumbel-max trick), and the same one whatever else shares the pass."""
+    key = f"{row.sampling.seed} {row.sample} {len(row.ids)}".encode()
+    seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+    generator = torch.Generator(device).manual_seed(seed)
+    drawn = torch.empty(size, device=device).exponential_(generator=generator)
+    return drawn.clamp_(min=torch.finfo(torch.float32).tiny)
+
+
+def likeliest(logprobs: Tensor, n: int) -> dict[int, float]:
+    values, ids = logprobs.topk(min(n, len(logprobs)))
+    return dict(zip(ids.tolist(), values.tolist(), strict=True))
 
 
 def within_float32(factor: float) -> float:
@@ -190,7 +383,7 @@ def filter_probs(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: floa
         probs = probs.masked_fill(outside.scatter(-1, index, outside), 0.0)
     if min_p > 0:
         probs = probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0)
-    return probs  # torch.multinomial needs no normalisation
+    return probs
 
 
 def before_stop(pieces: Iterable[str], stops: Iterable[str]) -> Iterator[str]:

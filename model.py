@@ -10,6 +10,7 @@
 
 import math
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from attention import Attention, LatentAttention, Place, RopeScaling, example_mask, padding_mask, rotation, sinusoids
+from attention import Attention, LatentAttention, Place, RopeScaling, example_mask, rotation, seen_keys, sinusoids
 from configurator import BelowOne, Count, NotNegative, Positive, Range, Size, check_fields, need
 from enigma import EnigmaBlock, stepping
 from ffn import Experts, FeedForward, Linear, MoE, RMSNorm, default_d_ff
@@ -115,7 +116,7 @@ class Block(nn.Module):
     def attend(self, x: Tensor, place: Place, cache=None) -> Tensor:
         if not self.post:
             x = self.attn_norm(x)
-        return self.dropout(self.attn(x, place.turn, cache, place.start, place.mask))
+        return self.dropout(self.attn(x, place.turn, cache, place))
 
     def think(self, x: Tensor, place: Place, cache: None = None) -> Tensor:
         if not self.post:
@@ -185,15 +186,49 @@ def make_ffn(cfg: ModelConfig, layer: int) -> nn.Module:
 
 @dataclass
 class Cache:
-    """The state of decoding."""
+    """The state of decoding: rows that may differ in length."""
 
-    blocks: list[list]  # for each block, a cache for each branch
-    size: int  # positions that fit
-    length: int = 0  # positions that are filled
-    pad: Tensor | None = None  # (B,) number of padding tokens on the left of each row
+    blocks: list[list]  # for each block, a cache for each branch; None where it needs none
+    size: int  # positions that fit into a row
+    lengths: list[int]  # tokens of each row
 
     def states(self) -> list:
         return [state for states in self.blocks for state in states]
+
+    @property
+    def can_shorten(self) -> bool:
+        """Whether a row may forget its newest tokens: its length is set back, and what follows is overwritten."""
+        return all(state is None or state.axis is not None for state in self.states())
+
+    def view(self, first: int, count: int) -> "Cache":
+        """Rows first … first + count - 1 as a cache of their own, in the same memory."""
+
+        def part(state):
+            if state is None:
+                return None
+            result = copy(state)
+            for name, tensor in vars(state).items():
+                setattr(result, name, tensor[first : first + count])
+            return result
+
+        blocks = [list(map(part, states)) for states in self.blocks]
+        return Cache(blocks, self.size, self.lengths[first : first + count])
+
+    def swap(self, a: int, b: int) -> None:
+        self.assign([a, b], [b, a])
+
+    def assign(self, targets: list[int], sources: list[int]) -> None:
+        """Row targets[i] becomes what row sources[i] was."""
+        lengths = [self.lengths[source] for source in sources]
+        for state in self.states():
+            if state is None:
+                continue
+            for tensor in vars(state).values():
+                if state.axis is not None:
+                    tensor = tensor.narrow(state.axis, 0, max(lengths))
+                tensor[targets] = tensor[sources]
+        for target, length in zip(targets, lengths, strict=True):
+            self.lengths[target] = length
 
 
 class LanguageModel(nn.Module):
@@ -251,29 +286,33 @@ class LanguageModel(nn.Module):
             self.embed.weight.data /= self.embed_scale
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, weights: Tensor | None = None,
-                positions: Tensor | None = None, cache: Cache | None = None, n_logits: int = 0,
-                with_balance: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+                positions: Tensor | None = None, cache: Cache | None = None, lengths: list[int] | None = None,
+                n_logits: int = 0, with_balance: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """ids (B, T) integers -> nats (B, T) fp32 where targets (B, T) are given, else logits.
 
         weights (B, T), default 1, multiply the nats: 0 for a token that is not learned. Logits are (B, T, V), or those
-        of the last n_logits positions. With a cache, ids continue the cached text. positions (B, T) that restart at 0
-        pack several texts into a row; no text sees another. with_balance=True returns (nats, the experts' balance
-        loss); in training each token carries its share of that loss in its gradient, but not in its nats.
-        Raises ValueError past seq_len.
+        of the last n_logits positions. With a cache, ids continue the texts of its first B rows; `lengths` counts the
+        ids of each row, if they differ: what follows is padding. positions (B, T) that restart at 0 pack several texts
+        into a row; no text sees another. with_balance=True returns (nats, the experts' balance loss); in training each
+        token carries its share of that loss in its gradient, but not in its nats. Raises ValueError past seq_len.
         """
-        cfg = self.cfg
-        past, room = (0, cfg.seq_len) if cache is None else (cache.length, cache.size)
-        if past + ids.shape[1] > room:
-            raise ValueError(f"{past + ids.shape[1]} tokens are more than the context or the cache holds: {room}")
-        x, place = self.embed_at(ids, positions, cache)
+        cfg, (B, T) = self.cfg, ids.shape
+        past, room = (0, cfg.seq_len) if cache is None else (max(cache.lengths[:B]), cache.size)
+        if past + T > room:
+            raise ValueError(f"{past + T} tokens are more than the context or the cache holds: {room}")
+        x, place = self.embed_at(ids, positions, cache, lengths)
         place.weights = weights
         if self.training and targets is not None and cfg.n_expert and cfg.balance == "loss":
             place.balance = []
         x = self.norm(self.through_blocks(x, place, cache))
         if cache is not None:
-            cache.length += ids.shape[1]
+            for row, length in enumerate(lengths or [T] * B):
+                cache.lengths[row] += length
         if targets is None:
             last = x[:, -n_logits:].contiguous()  # -0 takes all; a slice would be multiplied row by row
+            if n_logits and place.lengths is not None:
+                ends = place.lengths[:, None] - torch.arange(n_logits, 0, -1, device=ids.device)  # (B, n_logits)
+                last = x[torch.arange(B, device=ids.device)[:, None], ends]
             return soft_cap(self.head(last), cfg.logit_softcap)
         nats = self.nats(x, targets, weights)
         balance = nats.new_zeros(())
@@ -288,18 +327,24 @@ class LanguageModel(nn.Module):
         return nats
 
     def embed_at(self, ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None,
-                 ) -> tuple[Tensor, Place]:
+                 lengths: list[int] | None = None) -> tuple[Tensor, Place]:
         """ids (B, T) -> embeddings (B, T, D), and what the blocks need to know about positions."""
-        cfg, mask = self.cfg, None
-        start = cache.length if cache is not None else 0
+        cfg, (B, T), place = self.cfg, ids.shape, Place(positions)
+        if cache is not None:
+            held = cache.lengths[:B]
+            place.start = max(held)
+            if min(held) < place.start:
+                place.starts = torch.tensor(held, device=ids.device)
+        if lengths is not None:
+            place.lengths = torch.tensor(lengths, device=ids.device)
         if positions is not None:
-            mask = example_mask(positions)
+            place.mask = example_mask(positions)
+        elif place.starts is None:
+            place.positions = torch.arange(place.start, place.start + T, device=ids.device)  # (T,)
         else:
-            positions = torch.arange(start, start + ids.shape[1], device=ids.device)  # (T,)
-            if cache is not None and cache.pad is not None:
-                mask = padding_mask(positions, cache.pad)
-                positions = (positions - cache.pad[:, None]).clamp(min=0)  # (B, T): each row from its first token
-        place = Place(positions, start, mask)
+            place.positions = place.starts[:, None] + torch.arange(T, device=ids.device)  # (B, T)
+            place.mask = seen_keys(place.positions, place.start + T)
+        positions = place.positions
         x = self.embed(ids) * self.embed_scale  # (B, T, D)
         if cfg.position == "learned":
             x = x + self.position(positions)
@@ -360,19 +405,8 @@ class LanguageModel(nn.Module):
     def new_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` sequences of up to `length` tokens, in the dtype of the weights."""
         weight = self.embed.weight
-        return Cache([b.new_caches(batch, length, weight.dtype, weight.device) for b in self.blocks], length)
-
-    def spread_cache(self, cache: Cache, index: Tensor) -> Cache:
-        """A cache whose row i is a copy of row index[i]: several samples continue one prompt."""
-        result = self.new_cache(len(index), cache.size)
-        result.length = cache.length
-        if cache.pad is not None:
-            result.pad = cache.pad[index]
-        for state, copy in zip(cache.states(), result.states(), strict=True):
-            if state is not None:
-                for name, tensor in vars(state).items():
-                    getattr(copy, name).copy_(tensor[index])
-        return result
+        blocks = [block.new_caches(batch, length, weight.dtype, weight.device) for block in self.blocks]
+        return Cache(blocks, length, [0] * batch)
 
     def experts(self) -> list[MoE]:
         return [module for module in self.modules() if isinstance(module, MoE)]

@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from attention import (
     Attention,
     LatentAttention,
+    Place,
     alibi_bias,
     alibi_slopes,
     apply_rope,
     attend,
     explicit_attention,
-    padding_mask,
     rope_table,
+    seen_keys,
     use_explicit,
 )
 from lora import LoraLinear
@@ -145,7 +146,8 @@ def test_alibi_without_a_mask_is_exact_in_bf16_at_far_positions():
 
 
 def test_alibi_bias_is_zero_at_the_query_itself():
-    assert alibi_bias(torch.tensor([0.5]), 2, 4).tolist() == [[[-1.0, -0.5, 0.0, 0.5], [-1.5, -1.0, -0.5, 0.0]]]
+    bias = alibi_bias(torch.tensor([0.5]), torch.tensor([2, 3]), 4)
+    assert bias.tolist() == [[[-1.0, -0.5, 0.0, 0.5], [-1.5, -1.0, -0.5, 0.0]]]
 
 
 # ---- multi-head latent attention -------------------------------------------------------------------------------------
@@ -174,7 +176,7 @@ def stepwise(attn, x, chunks, dtype=torch.float32):
     cache, start, out = attn.new_cache(B, T, dtype, "cpu"), 0, []
     for part in x.split(chunks, dim=1):
         end = start + part.shape[1]
-        out.append(attn(part, turner(torch.arange(start, end)), cache, start))
+        out.append(attn(part, turner(torch.arange(start, end)), cache, Place(start=start)))
         start = end
     return torch.cat(out, dim=1)
 
@@ -287,7 +289,7 @@ def pieces(attn, T, S, masked):
     """Queries of the last T of S positions, all rows, and a mask that is blind to the first two keys, or none."""
     q_nope, q_rope = torch.randn(2, 4, T, attn.nope_dim), torch.randn(2, 4, T, attn.rope_dim)
     rows = torch.randn(2, S, attn.kv_rank + attn.rope_dim)
-    mask = padding_mask(torch.arange(S - T, S), torch.tensor([2, 2])) if masked else None
+    mask = seen_keys(torch.arange(S - T, S), S, first=torch.tensor([2, 2])) if masked else None
     return q_nope.requires_grad_(), q_rope.requires_grad_(), rows.requires_grad_(), mask
 
 
@@ -368,7 +370,7 @@ def test_nothing_of_a_later_token_comes_through():
     with torch.no_grad():
         attn(past, turner(torch.arange(30)), cache)
     assert attn.absorbing_is_cheaper(3, 33)  # so the other form, this time
-    (grad,) = torch.autograd.grad(attn(new, turner(torch.arange(30, 33)), cache, 30)[:, 1].sum(), new)
+    (grad,) = torch.autograd.grad(attn(new, turner(torch.arange(30, 33)), cache, Place(start=30))[:, 1].sum(), new)
     assert grad[:, 2].abs().max() == 0.0 and grad[:, :2].abs().amin(dim=(0, 2)).min() > 0
 
 

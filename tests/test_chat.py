@@ -14,7 +14,7 @@ import torch
 from bpe import SPECIALS
 from configurator import UserError
 from generate import SamplingSettings
-from model import LanguageModel, ModelConfig
+from model import Cache, LanguageModel, ModelConfig
 from text import chat
 from text.chat import Chat, Template, split_turns
 from text.spm import SentencePieceTokenizer
@@ -272,14 +272,14 @@ class Scripted(torch.nn.Module):
         self.embed = torch.nn.Embedding(tokenizer.vocab_size, 1)
         self.cfg = ModelConfig(vocab_size=tokenizer.vocab_size, seq_len=seq_len)
         self.script, self.fail_at, self.end = list(script), fail_at, end
-        self.seen: list[list[int]] = []  # what each cache has read
+        self.seen: list[list[int]] = []  # what each pass has read
 
-    def new_cache(self, batch: int, length: int) -> list[int]:
-        self.seen.append([])
-        return self.seen[-1]
+    def new_cache(self, batch: int, length: int) -> Cache:
+        return Cache([], length, [0] * batch)
 
-    def forward(self, ids, cache, n_logits):
-        cache += ids[0].tolist()
+    def forward(self, ids, cache, lengths, n_logits):
+        self.seen.append(ids[0].tolist())
+        cache.lengths[0] += ids.shape[1]
         self.fail_at -= 1
         if self.fail_at == -1:
             raise KeyboardInterrupt
@@ -309,7 +309,7 @@ def test_every_turn_says_what_a_model_without_a_cache_says(tokenizer, name, bloc
 
 def test_whole_turns_leave_when_the_context_is_full_and_the_system_text_stays():
     tokenizer = make("bpe")
-    talking = Chat(model_for(tokenizer, 96), tokenizer, "chatml", system="Be brief.", sampling=GREEDY)
+    talking = Chat(model_for(tokenizer, 112), tokenizer, "chatml", system="Be brief.", sampling=GREEDY)
     template = talking.template
     for n in range(8):
         text = f"number {n} of them"
@@ -321,9 +321,9 @@ def test_whole_turns_leave_when_the_context_is_full_and_the_system_text_stays():
         ids = template.opening({"content": users[0]}, "Be brief.")
         for turn, later in zip(kept, users[1:], strict=True):
             ids += turn.ids + template.continuation({"content": later})
-        assert len(ids) + 12 <= 96
-        assert talking.turns[-1].ids == greedy(model_for(tokenizer, 96), ids, template.stop_ids, 12)
-        assert talking.known[: len(ids)] == ids
+        assert len(ids) + 12 <= 112
+        assert talking.turns[-1].ids == greedy(model_for(tokenizer, 112), ids, template.stop_ids, 12)
+        assert talking.decoder.held[0][: len(ids)] == ids
     assert 0 < talking.forgotten == 8 - len(talking.turns) and len(talking.turns) > 1
     assert talking.messages[0] == {"role": "system", "content": "Be brief."}
 
@@ -332,10 +332,10 @@ def test_a_message_that_is_too_long_is_refused_and_changes_nothing():
     tokenizer = make("bpe")
     talking = Chat(model_for(tokenizer, 64), tokenizer, "chatml", sampling=GREEDY)
     "".join(talking.say("Hi"))
-    before = (list(talking.turns), list(talking.known), talking.cache, talking.forgotten)
+    before = (list(talking.turns), list(talking.decoder.held[0]), talking.forgotten)
     with pytest.raises(UserError, match=r"this message has \d+ tokens, and a context of 64 has room for 52"):
         next(talking.say("the quick brown fox " * 40))
-    assert (talking.turns, talking.known, talking.cache, talking.forgotten) == before
+    assert (talking.turns, talking.decoder.held[0], talking.forgotten) == before
     talking.system = "the quick brown fox " * 40
     with pytest.raises(UserError, match="this message and the system text have"):
         next(talking.say("Hi"))
@@ -362,7 +362,7 @@ def test_closing_in_mid_answer_keeps_what_was_said_and_the_cache(monkeypatch):
     reads = count_reads(model, monkeypatch)
     "".join(talking.say("So?"))
     known = talking.template.prompt(talk("Hi", said, "So?"))
-    assert talking.known[: len(known)] == known
+    assert talking.decoder.held[0][: len(known)] == known
     assert reads[0] == 1 + len(talking.template.continuation({"content": "So?"})), "the past was read again"
 
 
@@ -376,9 +376,9 @@ def test_ctrl_c_inside_the_model_keeps_what_was_said_and_distrusts_the_cache():
         for _ in talking.say("Hi"):
             pass
     said = tokenizer.decode(script[:2])
-    assert talking.messages == talk("Hi", said) and talking.cache is None
+    assert talking.messages == talk("Hi", said) and not talking.decoder.held[0]
     model.script = []
-    assert "".join(talking.say("So?")) == "" and len(model.seen) == 2
+    assert "".join(talking.say("So?")) == ""
     assert model.seen[-1] == template.prompt([*talk("Hi", said), *talk("So?")])
 
 
@@ -409,7 +409,7 @@ def test_a_stop_text_ends_the_answer_and_never_shows():
     assert "".join(talking.say("Hi")) == "fox ###" == talking.messages[-1]["content"]
     model.script = []
     "".join(talking.say("So?"))
-    assert model.seen[-1] == template.prompt(talk("Hi", "fox ###", "So?")), "the cut part stayed in the cache"
+    assert talking.decoder.held[0] == template.prompt(talk("Hi", "fox ###", "So?")), "the cut part stayed in the cache"
 
 
 def test_reset_forgets_and_begins_the_same_talk_again():
@@ -429,7 +429,7 @@ def test_another_system_text_is_read_from_the_next_turn_on():
     assert "".join(talking.say("Hi")) == "fox"
     talking.system = "new"
     "".join(talking.say("So?"))
-    assert model.seen[-1] == talking.template.prompt(talk("Hi", "fox", "So?", system="new"))
+    assert talking.decoder.held[0] == talking.template.prompt(talk("Hi", "fox", "So?", system="new"))
 
 
 def test_the_same_words_again_after_all_was_forgotten_are_read_again():
@@ -440,7 +440,7 @@ def test_the_same_words_again_after_all_was_forgotten_are_read_again():
     talking = Chat(model, tokenizer, "chatml", sampling=SamplingSettings(max_new_tokens=1))
     for _ in range(3):  # the cache holds exactly the prompt, and there would be nothing to read
         assert "".join(talking.say("the quick brown fox")) == ""
-    assert talking.forgotten == 2 and model.seen[0] == model.seen[1] == model.seen[2]
+    assert talking.forgotten == 2 and model.seen[1] == model.seen[2] == model.seen[0][-1:]
 
 
 def test_min_new_tokens_bans_every_end():

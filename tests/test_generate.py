@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from configurator import UserError
-from generate import SamplingSettings, before_stop, filter_probs, generate, ngram_bans, sample_tokens, stream
+from generate import Decoder, Row, SamplingSettings, before_stop, choose, filter_probs, generate, ngram_bans, stream
 from model import LanguageModel
 from test_model import KINDS, shaken, tiny
 
@@ -97,8 +97,10 @@ def test_min_new_tokens_puts_off_the_end():
     assert len(row) >= 6 and first not in row
 
 
-def chosen(logits, generated=(), **rules):
-    return sample_tokens(torch.tensor([logits]), SamplingSettings(**rules), torch.Generator(), [list(generated)]).item()
+def chosen(logits, generated=(), sample=0, **rules):
+    row = Row([0], SamplingSettings(**rules), sample)
+    row.ids += generated
+    return choose(torch.tensor([logits]), [row])[0]
 
 
 def test_repetition_penalty_acts_once_per_token_and_on_both_signs():
@@ -146,9 +148,8 @@ def test_a_tiny_temperature_takes_the_most_likely_token(temperature, logits):
 
 @pytest.mark.parametrize("temperature", [1e30, 1e300])
 def test_a_huge_temperature_takes_any_token_that_is_allowed(temperature):
-    rules = SamplingSettings(temperature=temperature, top_p=1.0, no_repeat_ngram=1)
-    logits, generator = torch.tensor([[9.0, 0.0, -9.0]]), torch.Generator()
-    assert {sample_tokens(logits, rules, generator, [[0]]).item() for _ in range(50)} == {1, 2}
+    rules = dict(temperature=temperature, top_p=1.0, no_repeat_ngram=1)
+    assert {chosen([9.0, 0.0, -9.0], generated=[0], sample=i, **rules) for i in range(50)} == {1, 2}
 
 
 @pytest.mark.parametrize("penalty", [1e-45, 1e-300, 1e300])
@@ -169,10 +170,8 @@ def test_temperature_sharpens():
     logits = torch.tensor([[1.0, 0.0]]).repeat(4000, 1)
     share = {}
     for t in (0.5, 1.0):
-        generator = torch.Generator().manual_seed(0)
-        rows = [[] for _ in range(4000)]
-        ids = sample_tokens(logits, SamplingSettings(temperature=t, top_p=1.0), generator, rows)
-        share[t] = 1 - ids.float().mean().item()
+        rows = [Row([0], SamplingSettings(temperature=t, top_p=1.0), sample=i) for i in range(4000)]
+        share[t] = 1 - sum(choose(logits, rows)) / 4000
     assert share[1.0] == pytest.approx(torch.sigmoid(torch.tensor(1.0)).item(), abs=0.03)
     assert share[0.5] == pytest.approx(torch.sigmoid(torch.tensor(2.0)).item(), abs=0.03)
 
@@ -222,6 +221,105 @@ def test_prompts_of_different_length_give_what_each_gives_alone_and_equal_ones_a
     assert read[0] == (2, 4), "two different prompts, of four tokens with the padding"
     for prompt, row in zip(prompts, together, strict=True):
         assert row == naive(model, prompt, 12)
+
+
+# ---- rows that come and go
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_come_and_go_say_what_each_says_alone(kind, chunk):
+    model, rng = shaken(tiny(kind)), random.Random(0)
+    decoder = Decoder(model, capacity=3, chunk=chunk)
+    rows = []
+    for n in range(9):
+        prompt = [rng.randrange(97) for _ in range(rng.randint(1, 12))]
+        if n % 3 == 2:
+            prompt = rows[-1].ids[: rows[-1].prompt - 1] + prompt[:3]  # begins like the one before
+        rows.append(Row(prompt[:20], SamplingSettings(temperature=0, max_new_tokens=rng.randint(1, 10))))
+    late = list(rows)
+    while decoder.advance() or late:
+        decoder.draw()
+        if late and rng.random() < 0.5:
+            decoder.add(late.pop(0))
+    for row in rows:
+        assert row.ended == "length" and row.new == naive(model, row.ids[: row.prompt], row.sampling.max_new_tokens)
+
+
+def test_a_sample_is_the_same_whatever_shares_its_passes():
+    model, sampling = shaken(tiny()), SamplingSettings(temperature=1.0, top_p=0.9, max_new_tokens=15, seed=3)
+    alone = generate(model, [[1, 2]], sampling)[0]
+    assert generate(model, [[1, 2], [5], [1, 2]], sampling)[0] == alone
+    decoder, row = Decoder(model, capacity=4), Row([1, 2], sampling)
+    decoder.add(Row([7, 7, 7], SamplingSettings(temperature=2.0)))
+    for step in range(20):
+        if step == 3:
+            decoder.add(row)
+        decoder.advance()
+        decoder.draw()
+    assert row.new == alone
+
+
+def test_the_next_turn_of_a_conversation_is_read_from_where_it_differs():
+    model = shaken(tiny())
+    decoder, read = Decoder(model, capacity=2), []
+    model.embed.register_forward_hook(lambda module, ids, _: read.append(tuple(ids[0].shape)))
+    for prompt in ([1, 2, 3, 4], [9, 9], [1, 2, 3, 4, 5, 6], [1, 2, 3, 8]):
+        row = Row(prompt, SamplingSettings(temperature=0, max_new_tokens=1))
+        decoder.add(row)
+        decoder.advance()
+        decoder.draw()
+        assert row.new == naive(model, prompt, 1)
+    del read[1::2]  # of naive
+    assert read == [(1, 4), (1, 2), (1, 2), (1, 1)]
+
+
+def test_ctrl_c_in_the_middle_of_a_pass_leaves_no_half_written_row():
+    model = shaken(tiny())
+    decoder = Decoder(model, capacity=1)
+    decoder.add(Row([1, 2, 3], SamplingSettings(temperature=0, max_new_tokens=1)))
+    decoder.advance()
+    decoder.draw()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.blocks[1].register_forward_hook(interrupt)
+    stopped = Row([1, 2, 3, 4, 5], GREEDY)
+    decoder.add(stopped)
+    with pytest.raises(KeyboardInterrupt):
+        decoder.advance()
+    hook.remove()
+    decoder.remove(stopped)
+    row = Row([1, 2, 3, 4, 9], GREEDY)
+    decoder.add(row)
+    while decoder.advance():
+        decoder.draw()
+    assert row.new == naive(model, [1, 2, 3, 4, 9], 12)
+
+
+def test_log_probabilities_are_those_of_the_model_before_the_rules():
+    model = shaken(tiny())
+    row = Row([1, 2], SamplingSettings(temperature=2.0, top_k=5, max_new_tokens=4), n_logprobs=3)
+    decoder = Decoder(model, capacity=1)
+    decoder.add(row)
+    while decoder.advance():
+        decoder.draw()
+    expected = model(torch.tensor([row.ids])).log_softmax(-1)[0, 1:-1]
+    for (own, best), logprobs, token in zip(row.logprobs, expected, row.new, strict=True):
+        assert own == pytest.approx(logprobs[token].item(), abs=1e-5)
+        assert list(best.values()) == pytest.approx(logprobs.topk(3).values.tolist(), abs=1e-5)
+        assert list(best) == logprobs.topk(3).indices.tolist()
+
+
+def test_penalties_of_openai_count_what_was_generated_and_a_bias_moves_one_token():
+    assert chosen([3.0, 2.0], temperature=0, generated=[0], presence_penalty=1.5) == 1
+    assert chosen([3.0, 2.0], temperature=0, generated=[0, 0], presence_penalty=0.9) == 0
+    assert chosen([3.0, 2.0], temperature=0, generated=[0, 0], frequency_penalty=0.6) == 1
+    assert chosen([3.0, 2.0], temperature=0, generated=[0], frequency_penalty=0.6) == 0
+    assert chosen([2.0, 1.0], temperature=0, generated=[1], presence_penalty=-1.5) == 1
+    row = Row([0], SamplingSettings(temperature=0), bias={1: 5.0})
+    assert choose(torch.tensor([[3.0, 2.0]]), [row]) == [1]
 
 
 def test_a_row_that_has_ended_does_not_fill_the_cache_of_the_others(monkeypatch):

@@ -19,8 +19,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-
 from configurator import UserError, check_fields, need
 from text.tokenizer import StreamDecoder, Tokenizer
 
@@ -272,25 +270,25 @@ class Turn:
 
 
 class Chat:
-    """A conversation with a model, which is put into eval mode. Between turns it stays in the key/value cache.
+    """A conversation with a model, which is put into eval mode. Between turns it stays in the decoder's cache.
 
-    We compute every time which ids the cache must hold. If it holds a prefix of these, we read only the rest; else
-    (turns were forgotten, the system text changed, an answer was cut) we build a new one. So the two always agree.
+    Every turn gives the decoder all ids of the conversation, and it reads only from where its cache differs: so the two
+    always agree, also when turns were forgotten, the system text changed or an answer was cut.
     """
 
     def __init__(self, model, tokenizer: Tokenizer, template: str, sampling, system: str = ""):
         """`sampling` are generate.SamplingSettings."""
+        from generate import Decoder  # here, because train.py needs the prompt formats alone
+
         self.model, self.tokenizer, self.template = model.eval(), tokenizer, make_template(template, tokenizer)
         self.sampling, self.system = sampling, system  # a new system text applies from the next turn on
-        self.unused = torch.tensor(tokenizer.unused_ids(model.cfg.vocab_size), device=model.embed.weight.device).long()
+        self.decoder = Decoder(model, capacity=1, unused=tokenizer.unused_ids(model.cfg.vocab_size))
         self.reset()
 
     def reset(self) -> None:
         """Forget everything but the system text."""
         self.turns: list[Turn] = []
         self.forgotten = 0  # turns dropped because the context was full
-        self.cache, self.known = None, []  # and the ids that it holds
-        self.generator = torch.Generator(self.model.embed.weight.device).manual_seed(self.sampling.seed)
 
     @property
     def messages(self) -> list[Message]:
@@ -311,7 +309,7 @@ class Chat:
         When the context is too full, the oldest turns leave. UserError if not even `text` alone fits; nothing has
         changed then.
         """
-        from generate import before_stop  # here, because train.py needs the prompt formats alone
+        from generate import before_stop
 
         turns, ids = self.fit(text)
         room = self.model.cfg.seq_len - len(ids)
@@ -350,26 +348,17 @@ class Chat:
 
     def pieces(self, ids: list[int], answer: list[int], most: int) -> Iterator[str]:
         """The text of the answer, whose ids, at most `most`, are appended to `answer`."""
-        decoder = StreamDecoder(self.tokenizer, after=self.template.before_answer(ids))
-        for n in range(most):
-            banned = self.template.stop_ids if n < self.sampling.min_new_tokens else ()
-            token = self.next_id(ids + answer, answer, banned)
-            if token in self.template.stop_ids:
-                break
-            answer.append(token)
-            yield decoder.push(token)
-        yield decoder.flush()
+        from generate import Row
 
-    @torch.inference_mode()
-    def next_id(self, ids: list[int], answer: list[int], banned: tuple[int, ...]) -> int:
-        """Read the ids that are not in the cache yet, and sample the next one."""
-        from generate import sample_tokens
-
-        cache, known = self.cache, self.known
-        if cache is None or len(known) >= len(ids) or ids[: len(known)] != known:
-            cache, known = self.model.new_cache(1, self.model.cfg.seq_len), []
-        self.cache = None  # Ctrl-C in the middle of a pass leaves no half-written cache
-        new = torch.tensor([ids[len(known) :]], device=self.model.embed.weight.device)
-        logits = self.model(new, cache=cache, n_logits=1)[:, -1]
-        self.known, self.cache = ids, cache
-        return sample_tokens(logits, self.sampling, self.generator, [answer], banned, self.unused).item()
+        text = StreamDecoder(self.tokenizer, after=self.template.before_answer(ids))
+        row = Row(ids, replace(self.sampling, max_new_tokens=most), stop_ids=self.template.stop_ids)
+        self.decoder.add(row)
+        try:
+            while self.decoder.advance():
+                self.decoder.draw()
+                if row.ended != "stop":
+                    answer.append(row.ids[-1])
+                    yield text.push(row.ids[-1])
+            yield text.flush()
+        finally:
+            self.decoder.remove(row)
