@@ -220,7 +220,7 @@ def begin_ids(tokenizer: Tokenizer, bos: str = "auto") -> list[int]:
 # ---- multiple choice, with the scores of lm-evaluation-harness ------------------------------------------------------
 
 @dataclass
-class Row:
+class Choice:
     """One choice and its context."""
 
     context: list[int]
@@ -231,7 +231,7 @@ class Row:
         return len(self.context) + len(self.continuation)
 
 
-def to_row(tokenizer: Tokenizer, context: str, choice: str, seq_len: int, begin: list[int]) -> Row:
+def to_choice(tokenizer: Tokenizer, context: str, choice: str, seq_len: int, begin: list[int]) -> Choice:
     """The harness's rule: white space at the end of the context moves to the continuation. The continuation is the ids
     of the whole text after as many as the context has alone, even if a token crosses the border."""
     whole = begin + tokenizer.encode(f"{context} {choice}")
@@ -241,11 +241,11 @@ def to_row(tokenizer: Tokenizer, context: str, choice: str, seq_len: int, begin:
         before = begin_ids(tokenizer, "yes")
     ids = (before + continuation)[-(seq_len + 1) :]
     border = len(ids) - min(len(continuation), seq_len)  # a choice that is too long keeps its end
-    return Row(ids[:border], ids[border:], cut=len(ids) < len(before) + len(continuation))
+    return Choice(ids[:border], ids[border:], cut=len(ids) < len(before) + len(continuation))
 
 
 @torch.inference_mode()
-def log_likelihoods(model: LanguageModel, rows: list[Row], machine: Machine) -> list[float]:
+def log_likelihoods(model: LanguageModel, rows: list[Choice], machine: Machine) -> list[float]:
     """Log probability, in nats, of each continuation after its context. Equal contexts are read once, and their choices
     continue from the cache."""
     from generate import prefill
@@ -282,7 +282,7 @@ def cast_products(model: LanguageModel, dtype: torch.dtype) -> None:
                 setattr(module, name, torch.nn.Parameter(p.detach().to(dtype), requires_grad=False))
 
 
-def question_batches(rows: list[list[Row]], batch_tokens: int) -> Iterator[list[int]]:
+def question_batches(rows: list[list[Choice]], batch_tokens: int) -> Iterator[list[int]]:
     """Batches of question indices, the longest first; the padded choices of a batch fit into `batch_tokens` tokens."""
     sizes = [max(map(len, choices)) for choices in rows]
     batch, count = [], 0  # and its choices
@@ -303,7 +303,7 @@ def run_task(model: LanguageModel, tokenizer: Tokenizer, questions: list, machin
     mine = questions[machine.rank :: machine.world_size]
     rows = []
     for question in mine:
-        choices = [to_row(tokenizer, question.context, choice, model.cfg.seq_len, begin) for choice in question.choices]
+        choices = [to_choice(tokenizer, question.context, choice, model.cfg.seq_len, begin) for choice in question.choices]
         rows.append(choices)
     batches = question_batches(rows, batch_tokens)
     while machine.any((batch := next(batches, None)) is not None):
@@ -321,7 +321,7 @@ def run_task(model: LanguageModel, tokenizer: Tokenizer, questions: list, machin
         yield done
 
 
-def result(number: int, question, rows: list[Row], scores: list[float]) -> dict:
+def result(number: int, question, rows: list[Choice], scores: list[float]) -> dict:
     """The result of one question: `scores` in nats, `answer` by the largest score, `answer_norm` by score per character
     of the choice. Ties go to the first."""
     characters = np.array(list(map(len, question.choices)), float)

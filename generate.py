@@ -144,7 +144,7 @@ class Decoder:
     def read(self, slot: int, parts: list[list[int]]) -> Tensor:
         """Append parts[i] to slot + i. Returns the logits (B, V) after each part."""
         try:
-            logits = read(self.model, self.cache, slot, parts)
+            logits = read_parts(self.model, self.cache, slot, parts)
         except BaseException:  # Ctrl-C in the middle of a pass: only some layers have read
             for i in range(slot, slot + len(parts)):
                 self.keep(i, 0)
@@ -215,7 +215,7 @@ class Decoder:
         self.held[a], self.held[b] = self.held[b], self.held[a]
 
 
-def read(model: LanguageModel, cache: Cache, slot: int, parts: list[list[int]]) -> Tensor:
+def read_parts(model: LanguageModel, cache: Cache, slot: int, parts: list[list[int]]) -> Tensor:
     """Append parts[i], which are not empty, to slot + i of the cache, in one pass. Returns the logits (B, V) of what
     follows each. Their logits do not depend on each other."""
     lengths = list(map(len, parts))
@@ -232,7 +232,7 @@ def prefill(model: LanguageModel, prompts: list[list[int]], more: int) -> tuple[
     the logits (B, V) of the next one."""
     different = list(dict.fromkeys(map(tuple, prompts)))
     cache = model.new_cache(len(prompts), min(model.cfg.seq_len, max(map(len, different)) + more))
-    logits = read(model, cache, 0, list(map(list, different)))
+    logits = read_parts(model, cache, 0, list(map(list, different)))
     which = [different.index(tuple(prompt)) for prompt in prompts]
     if which != list(range(len(prompts))):
         cache.assign(list(range(len(prompts))), which)

@@ -20,7 +20,7 @@ import eval as module
 import train
 from configurator import ROOT, UserError, configure
 from conftest import tiny_run
-from eval import Row, Score, TextWindows, evaluate, log_likelihoods, overlapping
+from eval import Choice, Score, TextWindows, evaluate, log_likelihoods, overlapping
 from model import LanguageModel, ModelConfig
 from runtime import checkpoint, resume
 from runtime.device import MachineSettings, choose_machine
@@ -333,7 +333,7 @@ def test_nothing_is_summed_in_float64_on_the_device(base):
     windows = TextWindows(tokenizer, model.cfg.seq_len)
     windows.add_text([("the quick brown fox", True)])
     assert math.isfinite(evaluate(model, windows, MACHINE).loss)
-    rows = [Row([1, 2], [3], False), Row([1, 2], [3, 4], False)]
+    rows = [Choice([1, 2], [3], False), Choice([1, 2], [3, 4], False)]
     assert all(map(math.isfinite, log_likelihoods(model, rows, MACHINE)))
 
 

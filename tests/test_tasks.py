@@ -13,7 +13,17 @@ import torch
 
 import eval as evaluation
 from configurator import UserError
-from eval import Row, begin_ids, cast_products, log_likelihoods, question_batches, result, run_task, summarise, to_row
+from eval import (
+    Choice,
+    begin_ids,
+    cast_products,
+    log_likelihoods,
+    question_batches,
+    result,
+    run_task,
+    summarise,
+    to_choice,
+)
 from model import LanguageModel, ModelConfig
 from runtime.device import MachineSettings, choose_machine
 from text import tasks
@@ -195,8 +205,8 @@ def test_scores_of_every_kind_of_model_are_those_of_whole_texts_one_by_one(kind)
     rows = []
     for length in (3, 17, 17, 30, 1):
         context = r.choices(range(50), k=length)
-        rows += [Row(context, r.choices(range(50), k=k), False) for k in (1, 4, 10)]
-    rows += [Row(r.choices(range(50), k=39), [4, 5], False), Row([1], r.choices(range(50), k=40), False)]
+        rows += [Choice(context, r.choices(range(50), k=k), False) for k in (1, 4, 10)]
+    rows += [Choice(r.choices(range(50), k=39), [4, 5], False), Choice([1], r.choices(range(50), k=40), False)]
     for row, score in zip(rows, log_likelihoods(model, rows, MACHINE), strict=True):
         ids = torch.tensor([row.context + row.continuation])
         with torch.no_grad():
@@ -218,7 +228,7 @@ def test_weights_cast_once_score_as_those_that_autocast_casts(kind):
     torch.manual_seed(0)
     model = LanguageModel(ModelConfig(vocab_size=50, seq_len=40, d_model=32, n_layer=2, n_head=4, **KINDS[kind])).eval()
     machine, r = choose_machine(MachineSettings(device="cpu", dtype="bfloat16")), random.Random(0)
-    rows = [Row(r.choices(range(50), k=20), r.choices(range(50), k=6), False) for _ in range(8)]
+    rows = [Choice(r.choices(range(50), k=20), r.choices(range(50), k=6), False) for _ in range(8)]
     before = log_likelihoods(model, rows, machine)
     cast_products(model, machine.dtype)
     assert model.embed.weight.dtype == torch.float32
@@ -227,7 +237,7 @@ def test_weights_cast_once_score_as_those_that_autocast_casts(kind):
 
 def test_batches_hold_every_example_once_and_keep_to_their_size():
     r = random.Random(0)
-    rows = [[Row([1] * r.randint(1, 60), [1] * r.randint(1, 9), False) for _ in range(4)] for _ in range(50)]
+    rows = [[Choice([1] * r.randint(1, 60), [1] * r.randint(1, 9), False) for _ in range(4)] for _ in range(50)]
     found = list(question_batches(rows, 1000))
     assert sorted(i for batch in found for i in batch) == list(range(50)) and len(found) < 25
     for batch in found:
@@ -237,7 +247,7 @@ def test_batches_hold_every_example_once_and_keep_to_their_size():
 
 def test_of_equal_scores_the_first_choice_counts():
     example = Question("q", ["ab", "ab", "c"], 1, {})
-    found = result(0, example, [Row([0], [1], False)] * 3, [-1.0, -1.0, -3.0])
+    found = result(0, example, [Choice([0], [1], False)] * 3, [-1.0, -1.0, -3.0])
     assert (found["answer"], found["answer_norm"], found["acc"]) == (0, 0, 0)
 
 
@@ -259,9 +269,9 @@ def test_a_begin_token_is_added_as_the_files_say_or_as_asked(tokenizers):
 
 def test_white_space_at_the_end_of_a_context_goes_to_the_continuation(tokenizers):
     tokenizer = tokenizers["plain"][0]
-    row = to_row(tokenizer, "the dog \n", "runs", 99, [])
+    row = to_choice(tokenizer, "the dog \n", "runs", 99, [])
     assert tokenizer.decode(row.context) == "the dog" and tokenizer.decode(row.continuation) == " \n runs"
-    assert to_row(tokenizer, "", "the dog", 99, []).context == [tokenizer.role("eot")]
+    assert to_choice(tokenizer, "", "the dog", 99, []).context == [tokenizer.role("eot")]
 
 
 def test_single_example_has_no_standard_error():
@@ -315,7 +325,7 @@ def test_mistakes_end_in_a_sentence(data, tmp_path):
 
 def test_examples_on_the_screen_mark_the_right_choice_and_the_answer():
     example = Question("Question: q\nAnswer:", ["good", "bad"], 0, {})
-    rows = [Row([0], [1], False)] * 2
+    rows = [Choice([0], [1], False)] * 2
     shown = evaluation.show_answers([result(i, example, rows, s) for i, s in enumerate(([-1.0, -2.0], [-9.0, -1.0]))])
     assert [line.split()[0] for line in shown.splitlines()] == [
         "right:", "Answer:", ">*", "-0.667", "wrong:", "Answer:", "*", ">"]
