@@ -303,8 +303,8 @@ def run_task(model: LanguageModel, tokenizer: Tokenizer, questions: list, machin
     mine = questions[machine.rank :: machine.world_size]
     rows = []
     for question in mine:
-        choices = [to_choice(tokenizer, question.context, choice, model.cfg.seq_len, begin) for choice in question.choices]
-        rows.append(choices)
+        texts, seq_len = question.choices, model.cfg.seq_len
+        rows.append([to_choice(tokenizer, question.context, text, seq_len, begin) for text in texts])
     batches = question_batches(rows, batch_tokens)
     while machine.any((batch := next(batches, None)) is not None):
         done = []
