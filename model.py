@@ -345,7 +345,7 @@ class LanguageModel(nn.Module):
             place.positions = place.starts[:, None] + torch.arange(T, device=ids.device)  # (B, T)
             place.mask = seen_keys(place.positions, place.start + T)
         positions = place.positions
-        x = self.embed(ids) * self.embed_scale  # (B, T, D)
+        x = self.embed(ids).to(self.norm.weight.dtype) * self.embed_scale  # (B, T, D); frozen tables may be narrower
         if cfg.position == "learned":
             x = x + self.position(positions)
         elif cfg.position == "sinusoidal":
@@ -444,6 +444,17 @@ class NoDraws(TorchFunctionMode):
         if getattr(function, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
             return args[0] if args else kwargs["tensor"]
         return function(*args, **kwargs)
+
+
+def model_of(cfg: ModelConfig, weights: dict[str, Tensor]) -> LanguageModel:
+    """A model that takes the tensors of a state dict as its own: random weights would cost as much memory, and time."""
+    with NoDraws():  # what is allocated and never written takes no memory
+        model = LanguageModel(cfg)
+    own = {name: weights[name].to(tensor.dtype) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(own, assign=True)
+    if cfg.tie_embeddings:
+        model.head.weight = model.embed.weight
+    return model
 
 
 @contextmanager

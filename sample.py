@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import ROOT, Count, Settings, UserError, check_fields, configure, find_path, need
+from configurator import ROOT, Count, Settings, UserError, check, check_fields, configure, find_path, need
 from generate import SamplingSettings, before_stop, generate, stream
 from model import LanguageModel
 from runtime import checkpoint
@@ -48,26 +48,42 @@ class SampleSettings:
         check_fields(self)
 
 
+# Parameters. Up to here float32 gives a reader 15 tokens a second, and the same text on every CPU.
+FLOAT32_ON_CPU = 400_000_000
+CHAT = {"temperature": 0.3, "repetition_penalty": 1.1}  # small models leave the subject, or go in circles (docs/log.md)
+RULES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
 SETTINGS = [SampleSettings, SamplingSettings, ChatSettings, MachineSettings]
 
 
 def main(argv: list[str] | None = None) -> None:
     s = configure(SETTINGS, argv, doc=__doc__)
     machine = choose_machine(s.part(MachineSettings))
-    sampling = s.part(SamplingSettings)
     need("" not in s.stop, "stop= is empty, which would end every sample at once: leave it out")
     path = checkpoint.find(s.init_from)
     model, tokenizer, state = checkpoint.load_model(path, machine.device, s.lora_base)
-    large = model.count_parameters()["total"] > 24e6  # a smaller one fits a CPU's caches: float32 is as fast there
+    large = model.count_parameters()["total"] > FLOAT32_ON_CPU
     if s.given("dtype") or machine.device.type == "cuda" or large:
         model.to(machine.dtype)
     note(f"{path}, step {state['progress']['step']}")
     if s.chat:
         for name in ("n_samples", "stop", "allow_special"):
             need(not s.given(name), f"{name} is for samples: leave it out with --chat")
-        converse(s, model, tokenizer, sampling, checkpoint.saved_settings(state, path, [ChatSettings]))
+        choose_sampling(s, tokenizer)
+        converse(s, model, tokenizer, s.part(SamplingSettings), checkpoint.saved_settings(state, path, [ChatSettings]))
     else:
-        print_samples(s, model, tokenizer, sampling)
+        print_samples(s, model, tokenizer, s.part(SamplingSettings))
+
+
+def choose_sampling(s: Settings, tokenizer: Tokenizer) -> None:
+    """In a chat, unless a rule of sampling is set: those that came with the model, or our own."""
+    if any(map(s.given, RULES)):
+        return
+    found = CHAT
+    if isinstance(tokenizer.config.get("sampling"), dict):
+        found = tokenizer.config["sampling"]
+    for name in found.keys() & set(RULES):
+        s.set(name, check(SamplingSettings, name, found[name], "the model's sampling"), "model")
 
 
 def note(text: str) -> None:

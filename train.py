@@ -26,13 +26,13 @@ from torch import Tensor
 import lora
 from configurator import Amount, Batch, Count, NotNegative, Settings, Size, UserError, check_fields, configure, need
 from ffn import update_balance
-from model import LanguageModel, ModelConfig
+from model import LanguageModel, ModelConfig, model_of
 from optim import EMA, LossScale, Optimizer, OptimSettings, clip_grad_norm, lr_at
 from runtime import checkpoint, device
 from runtime.device import Machine, MachineSettings
 from runtime.log import Log, LogSettings, Progress
 from runtime.resume import Start, about_run, examples_of_run, has_other_validation, known_tokenizer, tokens_of_run
-from runtime.run import choose_task, claim_folder, describe_run, longer, open_run, run_folder
+from runtime.run import choose_task, claim_folder, describe_run, fit_to_data, longer, open_run, run_folder
 from runtime.screen import clock, run
 from text.batches import Batches, Prefetcher, TokenStream, Validation
 from text.chat import ChatSettings, SftSettings, make_template
@@ -77,9 +77,12 @@ def main(argv: list[str] | None = None) -> int:
         machine.print(f"settings\n{s.report()}")
     with open_run(s, out_dir, machine) as start:  # locked; s is complete now: a checkpoint decides the model's shape
         machine.dtype, machine.reason = device.choose_dtype(s.dtype, machine.device)
-        plan = plan_steps(s, machine.world_size, start.progress)
+        plan_steps(s, machine.world_size, start.progress)  # refuses wrong sizes before the data takes its time
         # Before the process group: a collective would time out while one process prepares the data.
         tokenizer, batches, validation = open_data(s, start, quiet=not machine.is_main)
+        if start.init and not start.state and (s.task == "sft" or s.use_lora):
+            fit_to_data(s, batches.per_epoch, size_of(start.weights), machine)
+        plan = plan_steps(s, machine.world_size, start.progress)
         rescored = has_other_validation(start.made_of, batches, validation, out_dir, machine.print)
         claim_folder(start, out_dir, machine)
         device.init_processes(machine)
@@ -150,6 +153,10 @@ def open_data(s: Settings, start: Start, quiet: bool):
     return tokenizer, batches, Validation(held_out, s.seq_len, tokenizer, s.eval_tokens)
 
 
+def size_of(weights: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in weights.values())
+
+
 # ---- the run
 
 
@@ -172,12 +179,17 @@ class Run:
         self.s, self.plan, self.machine, self.out_dir = s, plan, machine, out_dir
         self.tokenizer, self.batches, self.validation = tokenizer, batches, validation
         torch.manual_seed(s.seed)
-        self.model = LanguageModel(s.part(ModelConfig))
-        if start.weights:
-            self.model.load_state_dict(start.weights)
-            start.weights = None  # or a large base would be in memory twice
+        if start.weights and size_of(start.weights) > lora.SMALL:
+            self.model = model_of(s.part(ModelConfig), start.weights)
+        else:
+            self.model = LanguageModel(s.part(ModelConfig))
+            if start.weights:
+                self.model.load_state_dict(start.weights)
+        start.weights = None
         if s.use_lora:
             lora.inject(self.model, s.part(lora.LoraSettings))
+            lora.narrow(self.model, machine.dtype)
+        device.give_back_memory()
         self.model.to(machine.device).train()
         self.compiles = device.wants_compile(s.part(MachineSettings), s.given("compile"), machine)
         self.optimizer = Optimizer(self.model, s.part(OptimSettings), self.compiles)
@@ -424,6 +436,7 @@ class Run:
             if self.s.task == "sft":
                 template = make_template(self.s.template, self.tokenizer)
                 lora.merge(self.model)
+            self.model.to(self.model.embed.weight.dtype)  # without autocast a model has one dtype
             sample = write_samples(self.out_dir / "samples.txt", self.model, self.tokenizer, self.validation, template)
             self.machine.print(f"\n{sample}\n\n{next_commands(self.out_dir, chat=template is not None)}\n"
                                f"continue the same command with {longer(self.s, self.plan)}")

@@ -21,7 +21,7 @@ import torch
 
 from configurator import ROOT, Settings, UserError, check, find_path, need, pick, shown
 from lora import LoraSettings, adapter_state, fingerprint, inject, load_adapter, merge
-from model import LanguageModel, ModelConfig, shapes_only
+from model import LanguageModel, ModelConfig, model_of, shapes_only
 from runtime.files import Either, locked, misfit, mismatch, replacing, require_file, unless_empty, write_text, writing
 from runtime.screen import tell, visible
 from text.tokenizer import Tokenizer
@@ -301,8 +301,10 @@ def check_claims(cfg: ModelConfig, tensors: int, numbers: int, unfit: str) -> No
 def not_finite(found: dict[str, torch.Tensor]) -> str:
     """The name of a weight that is nan or inf, '' if there is none."""
     for name, tensor in found.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            return name
+        if tensor.is_floating_point() and tensor.numel():
+            least, most = tensor.aminmax()  # nan if any is; and no copy, as isfinite() would make
+            if not (least.isfinite() and most.isfinite()):
+                return name
     return ""
 
 
@@ -441,8 +443,7 @@ def load_model(path: Path, device="cpu", lora_base: str = "") -> tuple[LanguageM
         base, adapters = load_base(state["base"], path.parent, lora_base), base
     check_weights(path, saved, base, adapters)
     tokenizer = tokenizer_of(state, saved, path)
-    model = LanguageModel(pick(ModelConfig, saved))
-    model.load_state_dict(base)
+    model = model_of(pick(ModelConfig, saved), base)
     if adapters is not None:
         inject(model, pick(LoraSettings, saved))
         load_adapter(model, adapters)

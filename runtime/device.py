@@ -25,7 +25,7 @@ from runtime.screen import leaving, tell
 @dataclass
 class MachineSettings:
     device: str = "auto"        # cpu, cuda, cuda:1, mps; auto = the fastest available
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # format of matrix products; weights: float32
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products and LoRA's base; weights: float32
     compile: bool = False       # use torch.compile; if not set: on CUDA only
     compile_backend: str = "inductor"  # backend of torch.compile
 
@@ -228,6 +228,15 @@ def keep_memory() -> None:
         if mallopt is not None:
             mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap is not handed back
+
+
+def give_back_memory() -> None:
+    """Return to the kernel what the start of a run has freed: between the parts of a model, it is in pieces too small
+    for a step's tensors, which would come on top."""
+    if sys.platform == "linux":
+        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if malloc_trim is not None:
+            malloc_trim(0)
 
 
 # Dense peak FLOP/s of bfloat16 products with float32 accumulation, from NVIDIA's data sheets and white papers (half of

@@ -4,12 +4,13 @@ A fine-tuning run starts from a pretraining run and has its own folder. A run wi
 with the name and the fingerprint of their base.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from configurator import ROOT, Settings, UserError, need, pick, write_path
-from lora import LoraSettings, describe, fingerprint
+from lora import SMALL, LoraSettings, describe, fingerprint
 from model import LanguageModel, ModelConfig, shapes_only
 from optim import Optimizer, OptimSettings, lr_at
 from runtime import checkpoint
@@ -22,6 +23,8 @@ from text.corpus import TRAINED, dataset_name, forced
 
 # Fine-tuning starts from weights that are already good: unless set for it, its steps are fewer and smaller.
 FINE_TUNING = {"lr": 5e-3, "muon_ratio": 2.5, "max_steps": 400, "warmup_steps": 20, "eval_interval": 100}
+ROW = 512  # tokens of a row, at most: a model of others may have a context of 100,000
+EPOCHS = 10  # at most
 
 
 # ---- what the user left open
@@ -87,6 +90,42 @@ def choose_smaller_steps(s: Settings, meant: set[str]) -> None:
             s.set(name, FINE_TUNING[name], "fine-tuning")
     if s.source["max_steps"] == "fine-tuning" and "max_tokens" not in meant:
         s.set("max_tokens", 0, "fine-tuning")
+
+
+def fit_to_base(s: Settings, saved: dict, say: Callable) -> None:
+    """Complete what is best for the base of a new fine-tuning run, whose settings are `saved`, and print it.
+
+    The rate falls with the width, as in µP (arXiv 2203.03466): 0.96 / d_model is 5e-3 for the quickstart. A model that
+    came with a chat template has learned to answer: a smaller rate keeps that, 1e-3 for a width of 576 and 1.5e-4 for
+    4096. It knows the tokens that mark a turn, so its head, with the largest of all adapters, stays as it is.
+    """
+    chosen, answers = {}, saved["template"] == "model"
+    rate = float(f"{(0.6 if answers else 0.96) / saved['d_model']:.2g}")
+    if s.source["lr"] == "fine-tuning" and rate < s.lr == FINE_TUNING["lr"]:
+        chosen["lr"] = rate
+    if not s.given("seq_len") and saved["seq_len"] > ROW and saved["position"] != "learned":
+        chosen["seq_len"] = ROW
+    if s.use_lora and answers and not s.given("lora_targets"):
+        chosen["lora_targets"] = "all"
+    for name, value in chosen.items():
+        s.set(name, value, "fine-tuning")
+    if chosen:
+        say(f"         for this base: {', '.join(f'{name}={value}' for name, value in chosen.items())}")
+
+
+def fit_to_data(s: Settings, rows: int, parameters: int, machine: Machine) -> None:
+    """Fit a new fine-tuning run to its training rows, unless its steps are set: at least four steps in an epoch, at
+    most ten epochs. A large model on a CPU reads one row at a time, or activations would take the most memory."""
+    if not (s.given("batch_size") or s.given("grad_accum") or s.given("total_batch_size")):
+        n = machine.world_size
+        per_step = max(1, min(s.batch_size, rows // 4) // n) * n
+        s.set("batch_size", per_step, "fine-tuning")
+        if machine.device.type == "cpu" and parameters > SMALL:
+            s.set("batch_size", 1, "fine-tuning")
+            s.set("grad_accum", per_step, "fine-tuning")
+    if s.source["max_steps"] == "fine-tuning" and not s.max_tokens:
+        per_step = (s.total_batch_size or s.batch_size * s.grad_accum * s.seq_len) / s.seq_len
+        s.set("max_steps", min(s.max_steps, math.ceil(EPOCHS * rows / per_step)), "fine-tuning")
 
 
 # ---- the folder
@@ -186,6 +225,8 @@ def start_from(s: Settings, path: Path, machine: Machine, overwrite: bool) -> St
          f"tokenizer={s.tokenizer}: {path} has its own, from tokenizer={saved['tokenizer']}; leave it out, or start "
          "with fresh weights")
     checkpoint.check_weights(path, saved, weights)
+    if s.task == "sft" or s.use_lora:
+        fit_to_base(s, saved, machine.print)
     free = {"rope_scaling", "rope_factor", "rope_original", "seq_len"}  # weights may learn a longer context,
     if s.use_lora:  # but adapters need the base unchanged: their rows may only be shorter
         free = {"seq_len"}
@@ -285,7 +326,7 @@ def describe_run(s: Settings, plan, model: LanguageModel, optimizer: Optimizer, 
         size = sum(p.numel() * p.element_size() for p in frozen) / 1e9
         kind = str(frozen[0].dtype).removeprefix("torch.")
         lines += [f"adapters {describe(model)}",
-                  f"         adapters are trained in float32; the frozen weights stay in {kind}, {size:.2g} GB"]
+                  f"         adapters are trained in float32; the frozen weights are in {kind}, {size:.2g} GB"]
     lines.append(f"data     {batches.describe()}; a vocabulary of {s.vocab_size:,}; validation on "
                  f"{validation.tokens:,} tokens")
     lines.append(f"steps    {plan.max_steps:,} of {plan.sequences * s.seq_len:,} tokens{passes}: {epochs:.2f} epochs")

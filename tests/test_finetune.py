@@ -16,6 +16,7 @@ from configurator import UserError, configure
 from conftest import tiny_run, tune
 from generate import SamplingSettings, generate
 from runtime import checkpoint, run
+from runtime.device import Machine
 from test_chat import make, talk
 from test_model import shaken, tiny
 from test_reliability import finish, launch
@@ -97,6 +98,42 @@ def test_resume_is_bit_exact(text, base, questions, tmp_path, monkeypatch, more,
     a, b = (checkpoint.load(tmp_path / name / "step_00000012.pt") for name in "ab")
     assert same(a["model"], b["model"]) and same(a["optimizer"], b["optimizer"])
     assert column(tmp_path / "a", "loss") == column(tmp_path / "b", "loss")
+
+
+@pytest.fixture
+def bf16_base():
+    """Bases are held in bfloat16, as those of more parameters are. monkeypatch would end at its first undo()."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora, "SMALL", 0)
+        yield dict(use_lora=1, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("more", [dict(lora_dora=1, lora_targets="all,head"), dict(ema=0.9)])
+def test_a_bf16_base_resumes_bit_exact_and_is_merged_in_float32(text, base, questions, tmp_path, monkeypatch, capsys,
+                                                                bf16_base, more):
+    file = (base / "best.pt").read_bytes()
+    argv = tune(text, base, questions, tmp_path / "a", **bf16_base, **more)
+    assert train.main(argv) == 0
+    assert "the frozen weights are in bfloat16" in capsys.readouterr().out
+    interrupt_at(monkeypatch, 3)
+    parts = [arg.replace(str(tmp_path / "a"), str(tmp_path / "b")) for arg in argv]
+    assert train.main(parts) == 128 + 15
+    monkeypatch.undo()
+    assert train.main(parts) == 0
+    a, b = (checkpoint.load(tmp_path / name / "step_00000012.pt") for name in "ab")
+    assert same(a["model"], b["model"]) and same(a["optimizer"], b["optimizer"])
+    assert all(tensor.dtype == torch.float32 for tensor in a["model"].values())
+    assert (base / "best.pt").read_bytes() == (tmp_path / "a" / "base.pt").read_bytes() == file
+
+    convert.main([str(tmp_path / "a"), str(tmp_path / "merged"), "MERGE=1", "TO=run"])
+    merged = checkpoint.load(tmp_path / "merged" / "best.pt")["model"]
+    exact, adapters = (checkpoint.load(path / "best.pt")["model"] for path in (base, tmp_path / "a"))
+    name = "blocks.0.ffn.up"
+    expected = exact[f"{name}.weight"] + 2.0 * (adapters[f"{name}.lora_b"] @ adapters[f"{name}.lora_a"])
+    if "lora_dora" in more:
+        expected = (adapters[f"{name}.lora_magnitude"] / expected.norm(dim=1))[:, None] * expected
+    assert torch.equal(merged[f"{name}.weight"], expected)
+    assert torch.equal(merged["embed.weight"], exact["embed.weight"])
 
 
 def test_two_processes_tune_as_one(text, base, questions, tmp_path):
@@ -245,6 +282,32 @@ def test_use_lora_alone_teaches_the_newest_pretraining_run_to_answer(home, base,
     assert (s.task, s.use_lora, folder.name) == ("sft", False, "mine-my-sft")
 
 
+def test_the_defaults_of_fine_tuning_fit_the_base_and_the_data(base, questions, tmp_path, monkeypatch, capsys):
+    state = checkpoint.load(base / "best.pt", "meta")
+    saved = json.loads(state["settings"]) | {"template": "model", "seq_len": 8192, "d_model": 576}
+
+    def fitted(*argv, **changes):
+        s = settle("use_lora=1", "task=sft", f"init_from={base}", *argv)[0]
+        run.fit_to_base(s, saved | changes, print)
+        return s.lr, s.seq_len, s.lora_targets
+
+    assert fitted() == (1e-3, 512, "all") and "lr=0.001, seq_len=512, lora_targets=all" in capsys.readouterr().out
+    assert fitted(template="chatml")[0] == 1.7e-3
+    assert fitted(d_model=192, seq_len=256, template="chatml") == (5e-3, 256, "all,head")  # the quickstart
+    assert fitted("lr=1e-2", "lora_targets=q", "seq_len=9") == (1e-2, 9, "q")
+    assert fitted(position="learned")[1] == 256
+
+    def steps(rows, parameters, *argv):
+        s = settle("use_lora=1", "task=sft", f"init_from={base}", *argv)[0]
+        run.fit_to_data(s, rows, parameters, Machine(torch.device("cpu"), torch.float32, ""))
+        return s.batch_size, s.grad_accum, s.max_steps
+
+    assert steps(3, 1e6) == (1, 1, 30) and steps(1, 1e6) == (1, 1, 10)
+    assert steps(100, 1e6) == (16, 1, 63) and steps(100, 1e9) == (1, 16, 63)
+    assert steps(5000, 1e6) == (16, 1, 400)
+    assert steps(100, 1e9, "batch_size=4") == (4, 1, 250) and steps(100, 1e9, "max_steps=7") == (1, 16, 7)
+
+
 def test_without_a_trained_model_fine_tuning_says_how_to_get_one(home):
     with pytest.raises(UserError, match="python train.py"):
         settle(USE_LORA="1")
@@ -301,6 +364,23 @@ def test_chat_answers_as_generating_from_its_template_does(adapted, capsys):
     ids = template.prompt([{"role": "user", "content": "say fox and dog"}])
     new = generate(model, [ids], SamplingSettings(max_new_tokens=8, temperature=0), template.stop_ids)[0]
     assert capsys.readouterr().out.strip() == tokenizer.decode(new).strip()
+
+
+@pytest.mark.parametrize("came, argv, expected", [
+    (None, [], (0.3, 0, 0.95, 1.1)),
+    ({"temperature": 0.6, "top_k": 20}, [], (0.6, 20, 0.95, 1.0)),
+    ({"temperature": 0.6, "top_k": 20}, ["top_p=0.5"], (0.8, 0, 0.5, 1.0)),  # whoever sets one rule sets them all
+    ("nonsense", [], (0.3, 0, 0.95, 1.1))])
+def test_a_chat_samples_as_the_model_came_or_cautiously(came, argv, expected, adapted, monkeypatch):
+    state, chats = checkpoint.load(adapted / "best.pt"), []
+    tokenizer = json.loads(state["tokenizer"])
+    tokenizer["config"]["sampling"] = came
+    monkeypatch.setattr(checkpoint, "load", lambda path, device="cpu", load=checkpoint.load: load(path, device) | {
+        "tokenizer": json.dumps(tokenizer)})
+    monkeypatch.setattr(sample, "print_answer", lambda chat, said: chats.append(chat.sampling))
+    sample.main([f"init_from={adapted}", "--chat", "--prompt", "hello", "device=cpu", *argv])
+    got = chats[0]
+    assert (got.temperature, got.top_k, got.top_p, got.repetition_penalty) == expected
 
 
 def test_a_model_that_was_not_taught_to_answer_says_so(base, capsys):

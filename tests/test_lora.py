@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import lora
 import train
 from configurator import UserError, configure
 from lora import (
@@ -18,6 +19,7 @@ from lora import (
     load_adapter,
     merge,
     merged_state,
+    narrow,
     unmerge,
 )
 from model import LanguageModel, ModelConfig
@@ -299,6 +301,48 @@ def test_a_bf16_base_is_merged_in_fp32_and_rounded_once(method):
         v = v * (linear.weight.double().norm(dim=1) / v.norm(dim=1))[:, None]
     module.merge()
     assert (module.base.weight == v.bfloat16()).float().mean() > 0.99  # but for ties that fp32 breaks otherwise
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_learns_on_a_base_held_in_bf16(kind, method, monkeypatch):
+    monkeypatch.setattr(lora, "SMALL", 0)
+    model, names = adapted(kind, lora_targets="all,head", **METHODS[method])
+    model.train()
+    exact = nats(model).item()
+    narrow(model, torch.bfloat16)
+    for name, p in model.named_parameters():
+        is_wide = p.requires_grad or p.ndim < 2 or "router" in name
+        assert p.dtype == (torch.float32 if is_wide else torch.bfloat16), name
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = Optimizer(model, OptimSettings(lr=1e-2, optimizer="muon"))
+    losses = []
+    for _ in range(6):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = nats(model)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(exact, rel=0.03) and losses[-1] < losses[0]
+    for name, p in model.named_parameters():
+        assert p.requires_grad or torch.equal(p, before[name]), name
+    assert all(tensor.dtype == torch.float32 for tensor in adapter_state(model).values())
+
+
+def test_a_small_base_is_not_rounded():
+    model, _ = adapted()
+    narrow(model, torch.bfloat16)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_dora_starts_from_the_lengths_of_the_exact_rows(monkeypatch):
+    monkeypatch.setattr(lora, "SMALL", 0)
+    model, _ = adapted(lora_dora=True)
+    module, exact = model.blocks[0].ffn.up, shaken(tiny()).blocks[0].ffn.up.weight
+    narrow(model, torch.bfloat16)
+    assert torch.equal(module.lora_magnitude, exact.norm(dim=1))
+    assert module.combined().dtype == torch.float32
 
 
 def test_dropout_acts_in_training_only_and_on_the_adapter_only():

@@ -214,6 +214,19 @@ def test_generation_config_is_stronger_than_config(tmp_path):
     assert read_hf_tokenizer(folder).config["stop_tokens"] == ["<|begin_of_text|>"]
 
 
+@pytest.mark.parametrize("found, kept", [
+    ({"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": None}, {"temperature": 0.6, "top_k": 20}),
+    ({"do_sample": True, "temperature": 1, "max_length": 20}, {"temperature": 1.0}),
+    ({"temperature": 0.6, "top_k": 20}, {}),  # transformers does not sample then
+])
+def test_how_the_makers_of_a_model_sample_comes_along_and_leaves_again(found, kept, tmp_path):
+    tokenizer = read_hf_tokenizer(folder_of(tmp_path, generation_config=found))
+    assert tokenizer.config.get("sampling", {}) == kept
+    written = generation_config(tokenizer)
+    assert {name: written[name] for name in written.keys() & {"temperature", "top_k", "top_p"}} == (
+        kept or {"temperature": 0.8, "top_p": 0.95})
+
+
 def test_ordinary_text_ends_no_answer(tmp_path):
     """A config.json of transformers without an end token means 2, and a file may name ids that do not exist."""
     folder = folder_of(tmp_path, "gpt2", generation_config={"eos_token_id": [2, 10**9, -1]})
@@ -261,6 +274,8 @@ def test_a_folder_with_a_sentencepiece_model_is_read_by_that(tmp_path):
 @pytest.mark.parametrize("file, content, what", [
     ("generation_config.json", '{"eos_token_id": "2"}', "eos_token_id is a str"),
     ("generation_config.json", "[1]", "a list"),
+    ("generation_config.json", '{"do_sample": true, "top_k": 0.5}', "top_k=0.5"),
+    ("generation_config.json", '{"do_sample": true, "temperature": -1}', "temperature=-1 "),
     ("config.json", '{"eos_token_id": [true]}', "expected int"),
     ("tokenizer_config.json", '{"chat_template": {"a": 1}}', "chat_template"),
     ("tokenizer_config.json", '{"chat_template": [{"name": "default"}]}', "chat_template is a list"),

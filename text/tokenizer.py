@@ -64,8 +64,8 @@ class Tokenizer:
 
     vocab_size  one more than the largest id
     specials    {name: id}; in a text, the names are plain text unless `allow_special`
-    config      tokenizer_config.json, with two keys of our own: "roles": {role: name of its token}, and "stop_tokens",
-                the names of further tokens that end an answer
+    config      tokenizer_config.json, with three keys of our own: "roles": {role: name of its token}, "stop_tokens",
+                the names of further tokens that end an answer, and "sampling": {"temperature": 0.6, ...}
     adds_space  the model puts a space before a text that starts (SentencePiece); with starts=False, none is added
     """
 

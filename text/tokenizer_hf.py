@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bpe import BPETokenizer, added_tokens
-from configurator import UserError, need, shown
+from configurator import UserError, check, need, shown
 from runtime.files import Either, read_json, replacing, require_file, write_json
 from text.spm_json import spm_document
 from text.tokenizer import CharTokenizer, Tokenizer
@@ -22,6 +22,8 @@ from text.tokenizer_files import load_tokenizer, tokenizer_from_dict
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 LARGEST_TEMPLATE = 1 << 20  # bytes of a chat template; known ones have up to 30,000
 STOPS = {"eos_token_id?": Either(int, [int], None)}
+SAMPLING = {"do_sample?": Either(bool, None)} | dict.fromkeys(
+    ("temperature?", "top_k?", "top_p?", "min_p?", "repetition_penalty?"), Either(float, None))
 BEGIN_BY_DEFAULT = {"LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "GemmaTokenizerFast"}
 
 
@@ -41,6 +43,8 @@ def read_hf_tokenizer(folder: Path) -> Tokenizer:
     stops = stop_tokens(tokenizer, read_stops(folder))
     if stops:
         config["stop_tokens"] = stops
+    if sampling := read_sampling(folder):
+        config["sampling"] = sampling
     return tokenizer
 
 
@@ -101,6 +105,19 @@ def read_stops(folder: Path) -> list[int]:
         if found:
             return found
     return []
+
+
+def read_sampling(folder: Path) -> dict:
+    """{"temperature": 0.6, "top_k": 20, ...}: how a model's makers sample from it, if generation_config.json says so;
+    UserError if we cannot."""
+    from generate import SamplingSettings
+
+    path = folder / "generation_config.json"
+    found = read_if_there(path, SAMPLING)
+    if not found.get("do_sample"):  # then transformers ignores the others
+        return {}
+    given = {name.strip("?") for name in SAMPLING if found.get(name.strip("?")) is not None}
+    return {name: check(SamplingSettings, name, found[name], str(path)) for name in sorted(given - {"do_sample"})}
 
 
 def stop_tokens(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
@@ -204,11 +221,11 @@ def char_document(tokenizer: CharTokenizer) -> dict:
 
 
 def generation_config(tokenizer: Tokenizer) -> dict:
-    """generation_config.json: what ends an answer, and how we sample by default."""
+    """generation_config.json: what ends an answer, and how to sample, as the model came or as we do by default."""
     from generate import SamplingSettings
 
-    sampling, stops = SamplingSettings(), tokenizer.stop_ids()
+    default, stops = SamplingSettings(), tokenizer.stop_ids()
+    sampling = tokenizer.config.get("sampling") or {"temperature": default.temperature, "top_p": default.top_p}
     first = {tokenizer.role("eos"), tokenizer.role("eot")} & set(stops)  # before padding and further tokens
     return {"bos_token_id": tokenizer.role("bos"), "eos_token_id": [*sorted(first), *(set(stops) - first)],
-            "pad_token_id": tokenizer.role("pad"), "do_sample": True, "temperature": sampling.temperature,
-            "top_p": sampling.top_p}
+            "pad_token_id": tokenizer.role("pad"), "do_sample": True, **sampling}
