@@ -18,16 +18,18 @@ import runtime.screen  # isort: skip  # noqa: F401  (first: quiet Ctrl-C)
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from configurator import ROOT, check_fields, configure, find_path, need, pick, write_path
-from lora import LoraLinear, merged_state
+from lora import merge_one, merged_parts
 from model import ModelConfig
 from runtime import checkpoint
-from runtime.files import own_folder, unless_empty
+from runtime.archive import LazyTensor
+from runtime.files import own_folder, require_file, unless_empty
 from runtime.screen import run
 from text.chat import make_template
 
@@ -83,7 +85,7 @@ def kind_of_model(path: Path) -> str:
         need(not files, f"{path} is a folder: name the GGUF file in it")
         need(False, f"{path} holds no model: we look for best.pt, adapter_config.json and config.json")
     need(path.suffix != ".safetensors", f"{path} is a file of a Hugging Face folder: name the folder")
-    with open(checkpoint.require_file(path), "rb") as file:
+    with open(require_file(path), "rb") as file:
         return "gguf" if file.read(4) == b"GGUF" else "run"
 
 
@@ -134,7 +136,8 @@ def choose_template(tokenizer) -> str:
 
 
 def save_run(folder: Path, settings: dict, weights: dict, about: dict) -> Path:
-    """A whole model as a run of ours; `about`: what its checkpoint says beside that. Returns the checkpoint."""
+    """A whole model, in tensors or LazyTensors, as a run of ours; `about`: what else its checkpoint says. Returns that
+    checkpoint."""
     state = {"format": checkpoint.FORMAT, "settings": json.dumps(settings), "config": "{}", "made_of": "{}",
              "base": None, "init": "", "model": weights}
     with unless_empty(folder):
@@ -158,7 +161,10 @@ def export_model(path: Path, target: str, dtype: str, adapters: bool, lora_base:
 
         need(dtype == "float32", f"DTYPE={dtype} is for whole models, and adapters leave in float32: leave it out")
         return write_peft(str(path), target, lora_base)
-    cfg, weights, tokenizer = whole_model(path, lora_base)
+    state, saved, weights = whole_model(path, lora_base)
+    cfg, tokenizer = pick(ModelConfig, saved), checkpoint.tokenizer_of(state, saved, path)
+    if saved.get("task") == "sft" and saved.get("template", "model") != "model":  # it learned one of our prompt formats
+        tokenizer.config["chat_template"] = make_template(saved["template"], tokenizer).jinja()
     if not is_gguf:
         write_hf_folder(to, cfg, weights, tokenizer, getattr(torch, dtype))
         return to
@@ -168,43 +174,36 @@ def export_model(path: Path, target: str, dtype: str, adapters: bool, lora_base:
     return to
 
 
-def whole_model(path: Path, lora_base: str):
-    """(settings, weights, tokenizer) of a run; adapters are merged into their base."""
-    state = checkpoint.load(path)
-    saved = checkpoint.saved_settings(state, path, [ModelConfig])
-    if state["base"]:
-        model, tokenizer, _ = checkpoint.load_model(path, lora_base=lora_base)
-        cfg, weights = pick(ModelConfig, merged_settings(model, vars(model.cfg))), merged_state(model)
-    else:
-        cfg, weights = pick(ModelConfig, saved), checkpoint.weights(state)
-        checkpoint.check_weights(path, saved, weights)
-        tokenizer = checkpoint.tokenizer_of(state, saved, path)
-    if saved.get("task") == "sft" and saved.get("template", "model") != "model":  # it learned one of our prompt formats
-        tokenizer.config["chat_template"] = make_template(saved["template"], tokenizer).jinja()
-    return cfg, weights, tokenizer
+def whole_model(path: Path, lora_base: str) -> tuple[dict, dict, dict[str, LazyTensor]]:
+    """(state, settings, weights) of a run. Weights stay in its file until they are used; adapters are merged into each
+    then, in fp32. Adapters on a tied head untie it: lookups keep the base's weights."""
+    from runtime.peft import adapted_model
+
+    state, saved, base, adapters = checkpoint.load_parts(path, lora_base, "disk")
+    parts = {name: (tensor, None) for name, tensor in base.items()}
+    if adapters is not None:
+        parts = merged_parts(adapted_model(saved, base, adapters))
+        if parts["head.weight"][1]:
+            saved["tie_embeddings"] = False
+    weights = {name: LazyTensor(tuple(part[0].shape), partial(merge_one, *part)) for name, part in parts.items()}
+    if saved["tie_embeddings"]:
+        weights["head.weight"] = weights["embed.weight"]
+    return state, saved, weights
 
 
 # ---- adapters into their base
-
-
-def merged_settings(model, saved: dict) -> dict:
-    """Adapters on a tied head untie it: lookups keep the base's weights."""
-    if isinstance(model.head, LoraLinear):
-        return saved | {"tie_embeddings": False}
-    return saved
 
 
 def merge_run(path: Path, target: str = "", lora_base: str = "") -> Path:
     """Put the adapters of a run into their base, in fp32, and save a plain checkpoint in `target`; returns its path."""
     folder = path.parent.with_name(path.parent.name + "-merged")
     folder = new_target(target or str(folder))
-    model, _, state = checkpoint.load_model(path, lora_base=lora_base)
-    saved = merged_settings(model, checkpoint.saved_settings(state, path, [ModelConfig])) | {"use_lora": False}
+    state, saved, weights = whole_model(path, lora_base)
     keep = {name: state[name] for name in ("tokenizer", "progress", "config", "made_of") if name in state}
     with unless_empty(folder):
         if not target:
             own_folder(folder)
-        return save_run(folder, saved, merged_state(model), keep)
+        return save_run(folder, saved | {"use_lora": False}, weights, keep)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,8 @@ class LoraLinear(nn.Module):
         """W + scale · B A (out, in), in fp32 under autocast and for narrower weights too."""
         wide = torch.promote_types(self.base.weight.dtype, torch.float32)
         with torch.autocast(self.lora_a.device.type, enabled=False):
-            return self.base.weight.to(wide) + self.scale * (self.lora_b.to(wide) @ self.lora_a.to(wide))
+            product = self.lora_b.to(wide) @ self.lora_a.to(wide)
+            return product.mul_(self.scale).add_(self.base.weight.to(wide))  # in place: one matrix, not three
 
     @property
     def weight(self) -> Tensor:
@@ -243,16 +244,29 @@ def unmerge(model: nn.Module) -> None:
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """A state dict of the effective weights, with the names and shapes from before `inject`. An adapted head is no
     longer tied to the embedding: load such a state into a model with tie_embeddings=False."""
+    return {name: merge_one(*parts) for name, parts in merged_parts(model).items()}
+
+
+def merged_parts(model: nn.Module) -> dict[str, tuple[Tensor, LoraLinear | None]]:
+    """{name from before `inject`: (weight or bias of the base, the adapted module that it belongs to)}"""
     modules = adapted(model, every_name=True)
-    state = {}
+    parts = {}
     for key, tensor in model.state_dict().items():
         name, _, kind = key.rpartition(".")
         owner = name.removesuffix(".base")
         if owner not in modules:
-            state[key] = tensor
+            parts[key] = tensor, None
         elif owner != name:  # the base's own entry; we skip the adapter's
-            state[f"{owner}.{kind}"] = getattr(modules[owner], kind).detach()
-    return state
+            parts[f"{owner}.{kind}"] = tensor, modules[owner] if kind == "weight" else None
+    return parts
+
+
+@torch.no_grad()
+def merge_one(tensor: Tensor, module: LoraLinear | None) -> Tensor:
+    """A tensor of the effective model."""
+    if module is None:
+        return tensor
+    return module.weight.detach()
 
 
 def fingerprint(state: dict[str, Tensor]) -> str:

@@ -5,15 +5,10 @@ and strings: the model, the optimizer's state, the step, and as JSON the setting
 needs only this file. A run with adapters saves only the adapters and the fingerprint of their base.
 """
 
-import io
 import json
 import math
 import os
-import pickle
-import pickletools
 import shutil
-import zipfile
-from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -22,7 +17,8 @@ import torch
 from configurator import ROOT, Settings, UserError, check, find_path, need, pick, shown
 from lora import LoraSettings, adapter_state, fingerprint, inject, load_adapter, merge
 from model import LanguageModel, ModelConfig, model_of, shapes_only
-from runtime.files import Either, locked, misfit, mismatch, replacing, require_file, unless_empty, write_text, writing
+from runtime.archive import Foreign, read_archive, write_archive
+from runtime.files import Either, locked, misfit, mismatch, replacing, unless_empty, write_text, writing
 from runtime.screen import tell, visible
 from text.tokenizer import Tokenizer
 
@@ -35,29 +31,11 @@ ELSEWHERE = "; set another out_dir"
 def save(path: Path, state: dict) -> None:
     """Write `state` to a temporary name, force it to the disk, rename: the old file stays until the new one is whole.
     Raises UserError if writing fails (disk full, read-only folder), and leaves nothing behind."""
-    failed: list[OSError] = []
     try:
         with replacing(path) as file:
-            torch.save(state, Reporting(file, failed))
-    except (OSError, RuntimeError) as error:
-        reason = (failed or [error])[0]
-        if not isinstance(reason, OSError):
-            raise
-        raise UserError(f"cannot write {path} ({reason.strerror}); earlier checkpoints are intact") from None
-
-
-class Reporting:
-    """A file for torch.save that keeps the reason of a failed write in `failed`: torch raises an error of its own."""
-
-    def __init__(self, file: io.BufferedWriter, failed: list[OSError]):
-        self.file, self.failed, self.flush = file, failed, file.flush
-
-    def write(self, data) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.failed.append(error)
-            raise
+            write_archive(file, state)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); earlier checkpoints are intact") from None
 
 
 def save_step(folder: Path, step: int, state: dict, keep: int) -> Path:
@@ -113,23 +91,15 @@ SHAPE = {"settings": str, "tokenizer": str, "model": {str: torch.Tensor}, "confi
          "base?": Either(None, {"path": str, "fingerprint": str}), "init?": str, "optimizer?": {str: torch.Tensor},
          "ema?": Either(None, {"updates": int, "weights": {str: torch.Tensor}}),
          "scale?": Either(None, {"value": torch.Tensor, "good": torch.Tensor})}
-DTYPES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-          "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-          "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-          "BoolStorage": torch.bool}
-
-
-class Foreign(Exception):
-    """An undamaged file, but not one that we wrote."""
 
 
 def load(path: str | Path, device: str = "cpu") -> dict:
-    """Read a checkpoint; device "meta" skips the contents of tensors. Raises UserError if it is missing, damaged, of
-    another kind, or lacks a part."""
+    """Read a checkpoint; device "meta" skips the contents of tensors, "disk" leaves them in the file. Raises UserError
+    if it is missing, damaged, of another kind, or lacks a part."""
     path = Path(path)
     need(path.exists(), f"checkpoint {path} not found")
     try:
-        state = read(path, device)
+        state = read_archive(path, device)
         check_parts(state)
     except (UserError, MemoryError):
         raise
@@ -149,96 +119,6 @@ def check_parts(state) -> None:
     for name, value in state["progress"].items():
         if type(value) is int and not 0 <= value <= 10**15:
             raise Foreign(f"progress.{name} is out of range")
-
-
-def read(path: Path, device: str):
-    """Read a file of torch.save. torch.load would check no checksums, would trust the sizes that the file claims, and
-    would build more than tensors, numbers, strings, lists and tables. Here a file takes no more memory than its size.
-    Raises Foreign and, for damage, whatever zipfile and pickle raise."""
-    with open(require_file(path), "rb") as file, zipfile.ZipFile(file) as archive:
-        entries, size = {}, 0
-        for entry in archive.infolist():
-            entries[entry.filename.partition("/")[2]] = entry
-            size += entry.file_size
-            if entry.file_size != entry.compress_size or size > path.stat().st_size:
-                raise ValueError("it would unpack to more than it holds")
-        storages: dict[str, torch.Tensor] = {}
-        for name, entry in entries.items():
-            if not name.startswith("data/"):
-                archive.read(entry)  # compares the checksum
-            elif device == "meta":
-                storages[name] = torch.empty(entry.file_size, dtype=torch.uint8, device="meta")
-            else:
-                storages[name] = read_storage(archive, entry)
-        builder = Builder(archive.read(entries["data.pkl"]), storages)
-        state = builder.load()
-        if unused := storages.keys() - builder.used:
-            raise Foreign(f"{min(unused)} belongs to nothing")
-        return state
-
-
-def read_storage(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> torch.Tensor:
-    data = torch.empty(entry.file_size, dtype=torch.uint8)
-    with archive.open(entry) as file:
-        whole = memoryview(data.numpy())
-        done = 0
-        while count := file.readinto(whole[done : done + 2**20]):
-            done += count
-        if done < len(whole) or file.read(1):  # the last read compares the checksum
-            raise ValueError(f"{entry.filename} is cut short")
-    return data
-
-
-class Builder(pickle.Unpickler):
-    """Builds the state from data.pkl and the storages ({"data/0": its bytes}), and calls only the functions below."""
-
-    def __init__(self, data: bytes, storages: dict[str, torch.Tensor]):
-        for opcode, place, _ in pickletools.genops(data):
-            if "PUT" in opcode.name and place is not None and place > len(data):
-                raise Foreign(f"its pickle has a place {place}")  # the unpickler would allocate as many
-        super().__init__(io.BytesIO(data))
-        self.storages, self.used = storages, set()
-
-    def find_class(self, module: str, name: str):
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return rebuild_tensor
-        if module == "torch" and name in DTYPES:
-            return DTYPES[name]
-        raise Foreign(f"it asks for {module}.{name}, but a checkpoint holds only tensors, numbers and text")
-
-    def persistent_load(self, found):
-        _, dtype, key, *_ = found
-        self.used.add(f"data/{key}")
-        return self.storages[f"data/{key}"].view(dtype)
-
-
-def rebuild_tensor(flat: torch.Tensor, offset: int, size: tuple, stride: tuple, *_) -> torch.Tensor:
-    if math.prod(size) > len(flat):
-        raise Foreign(f"a tensor of shape {tuple(size)} has {len(flat)} numbers")
-    return flat.as_strided(size, stride, offset)
-
-
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """{name: tensor} of a file of others that torch.save wrote, and nothing else; UserError otherwise."""
-    try:
-        if zipfile.is_zipfile(require_file(path)):
-            state = read(path, "cpu")
-        else:  # by torch before 1.6: of these, torch.load takes no more memory than they have bytes
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        wrong = mismatch(state, {str: torch.Tensor})
-        for tensor in () if wrong else state.values():
-            if tensor.layout != torch.strided or tensor.nbytes > path.stat().st_size:
-                wrong = "a tensor is sparse, or larger than the file"
-    except (UserError, MemoryError):
-        raise
-    except pickle.UnpicklingError:
-        wrong = "it is damaged, or asks for more than tensors"
-    except Exception as error:  # zipfile, pickle and torch raise almost anything for a wrong byte
-        wrong = shown(f"{type(error).__name__} {error}".splitlines()[0], most=100)
-    need(not wrong, f"{path} holds no weights that we read ({wrong}): take the .safetensors of the same model")
-    return state
 
 
 def saved_settings(state: dict, path: Path, parts: list[type]) -> dict:
@@ -300,12 +180,14 @@ def check_claims(cfg: ModelConfig, tensors: int, numbers: int, unfit: str) -> No
 
 def not_finite(found: dict[str, torch.Tensor]) -> str:
     """The name of a weight that is nan or inf, '' if there is none."""
-    for name, tensor in found.items():
-        if tensor.is_floating_point() and tensor.numel():
-            least, most = tensor.aminmax()  # nan if any is; and no copy, as isfinite() would make
-            if not (least.isfinite() and most.isfinite()):
-                return name
-    return ""
+    return next((name for name, tensor in found.items() if not is_finite(tensor)), "")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no number is nan or inf; unlike isfinite().all(), this takes no memory."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(math.isfinite(end) for end in torch.stack(tensor.aminmax()).tolist())
 
 
 # ---- 3. runs ----
@@ -399,7 +281,7 @@ def weights(state: dict) -> dict[str, torch.Tensor]:
     return state["model"] | averaged
 
 
-def load_base(base: dict, folder: Path, moved_to: str = "") -> dict[str, torch.Tensor]:
+def load_base(base: dict, folder: Path, moved_to: str = "", device: str = "cpu") -> dict[str, torch.Tensor]:
     """The weights beneath the adapters in `folder`; `base` is their description in the checkpoint. We look at
     `moved_to` if given, else at the copy that the run kept, else at the old path. We trust that path only inside our
     own out/: otherwise a stranger's checkpoint would choose which file we open."""
@@ -411,7 +293,7 @@ def load_base(base: dict, folder: Path, moved_to: str = "") -> dict[str, torch.T
     if moved_to:
         paths = [find(moved_to)]
     for path in paths:
-        found = weights(load(path))
+        found = weights(load(path, device))
         if fingerprint(found) == base["fingerprint"]:
             return found
     if paths:
@@ -434,14 +316,21 @@ def keep_base(path: Path, folder: Path) -> None:
                 shutil.copyfileobj(source, file)
 
 
-def load_model(path: Path, device="cpu", lora_base: str = "") -> tuple[LanguageModel, Tokenizer, dict]:
-    """(model in eval mode, tokenizer, state) of a checkpoint; adapters are merged into their base."""
-    state = load(path)
+def load_parts(path: Path, lora_base: str = "", device: str = "cpu"
+               ) -> tuple[dict, dict, dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
+    """(state, settings, weights, the adapters that belong on these or None) of a checkpoint, compared."""
+    state = load(path, device)
     saved = saved_settings(state, path, [ModelConfig, LoraSettings])
     base, adapters = weights(state), None
     if state["base"]:
-        base, adapters = load_base(state["base"], path.parent, lora_base), base
+        base, adapters = load_base(state["base"], path.parent, lora_base, device), base
     check_weights(path, saved, base, adapters)
+    return state, saved, base, adapters
+
+
+def load_model(path: Path, device="cpu", lora_base: str = "") -> tuple[LanguageModel, Tokenizer, dict]:
+    """(model in eval mode, tokenizer, state) of a checkpoint; adapters are merged into their base."""
+    state, saved, base, adapters = load_parts(path, lora_base)
     tokenizer = tokenizer_of(state, saved, path)
     model = model_of(pick(ModelConfig, saved), base)
     if adapters is not None:

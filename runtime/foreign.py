@@ -1,10 +1,10 @@
 """Models of others as files: a Hugging Face folder or a GGUF file, read and written one tensor at a time.
 
     model = read_hf_folder(Path("SmolLM2-135M"))               # or read_gguf_model: settings and shapes, no tensor yet
-    cfg, state = load_weights(model)                           # a state dict of ours in fp32
+    cfg, weights = load_weights(model)                         # {our name: LazyTensor}
 
-    write_hf_folder(folder, cfg, state, tokenizer, torch.bfloat16)
-    write_gguf_model(path, cfg, state, tokenizer, "Q8_0")
+    write_hf_folder(folder, cfg, weights, tokenizer, torch.bfloat16)
+    write_gguf_model(path, cfg, weights, tokenizer, "Q8_0")
 
 Every tensor of a file is used once and every parameter is filled; anything else is a sentence with the names.
 """
@@ -22,6 +22,7 @@ from torch import Tensor
 from configurator import need, shown
 from model import LanguageModel, ModelConfig, shapes_only
 from runtime import checkpoint, gguf
+from runtime.archive import LazyTensor, read_weights
 from runtime.families import (
     ROPE_FACTORS,
     Family,
@@ -66,14 +67,12 @@ class ForeignModel:
 
 
 class PickledWeights:
-    """pytorch_model.bin, with the interface of SafetensorsFile. A loaded tensor is let go."""
+    """pytorch_model.bin, with the interface of SafetensorsFile."""
 
     def __init__(self, path: Path):
-        self.state = checkpoint.read_weights(path)
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
-
-    def load(self, name: str) -> Tensor:
-        return self.state.pop(name)
+        state = read_weights(path)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        self.load = state.__getitem__
 
 
 def read_hf_folder(folder: Path) -> ForeignModel:
@@ -157,9 +156,9 @@ def read_gguf_model(path: Path) -> ForeignModel:
 # The weights of either
 
 
-def load_weights(model: ForeignModel, say: Callable[[str], None] = print) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """(settings, state dict in fp32). Never more memory than that state dict and one tensor: nothing is loaded before
-    all names and shapes are right. A head that differs from the embedding it should be tied to makes them two."""
+def load_weights(model: ForeignModel, say: Callable[[str], None] = print) -> tuple[ModelConfig, dict[str, LazyTensor]]:
+    """(settings, weights of ours), after a check of all names and shapes; whether numbers are finite shows when they
+    are loaded. A head that differs from the embedding it should be tied to makes them two."""
     cfg, shapes, where = model.cfg, model.shapes, model.where
     check_sizes_claimed(model)
     with shapes_only():
@@ -177,17 +176,21 @@ def load_weights(model: ForeignModel, say: Callable[[str], None] = print) -> tup
             check_shape_of(model, name, tuple(tensor.shape))
     if spare:
         check_shape_of(model, head, tuple(wanted["embed.weight"].shape))
-    state = {}
+    weights = {}
     for each in found:
-        tensors = [load_float(model, name) for name in each.theirs]
-        for name, tensor in zip(each.ours, each.back(tensors), strict=True):
-            state[name] = own_memory(tensor)
-    if spare and not torch.equal(own := load_float(model, head), state["embed.weight"]):
+        for number, name in enumerate(each.ours):
+            weights[name] = LazyTensor(tuple(wanted[name].shape), partial(incoming, model, each, number))
+    if spare and not torch.equal(load_float(model, head), weights["embed.weight"].load()):
         say(f"{where} should have one matrix for embedding and head, and has two: we keep both")
-        cfg.tie_embeddings, state["head.weight"] = False, own
+        cfg.tie_embeddings = False
+        weights["head.weight"] = LazyTensor(weights["embed.weight"].shape, partial(load_float, model, head))
     if cfg.tie_embeddings:
-        state["head.weight"] = state["embed.weight"]
-    return cfg, state
+        weights["head.weight"] = weights["embed.weight"]
+    return cfg, weights
+
+
+def incoming(model: ForeignModel, link: Link, number: int) -> Tensor:
+    return link.back([load_float(model, name) for name in link.theirs])[number]
 
 
 def check_sizes_claimed(model: ForeignModel) -> None:
@@ -219,15 +222,7 @@ def load_float(model: ForeignModel, name: str) -> Tensor:
     need(kind in ("F64", "F32", "F16", "BF16"),
          f"{model.where}: the tensor {name} is {kind}; we read weights of F32, F16 and BF16")
     tensor = tensor.float()
-    need(tensor.isfinite().all(), f"{model.where}: the tensor {name} is not finite (nan or inf)")
-    return tensor
-
-
-def own_memory(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy if it is a part of another."""
-    tensor = tensor.contiguous()
-    if tensor.untyped_storage().nbytes() > tensor.nbytes:
-        return tensor.clone()
+    need(checkpoint.is_finite(tensor), f"{model.where}: the tensor {name} is not finite (nan or inf)")
     return tensor
 
 
@@ -235,14 +230,14 @@ def own_memory(tensor: Tensor) -> Tensor:
 # Writing
 
 
-def write_hf_folder(folder: Path, cfg: ModelConfig, state: dict[str, Tensor], tokenizer: Tokenizer,
+def write_hf_folder(folder: Path, cfg: ModelConfig, weights: dict[str, LazyTensor], tokenizer: Tokenizer,
                     dtype: torch.dtype) -> None:
     """A folder that AutoModelForCausalLM and AutoTokenizer load; UserError for a model that transformers lacks."""
     family = family_of(cfg)
     config = write_hf_config(family, cfg) | {"torch_dtype": str(dtype).removeprefix("torch.")}
     config |= {f"{role}_token_id": tokenizer.role(role) for role in ("bos", "eos", "pad")}
     tensors = {}
-    for name, shape, load in outgoing(family, cfg, state, is_gguf=False):
+    for name, shape, load in outgoing(family, cfg, weights, is_gguf=False):
         kind = dtype
         if name.endswith("e_score_correction_bias"):  # which choose experts: a rounded one chooses others
             kind = torch.float32
@@ -256,28 +251,29 @@ def write_hf_folder(folder: Path, cfg: ModelConfig, state: dict[str, Tensor], to
 
 def rounded(name: str, load: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
     tensor = load().to(dtype)
-    need(tensor.isfinite().all(), f"{name} has numbers that {str(dtype).removeprefix('torch.')} cannot hold: "
+    need(checkpoint.is_finite(tensor), f"{name} has numbers that {str(dtype).removeprefix('torch.')} cannot hold: "
                                   "set DTYPE=bfloat16 or DTYPE=float32")
     return tensor
 
 
-def outgoing(family: Family, cfg: ModelConfig, state: dict[str, Tensor], is_gguf: bool
+def outgoing(family: Family, cfg: ModelConfig, weights: dict[str, LazyTensor], is_gguf: bool
              ) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Tensor]]]:
     """(name, shape, function that gives it in fp32) of each tensor that a file has of these weights."""
-    for each in links(family, cfg, state, is_gguf):
-        empty = [torch.empty_like(state[name], device="meta") for name in each.ours]
+    for each in links(family, cfg, weights, is_gguf):
+        empty = [torch.empty(weights[name].shape, device="meta") for name in each.ours]
         for number, (name, tensor) in enumerate(zip(each.theirs, each.out(empty), strict=True)):
-            yield name, tuple(tensor.shape), partial(one_of, each, state, number)
+            yield name, tuple(tensor.shape), partial(one_of, each, weights, number)
 
 
-def one_of(link: Link, state: dict[str, Tensor], number: int) -> Tensor:
-    return link.out([state[name] for name in link.ours])[number].float()
+def one_of(link: Link, weights: dict[str, LazyTensor], number: int) -> Tensor:
+    return link.out([weights[name].load() for name in link.ours])[number].float()
 
 
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # general.file_type
 
 
-def write_gguf_model(path: Path, cfg: ModelConfig, state: dict[str, Tensor], tokenizer: Tokenizer, kind: str) -> None:
+def write_gguf_model(path: Path, cfg: ModelConfig, weights: dict[str, LazyTensor], tokenizer: Tokenizer,
+                     kind: str) -> None:
     """A file that llama.cpp runs; UserError for what it has no form of."""
     family = family_of(cfg)
     meta = write_gguf_meta(family, cfg) | {"general.type": "model", "general.name": path.stem,
@@ -286,7 +282,7 @@ def write_gguf_model(path: Path, cfg: ModelConfig, state: dict[str, Tensor], tok
     tensors = []
     if cfg.rope_scaling == "llama3":
         tensors.append(gguf.Tensor(ROPE_FACTORS, (cfg.head_dim // 2,), "F32", partial(rope_factors, cfg)))
-    for name, shape, load in outgoing(family, cfg, state, is_gguf=True):
+    for name, shape, load in outgoing(family, cfg, weights, is_gguf=True):
         stored = stored_as(name, shape, kind)
         if stored == "F16":
             load = partial(rounded, name, load, torch.float16)

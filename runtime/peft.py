@@ -26,6 +26,7 @@ from configurator import UserError, find_path, need, pick, shown, write_path
 from lora import LoraLinear, LoraSettings, adapted, fingerprint, inject, load_adapter, match_targets
 from model import LanguageModel, ModelConfig, shapes_only
 from runtime import checkpoint
+from runtime.archive import read_weights
 from runtime.families import Family, Link, family_of, links
 from runtime.files import Either, read_json, write_json, writing
 from runtime.safetensors import SafetensorsFile, write_safetensors
@@ -97,14 +98,11 @@ def write_peft(run_path: str, target: str, lora_base: str = "") -> str:
     need(not folder.exists() or folder.is_dir() and not any(folder.iterdir()),
          f"{folder} is there already; name a new folder")
     exported = is_exported(lora_base)
-    state = checkpoint.load(path)
-    need(state["base"], f"{path} holds no adapters: without them it is exported as a whole model")
-    saved = checkpoint.saved_settings(state, path, [ModelConfig, LoraSettings])
-    base = checkpoint.load_base(state["base"], path.parent, "" if exported else lora_base)
-    checkpoint.check_weights(path, saved, base, checkpoint.weights(state))
+    state, saved, base, adapters = checkpoint.load_parts(path, "" if exported else lora_base, "disk")
+    need(adapters, f"{path} holds no adapters: without them it is exported as a whole model")
     settings, cfg = pick(LoraSettings, saved), pick(ModelConfig, saved)
     family, found = tables(cfg)
-    modules = adapted(adapted_model(cfg, base, settings, checkpoint.weights(state)))
+    modules = adapted(adapted_model(saved, base, adapters))
     parts, whole = {}, {}
     for name, module in modules.items():
         link = found[f"{name}.weight"]
@@ -145,12 +143,12 @@ def is_exported(folder: str) -> bool:
     return bool(folder) and (write_path(folder) / "config.json").is_file()
 
 
-def adapted_model(cfg: ModelConfig, base: dict[str, Tensor], settings: LoraSettings, adapters: dict) -> LanguageModel:
+def adapted_model(saved: dict, base: dict[str, Tensor], adapters: dict[str, Tensor]) -> LanguageModel:
     """A model with adapters that is only looked at: its weights are the tensors of `base` themselves."""
     with shapes_only():
-        model = LanguageModel(cfg)
+        model = LanguageModel(pick(ModelConfig, saved))
     model.load_state_dict(base, assign=True)
-    inject(model, settings)
+    inject(model, pick(LoraSettings, saved))
     load_adapter(model, adapters)
     return model
 
@@ -236,7 +234,7 @@ class Adapter:
         self.file = folder / "adapter_model.safetensors"
         if not self.file.is_file() and (folder / "adapter_model.bin").is_file():
             self.file = folder / "adapter_model.bin"
-            tensors = checkpoint.read_weights(self.file)
+            tensors = read_weights(self.file)
             self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             load = tensors.__getitem__
         else:
@@ -300,7 +298,7 @@ class Adapter:
 
     def to_float(self, name: str, tensor: Tensor) -> Tensor:
         need(tensor.is_floating_point(), f"{self.file}: {shown(name, most=100)} is {tensor.dtype}, and no fraction")
-        need(tensor.float().isfinite().all(), f"{self.file}: {shown(name, most=100)} is not finite (nan or inf)")
+        need(checkpoint.is_finite(tensor), f"{self.file}: {shown(name, most=100)} is not finite (nan or inf)")
         return tensor
 
     def check_targets(self, modules: list[str]) -> None:
@@ -343,7 +341,7 @@ def read_peft(folder: str, target: str, base: str) -> str:
     need(base, f"{folder} is an adapter: LORA_BASE=<run of ours> says what it is on; first convert its base, too")
     adapter, path, out = Adapter(find_path(folder)), checkpoint.find(base), write_path(target)
     need(not out.exists() or out.is_dir() and not any(out.iterdir()), f"{out} is there already; name a new folder")
-    state = checkpoint.load(path)
+    state = checkpoint.load(path, "disk")
     need(not state["base"], f"{path} holds adapters: `python convert.py {path.parent} MERGE=1` makes a base of them")
     saved = checkpoint.saved_settings(state, path, [ModelConfig, LoraSettings])
     weights = checkpoint.weights(state)

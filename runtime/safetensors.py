@@ -95,4 +95,4 @@ def write_safetensors(path: Path, tensors: dict[str, tuple[tuple[int, ...], torc
         for name, (shape, dtype, load) in tensors.items():
             data = load().detach().to(dtype).contiguous()
             assert tuple(data.shape) == tuple(shape), f"{name} has the shape {tuple(data.shape)}"
-            file.write(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+            file.write(data.reshape(-1).view(torch.uint8).numpy())
