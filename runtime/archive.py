@@ -58,15 +58,18 @@ def write_archive(file: io.BufferedWriter, state: dict) -> None:
         for name, content in parts.items():
             archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)
         for number, tensor in pickler.found.values():
-            if isinstance(tensor, LazyTensor):
-                shape, tensor = tensor.shape, tensor.load().float()
-                assert tuple(tensor.shape) == shape, f"{tuple(tensor.shape)} instead of {shape}"
-            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             entry = zipfile.ZipInfo(f"archive/data/{number}")
             gap = -(file.tell() + 30 + len(entry.filename) + 20 + 4) % 64  # behind header, name, sizes, the gap's head
             entry.extra = struct.pack("<HH", PADDING, gap) + bytes(gap)
             with archive.open(entry, "w", force_zip64=True) as out:
-                out.write(data)
+                out.write(bytes_of(tensor))
+
+
+def bytes_of(tensor: torch.Tensor | LazyTensor) -> np.ndarray:
+    if isinstance(tensor, LazyTensor):
+        shape, tensor = tensor.shape, tensor.load().float()
+        assert tuple(tensor.shape) == shape, f"{tuple(tensor.shape)} instead of {shape}"
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 class Storage(NamedTuple):

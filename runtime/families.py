@@ -21,6 +21,7 @@ from torch import Tensor
 from attention import RopeScaling, rope_frequencies
 from configurator import need, shown
 from model import ModelConfig
+from runtime.files import mismatch
 from runtime.gguf import KINDS
 from text.tokenizer import naming
 
@@ -247,7 +248,8 @@ def read_hf_config(config: dict, where: str) -> tuple[Family, ModelConfig]:
     need(config["model_type"] in BY_TYPE, f"{where}: the model_type {shown(config['model_type'])} is none of "
                                           f"{', '.join(BY_TYPE)}")
     quantised = config.get("quantization_config")
-    need(not quantised, f"{where}: its weights are quantised ({shown(str(quantised))}); take the model before that")
+    need(not quantised or float8_blocks(config),
+         f"{where}: its weights are quantised ({shown(str(quantised))}); take the model before that, or fp8 in blocks")
     family = BY_TYPE[config["model_type"]]
     config = family.defaults | config
     for other, key in family.aliases.items():
@@ -269,6 +271,15 @@ def read_hf_config(config: dict, where: str) -> tuple[Family, ModelConfig]:
             found[ours] = value
     found |= family_settings(family, config, where) | read_scaling(config, found.get("seq_len", 0), where)
     return family, to_config(family, found, where)
+
+
+def float8_blocks(config: dict) -> list[int] | None:
+    """[rows, columns] of the blocks in which weights are float8, as DeepSeek-V3 is published; None if they are not."""
+    quantised = config.get("quantization_config")
+    if mismatch(quantised, {"quant_method": str, "weight_block_size": (int, int)}):
+        return None
+    blocks = quantised["weight_block_size"]
+    return blocks if quantised["quant_method"] == "fp8" and min(blocks) > 0 else None
 
 
 def family_settings(family: Family, config: dict, where: str) -> dict:

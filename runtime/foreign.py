@@ -28,6 +28,7 @@ from runtime.families import (
     Family,
     Link,
     family_of,
+    float8_blocks,
     links,
     read_gguf_meta,
     read_hf_config,
@@ -42,6 +43,7 @@ from text.tokenizer import Tokenizer
 from text.tokenizer_gguf import read_tokenizer_meta, write_tokenizer_meta
 from text.tokenizer_hf import generation_config, read_hf_tokenizer, write_hf_tokenizer
 
+SCALE = "_scale_inv"  # behind the name of a float8 weight
 HEAD = {False: "lm_head.weight", True: "output.weight"}  # in a Hugging Face file, in a GGUF file
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # Buffers that old files hold, and that follow from the settings.
@@ -86,10 +88,30 @@ def read_hf_folder(folder: Path) -> ForeignModel:
             ours = modern_name(family, name)
             need(ours not in names, f"{folder}: the tensor {shown(name, most=80)} is there twice")
             names[ours], load[ours] = file.shapes[name], partial(file.load, name)
+    if blocks := float8_blocks(config):
+        join_scales(folder, names, load, blocks)
     ignored = {name for name, shape in names.items()
                if BUFFERS.fullmatch(name) or is_extra_layer(family, cfg, name) or 0 in shape}
     return ForeignModel(folder, family, cfg, names, lambda name: load[name](), read_hf_tokenizer(folder),
                         is_gguf=False, ignored=ignored)
+
+
+def join_scales(folder: Path, shapes: dict, load: dict, blocks: list[int]) -> None:
+    """Take the scales of float8 weights out of both tables; a weight is loaded together with its own."""
+    for name in [name for name in shapes if name.endswith(SCALE)]:
+        weight, found = name.removesuffix(SCALE), shapes.pop(name)
+        shape = shapes.get(weight, ())
+        wanted = tuple(-(-size // side) for size, side in zip(shape, blocks, strict=False))
+        need(len(shape) == 2 and found == wanted,
+             f"{folder}: {shown(name, most=80)} is {found}, and a weight {shape} in blocks of {blocks} needs {wanted}")
+        load[weight] = partial(scaled, load[weight], load.pop(name), blocks)
+
+
+def scaled(load: Callable[[], Tensor], load_scales: Callable[[], Tensor], blocks: list[int]) -> Tensor:
+    """float8 numbers, each times the scale of its block, in fp32."""
+    weight, scales = load().float(), load_scales().float()
+    rows, columns = (torch.arange(size) // side for size, side in zip(weight.shape, blocks, strict=True))
+    return weight.mul_(scales[rows][:, columns])
 
 
 def weight_files(folder: Path) -> Iterator[SafetensorsFile | PickledWeights]:

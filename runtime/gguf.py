@@ -360,13 +360,13 @@ def write_gguf(path: Path, meta: dict, tensors: list[Tensor]) -> None:
     with replacing(path) as file:
         file.write(head.ljust(aligned(len(head)), b"\0"))
         for tensor in tensors:
-            data = tensor.load()
-            assert tuple(data.shape) == tensor.shape, f"{tensor.name} has the shape {tuple(data.shape)}"
-            write_blocks(file, data.detach().float().contiguous().numpy(), KINDS[tensor.kind])
+            write_blocks(file, tensor, KINDS[tensor.kind])
 
 
-def write_blocks(file, values: np.ndarray, kind: Kind) -> None:
-    blocks = values.reshape(-1, kind.elements)
+def write_blocks(file, tensor: Tensor, kind: Kind) -> None:
+    data = tensor.load()
+    assert tuple(data.shape) == tensor.shape, f"{tensor.name} has the shape {tuple(data.shape)}"
+    blocks = data.detach().float().contiguous().numpy().reshape(-1, kind.elements)
     step = CHUNK // kind.elements
     for first in range(0, len(blocks), step):
         file.write(kind.write(blocks[first : first + step]).tobytes())

@@ -298,7 +298,7 @@ class Adapter:
 
     def to_float(self, name: str, tensor: Tensor) -> Tensor:
         need(tensor.is_floating_point(), f"{self.file}: {shown(name, most=100)} is {tensor.dtype}, and no fraction")
-        need(checkpoint.is_finite(tensor), f"{self.file}: {shown(name, most=100)} is not finite (nan or inf)")
+        need(checkpoint.is_finite(tensor.float()), f"{self.file}: {shown(name, most=100)} is not finite (nan or inf)")
         return tensor
 
     def check_targets(self, modules: list[str]) -> None:

@@ -93,6 +93,10 @@ def write_safetensors(path: Path, tensors: dict[str, tuple[tuple[int, ...], torc
     with replacing(path) as file:
         file.write(struct.pack("<Q", len(head)) + head)
         for name, (shape, dtype, load) in tensors.items():
-            data = load().detach().to(dtype).contiguous()
-            assert tuple(data.shape) == tuple(shape), f"{name} has the shape {tuple(data.shape)}"
-            file.write(data.reshape(-1).view(torch.uint8).numpy())
+            file.write(raw_bytes(name, shape, dtype, load))
+
+
+def raw_bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype, load: Load) -> np.ndarray:
+    data = load().detach().to(dtype).contiguous()
+    assert tuple(data.shape) == tuple(shape), f"{name} has the shape {tuple(data.shape)}"
+    return data.reshape(-1).view(torch.uint8).numpy()

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+import weakref
 from dataclasses import fields
 from functools import cache, partial
 
@@ -12,12 +13,15 @@ import torch
 
 import convert
 import eval as evaluation
+import lora
 import train
 from bpe import BPETokenizer
 from configurator import UserError, configure
 from conftest import tiny_run, tune
+from lora import LoraSettings, adapted, adapter_state, fingerprint, inject
 from model import LanguageModel, ModelConfig
 from runtime import checkpoint
+from runtime.archive import LazyTensor
 from runtime.families import family_of
 from runtime.files import misfit
 from runtime.foreign import load_weights, read_gguf_model, write_hf_folder
@@ -427,6 +431,47 @@ def test_layers_that_predict_a_second_token_are_left_out(tmp_path):
     assert (tmp_path / "run" / "best.pt").exists()
 
 
+def to_float8(folder, blocks):
+    """Store the matrices in DeepSeek's form of float8; returns {name: what they mean}, computed block by block."""
+    rows, columns = blocks
+    meant = {}
+
+    def change(tensors):
+        for name in [name for name in tensors if name.endswith("proj.weight") or name.endswith("mqa.weight")]:
+            weight = tensors[name]
+            scale = torch.empty(-(-weight.shape[0] // rows), -(-weight.shape[1] // columns))
+            small, meant[name] = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty_like(weight)
+            for i in range(scale.shape[0]):
+                for j in range(scale.shape[1]):
+                    at = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
+                    scale[i, j] = weight[at].abs().max() / 448
+                    small[at] = (weight[at] / scale[i, j]).to(torch.float8_e4m3fn)
+                    meant[name][at] = small[at].float() * scale[i, j]
+            tensors[name], tensors[f"{name}_scale_inv"] = small, scale
+
+    rewrite(folder, change)
+    set_config(folder, quantization_config=dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic",
+                                                weight_block_size=blocks))
+    return meant
+
+
+@pytest.mark.parametrize("blocks", [[2, 4], [16, 9]])  # the latter leave parts of blocks at the edges
+@torch.no_grad()
+def test_float8_in_blocks_is_read_as_transformers_reads_it(blocks, tmp_path):
+    import transformers
+
+    folder = save(build("deepseek_v3"), tmp_path / "theirs")
+    meant = to_float8(folder, blocks)
+    assert len(meant) == 40
+    go(folder, tmp_path / "run")
+    go(tmp_path / "run", tmp_path / "back")
+    back = SafetensorsFile(tmp_path / "back" / "model.safetensors")
+    assert all(torch.equal(back.load(name), weight) for name, weight in meant.items())
+    if blocks == [2, 4]:  # without a GPU, transformers reads whole blocks only
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        assert far(ours(tmp_path / "run")(IDS), theirs(IDS).logits) < 1e-5
+
+
 @torch.no_grad()
 def test_a_head_that_should_be_tied_and_differs_is_kept(theirs, tmp_path, capsys):
     rewrite(theirs, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
@@ -504,6 +549,10 @@ WRONG = {
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
     "another architecture": (spoil(model_type="bert"), "bert"),
     "quantised": (spoil(quantization_config={"quant_method": "gptq"}), "quantised"),
+    "float8 without blocks": (spoil(quantization_config={"quant_method": "fp8"}), "quantised .* or fp8 in blocks"),
+    "float8 whose scales are of another shape": (lambda folder: (to_float8(folder, [16, 16]), spoil(
+        quantization_config={"quant_method": "fp8", "weight_block_size": [16, 8]})(folder)), r"_scale_inv is \(2, 3\)"),
+    "float8 without a scale": (spoil_tensors(lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)})), f"{Q} is F8_E4M3"),
     "too many layers": (spoil(num_hidden_layers=9999), "n_layer"),
     "too wide": (spoil(hidden_size=2**19), "d_model"),
     "a head that is not there": (spoil(tie_word_embeddings=False), "lacks the tensor lm_head.weight"),
@@ -629,7 +678,9 @@ def test_every_setting_leaves_with_the_model_or_is_refused(kind, tmp_path):
                 cfg = ModelConfig(**dict(vocab_size=VOCAB, seq_len=64, d_model=32, n_layer=2, n_head=4) | OURS[kind]
                                   | changes)
                 model = shaken(LanguageModel(cfg)).eval()
-                write_hf_folder(folder, cfg, model.state_dict(), tokenizer(), torch.float32)
+                weights = {name: LazyTensor(tuple(each.shape), each.detach)
+                           for name, each in model.state_dict().items()}
+                write_hf_folder(folder, cfg, weights, tokenizer(), torch.float32)
             except UserError:
                 refused += 1
                 continue
@@ -719,6 +770,57 @@ def test_an_imported_model_trains_further_and_is_evaluated(text, theirs, questio
     talk = [{"role": "user", "content": "say a"}]
     learned = checkpoint.settings(tmp_path / "lora-merged" / "best.pt")["template"]
     assert make_template("model", exported).prompt(talk) == make_template(learned, exported).prompt(talk)
+
+
+def adapters_on(run, folder, **settings):
+    """A run with random adapters; returns {name of a matrix: its effective weight}, computed here."""
+    model, tokenizer, state = checkpoint.load_model(run / "best.pt")
+    chosen = LoraSettings(use_lora=True, lora_rank=3, lora_alpha=7.0, **settings)
+    base = {"path": str(run / "best.pt"), "fingerprint": fingerprint(state["model"])}
+    inject(model, chosen)
+    effective = {}
+    for name, module in adapted(model).items():
+        torch.nn.init.normal_(module.lora_b)
+        scale = 7.0 / (math.sqrt(3) if chosen.lora_rs else 3)
+        weight = state["model"][f"{name}.weight"] + scale * (module.lora_b @ module.lora_a)
+        if chosen.lora_dora:
+            torch.nn.init.uniform_(module.lora_magnitude, 0.5, 2.0)
+            weight = (module.lora_magnitude / weight.norm(dim=1))[:, None] * weight
+        effective[f"{name}.weight"] = weight.detach()
+    checkpoint.save(folder / "best.pt", state | {"base": base, "model": adapter_state(model), "settings": json.dumps(
+        json.loads(state["settings"]) | vars(chosen))})
+    checkpoint.keep_base(run / "best.pt", folder)
+    return effective
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("settings", [
+    dict(lora_targets="q,ffn"), dict(), dict(lora_rs=True), dict(lora_dora=True), dict(lora_rs=True, lora_dora=True)])
+def test_merged_matrices_are_exact_and_one_at_a_time_is_in_memory(settings, tied, tmp_path, monkeypatch):
+    run = our_run(tmp_path / "run", ffn="swiglu", qk_norm=False, tie_embeddings=tied)
+    effective, alive = adapters_on(run, tmp_path / "lora", **settings), weakref.WeakSet()
+
+    def merge_one(tensor, module):
+        assert not alive
+        merged = lora.merge_one(tensor, module)
+        if module:
+            alive.add(merged)
+        return merged
+
+    monkeypatch.setattr(convert, "merge_one", merge_one)
+    go(tmp_path / "lora", "MERGE=1")
+    go(tmp_path / "lora", tmp_path / "elsewhere", "MERGE=1", "TO=run")
+    go(tmp_path / "lora", tmp_path / "model.gguf", "MERGE=1")
+    go(tmp_path / "lora", tmp_path / "hf", "MERGE=1")
+    go(tmp_path / "model.gguf", tmp_path / "from-gguf")
+    go(tmp_path / "hf", tmp_path / "from-hf")
+    expected = checkpoint.load(run / "best.pt")["model"] | effective
+    for folder in ("lora-merged", "elsewhere", "from-gguf", "from-hf"):
+        path = tmp_path / folder / "best.pt"
+        found = checkpoint.load(path)["model"]
+        assert not misfit(expected, found) and all(torch.equal(found[name], expected[name]) for name in expected)
+        assert checkpoint.settings(path)["tie_embeddings"] == (tied and "head.weight" not in effective)
+        assert found["embed.weight"].data_ptr() != found["head.weight"].data_ptr() or tied
 
 
 def test_adapters_leave_as_a_peft_folder_and_come_back(text, theirs, questions, tmp_path):

@@ -179,7 +179,7 @@ def test_a_merge_that_cannot_be_written_leaves_no_folder(adapted, tmp_path, monk
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(checkpoint, "write_archive", full)
     with pytest.raises(UserError, match="No space left"):
         convert.main([str(adapted), str(tmp_path / "merged"), "MERGE=1", "TO=run"])
     assert not (tmp_path / "merged").exists()
