@@ -96,11 +96,11 @@ def fit_to_base(s: Settings, saved: dict, say: Callable) -> None:
     """Complete what is best for the base of a new fine-tuning run, whose settings are `saved`, and print it.
 
     The rate falls with the width, as in µP (arXiv 2203.03466): 0.96 / d_model is 5e-3 for the quickstart. A model that
-    came with a chat template has learned to answer: a smaller rate keeps that, 1e-3 for a width of 576 and 1.5e-4 for
+    came with a chat template has learned to answer: a smaller rate keeps that, 1.2e-3 for a width of 576 and 1.7e-4 for
     4096. It knows the tokens that mark a turn, so its head, with the largest of all adapters, stays as it is.
     """
     chosen, answers = {}, saved["template"] == "model"
-    rate = float(f"{(0.6 if answers else 0.96) / saved['d_model']:.2g}")
+    rate = float(f"{(0.7 if answers else 0.96) / saved['d_model']:.2g}")
     if s.source["lr"] == "fine-tuning" and rate < s.lr == FINE_TUNING["lr"]:
         chosen["lr"] = rate
     if not s.given("seq_len") and saved["seq_len"] > ROW and saved["position"] != "learned":

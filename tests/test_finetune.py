@@ -291,7 +291,7 @@ def test_the_defaults_of_fine_tuning_fit_the_base_and_the_data(base, questions, 
         run.fit_to_base(s, saved | changes, print)
         return s.lr, s.seq_len, s.lora_targets
 
-    assert fitted() == (1e-3, 512, "all") and "lr=0.001, seq_len=512, lora_targets=all" in capsys.readouterr().out
+    assert fitted() == (1.2e-3, 512, "all") and "lr=0.0012, seq_len=512, lora_targets=all" in capsys.readouterr().out
     assert fitted(template="chatml")[0] == 1.7e-3
     assert fitted(d_model=192, seq_len=256, template="chatml") == (5e-3, 256, "all,head")  # the quickstart
     assert fitted("lr=1e-2", "lora_targets=q", "seq_len=9") == (1e-2, 9, "q")
