@@ -18,12 +18,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from configurator import Amount, NotNegative, Positive, Range, Share, Size, UserError, check_fields
+from configurator import Amount, NotNegative, Positive, Range, Share, Size, UserError, check_fields, need
 from model import Cache, LanguageModel
 
 Penalty = Annotated[float, Range(least=-2, most=2)]
@@ -62,6 +63,9 @@ class Row:
     bias: dict[int, float] = field(default_factory=dict)  # added to the logits of these ids
     n_logprobs: int | None = None  # keep the log probability of each new id, and of the n likeliest
     ended: str = ""  # "stop" or "length"; "" as long as it goes on
+    passes: int = 0  # of the model for its new ids, beside those for the prompt
+    drafted: int = 0  # ids that these read ahead (speculate.py), and those of them that came true
+    accepted: int = 0
     logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)  # (that of the id, {likely id: its})
 
     def __post_init__(self):
@@ -93,17 +97,25 @@ class Decoder:
     newest half is read again and the rest forgotten. With a `chunk`, no step reads more tokens of new prompts than
     that, so that the other rows go on meanwhile; else a step reads all new prompts at once, equal ones only once.
     `unused` lists ids that no token has (`Tokenizer.unused_ids`), which are never chosen.
+
+    With a `speculation` (speculate.Speculation), a pass reads a draft of what follows the newest id of each row. `draw`
+    chooses id after id, by the rules and the noise that it would use without, for as long as the draft has the same
+    id. So a draft changes the number of passes, not the text, up to the rounding of longer passes.
     """
 
-    def __init__(self, model: LanguageModel, capacity: int, size: int = 0, unused: Iterable[int] = (), chunk: int = 0):
-        self.model, self.capacity, self.chunk = model, capacity, chunk
+    def __init__(self, model: LanguageModel, capacity: int, size: int = 0, unused: Iterable[int] = (), chunk: int = 0,
+                 speculation=None):
+        self.model, self.capacity, self.chunk, self.speculation = model, capacity, chunk, speculation
         self.device = model.embed.weight.device
         self.cache = model.new_cache(capacity, size or model.cfg.seq_len)
         self.held: list[list[int]] = [[] for _ in range(capacity)]  # the ids in each slot
         self.rows: list[Row] = []
         self.waiting: list[Row] = []
-        self.logits = torch.empty(0)  # (rows, V) of the next ids
+        self.logits: list[Tensor] = []  # for each row (n, V): of its next id, and of those after each drafted one
+        self.drafts: list[list[int]] = []  # the n - 1 drafted ids of each row
         self.unused = torch.tensor(list(unused), dtype=torch.int64, device=self.device)
+        need(not speculation or self.cache.can_shorten, "speculate= needs a model that can take back what it read: "
+             "one with a sliding window, or with the convolution of Enigma, cannot")
 
     def add(self, row: Row) -> None:
         if not row.ended:
@@ -118,33 +130,66 @@ class Decoder:
 
     @torch.inference_mode()
     def advance(self) -> bool:
-        """Read the newest token of every row, then prompts. False if there is nothing to do."""
-        logits = []
+        """Read the newest token of every row and what a draft says comes next, then prompts. False if there is nothing
+        to do."""
         if self.rows:
             self.make_room()
-            logits.append(self.read(0, [row.ids[-1:] for row in self.rows]))
+            self.read_on()
         if self.waiting and len(self.rows) < self.capacity:
-            logits += self.admit()
-        if logits:
-            self.logits = torch.cat(logits)
+            self.admit()
         return bool(self.rows or self.waiting)
 
     @torch.inference_mode()
     def draw(self) -> list[Row]:
-        """Choose the next token of every row and return them; rows that end leave."""
+        """Choose the next token of every row, and more where a draft was right, and return the rows; those that end
+        leave."""
         drawn = list(self.rows)
-        if drawn:
-            for row, token in zip(drawn, choose(self.logits, drawn, self.unused), strict=True):
-                row.take(token)
+        before = [row.accepted for row in drawn]
+        going, n = list(range(len(drawn))), 0
+        while going:
+            logits = torch.stack([self.logits[i][n] for i in going])
+            tokens = choose(logits, [drawn[i] for i in going], self.unused)
+            for i, token in zip(going, tokens, strict=True):
+                drawn[i].take(token)
+            going = [i for i in going if self.accept(i, n)]
+            n += 1
+        if self.speculation:
+            for row, draft, accepted in zip(drawn, self.drafts, before, strict=True):
+                self.speculation.learn(row, len(draft), row.accepted - accepted)
         for i in reversed(range(len(drawn))):
             if drawn[i].ended:
                 self.leave(i)
         return drawn
 
-    def read(self, slot: int, parts: list[list[int]]) -> Tensor:
-        """Append parts[i] to slot + i. Returns the logits (B, V) after each part."""
+    def accept(self, i: int, n: int) -> bool:
+        """Whether row i goes on with the n-th id of its draft, which its slot then keeps."""
+        row, rest = self.rows[i], self.drafts[i][n:]
+        if row.ended or not rest or rest[0] != row.ids[-1]:
+            return False
+        self.cache.lengths[i] += 1
+        self.held[i].append(rest[0])
+        row.accepted += 1
+        return True
+
+    def read_on(self) -> None:
+        """Read the newest id of every row and its draft. What the cache has of the draft lies behind its length, where
+        `accept` finds it and the next pass overwrites it."""
+        self.drafts = [[] for _ in self.rows]
+        if self.speculation:
+            fullest = max(self.cache.lengths[: len(self.rows)])
+            self.drafts = self.speculation.drafts(self.rows, room=self.cache.size - fullest - 1)
+        parts = [row.ids[-1:] + draft for row, draft in zip(self.rows, self.drafts, strict=True)]
+        logits = self.read(0, parts, n_logits=max(map(len, parts)))
+        self.logits = [own[-len(part) :] for own, part in zip(logits, parts, strict=True)]
+        for i, (row, draft) in enumerate(zip(self.rows, self.drafts, strict=True)):
+            self.keep(i, self.cache.lengths[i] - len(draft))
+            row.passes += 1
+            row.drafted += len(draft)
+
+    def read(self, slot: int, parts: list[list[int]], n_logits: int = 1) -> Tensor:
+        """Append parts[i] to slot + i. Returns the logits (B, n_logits, V) after its last ids."""
         try:
-            logits = read_parts(self.model, self.cache, slot, parts)
+            logits = read_parts(self.model, self.cache, slot, parts, n_logits)
         except BaseException:  # Ctrl-C in the middle of a pass: only some layers have read
             for i in range(slot, slot + len(parts)):
                 self.keep(i, 0)
@@ -161,8 +206,8 @@ class Decoder:
                 if newest := row.ids[-max(1, self.cache.size // 2) : -1]:
                     self.read(i, [newest])
 
-    def admit(self) -> list[Tensor]:
-        """Read prompts that wait. Returns the logits of those that are read to their end, which join the rows."""
+    def admit(self) -> None:
+        """Read prompts that wait. Those that are read to their end join the rows."""
         n = len(self.rows)
         rows = self.waiting[: 1 if self.chunk else self.capacity - n]
         prompts = [tuple(row.ids[-self.cache.size :]) for row in rows]
@@ -172,16 +217,20 @@ class Decoder:
             self.claim(slot, prompt)
             part = list(prompt[self.cache.lengths[slot] :])
             parts.append(part[: self.chunk or None])
+        fullest = max(self.cache.lengths[n : n + len(parts)])
+        if fullest + max(map(len, parts)) > self.cache.size:  # the padding of a short part would not fit
+            rows, prompts, different, parts = rows[:1], prompts[:1], different[:1], parts[:1]
         logits = self.read(n, parts)
         if self.cache.lengths[n] < len(prompts[0]):
-            return []
+            return
         which = [different.index(prompt) for prompt in prompts]
         if which != list(range(len(rows))):
             self.cache.assign(list(range(n, n + len(rows))), [n + i for i in which])
             self.held[n : n + len(rows)] = [list(prompt) for prompt in prompts]
         self.rows += rows
+        self.logits += logits[which]
+        self.drafts += [[] for _ in rows]
         del self.waiting[: len(rows)]
-        return [logits[which]]
 
     def claim(self, slot: int, prompt: tuple[int, ...]) -> None:
         """Let `slot` hold the longest beginning of the prompt that it or a free slot behind it holds. If none does, the
@@ -207,22 +256,24 @@ class Decoder:
         last = len(self.rows) - 1
         if i < last:
             self.swap(i, last)
-            self.rows[i] = self.rows[last]
-        self.rows.pop()
+        for of_rows in (self.rows, self.logits, self.drafts):
+            of_rows[i] = of_rows[last]
+            of_rows.pop()
 
     def swap(self, a: int, b: int) -> None:
         self.cache.swap(a, b)
         self.held[a], self.held[b] = self.held[b], self.held[a]
 
 
-def read_parts(model: LanguageModel, cache: Cache, slot: int, parts: list[list[int]]) -> Tensor:
-    """Append parts[i], which are not empty, to slot + i of the cache, in one pass. Returns the logits (B, V) of what
-    follows each. Their logits do not depend on each other."""
+def read_parts(model: LanguageModel, cache: Cache, slot: int, parts: list[list[int]], n_logits: int = 1) -> Tensor:
+    """Append parts[i], which are not empty, to slot + i of the cache, in one pass. Returns the logits (B, n_logits, V)
+    of what follows its last ids; of a shorter part, the first are not logits of anything. Parts do not depend on each
+    other."""
     lengths = list(map(len, parts))
     longest = max(lengths)
     ids = torch.tensor([part + [0] * (longest - len(part)) for part in parts], device=model.embed.weight.device)
     rows = cache.view(slot, len(parts)) if slot else cache
-    logits = model(ids, cache=rows, lengths=lengths if min(lengths) < longest else None, n_logits=1)[:, -1]
+    logits = model(ids, cache=rows, lengths=lengths if min(lengths) < longest else None, n_logits=n_logits)
     cache.lengths[slot : slot + len(parts)] = rows.lengths[: len(parts)]
     return logits
 
@@ -232,7 +283,7 @@ def prefill(model: LanguageModel, prompts: list[list[int]], more: int) -> tuple[
     the logits (B, V) of the next one."""
     different = list(dict.fromkeys(map(tuple, prompts)))
     cache = model.new_cache(len(prompts), min(model.cfg.seq_len, max(map(len, different)) + more))
-    logits = read_parts(model, cache, 0, list(map(list, different)))
+    logits = read_parts(model, cache, 0, list(map(list, different)))[:, -1]
     which = [different.index(tuple(prompt)) for prompt in prompts]
     if which != list(range(len(prompts))):
         cache.assign(list(range(len(prompts))), which)
@@ -241,10 +292,10 @@ def prefill(model: LanguageModel, prompts: list[list[int]], more: int) -> tuple[
 
 def generate(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSettings | None = None,
              stop_ids: tuple[int, ...] = (), first: list[list[int]] | None = None,
-             unused: list[int] | None = None) -> list[list[int]]:
+             unused: list[int] | None = None, speculation=None) -> list[list[int]]:
     """Continue every prompt; returns the new ids of each, without the stop token. See `stream`."""
     rows: list[list[int]] = [[] for _ in prompts]
-    for new in stream(model, prompts, sampling, stop_ids, first, unused):
+    for new in stream(model, prompts, sampling, stop_ids, first, unused, speculation):
         for row, token in zip(rows, new, strict=True):
             if token is not None:
                 row.append(token)
@@ -253,8 +304,9 @@ def generate(model: LanguageModel, prompts: list[list[int]], sampling: SamplingS
 
 def stream(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSettings | None = None,
            stop_ids: tuple[int, ...] = (), first: list[list[int]] | None = None,
-           unused: list[int] | None = None) -> Iterator[list[int | None]]:
-    """Yield the next token of every row until all have ended or max_new_tokens is reached.
+           unused: list[int] | None = None, speculation=None) -> Iterator[list[int | None]]:
+    """Yield the next token of every row until all have ended or max_new_tokens is reached; with a speculation (see
+    `Decoder`), also None for a row of which a pass gave fewer tokens than of others.
 
     Prompts may differ in length but must not be empty; of longer ones than seq_len the newest tokens are read.
     `first[i]`, if not empty, lists the only ids that row i may begin with. The model stays in the mode it was in.
@@ -265,7 +317,7 @@ def stream(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSet
     rows = [Row(prompt, sampling, sample, stop_ids, first[sample] if first else []) for sample, prompt in
             enumerate(prompts)]
     size = min(model.cfg.seq_len, max(map(len, prompts)) + sampling.max_new_tokens)
-    decoder = Decoder(model, len(rows), size, unused or ())
+    decoder = Decoder(model, len(rows), size, unused or (), speculation=speculation)
     for row in rows:
         decoder.add(row)
     was_training = model.training
@@ -274,7 +326,8 @@ def stream(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSet
         while decoder.advance():
             before = [len(row.ids) for row in rows]
             decoder.draw()
-            yield [row.ids[-1] if len(row.ids) > n else None for row, n in zip(rows, before, strict=True)]
+            drawn = [row.ids[n:] for row, n in zip(rows, before, strict=True)]
+            yield from map(list, zip_longest(*drawn))
     finally:
         model.train(was_training)
 

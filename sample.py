@@ -27,6 +27,7 @@ from runtime import checkpoint
 from runtime.device import MachineSettings, choose_machine
 from runtime.files import write_text
 from runtime.screen import run, tell, visible
+from speculate import Speculation, SpeculationSettings, make_speculation
 from text.chat import Chat, ChatSettings, Template
 from text.tokenizer import StreamDecoder, Tokenizer
 
@@ -53,7 +54,7 @@ FLOAT32_ON_CPU = 400_000_000
 CHAT = {"temperature": 0.3, "repetition_penalty": 1.1}  # small models leave the subject, or go in circles (docs/log.md)
 RULES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
-SETTINGS = [SampleSettings, SamplingSettings, ChatSettings, MachineSettings]
+SETTINGS = [SampleSettings, SamplingSettings, SpeculationSettings, ChatSettings, MachineSettings]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -103,10 +104,12 @@ def print_samples(s: Settings, model: LanguageModel, tokenizer: Tokenizer, sampl
         samples += [(text, ids, first, typed)] * s.n_samples
     texts, prompts, firsts, typed = zip(*samples, strict=True)
     stop_ids, unused = tokenizer.stop_ids(), tokenizer.unused_ids(model.cfg.vocab_size)
+    speculation = make_speculation(s.speculate, model, tokenizer, len(samples))
     if len(samples) == 1:
-        rows = [(new for (new,) in stream(model, prompts, sampling, stop_ids, firsts, unused) if new is not None)]
+        new = stream(model, prompts, sampling, stop_ids, firsts, unused, speculation)
+        rows = [(token for (token,) in new if token is not None)]
     else:
-        rows = generate(model, prompts, sampling, stop_ids, firsts, unused)
+        rows = generate(model, prompts, sampling, stop_ids, firsts, unused, speculation)
     for i, ids in enumerate(rows):
         if len(samples) > 1:
             print(f"--- {i + 1} of {len(samples)}")
@@ -114,6 +117,12 @@ def print_samples(s: Settings, model: LanguageModel, tokenizer: Tokenizer, sampl
         for piece in new_text(tokenizer, prompts[i], ids, typed[i], s.stop):
             print(visible(piece), end="", flush=True)
         print(flush=True)
+    note_speed(speculation)
+
+
+def note_speed(speculation: Speculation | None) -> None:
+    if speculation:
+        note(speculation.summary())
 
 
 def new_text(tokenizer: Tokenizer, prompt: list[int], ids: Iterable[int], typed: int, stops: list[str]):
@@ -199,7 +208,8 @@ def converse(s: Settings, model: LanguageModel, tokenizer: Tokenizer, sampling: 
     for name in ("template", "system"):
         if not s.given(name):
             s.set(name, saved[name], "checkpoint")
-    chat = Chat(model, tokenizer, s.template, sampling, checked_text(s.system, "system"))
+    speculation = make_speculation(s.speculate, model, tokenizer, capacity=1)
+    chat = Chat(model, tokenizer, s.template, sampling, checked_text(s.system, "system"), speculation)
     note_what_is_lost(tokenizer, chat.system, "the system text")
     lines = typed_lines()
     if s.prompt or s.prompts_file:
@@ -207,7 +217,7 @@ def converse(s: Settings, model: LanguageModel, tokenizer: Tokenizer, sampling: 
     for text in lines:
         command, _, rest = text.partition(" ")
         if command == "/quit":
-            return
+            break
         if command == "/reset":
             chat.reset()
         elif command == "/system":
@@ -219,6 +229,7 @@ def converse(s: Settings, model: LanguageModel, tokenizer: Tokenizer, sampling: 
             note(f"{command} is none of /reset, /system and /quit; //... sends a message that begins with /")
         else:
             print_answer(chat, text)
+    note_speed(speculation)
 
 
 def typed_lines() -> Iterator[str]:

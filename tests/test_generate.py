@@ -274,6 +274,20 @@ def test_the_next_turn_of_a_conversation_is_read_from_where_it_differs():
     assert read == [(1, 4), (1, 2), (1, 2), (1, 1)]
 
 
+def test_a_long_prompt_beside_the_next_turn_of_a_nearly_full_row_waits_for_the_next_pass():
+    decoder = Decoder(shaken(tiny()), capacity=2)
+    rows = [Row(list(range(28)), SamplingSettings(temperature=0, max_new_tokens=1))]
+    rows.append(Row(list(range(29)), SamplingSettings(temperature=0, max_new_tokens=2)))
+    rows.append(Row(list(range(50, 70)), SamplingSettings(temperature=0, max_new_tokens=2)))
+    for together in (rows[:1], rows[1:]):
+        for row in together:
+            decoder.add(row)
+        while decoder.advance():
+            decoder.draw()
+    for row in rows:
+        assert row.new == naive(decoder.model, row.ids[: row.prompt], row.sampling.max_new_tokens)
+
+
 def test_ctrl_c_in_the_middle_of_a_pass_leaves_no_half_written_row():
     model = shaken(tiny())
     decoder = Decoder(model, capacity=1)

@@ -276,13 +276,14 @@ class Chat:
     always agree, also when turns were forgotten, the system text changed or an answer was cut.
     """
 
-    def __init__(self, model, tokenizer: Tokenizer, template: str, sampling, system: str = ""):
-        """`sampling` are generate.SamplingSettings."""
+    def __init__(self, model, tokenizer: Tokenizer, template: str, sampling, system: str = "", speculation=None):
+        """`sampling` are generate.SamplingSettings; for `speculation` see generate.Decoder."""
         from generate import Decoder  # here, because train.py needs the prompt formats alone
 
         self.model, self.tokenizer, self.template = model.eval(), tokenizer, make_template(template, tokenizer)
         self.sampling, self.system = sampling, system  # a new system text applies from the next turn on
-        self.decoder = Decoder(model, capacity=1, unused=tokenizer.unused_ids(model.cfg.vocab_size))
+        unused = tokenizer.unused_ids(model.cfg.vocab_size)
+        self.decoder = Decoder(model, capacity=1, unused=unused, speculation=speculation)
         self.reset()
 
     def reset(self) -> None:
@@ -355,10 +356,11 @@ class Chat:
         self.decoder.add(row)
         try:
             while self.decoder.advance():
+                n = len(row.ids)
                 self.decoder.draw()
-                if row.ended != "stop":
-                    answer.append(row.ids[-1])
-                    yield text.push(row.ids[-1])
+                for token in row.ids[n:]:
+                    answer.append(token)
+                    yield text.push(token)
             yield text.flush()
         finally:
             self.decoder.remove(row)
