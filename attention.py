@@ -18,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ffn import Linear
-
 
 @dataclass
 class Place:
@@ -126,10 +124,11 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = n_head, n_kv_head, head_dim
         self.dropout, self.window = dropout, window
-        self.q = Linear(d_model, n_head * head_dim, bias=bias or qkv_bias)
-        self.k = Linear(d_model, n_kv_head * head_dim, bias=bias or qkv_bias)
-        self.v = Linear(d_model, n_kv_head * head_dim, bias=bias or qkv_bias)
-        self.o = Linear(n_head * head_dim, d_model, bias=bias)
+        self.q = nn.Linear(d_model, n_head * head_dim, bias=bias or qkv_bias)
+        self.k = nn.Linear(d_model, n_kv_head * head_dim, bias=bias or qkv_bias)
+        self.v = nn.Linear(d_model, n_kv_head * head_dim, bias=bias or qkv_bias)
+        self.qkv: nn.Linear | None = None  # all three in one, for decoding: inference.join_products
+        self.o = nn.Linear(n_head * head_dim, d_model, bias=bias)
         self.q_norm = self.k_norm = None
         if qk_norm:
             self.q_norm = nn.RMSNorm(head_dim, eps=norm_eps)
@@ -152,9 +151,14 @@ class Attention(nn.Module):
         place = place or Place()
         B, T, _ = x.shape
         # 1) project
-        q = self.q(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, H, T, Dh)
-        k = self.k(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, K, T, Dh)
-        v = self.v(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, K, T, Dh)
+        if self.qkv is None:
+            q, k, v = self.q(x), self.k(x), self.v(x)
+        else:
+            shared = self.n_kv_head * self.head_dim
+            q, k, v = self.qkv(x).split((self.n_head * self.head_dim, shared, shared), dim=-1)
+        q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, H, T, Dh)
+        k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, K, T, Dh)
+        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, K, T, Dh)
         if self.q_norm is not None:
             q, k = norm_heads(q, self.q_norm), norm_heads(k, self.k_norm)
         # 2) rotate
@@ -268,15 +272,15 @@ class LatentAttention(nn.Module):
         self.n_head, self.kv_rank, self.q_rank, self.dropout = n_head, kv_rank, q_rank, dropout
         self.nope_dim, self.rope_dim, self.v_dim = nope_dim, rope_dim, v_dim
         if q_rank:
-            self.q_down = Linear(d_model, q_rank, bias=bias)
+            self.q_down = nn.Linear(d_model, q_rank, bias=bias)
             self.q_norm = nn.RMSNorm(q_rank, eps=norm_eps)
-            self.q_up = Linear(q_rank, n_head * (nope_dim + rope_dim), bias=False)
+            self.q_up = nn.Linear(q_rank, n_head * (nope_dim + rope_dim), bias=False)
         else:
-            self.q = Linear(d_model, n_head * (nope_dim + rope_dim), bias=False)
-        self.kv_down = Linear(d_model, kv_rank + rope_dim, bias=bias)  # [latent | shared key]
+            self.q = nn.Linear(d_model, n_head * (nope_dim + rope_dim), bias=False)
+        self.kv_down = nn.Linear(d_model, kv_rank + rope_dim, bias=bias)  # [latent | shared key]
         self.kv_norm = nn.RMSNorm(kv_rank, eps=norm_eps)
-        self.kv_up = Linear(kv_rank, n_head * (nope_dim + v_dim), bias=False)  # of each head: [key | value]
-        self.o = Linear(n_head * v_dim, d_model, bias=bias)
+        self.kv_up = nn.Linear(kv_rank, n_head * (nope_dim + v_dim), bias=False)  # of each head: [key | value]
+        self.o = nn.Linear(n_head * v_dim, d_model, bias=bias)
 
     def new_cache(self, batch: int, length: int, dtype: torch.dtype, device) -> LatentCache:
         return LatentCache((batch, length, self.kv_rank + self.rope_dim), dtype, device)
@@ -305,6 +309,7 @@ class LatentAttention(nn.Module):
         # 3) cache
         if cache is not None:
             rows = cache.update(rows, place)  # (B, S, R)
+        q_nope, q_rope = q_nope.to(rows.dtype), q_rope.to(rows.dtype)
         # 4) attend
         dropout = self.dropout if self.training else 0.0
         if place.start and self.absorbing_is_cheaper(T, rows.shape[1]):

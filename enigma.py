@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import Attention, KVCache, Place, push
-from ffn import FeedForward, Linear, RMSNorm
+from ffn import FeedForward, RMSNorm
 from reversible import Branch
 
 # ---- wheels ----------------------------------------------------------------------------------------------------------
@@ -108,9 +108,9 @@ class DynamicConv(nn.Module):
     def __init__(self, d_model: int, n_head: int, kernel: int, bias: bool = False):
         super().__init__()
         self.n_head, self.kernel = n_head, kernel
-        self.up = Linear(d_model, 2 * d_model, bias=bias)
-        self.taps = Linear(d_model, n_head * kernel, bias=False)
-        self.down = Linear(d_model, d_model, bias=bias)
+        self.up = nn.Linear(d_model, 2 * d_model, bias=bias)
+        self.taps = nn.Linear(d_model, n_head * kernel, bias=False)
+        self.down = nn.Linear(d_model, d_model, bias=bias)
 
     def new_cache(self, batch: int, dtype: torch.dtype, device) -> ConvCache:
         return ConvCache((batch, self.kernel - 1, self.taps.in_features), dtype, device)
@@ -144,7 +144,7 @@ class EnigmaBlock(nn.Module):
                  shears: bool = True, bias: bool = False, qk_norm: bool = True, norm_eps: float = 1e-6):
         super().__init__()
         norm = partial(RMSNorm, d_model, eps=norm_eps)
-        self.shears = nn.ModuleList(Linear(d_model, d_model, bias=False) for _ in range(3 if shears else 0))
+        self.shears = nn.ModuleList(nn.Linear(d_model, d_model, bias=False) for _ in range(3 if shears else 0))
         self.conv_norm = self.conv = None
         if kernel:
             self.conv_norm = norm()

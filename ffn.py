@@ -1,4 +1,4 @@
-"""Linear layers, RMSNorm, and the feed-forward, which processes each token by itself: one network, or a few of many.
+"""RMSNorm, and the feed-forward, which processes each token by itself: one network, or a few of many.
 
     swiglu   down(silu(gate(x)) * up(x))      Shazeer, arXiv 2002.05202; three matrices
     relu2    down(relu(up(x))²)               Primer, arXiv 2109.08668; two matrices
@@ -22,28 +22,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-FEW = 32  # rows
-
-
-class Linear(nn.Linear):
-    """x (..., in) -> (..., out): x·Wᵀ + b.
-
-    Decoding a token reads each weight once, so memory bandwidth limits its speed. With one or a few rows of bfloat16,
-    x·Wᵀ reaches only half of that bandwidth (oneDNN prepares for many rows). W·xᵀ, the same sums with W in front,
-    reaches more: a whole model decodes 1.1 to 1.3 times faster. Beyond 32 rows it gains nothing (docs/log.md).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // self.in_features
-        narrow = self.weight.dtype == torch.bfloat16 and x.device.type == "cpu"
-        if not narrow or not 0 < rows <= FEW or torch.is_grad_enabled():
-            return super().forward(x)
-        flat = x.reshape(rows, self.in_features).to(torch.bfloat16)
-        y = torch.mv(self.weight, flat[0]) if rows == 1 else (self.weight @ flat.T).T.contiguous()
-        if self.bias is not None:
-            y = y + self.bias
-        return y.reshape(*x.shape[:-1], self.out_features)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -85,11 +63,15 @@ class FeedForward(nn.Module):
     def __init__(self, d_model: int, d_ff: int, kind: str = "swiglu", bias: bool = False):
         super().__init__()
         self.activation = ACTIVATIONS[kind]
-        self.gate = Linear(d_model, d_ff, bias=bias) if kind == "swiglu" else None
-        self.up = Linear(d_model, d_ff, bias=bias)
-        self.down = Linear(d_ff, d_model, bias=bias)
+        self.gate = nn.Linear(d_model, d_ff, bias=bias) if kind == "swiglu" else None
+        self.up = nn.Linear(d_model, d_ff, bias=bias)
+        self.gate_up: nn.Linear | None = None  # both in one, for decoding: inference.join_products
+        self.down = nn.Linear(d_ff, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gate_up is not None:
+            gate, up = self.gate_up(x).chunk(2, dim=-1)
+            return self.down(self.activation(gate) * up)
         if self.gate is not None:
             return self.down(self.activation(self.gate(x)) * self.up(x))
         return self.down(self.activation(self.up(x)))
@@ -140,6 +122,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x (N, D) sorted by expert, where e has the rows ends[e-1] … ends[e] -> (N, D) in the same order."""
+        if x.dtype.itemsize > self.up.dtype.itemsize:
+            x = x.to(self.up.dtype)
         hidden = grouped_linear(x, self.up, ends)  # (N, F)
         if self.gate is not None:
             hidden = self.activation(grouped_linear(x, self.gate, ends)) * hidden
@@ -186,7 +170,7 @@ class MoE(nn.Module):
         super().__init__()
         self.n_expert, self.top_k, self.n_group, self.topk_group = n_expert, top_k, n_group, topk_group
         self.sigmoid, self.renormalise, self.scale = router == "sigmoid", renormalise, scale
-        self.router = Linear(d_model, n_expert, bias=False)
+        self.router = nn.Linear(d_model, n_expert, bias=False)
         self.experts = Experts(n_expert, d_model, d_ff, kind)
         self.shared = FeedForward(d_model, n_shared * d_ff, kind) if n_shared else None
         self.register_buffer("bias", torch.zeros(n_expert) if bias_balance else None)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from attention import Attention, LatentAttention, Place, RopeScaling, example_mask, rotation, seen_keys, sinusoids
 from configurator import BelowOne, Count, NotNegative, Positive, Range, Size, check_fields, need
 from enigma import EnigmaBlock, stepping
-from ffn import Experts, FeedForward, Linear, MoE, RMSNorm, default_d_ff
+from ffn import Experts, FeedForward, MoE, RMSNorm, default_d_ff
 from loss import HeadLoss, soft_cap
 from reversible import Branch, Chain
 
@@ -250,7 +250,7 @@ class LanguageModel(nn.Module):
                 qk_norm=cfg.qk_norm, norm_eps=cfg.norm_eps))
         self.blocks.extend(Block(cfg, layer) for layer in range(cfg.n_layer))
         self.norm = make_norm(cfg)
-        self.head = Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
         self.chain = None

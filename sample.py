@@ -22,6 +22,7 @@ import numpy as np
 
 from configurator import ROOT, Count, Settings, UserError, check, check_fields, configure, find_path, need
 from generate import SamplingSettings, before_stop, generate, stream
+from inference import speed_up
 from model import LanguageModel
 from runtime import checkpoint
 from runtime.device import MachineSettings, choose_machine
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     large = model.count_parameters()["total"] > FLOAT32_ON_CPU
     if s.given("dtype") or machine.device.type == "cuda" or large:
         model.to(machine.dtype)
+    speed_up(model)
     note(f"{path}, step {state['progress']['step']}")
     if s.chat:
         for name in ("n_samples", "stop", "allow_special"):

@@ -1,5 +1,6 @@
 """Decoding: five kinds of models, the same weights in Hugging Face's generate, and the time to the first token."""
 
+import copy
 import statistics
 import sys
 from functools import partial
@@ -9,6 +10,7 @@ import torch
 from benchmarks.timing import TINY, limits, output_of, take_turns, timed
 from configurator import Settings, UserError
 from generate import SamplingSettings, generate
+from inference import speed_up
 from model import LanguageModel, ModelConfig
 from runtime.device import MachineSettings, choose_machine
 from runtime.files import optional
@@ -41,6 +43,7 @@ def bench_decode(s: Settings, argv: list[str]) -> dict:
         if s.smoke and "n_kv_head" in own:
             own = own | {"n_kv_head": 1}
         models[name] = LanguageModel(ModelConfig(**base | own)).to(machine.device, machine.dtype).eval()
+        speed_up(models[name])
     print(f"{'batch':>6} {'context':>8}  {'model':<18} {'cache MB':>9} {'ms/step':>9} {'tokens/s':>9} "
           f"{'of bandwidth':>13} {'first token, ms':>16}")
     for batch in batches:
@@ -53,8 +56,8 @@ def bench_decode(s: Settings, argv: list[str]) -> dict:
                 caches[name] = model.new_cache(batch, context + 16)
                 first[name] = timed(lambda m=model, c=caches[name], i=ids: m(i, cache=c, n_logits=1), 1)[0]
 
-            def step(name, context=context, token=token, caches=caches):
-                caches[name].length = context
+            def step(name, batch=batch, context=context, token=token, caches=caches):
+                caches[name].lengths = [context] * batch
                 models[name](token, cache=caches[name], n_logits=1)
 
             times = take_turns({name: lambda n=name: step(n) for name in models}, s.repeats, count=4)
@@ -104,18 +107,19 @@ def bench_generate(s: Settings, argv: list[str]) -> dict:
     if s.smoke:
         batches, contexts, shape, new = (1, 2), (16,), GPT2 | TINY, 5
     torch.manual_seed(0)
-    ours = LanguageModel(ModelConfig(**shape)).to(machine.device).eval()
-    theirs = as_transformers(ours).to(machine.device)
+    model = LanguageModel(ModelConfig(**shape)).to(machine.device).eval()
+    theirs = as_transformers(model).to(machine.device)
     print(f"{'dtype':<9} {'batch':>6} {'context':>8} {'':<14} {'tokens/s':>9} {'ratio':>7} {'of bandwidth':>13} "
           f"{'first token, ms':>16}")
     for dtype in dict.fromkeys((torch.float32, machine.dtype)):
-        ours.to(dtype), theirs.to(dtype)
+        ours, _ = copy.deepcopy(model).to(dtype), theirs.to(dtype)
+        speed_up(ours)
         for batch in batches:
             for context in contexts:
                 prompt = torch.randint(500, (batch, context), device=machine.device)
                 rows_of_ids = prompt.tolist()
 
-                def run_ours(n, rows_of_ids=rows_of_ids):
+                def run_ours(n, ours=ours, rows_of_ids=rows_of_ids):
                     return generate(ours, rows_of_ids, SamplingSettings(temperature=0, max_new_tokens=n))
 
                 def run_theirs(n, prompt=prompt):
