@@ -40,7 +40,7 @@ class SamplingSettings:
     min_p: Share = 0.0          # sample from tokens at least min_p times as likely as the likeliest (arXiv 2407.01082)
     repetition_penalty: Positive = 1.0  # penalises generated tokens: logits l/p or, if negative, l·p (arXiv 1909.05858)
     presence_penalty: Penalty = 0.0   # subtracted from the logits of generated tokens
-    frequency_penalty: Penalty = 0.0  # the same, times how often each was generated
+    frequency_penalty: Penalty = 0.0  # subtracted from the logits of generated tokens, times how often
     no_repeat_ngram: Size = 0   # never generate the same n tokens in a row twice; 0 = off
     seed: Amount = 1337         # seed of the random choices
 

@@ -257,8 +257,8 @@ def test_only_hidden_matrices_get_muon_and_only_trainable_parameters_get_anythin
     model.blocks[1].attn.q.lora_a = nn.Parameter(torch.zeros(4, 32))
     state = Optimizer(model, OptimSettings()).state
     by_muon = {name.removesuffix(".momentum") for name in state if name.endswith(".momentum")}
-    assert by_muon == {f"blocks.1.{name}.weight" for name in ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.up",
-                                                             "ffn.down")}
+    assert by_muon == {f"blocks.1.{name}.weight" for name in ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate",
+                                                             "ffn.up", "ffn.down")}
     assert "blocks.1.attn.q.lora_a.mean" in state and not any(name.startswith("blocks.0") for name in state)
 
 

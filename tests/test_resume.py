@@ -279,7 +279,7 @@ def test_the_parameters_active_for_a_token_and_both_rates_are_said_and_logged(go
     out = capsys.readouterr().out
     found = re.search(r"model +([\d,]+) parameters, ([\d,]+) of them active", out)
     total, active = (int(number.replace(",", "")) for number in found.groups())
-    assert total - active == 2 * 2 * (2 * 16 * 32)  # two layers, two idle experts of two matrices
+    assert total - active == 2 * 2 * (3 * 16 * 32)  # two layers, two idle experts of three matrices
     assert "lr 0.003 (AdamW), muon_lr 0.02 for hidden matrices (Muon)" in out
     assert column(tmp_path / "run", "muon_lr")[-1] == pytest.approx(0.002)
     go(out_dir=tmp_path / "adamw", max_steps=2, optimizer="adamw")
