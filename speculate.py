@@ -5,8 +5,8 @@
 
 A pass over a few ids costs little more than a pass over one, because it reads the weights once (Leviathan et al., arXiv
 2211.17192). `generate.Decoder` draws the id after each of them by the usual rules and noise, and stops at the first
-that the draft does not have (sample and match). So the text is the one that it would sample without drafts, and each
-drafted id that comes true saves a pass.
+that the draft does not have (sample and match). So in float32 the text is the one that it would sample without drafts;
+in narrower types a longer pass rounds differently. Each drafted id that comes true saves a pass.
 
 Drafts that do not come true cost time, which a `Purse` bounds. What it decides depends on ids alone, never on a clock,
 so a seed gives the same text twice in every dtype.

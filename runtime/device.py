@@ -25,7 +25,7 @@ from runtime.screen import leaving, tell
 @dataclass
 class MachineSettings:
     device: str = "auto"        # cpu, cuda, cuda:1, mps; auto = the fastest available
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # matrix products and LoRA bases; weights: float32
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # matrix products, LoRA bases; weights: float32
     compile: bool = False       # use torch.compile; if not set: on CUDA only
     compile_backend: str = "inductor"  # backend of torch.compile
 

@@ -83,13 +83,8 @@ def test_a_forward_pass_without_learned_tokens_is_harmless():
     assert loss.item() == 0.0 and all(p.grad.abs().max() == 0.0 for p in model.parameters())
 
 
-@pytest.mark.parametrize("more", [{}, dict(use_lora=1, lora_dora=1),
-                                  dict(use_lora=1, lora_dropout=0.2),
-                                  dict(use_lora=1, ema=0.9)])
-@pytest.mark.parametrize("at", [3, 6])
-def test_resume_is_bit_exact(text, base, questions, tmp_path, monkeypatch, more, at):
-    argv = tune(text, base, questions, tmp_path / "a", **more)
-    assert train.main(argv) == 0
+def resumes_bit_exact(argv: list[str], tmp_path, monkeypatch, at: int) -> dict:
+    """Interrupts a second run like that of argv, in "a", at a step, and goes on. Returns the last state of "a"."""
     interrupt_at(monkeypatch, at)
     parts = [arg.replace(str(tmp_path / "a"), str(tmp_path / "b")) for arg in argv]
     assert train.main(parts) == 128 + 15
@@ -97,6 +92,17 @@ def test_resume_is_bit_exact(text, base, questions, tmp_path, monkeypatch, more,
     assert train.main(parts) == 0
     a, b = (checkpoint.load(tmp_path / name / "step_00000012.pt") for name in "ab")
     assert same(a["model"], b["model"]) and same(a["optimizer"], b["optimizer"])
+    return a
+
+
+@pytest.mark.parametrize("more", [{}, dict(use_lora=1, lora_dora=1),
+                                  dict(use_lora=1, lora_dropout=0.2),
+                                  dict(use_lora=1, ema=0.9)])
+@pytest.mark.parametrize("at", [3, 6])
+def test_resume_is_bit_exact(text, base, questions, tmp_path, monkeypatch, more, at):
+    argv = tune(text, base, questions, tmp_path / "a", **more)
+    assert train.main(argv) == 0
+    resumes_bit_exact(argv, tmp_path, monkeypatch, at)
     assert column(tmp_path / "a", "loss") == column(tmp_path / "b", "loss")
 
 
@@ -115,13 +121,7 @@ def test_a_bf16_base_resumes_bit_exact_and_is_merged_in_float32(text, base, ques
     argv = tune(text, base, questions, tmp_path / "a", **bf16_base, **more)
     assert train.main(argv) == 0
     assert "the frozen weights are in bfloat16" in capsys.readouterr().out
-    interrupt_at(monkeypatch, 3)
-    parts = [arg.replace(str(tmp_path / "a"), str(tmp_path / "b")) for arg in argv]
-    assert train.main(parts) == 128 + 15
-    monkeypatch.undo()
-    assert train.main(parts) == 0
-    a, b = (checkpoint.load(tmp_path / name / "step_00000012.pt") for name in "ab")
-    assert same(a["model"], b["model"]) and same(a["optimizer"], b["optimizer"])
+    a = resumes_bit_exact(argv, tmp_path, monkeypatch, 3)
     assert all(tensor.dtype == torch.float32 for tensor in a["model"].values())
     assert (base / "best.pt").read_bytes() == (tmp_path / "a" / "base.pt").read_bytes() == file
 
