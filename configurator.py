@@ -197,8 +197,8 @@ def check_fields(settings) -> None:
 
 # ---- The sources ----------------------------------------------------------------------------------------------------
 
-# Exported by Windows, GNU screen, Nix and Android builds, and for GNU's df: not meant for us.
-EXPORTED_BY_SYSTEMS = {"prompt", "window", "system", "out", "block_size"}
+# Exported by Windows, GNU screen, Nix and Android builds, for GNU's df, and by shells: not meant for us.
+EXPORTED_BY_SYSTEMS = {"prompt", "window", "system", "out", "block_size", "host"}
 
 # Settings that exclude each other: the later source wins, the others are reset.
 RIVALS = [

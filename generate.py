@@ -62,11 +62,13 @@ class Row:
     first: list[int] = field(default_factory=list)  # the only ids it may begin with, if any
     bias: dict[int, float] = field(default_factory=dict)  # added to the logits of these ids
     n_logprobs: int | None = None  # keep the log probability of each new id, and of the n likeliest
+    scores_prompt: bool = False  # keep those of the prompt's ids as well, from its second on
     ended: str = ""  # "stop" or "length"; "" as long as it goes on
     passes: int = 0  # of the model for its new ids, beside those for the prompt
     drafted: int = 0  # ids that these read ahead (speculate.py), and those of them that came true
     accepted: int = 0
     logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)  # (that of the id, {likely id: its})
+    prompt_logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
 
     def __post_init__(self):
         if not self.ids:
@@ -78,6 +80,13 @@ class Row:
     @property
     def new(self) -> list[int]:
         return self.ids[self.prompt :]
+
+    def score(self, logits: Tensor) -> None:
+        """Logits (T, V) after the next T ids of the prompt: what they say of the ids behind these."""
+        for part in logits.split(64):
+            following = self.ids[len(self.prompt_logprobs) + 1 :]
+            for token, logprobs in zip(following, part.float().log_softmax(dim=-1), strict=False):
+                self.prompt_logprobs.append((logprobs[token].item(), likeliest(logprobs, self.n_logprobs or 0)))
 
     def take(self, token: int) -> None:
         if token in self.stop_ids:
@@ -209,6 +218,9 @@ class Decoder:
     def admit(self) -> None:
         """Read prompts that wait. Those that are read to their end join the rows."""
         n = len(self.rows)
+        if self.waiting[0].scores_prompt:
+            self.admit_scored(n, self.waiting[0])
+            return
         rows = self.waiting[: 1 if self.chunk else self.capacity - n]
         prompts = [tuple(row.ids[-self.cache.size :]) for row in rows]
         different = list(dict.fromkeys(prompts))
@@ -232,18 +244,32 @@ class Decoder:
         self.drafts += [[] for _ in rows]
         del self.waiting[: len(rows)]
 
-    def claim(self, slot: int, prompt: tuple[int, ...]) -> None:
-        """Let `slot` hold the longest beginning of the prompt that it or a free slot behind it holds. If none does, the
-        slot with the fewest ids is forgotten."""
-        common = {i: self.common(self.held[i], prompt) for i in range(slot, self.capacity)}
+    def admit_scored(self, slot: int, row: Row) -> None:
+        """Read a part of a prompt, every position of which gets its logits; they are forgotten before the next part."""
+        self.claim(slot, tuple(row.ids), most=len(row.prompt_logprobs))
+        start = self.cache.lengths[slot]
+        part = row.ids[start : start + (self.chunk or 256)]
+        (logits,) = self.read(slot, [part], n_logits=len(part))
+        row.score(logits)
+        if self.cache.lengths[slot] == len(row.ids):
+            self.rows.append(self.waiting.pop(0))
+            self.logits.append(logits[-1:])
+            self.drafts.append([])
+
+    def claim(self, slot: int, prompt: tuple[int, ...], most: int | None = None) -> None:
+        """Let `slot` hold the longest beginning of the prompt, of at most `most` ids, that it or a free slot behind it
+        holds. If none does, the slot with the fewest ids is forgotten."""
+        if most is None:
+            most = len(prompt) - 1  # at least one must be read
+        common = {i: self.common(self.held[i], prompt[:most]) for i in range(slot, self.capacity)}
         best = max(common, key=lambda i: (common[i], -len(self.held[i])))
         if best > slot:
             self.swap(slot, best)
         self.keep(slot, common[best])
 
     def common(self, held: list[int], prompt: tuple[int, ...]) -> int:
-        """How many ids of a slot can stay where the prompt follows: at least one must be read."""
-        most = min(len(held), len(prompt) - 1)
+        """How many ids of a slot can stay where the prompt follows."""
+        most = min(len(held), len(prompt))
         same = next((i for i in range(most) if held[i] != prompt[i]), most)
         return same if same == len(held) or self.cache.can_shorten else 0
 
@@ -439,26 +465,44 @@ def filter_probs(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: floa
     return probs
 
 
-def before_stop(pieces: Iterable[str], stops: Iterable[str]) -> Iterator[str]:
-    """The text before the stop string that is complete first, however the text is split into pieces.
+class StopFinder:
+    """Passes text on up to the stop string that is complete first, however the text is split into pieces.
 
-    >>> list(before_stop(["a#", "b#", "#c"], ("##",)))  ->  ["a", "#b"]      # "#" waits: it may begin a stop string
+    >>> finder = StopFinder(["##"]); [finder.push(piece) for piece in ("a#", "b#", "#c")]  ->  ["a", "#b", ""]
+
+    "#" waits: it may begin a stop string. `found` is then True, and what was pushed last is the end.
     """
-    held = ""
-    for piece in pieces:
-        held += piece
-        found = [(begin + len(stop), begin) for stop in stops if (begin := held.find(stop)) >= 0]
+
+    def __init__(self, stops: Iterable[str]):
+        self.stops, self.held, self.found = tuple(stops), "", False
+
+    def push(self, piece: str) -> str:
+        self.held += piece
+        found = [(begin + len(stop), begin) for stop in self.stops if (begin := self.held.find(stop)) >= 0]
         if found:
-            held = held[: min(found)[1]]
-            break
+            self.held, self.found = self.held[: min(found)[1]], True
+            return self.flush()
         waits = 0  # characters that may begin a stop string
-        for stop in stops:
-            for n in range(1, len(stop)):
-                if held.endswith(stop[:n]):
+        for stop in self.stops:
+            for n in range(1, min(len(stop), len(self.held) + 1)):
+                if self.held.endswith(stop[:n]):
                     waits = max(waits, n)
-        safe = len(held) - waits
-        if safe:
-            yield held[:safe]
-        held = held[safe:]
-    if held:
-        yield held
+        safe = len(self.held) - waits
+        text, self.held = self.held[:safe], self.held[safe:]
+        return text
+
+    def flush(self) -> str:
+        text, self.held = self.held, ""
+        return text
+
+
+def before_stop(pieces: Iterable[str], stops: Iterable[str]) -> Iterator[str]:
+    """The pieces of a text up to a stop string: ["a#", "b#", "#c"], ["##"] -> "a", "#b" """
+    finder = StopFinder(stops)
+    for piece in pieces:
+        if text := finder.push(piece):
+            yield text
+        if finder.found:
+            return
+    if text := finder.flush():
+        yield text

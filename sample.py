@@ -25,7 +25,7 @@ from generate import SamplingSettings, before_stop, generate, stream
 from inference import speed_up
 from model import LanguageModel
 from runtime import checkpoint
-from runtime.device import MachineSettings, choose_machine
+from runtime.device import Machine, MachineSettings, choose_machine
 from runtime.files import write_text
 from runtime.screen import run, tell, visible
 from speculate import Speculation, SpeculationSettings, make_speculation
@@ -63,12 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     machine = choose_machine(s.part(MachineSettings))
     need("" not in s.stop, "stop= is empty, which would end every sample at once: leave it out")
     path = checkpoint.find(s.init_from)
-    model, tokenizer, state = checkpoint.load_model(path, machine.device, s.lora_base)
-    large = model.count_parameters()["total"] > FLOAT32_ON_CPU
-    if s.given("dtype") or machine.device.type == "cuda" or large:
-        model.to(machine.dtype)
-    speed_up(model)
-    note(f"{path}, step {state['progress']['step']}")
+    model, tokenizer, state = load_to_generate(path, s, machine)
     if s.chat:
         for name in ("n_samples", "stop", "allow_special"):
             need(not s.given(name), f"{name} is for samples: leave it out with --chat")
@@ -76,6 +71,17 @@ def main(argv: list[str] | None = None) -> None:
         converse(s, model, tokenizer, s.part(SamplingSettings), checkpoint.saved_settings(state, path, [ChatSettings]))
     else:
         print_samples(s, model, tokenizer, s.part(SamplingSettings))
+
+
+def load_to_generate(path: Path, s: Settings, machine: Machine) -> tuple[LanguageModel, Tokenizer, dict]:
+    """(model in the dtype that it computes in, tokenizer, state) of a checkpoint."""
+    model, tokenizer, state = checkpoint.load_model(path, machine.device, s.lora_base)
+    large = model.count_parameters()["total"] > FLOAT32_ON_CPU
+    if s.given("dtype") or machine.device.type == "cuda" or large:
+        model.to(machine.dtype)
+    speed_up(model)
+    note(f"{path}, step {state['progress']['step']}")
+    return model, tokenizer, state
 
 
 def choose_sampling(s: Settings, tokenizer: Tokenizer) -> None:

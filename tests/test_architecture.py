@@ -10,7 +10,7 @@ import pytest
 
 from configurator import ROOT
 
-SCRIPTS = {"train", "sample", "eval", "data", "plot", "convert"}
+SCRIPTS = {"train", "sample", "eval", "data", "plot", "convert", "serve"}
 FILES = [path for folder in (".", "text", "runtime") for path in sorted((ROOT / folder).glob("*.py"))]
 NAMES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES}
 MODULES = {name: path for path, name in NAMES.items()}
@@ -53,7 +53,7 @@ def test_training_loads_few_files():
 
 def test_the_root_is_what_people_read_and_run():
     """Few files, and the model begins near the top of its file. A later capability can add one file, up to 20."""
-    assert len([path for path in FILES if path.parent == ROOT]) <= 19
+    assert len([path for path in FILES if path.parent == ROOT]) <= 20
     lines = (ROOT / "model.py").read_text(encoding="utf-8").splitlines()
     first = next(number for number, line in enumerate(lines, start=1) if re.match(r"class \w+\(nn\.Module\)", line))
     assert first < 120

@@ -9,12 +9,13 @@ import commands
 import convert
 import eval as eval_script
 import sample
+import serve
 import train
 from configurator import ROOT, configure
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "README.zh.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = {"train.py": train.SETTINGS, "sample.py": sample.SETTINGS, "eval.py": eval_script.SETTINGS,
-           "convert.py": [convert.ConvertSettings]}
+           "convert.py": [convert.ConvertSettings], "serve.py": serve.SETTINGS}
 
 
 def parsed():

@@ -1,0 +1,190 @@
+"""The server, in this process: real sockets, a tiny model."""
+
+import http.client
+import json
+import socket
+import threading
+import time
+
+import pytest
+import torch
+
+import serve
+from configurator import Settings
+from generate import SamplingSettings, generate
+from model import LanguageModel, ModelConfig
+from test_model import shaken
+from text.tokenizer_files import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(text):
+    return train_tokenizer("bpe", [text.read_text(), "漢字 and 🙂"], 300)
+
+
+def make_model(tokenizer, name="tiny", seq_len=64, **settings):
+    torch.manual_seed(0)
+    cfg = ModelConfig(vocab_size=tokenizer.vocab_size, seq_len=seq_len, d_model=32, n_layer=2, n_head=4, n_kv_head=2)
+    s = Settings(serve.SETTINGS)
+    for key, value in settings.items():
+        s.set(key, value, "command line")
+    saved = {"template": "chatml", "system": ""}
+    return serve.ServedModel(name, shaken(LanguageModel(cfg)).eval(), tokenizer, s, saved, created=7)
+
+
+def start(*models, **settings):
+    s = Settings(serve.SETTINGS)
+    for key, value in ({"port": 0, "quiet": True} | settings).items():
+        s.set(key, value, "command line")
+    server = serve.Server(s, list(models))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    return server
+
+
+@pytest.fixture(scope="module")
+def served(tokenizer):
+    return make_model(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def server(served, tokenizer):
+    server = start(served, make_model(tokenizer, "second"))
+    yield server
+    server.shutdown()
+    server.close()
+
+
+def ask(server, path, body=None, method=None, headers=()):
+    """(status, headers, body) of a request."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    connection.request(method or ("GET" if body is None else "POST"), path, data, dict(headers))
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    return answer.status, answer.headers, content
+
+
+def post(server, path, **body):
+    status, _, content = ask(server, f"/v1/{path}", body)
+    assert status == 200, content
+    return json.loads(content)
+
+
+def events(server, path, **body):
+    status, headers, content = ask(server, f"/v1/{path}", body | {"stream": True})
+    assert status == 200 and headers["Content-Type"] == "text/event-stream"
+    found = content.decode().removesuffix("\n\n").split("\n\n")
+    assert all(event.startswith("data: ") and "\n" not in event for event in found) and found[-1] == "data: [DONE]"
+    return [json.loads(event.removeprefix("data: ")) for event in found[:-1]]
+
+
+def complain(server, path="completions", **body):
+    status, _, content = ask(server, f"/v1/{path}", {"prompt": "the"} | body)
+    return status, json.loads(content)["error"]
+
+
+HI = [{"role": "user", "content": "the quick"}]
+
+
+def test_greedy_ids_are_those_of_a_single_run(server, served):
+    ids = served.tokenizer.encode("the quick brown")
+    (new,) = generate(served.model, [ids], SamplingSettings(temperature=0, max_new_tokens=20),
+                      served.tokenizer.stop_ids(), unused=list(served.unused))
+    found = post(server, "completions", prompt=ids, temperature=0, max_tokens=20)
+    assert found["choices"][0]["text"] == served.tokenizer.decode(new, after=ids)
+    assert found["usage"] == {"prompt_tokens": len(ids), "completion_tokens": len(new),
+                              "total_tokens": len(ids) + len(new)}
+
+
+def test_a_stream_is_the_whole_answer_in_pieces_and_says_why_it_ended(server):
+    for path, more in (("completions", {"prompt": "the quick"}), ("chat/completions", {"messages": HI})):
+        body = more | {"seed": 3, "max_tokens": 9, "n": 2}
+        choices = post(server, path, **body)["choices"]
+        found = events(server, path, **body, stream_options={"include_usage": True})
+        *chunks, last = found
+        assert last["choices"] == [] and last["usage"]["completion_tokens"] <= 18
+        for i, choice in enumerate(choices):
+            mine = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == i]
+            texts = [each.get("text", each.get("delta", {}).get("content", "")) for each in mine]
+            assert "".join(texts) == choice.get("text", choice.get("message", {}).get("content"))
+            reasons = [each["finish_reason"] for each in mine]
+            assert reasons[-1] == choice["finish_reason"] and set(reasons[:-1]) == {None} and not texts[-1]
+
+
+def test_prompt_tokens_have_the_log_probabilities_of_the_model(server, served):
+    ids = served.tokenizer.encode("the quick brown fox jumps over a lazy dog")
+    found = post(server, "completions", prompt=[ids], echo=True, logprobs=1, max_tokens=1, temperature=0)
+    logprobs = found["choices"][0]["logprobs"]
+    expected = served.model(torch.tensor([ids]))[0].log_softmax(dim=-1)
+    assert logprobs["token_logprobs"][0] is None and len(logprobs["tokens"]) == len(ids) + 1
+    for i in range(1, len(ids)):
+        assert abs(logprobs["token_logprobs"][i] - expected[i - 1, ids[i]].item()) < 1e-5
+        assert abs(max(logprobs["top_logprobs"][i].values()) - expected[i - 1].max().item()) < 1e-5
+
+
+def test_a_stop_string_across_tokens_ends_the_text_before_it(server):
+    whole = post(server, "completions", prompt="the quick", temperature=0, max_tokens=30)["choices"][0]["text"]
+    stop = whole[5:9]
+    choice = post(server, "completions", prompt="the quick", temperature=0, max_tokens=30, stop=[stop])["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (whole[: whole.index(stop)], "stop")
+
+
+@pytest.mark.parametrize("field, value, status", [
+    ("prompt", None, 400), ("prompt", [], 400), ("prompt", [[]], 400), ("prompt", ["a", 1], 400), ("prompt", [-1], 400),
+    ("temperature", "1", 400), ("temperature", -1, 400), ("temperature", 10**400, 400), ("n", 0, 400), ("n", True, 400),
+    ("max_tokens", 1.5, 400), ("stop", [""], 400), ("stop", ["a"] * 5, 400), ("logit_bias", {"x": 1}, 400),
+    ("logit_bias", {"1": 200}, 400), ("stream", 1, 400), ("model", "none", 404), ("model", 3, 400), ("foo", 1, 400),
+    ("suffix", "x", 400), ("tools", [{}], 400), ("logprobs", 6, 400), ("best_of", 0, 400), ("seed", 1.5, 400),
+])
+def test_a_mistake_in_a_field_is_named(server, field, value, status):
+    found, error = complain(server, **{field: value})
+    assert (found, error["type"], error["param"]) == (status, "invalid_request_error", field)
+
+
+@pytest.mark.parametrize("body, status", [
+    (b"{", 400), (b"[]", 400), (b'{"prompt": "a", "prompt": "b"}', 400), (b'{"temperature": NaN}', 400),
+    (b'{"prompt": "\\ud800"}', 400), (b'{"prompt": "\xff"}', 400), (b"[" * 100_000, 400),
+    (b" " * (1 << 20) + b"{}", 413),
+])
+def test_a_body_that_is_no_json_is_refused(server, body, status):
+    found, _, content = ask(server, "/v1/completions", body)
+    assert found == status and "error" in json.loads(content)
+
+
+def test_hosts_origins_paths_and_methods_are_checked(server):
+    for name, value, status in (("Host", "evil.example", 403), ("Host", "localhost:1", 200),
+                                ("Origin", "http://x", 403)):
+        headers = {name: value}
+        assert ask(server, "/v1/models", headers=headers)[0] == status
+    assert ask(server, "/nothing")[0] == 404
+    assert ask(server, "/v1/completions")[0] == ask(server, "/health", {})[0] == 405
+    assert ask(server, "/health", method="BREW")[0] == 405
+
+
+def test_a_key_is_asked_for(served):
+    server = start(served, api_key="secret")
+    for given, status in ((None, 401), ("Bearer wrong", 401), ("Bearer secret", 200)):
+        headers = {"Authorization": given} if given else {}
+        assert ask(server, "/models", headers=headers)[0] == status
+    assert ask(server, "/health")[0] == 200
+    server.shutdown()
+    server.close()
+
+
+def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_row(tokenizer):
+    served = make_model(tokenizer, seq_len=20_000, max_rows=1, queue=0)
+    server = start(served)
+    body = json.dumps({"prompt": "the", "max_tokens": 19_000, "logit_bias": {}, "stream": True}).encode()
+    leaver = socket.create_connection(("127.0.0.1", server.server_port))
+    leaver.sendall(b"POST /completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    assert leaver.recv(100)
+    status, headers, _ = ask(server, "/v1/completions", {"prompt": "a"})
+    assert status == 429 and headers["Retry-After"]
+    leaver.close()
+    give_up = time.monotonic() + 60
+    while served.count and time.monotonic() < give_up:
+        time.sleep(0.02)
+    assert not served.count
+    server.shutdown()
+    server.close()
