@@ -392,9 +392,6 @@ def read_chat(body: dict, served: ServedModel) -> Prompt:
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
-# ---- answers ---------------------------------------------------------------------------------------------------------
-
-
 class Server(JsonServer):
     def __init__(self, s: Settings, models: list[ServedModel]):
         self.models = {served.name: served for served in models}
