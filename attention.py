@@ -340,7 +340,7 @@ class LatentAttention(nn.Module):
         """
         B, H, _, _ = q_nope.shape
         latent, key = rows.split((self.kv_rank, self.rope_dim), dim=-1)
-        kv = self.kv_up(latent).view(B, -1, H, self.nope_dim + self.v_dim).transpose(1, 2)
+        kv = self.kv_up(latent).to(rows.dtype).view(B, -1, H, self.nope_dim + self.v_dim).transpose(1, 2)
         k_nope, v = kv.split((self.nope_dim, self.v_dim), dim=-1)  # (B, H, S, nope_dim), (B, H, S, v_dim)
         q = torch.cat((q_nope, q_rope), dim=-1)  # (B, H, T, nope_dim + rope_dim)
         k = torch.cat((k_nope, key[:, None].expand(-1, H, -1, -1)), dim=-1)  # (B, H, S, nope_dim + rope_dim)

@@ -33,6 +33,15 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    """(x - mean) / standard deviation, times a gain, plus a bias if there is one (arXiv 1607.06450). x may be wider."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, x.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(dtype), bias, self.eps)
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which x is multiplied: that of autocast, else its own."""
     if torch.is_autocast_enabled(x.device.type):

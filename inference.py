@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import Attention
-from ffn import Experts, FeedForward
+from ffn import FeedForward
 from model import LanguageModel
 
 FEW = 16  # rows
@@ -22,11 +22,11 @@ LARGEST = torch.finfo(torch.float16).max
 
 @torch.no_grad()
 def speed_up(model: LanguageModel) -> None:
-    """In place: joined products and, in bfloat16 on a CPU, packed weights with activations in float32."""
+    """In place: joined products and, in bfloat16 on a CPU, packed weights for passes over a few ids."""
     model.requires_grad_(False)
     join_products(model)
     weight = model.embed.weight
-    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
+    if FBGEMM and weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
         pack_products(model)
 
 
@@ -65,48 +65,45 @@ def as_linear(kind: type[nn.Linear], weight: Tensor, bias: Tensor | None) -> nn.
 
 
 def pack_products(model: LanguageModel) -> None:
-    """The weights of products and the embedding stay bfloat16; what is between them becomes float32."""
+    """Few rows are multiplied by packed weights, and stay float32 between the products; more are as before."""
     wide = WideEmbedding(*model.embed.weight.shape, device="meta")
     wide.weight = model.embed.weight
     model.embed = wide
     for parent in list(model.modules()):
-        if isinstance(parent, nn.Embedding | Experts | PackedLinear):
-            continue
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and name != "router":
                 packed = as_linear(PackedLinear, child.weight, child.bias)
                 packed.weight = child.weight  # a tied head stays tied
                 packed.pack()
                 setattr(parent, name, packed)
-            elif not isinstance(child, nn.Embedding | Experts) and not list(child.children()):
-                child.float()
 
 
 class WideEmbedding(nn.Embedding):
-    """ids (...) -> (..., D) in float32."""
+    """ids (...) -> (..., D), in float32 if they are few."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(ids).float()
+        x = super().forward(ids)
+        return x.float() if ids.numel() <= FEW else x
 
 
 class PackedLinear(nn.Linear):
-    """x (..., in) -> (..., out): x·Wᵀ + b, in the dtype of x. W is bfloat16.
+    """x (..., in) -> (..., out): x·Wᵀ + b; W is bfloat16.
 
-    A few rows are multiplied in float32 by a copy of W in float16, in the layout of fbgemm, which comes with torch for
-    x86. It is exact for every |w| from 6e-5 to 65,504, and of smaller ones 3e-8 are lost. oneDNN's bfloat16 products
-    read such rows at half of the speed of memory or less, but are faster for many rows. Where there is no fbgemm, they
-    serve all rows (docs/log.md).
+    A few rows are multiplied in float32, and stay it, by a copy of W in float16, in the layout of fbgemm, which comes
+    with torch for x86. It is exact for every |w| from 6e-5 to 65,504, and of smaller ones 3e-8 are lost. oneDNN's
+    bfloat16 products read such rows at half of the speed of memory or less, but are faster for many rows
+    (docs/log.md).
     """
 
     packed = None
 
     def pack(self) -> None:
-        if FBGEMM and self.weight.abs().max() <= LARGEST:
+        if self.weight.abs().max() <= LARGEST:
             bias = None if self.bias is None else self.bias.float()
             self.packed = torch.ops.quantized.linear_prepack_fp16(self.weight.float(), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.in_features
         if self.packed is not None and 0 < rows <= FEW:
-            return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed).to(x.dtype)
+            return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed)
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from attention import Attention, LatentAttention, Place, RopeScaling, example_mask, rotation, seen_keys, sinusoids
 from configurator import BelowOne, Count, NotNegative, Positive, Range, Size, check_fields, need
 from enigma import EnigmaBlock, stepping
-from ffn import Experts, FeedForward, MoE, RMSNorm, default_d_ff
+from ffn import Experts, FeedForward, LayerNorm, MoE, RMSNorm, default_d_ff
 from loss import HeadLoss, soft_cap
 from reversible import Branch, Chain
 
@@ -150,7 +150,7 @@ class Block(nn.Module):
 def make_norm(cfg: ModelConfig) -> nn.Module:
     if cfg.norm == "rmsnorm":
         return RMSNorm(cfg.d_model, eps=cfg.norm_eps)
-    return nn.LayerNorm(cfg.d_model, eps=cfg.norm_eps, bias=cfg.bias)
+    return LayerNorm(cfg.d_model, eps=cfg.norm_eps, bias=cfg.bias)
 
 
 def make_attention(cfg: ModelConfig, layer: int) -> nn.Module:
@@ -345,7 +345,8 @@ class LanguageModel(nn.Module):
             place.positions = place.starts[:, None] + torch.arange(T, device=ids.device)  # (B, T)
             place.mask = seen_keys(place.positions, place.start + T)
         positions = place.positions
-        x = self.embed(ids).to(self.norm.weight.dtype) * self.embed_scale  # (B, T, D); frozen tables may be narrower
+        x = self.embed(ids)  # (B, T, D); frozen tables may be narrower than the gains, and decoding wider
+        x = x.to(torch.promote_types(x.dtype, self.norm.weight.dtype)) * self.embed_scale
         if cfg.position == "learned":
             x = x + self.position(positions)
         elif cfg.position == "sinusoidal":
