@@ -41,6 +41,7 @@ from configurator import (
     need,
     pick,
 )
+from inference import InferenceSettings, speed_up, weight_bytes
 from model import LanguageModel, ModelConfig
 from runtime import checkpoint
 from runtime.device import Machine, MachineSettings, choose_machine, init_processes, leave_processes
@@ -77,7 +78,7 @@ class EvalSettings:
         check_fields(self)
 
 
-SETTINGS = [EvalSettings, MachineSettings]
+SETTINGS = [EvalSettings, InferenceSettings, MachineSettings]
 
 
 @dataclass
@@ -364,10 +365,14 @@ def main(argv: list[str] | None = None) -> None:
          f"stride={s.stride} would leave out text: the model's seq_len is {model.cfg.seq_len}")
     machine = choose_machine(s.part(MachineSettings))
     model.to(machine.device)
+    if s.quant:
+        speed_up(model, s.quant)
     step, folder = state["progress"]["step"], path.parent / "eval"
     machine.print(f"model    {path}, step {step}\nmachine  {machine.describe()}")
-    about = {"checkpoint": str(path), "step": step, "dtype": str(machine.dtype), "data_path": s.data_path,
-             "stride": s.stride, "eval_tokens": s.eval_tokens}
+    if s.quant:
+        machine.print(f"weights  {s.quant}, {weight_bytes(model) / 1e6:,.1f} MB")
+    about = {"checkpoint": str(path), "step": step, "dtype": str(machine.dtype), "quant": s.quant,
+             "data_path": s.data_path, "stride": s.stride, "eval_tokens": s.eval_tokens}
     if machine.is_main:  # now, not after the work
         with writing(path.parent):
             if not os.access(own_folder(folder), os.W_OK):

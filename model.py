@@ -405,7 +405,7 @@ class LanguageModel(nn.Module):
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` sequences of up to `length` tokens, in the dtype of the weights."""
-        weight = self.embed.weight
+        weight = self.norm.weight  # the embedding may be narrower
         blocks = [block.new_caches(batch, length, weight.dtype, weight.device) for block in self.blocks]
         return Cache(blocks, length, [0] * batch)
 
@@ -415,6 +415,7 @@ class LanguageModel(nn.Module):
     def count_parameters(self) -> dict[str, int]:
         """{'total', 'embedding', 'active'}: all parameters (tied ones once), lookup tables, those that a token uses."""
         total = sum(p.numel() for p in self.parameters())
+        total += sum(p.numel() for p in self.parameters() if p.dtype == torch.uint8)  # two of inference.Int4 in a byte
         tables = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
         idle = sum(moe.idle() for moe in self.experts())
         return {"total": total, "embedding": tables, "active": total - idle}

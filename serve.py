@@ -27,6 +27,7 @@ from typing import Annotated
 import text.openai as api
 from configurator import ROOT, Count, Positive, Range, Settings, Size, UserError, check_fields, configure, need, shown
 from generate import Decoder, Row, SamplingSettings
+from inference import InferenceSettings
 from model import LanguageModel
 from runtime import checkpoint
 from runtime.device import MachineSettings, choose_machine
@@ -57,7 +58,7 @@ class ServeSettings:
         check_fields(self)
 
 
-SETTINGS = [ServeSettings, SamplingSettings, ChatSettings, MachineSettings]
+SETTINGS = [ServeSettings, SamplingSettings, InferenceSettings, ChatSettings, MachineSettings]
 CHUNK = 256  # tokens of a new prompt in a step, so that other texts need not wait long
 PAGE = ROOT / "serve.html"
 

@@ -188,7 +188,7 @@ def make_speculation(choice: str, model: LanguageModel, tokenizer: Tokenizer, ca
     small, its_tokenizer, _ = checkpoint.load_model(checkpoint.find(choice), model.embed.weight.device)
     need(its_tokenizer.fingerprint == tokenizer.fingerprint,
          f"speculate={choice} has another tokenizer than the model: its tokens mean other text")
-    source = SmallModel(small.to(model.embed.weight.dtype), capacity, tokenizer.unused_ids(small.cfg.vocab_size))
+    source = SmallModel(small.to(model.norm.weight.dtype), capacity, tokenizer.unused_ids(small.cfg.vocab_size))
     return Speculation(source.propose, relative_cost(small, model))
 
 
