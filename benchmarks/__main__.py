@@ -8,7 +8,7 @@
     python -m benchmarks lora                           # memory and time of fine-tuning, all weights or adapters
     python -m benchmarks experts                        # a mixture of experts against a dense feed-forward, and a loop
     python -m benchmarks decode                         # tokens/s of five kinds of models, batch 1 to 64
-    python -m benchmarks generate                       # the same weights against Hugging Face's generate
+    python -m benchmarks generate MODEL=out/smollm2     # the same weights in transformers and llama.cpp
     python -m benchmarks start                          # from a cold `python sample.py` to its first token
     python -m benchmarks eval                           # questions/s against lm-evaluation-harness
     python -m benchmarks bpe                            # training a tokenizer, against tokenizers and others
@@ -34,8 +34,9 @@ import torch
 
 from benchmarks.batches import bench_batches
 from benchmarks.compare import compare_ablation, compare_models, compare_shakespeare
-from benchmarks.decode import bench_decode, bench_generate, bench_start
+from benchmarks.decode import bench_decode, bench_start
 from benchmarks.evaluation import bench_eval
+from benchmarks.generation import bench_generate
 from benchmarks.kill import bench_kill
 from benchmarks.optim import bench_optim
 from benchmarks.recipe import bench_time_to_loss
@@ -57,6 +58,7 @@ class BenchSettings:
     repeats: Count = 5          # measurements of each variant, of which we report the median
     threads: Size = 0           # number of CPU threads; 0 = all
     text_mb: Count = 100        # bpe, encode: megabytes of text
+    model: str = "gpt2"         # generate: gpt2 or smollm2, their shapes with random weights; or the folder of a run
     batch_size: Batch = 1       # step: sequences in a step
     seeds: Count = 3            # models, ablation, shakespeare: runs of each variant
     steps: Size = 0             # models, ablation: optimizer steps of a run; 0 = those of the comparison

@@ -3,10 +3,11 @@
 import random
 import statistics
 import tempfile
+from pathlib import Path
 
 import torch
 
-from benchmarks.decode import GPT2, as_transformers
+from benchmarks.generation import SHAPES, as_transformers
 from benchmarks.timing import TINY, take_turns
 from configurator import Settings, UserError
 from eval import cast_products, run_task
@@ -23,20 +24,19 @@ KINDS = {"ARC, 0 shots": (22, 4, 48), "HellaSwag, 0 shots": (45, 20, 24), "ARC, 
 def bench_eval(s: Settings, argv: list[str]) -> dict:
     """Made questions with four choices, from text to scores, by GPT-2 124M in fp32 and in this machine's precision."""
     Instance = optional("lm_eval.api.instance", "lm_eval", "this benchmark").Instance
-    HFLM = optional("lm_eval.models.huggingface", "lm_eval", "this benchmark").HFLM
     transformers = optional("transformers", "transformers", "this benchmark")
+    HFLM = optional("lm_eval.models.huggingface", "lm_eval", "this benchmark").HFLM
     machine = choose_machine(s.part(MachineSettings))
     torch.manual_seed(0)
-    kinds, shape, entries = KINDS, GPT2, 4000
+    kinds, shape, entries = KINDS, SHAPES["gpt2"], 4000
     if s.smoke:
-        kinds, shape, entries = {"ARC, 0 shots": (22, 4, 2)}, GPT2 | TINY, 400
+        kinds, shape, entries = {"ARC, 0 shots": (22, 4, 2)}, shape | TINY, 400
     ours, r = LanguageModel(ModelConfig(**shape)).to(machine.device).eval().requires_grad_(False), random.Random(0)
-    theirs = as_transformers(ours).to(machine.device)
     words = ["".join(r.choices("abcdefghijklmnopqrstuvwxyz", k=r.randint(2, 8))) for _ in range(1500)]
     tokenizer = train_tokenizer("bpe", [" " + " ".join(words)] * 2, entries)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        peer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        theirs = as_transformers(ours, tokenizer, Path(folder)).to(machine.device)
+        peer = transformers.AutoTokenizer.from_pretrained(folder)
     rows = {}
     print(f"{'dtype':<9} {'':<20} {'questions/s':>12} {'harness':>9} {'ratio':>7} {'largest difference of scores':>30}")
     for dtype in dict.fromkeys((torch.float32, machine.dtype)):

@@ -94,7 +94,7 @@ def fetched(path: Path) -> Path:
 def llama_cpp():
     """llama.cpp's library: llama_cpp.load("model.gguf") -> tokenize, logits."""
     import peers
-    from llama_cpp import LlamaCpp
+    from benchmarks.llama_cpp import LlamaCpp
 
     return LlamaCpp(fetched(peers.LLAMA_CPP))
 

@@ -26,7 +26,7 @@ documented = [re.sub(r" REPEATS=\d+", "", text) for text in found if "-m benchma
 
 @pytest.mark.parametrize("command", dict.fromkeys([*documented, *commands.recipe("bench")]))
 def test_every_documented_benchmark_runs(folder, command):
-    needs = {"generate": "transformers", "eval": "lm_eval", "bpe": "tokenizers", "encode": "tokenizers"}
+    needs = {"eval": "lm_eval", "bpe": "tokenizers", "encode": "tokenizers"}
     if package := needs.get(command.partition("-m benchmarks ")[2].split(" ")[0]):
         pytest.importorskip(package)
     assert not commands.failures([command], folder, DATA_PATH="my.txt")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import benchmarks.__main__ as benchmarks
 import convert
 import eval as eval_script
 from bpe import BPETokenizer
@@ -211,3 +212,12 @@ def test_smollm2_leaves_as_q8_0_for_llama_cpp(llama_cpp, ours, smollm2, prose_id
         want, got = last_logits(ours[0], prose_ids[:length]), model.logits(prose_ids[:length])
         assert got.argmax() == want.argmax() or want.max() - want[got.argmax()] < 0.1 * want.std()
     assert ours[1].decode([int(model.logits(ours[1].encode(text)).argmax())]) == " Paris"
+
+
+# ---- in time ----
+
+
+def test_decoding_is_measured_beside_llama_cpp(llama_cpp, capsys):
+    benchmarks.main(["generate", "SMOKE=1"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert rows["llama.cpp f16"]["same_ids"] == 1 and rows["ours float32"]["x llama.cpp q8_0"] > 0

@@ -128,7 +128,7 @@ def gpt2(tokenizers):
 
 
 @pytest.fixture(scope="module")
-def harness(data):
+def harness(data, tmp_path_factory):
     """Run a task of the harness as it is, but for where its data come from: results and samples."""
     evaluator = pytest.importorskip("lm_eval.evaluator")
     import datasets
@@ -138,7 +138,7 @@ def harness(data):
     from lm_eval.tasks._yaml_loader import load_yaml
     from transformers import PreTrainedTokenizerFast
 
-    from benchmarks.decode import as_transformers
+    from benchmarks.generation import as_transformers
 
     root, manager = Path(evaluator.__file__).parent / "tasks", TaskManager(include_defaults=False)
 
@@ -148,7 +148,7 @@ def harness(data):
         config["custom_dataset"] = lambda **_: datasets.DatasetDict(rows)
         task = ConfigurableTask(config=config | {"num_fewshot": n_shot})
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        peer = as_transformers(model)
+        peer = as_transformers(model, load_tokenizer(folder), tmp_path_factory.mktemp("hf"))
         lm = HFLM(pretrained=peer, tokenizer=tokenizer, batch_size=8, max_length=model.cfg.seq_len,
                   device="cpu")
         found = evaluator.simple_evaluate(lm, tasks=[task], limit=limit, log_samples=True,

