@@ -33,7 +33,7 @@ from runtime import checkpoint
 from runtime.device import MachineSettings, choose_machine
 from runtime.files import is_a
 from runtime.screen import run, tell
-from runtime.web import PAGE_HEADERS, ApiError, Gone, JsonHandler, JsonServer, no_such
+from runtime.web import ApiError, Gone, JsonHandler, JsonServer, no_such, page_headers
 from sample import RULES, choose_sampling, encode_prompt, heal, load_to_generate
 from text.chat import ChatSettings, make_template
 from text.openai import Answer, flag, number_of, require
@@ -406,7 +406,8 @@ class Handler(JsonHandler):
         models = self.server.models
         if path == "/":
             if PAGE.is_file():
-                return self.reply(200, PAGE.read_bytes(), "text/html; charset=utf-8", PAGE_HEADERS)
+                page = PAGE.read_bytes()
+                return self.reply(200, page, "text/html; charset=utf-8", page_headers(page))
             return self.reply(200, b"The server is up; its page, serve.html, is missing.\n", "text/plain")
         if path == "/health":
             return self.reply(200, {"status": "ok", "texts": sum(served.count for served in models.values())})

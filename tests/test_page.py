@@ -4,8 +4,6 @@ Its server here is a script: each test says which bytes answer a question, where
 are sent, so nothing depends on speed.
 """
 
-import base64
-import hashlib
 import json
 import re
 import threading
@@ -14,14 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from configurator import ROOT
+from runtime.web import page_headers
 
 pytestmark = pytest.mark.peers
 
 PAGE = (ROOT / "serve.html").read_bytes()
-HASH = base64.b64encode(hashlib.sha256(re.search(rb"<script>(.*?)</script>", PAGE, re.S)[1]).digest()).decode()
-POLICY = (f"default-src 'none'; script-src 'sha256-{HASH}'; style-src 'unsafe-inline'; img-src data:; "
-          "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-          "require-trusted-types-for 'script'")
 SHIFT = 8  # of Input.dispatchKeyEvent
 
 
@@ -57,10 +52,10 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def reply(self, status: int, kind: str, body: bytes, **headers):
+    def reply(self, status: int, kind: str, body: bytes, headers: dict | None = None):
         self.send_response(status)
-        for name, value in {"Content-Type": kind, **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
+        for name, value in {"Content-Type": kind, **(headers or {})}.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 
@@ -72,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path == "/":
-            self.reply(200, "text/html; charset=utf-8", PAGE, Content_Security_Policy=POLICY)
+            self.reply(200, "text/html; charset=utf-8", PAGE, page_headers(PAGE))
         elif not self.allowed():
             self.fail(401, "this server wants a key")
         else:
