@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import ROOT, Count, Settings, UserError, check, check_fields, configure, find_path, need
-from generate import SamplingSettings, before_stop, generate, stream
+from generate import SamplingSettings, generate, stream
 from inference import InferenceSettings, speed_up, weight_bytes
 from model import LanguageModel
 from runtime import checkpoint
@@ -31,6 +31,7 @@ from runtime.files import write_text
 from runtime.screen import run, tell, visible
 from speculate import Speculation, SpeculationSettings, make_speculation
 from text.chat import Chat, ChatSettings, Template
+from text.stops import before_stop
 from text.tokenizer import StreamDecoder, Tokenizer
 
 __all__ = ["generate", "stream"]  # `from sample import generate`

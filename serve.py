@@ -17,7 +17,6 @@ import secrets
 import sys
 import threading
 import time
-import traceback
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -30,11 +29,13 @@ from generate import Decoder, Row, SamplingSettings
 from inference import InferenceSettings
 from model import LanguageModel
 from runtime import checkpoint
+from runtime.batching import BatchingThread
 from runtime.device import MachineSettings, choose_machine
 from runtime.files import is_a
 from runtime.screen import run, tell
 from runtime.web import ApiError, Gone, JsonHandler, JsonServer, no_such, page_headers
 from sample import RULES, choose_sampling, encode_prompt, heal, load_to_generate
+from speculate import SpeculationSettings, make_speculation
 from text.chat import ChatSettings, make_template
 from text.openai import Answer, flag, number_of, require
 from text.tokenizer import StreamDecoder, Tokenizer
@@ -58,8 +59,9 @@ class ServeSettings:
         check_fields(self)
 
 
-SETTINGS = [ServeSettings, SamplingSettings, InferenceSettings, ChatSettings, MachineSettings]
+SETTINGS = [ServeSettings, SamplingSettings, InferenceSettings, SpeculationSettings, ChatSettings, MachineSettings]
 CHUNK = 256  # tokens of a new prompt in a step, so that other texts need not wait long
+PIECE = 16  # tokens that come together where the client gets the whole answer at once
 PAGE = ROOT / "serve.html"
 
 
@@ -86,16 +88,7 @@ def load_models(s: Settings) -> "list[ServedModel]":
     return list(models.values())
 
 
-# ---- the thread of a model -------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Listener:
-    """Who waits for the tokens of a row. `events` gets (index, ids, their log probabilities, ended) or an ApiError."""
-
-    events: queue.SimpleQueue
-    index: int
-    told: int = 0  # tokens
+# ---- models ----------------------------------------------------------------------------------------------------------
 
 
 class ServedModel:
@@ -105,7 +98,6 @@ class ServedModel:
         self.name, self.model, self.tokenizer, self.created = name, model, tokenizer, created
         self.context = min(s.context or model.cfg.seq_len, model.cfg.seq_len)
         self.unused = set(tokenizer.unused_ids(model.cfg.vocab_size))
-        self.max_rows, self.most = s.max_rows, s.max_rows + s.queue
         self.sampling, for_chat = s.part(SamplingSettings), copy.deepcopy(s)
         choose_sampling(for_chat, tokenizer)
         self.chat_sampling = for_chat.part(SamplingSettings)
@@ -117,85 +109,16 @@ class ServedModel:
         except UserError as error:
             self.no_chat = f"{name} cannot chat: {error}"
         self.writing = threading.Lock()  # a template may be a process that takes one request after the other
-        self.counting = threading.Lock()
-        self.count = 0  # rows that are not finished
-        self.inbox: queue.SimpleQueue[tuple[Row, Listener | None]] = queue.SimpleQueue()
-        self.listeners: dict[Row, Listener] = {}
-        self.decoder = self.new_decoder()
-        threading.Thread(target=self.work, name=name, daemon=True).start()
+        self.speculation = make_speculation(s.speculate, model, tokenizer, s.max_rows)
 
-    def new_decoder(self) -> Decoder:
-        return Decoder(self.model, self.max_rows, self.context, self.unused, CHUNK)
+        def make_decoder() -> Decoder:
+            return Decoder(model, s.max_rows, self.context, self.unused, CHUNK, self.speculation)
 
-    def submit(self, rows: list[Row]) -> queue.SimpleQueue:
-        """Queue rows; returns where their events arrive. ApiError 429 if there is no room."""
-        require(len(rows) <= self.most, f"{len(rows)} texts in one request: this server takes at most {self.most}", "n")
-        with self.counting:
-            if self.count and self.count + len(rows) > self.most:
-                raise ApiError(429, "the server is busy: try again later", code="rate_limit_exceeded")
-            self.count += len(rows)
-        events = queue.SimpleQueue()
-        for i, row in enumerate(rows):
-            self.inbox.put((row, Listener(events, i)))
-        return events
-
-    def cancel(self, row: Row) -> None:
-        """The row leaves at the next token; nothing happens if it has ended."""
-        self.inbox.put((row, None))
+        self.texts = BatchingThread(name, make_decoder, most=s.max_rows + s.queue)
 
     def spell(self, i: int, before: list[int]) -> bytes:
         """The bytes of an id after others; b"" if no token has it."""
         return b"" if i in self.unused else self.tokenizer.decode_bytes([i], after=before)
-
-    # ---- in the thread
-
-    def work(self) -> None:
-        while True:
-            self.take_messages()
-            try:
-                self.decoder.advance()
-                drawn = self.decoder.draw()
-            except Exception as error:
-                self.fail(error)
-                continue
-            for row in drawn:
-                self.report(row)
-
-    def take_messages(self) -> None:
-        """Wait if there is nothing to do."""
-        while not (self.decoder.rows or self.decoder.waiting) or not self.inbox.empty():
-            row, listener = self.inbox.get()
-            if listener:
-                self.listeners[row] = listener
-                self.decoder.add(row)
-            elif row in self.listeners:
-                self.decoder.remove(row)
-                self.forget(row)
-
-    def report(self, row: Row) -> None:
-        listener, new = self.listeners[row], row.ids[row.prompt :]
-        logprobs = row.logprobs[listener.told :]
-        listener.events.put((listener.index, new[listener.told :], logprobs, row.ended))
-        listener.told = len(new)
-        if row.ended:
-            self.forget(row)
-
-    def forget(self, row: Row) -> None:
-        del self.listeners[row]
-        with self.counting:
-            self.count -= 1
-
-    def fail(self, error: Exception) -> None:
-        """All rows end, and the thread continues with an empty cache."""
-        sentence = str(error)
-        if not isinstance(error, UserError):
-            traceback.print_exception(error)
-            sentence = "the model failed; the server's log says why"
-        self.decoder = None  # its memory is free before the next is made
-        for row, listener in list(self.listeners.items()):
-            listener.events.put(ApiError(500, sentence))
-            self.forget(row)
-        self.decoder = self.new_decoder()
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------
@@ -359,7 +282,8 @@ def read_prompts_of(body: dict, served: ServedModel, exact: bool) -> list[Prompt
     if is_a(given, str) or (is_a(given, list) and given and is_a(given[0], int)):
         given = [given]
     require(is_a(given, list) and given, what, "prompt")
-    require(len(given) <= served.most, f"{len(given)} prompts: this server takes at most {served.most} texts", "prompt")
+    most = served.texts.most
+    require(len(given) <= most, f"{len(given)} prompts: this server takes at most {most} texts", "prompt")
     prompts = []
     for each in given:
         if is_a(each, str):
@@ -410,7 +334,7 @@ class Handler(JsonHandler):
                 return self.reply(200, page, "text/html; charset=utf-8", page_headers(page))
             return self.reply(200, b"The server is up; its page, serve.html, is missing.\n", "text/plain")
         if path == "/health":
-            return self.reply(200, {"status": "ok", "texts": sum(served.count for served in models.values())})
+            return self.reply(200, {"status": "ok", "texts": sum(served.texts.count for served in models.values())})
         if path == "/models":
             return self.reply(200, {"object": "list", "data": [describe_model(served) for served in models.values()]})
         if path.startswith("/models/"):
@@ -436,59 +360,68 @@ class Handler(JsonHandler):
             new = sum(answer.count for answer in answers)
             self.told = f"{self.told or 'ok'}, {request.served.name}, {request.prompt_tokens} + {new} tokens"
 
-    def events(self, request: Request, rows: list[Row], answers: list[Answer]) -> Iterator[int]:
-        """Give the answers their tokens as they come; yields the index of an answer that has changed, until all have
+    def events(self, request: Request, rows: list[Row], answers: list[Answer]) -> Iterator[set[int]]:
+        """Give the answers their tokens as they come; yields the indices of those that have changed, until all have
         ended. Raises Gone if the client leaves, ApiError if the model fails. At the end, no row stays in the model."""
-        arriving = request.served.submit(rows)
+        arriving = request.served.texts.submit(rows, every=1 if request.stream else PIECE)
         last, going = self.began + self.server.seconds, set(range(len(rows)))
         try:
             while going:
+                changed = set()
                 for i, ids, logprobs, ended in self.arrived(arriving):
                     if i in going:
                         request.push(answers[i], rows[i], ids, logprobs, ended)
-                        if answers[i].finish:
-                            going.remove(i)
-                            request.served.cancel(rows[i])
-                        yield i
+                        changed.add(i)
                 if time.monotonic() > last:
                     if not any(answer.count for answer in answers):
                         raise ApiError(503, f"no token within {self.server.seconds:g} seconds: the server is busy")
-                    for i in list(going):
-                        going.remove(i)
-                        request.served.cancel(rows[i])
+                    for i in going:
                         answers[i].end("length")
-                        yield i
+                    changed |= going
+                for i in changed:
+                    if answers[i].finish:
+                        going.remove(i)
+                        request.served.texts.cancel(rows[i])
+                yield changed
         finally:
             for i in going:
-                request.served.cancel(rows[i])
+                request.served.texts.cancel(rows[i])
 
     def arrived(self, arriving: queue.SimpleQueue) -> list[tuple]:
-        """The next event, if one comes soon."""
+        """What has come since the last call, or comes soon."""
         found = []
         with suppress(queue.Empty):
-            found.append(arriving.get(timeout=0.2))
+            wait = 0.2
+            while True:
+                news = arriving.get(timeout=wait)
+                if isinstance(news, ApiError):
+                    raise news
+                found += news
+                wait = 0
         if self.server.closing:
             raise ApiError(503, "the server ends")
         if self.has_left():
             raise Gone
-        if found and isinstance(found[0], ApiError):
-            raise found[0]
         return found
 
-    def stream(self, request: Request, answers: list[Answer], events: Iterator[int]) -> None:
+    def stream(self, request: Request, answers: list[Answer], events: Iterator[set[int]]) -> None:
         self.start_events()
         if request.chat:
-            for i in range(len(answers)):
-                self.send_event(request.chunk(i, {"role": "assistant", "content": ""}))
-        for i in events:
-            text, tokens = answers[i].take()
-            if text or (tokens and request.logprobs is not None):
-                self.send_event(request.chunk(i, {"content": text}, tokens))
-            if answers[i].finish:
-                self.send_event(request.chunk(i, {}, finish=answers[i].finish))
+            role = {"role": "assistant", "content": ""}
+            self.send_events([request.chunk(i, role) for i in range(len(answers))])
+        for changed in events:
+            chunks = []
+            for i in sorted(changed):
+                text, tokens = answers[i].take()
+                if text or (tokens and request.logprobs is not None):
+                    chunks.append(request.chunk(i, {"content": text}, tokens))
+                if answers[i].finish:
+                    chunks.append(request.chunk(i, {}, finish=answers[i].finish))
+            self.send_events(chunks)
+        chunks = []
         if request.with_usage:
-            self.send_event(request.head() | {"choices": [], "usage": request.usage(answers)})
-        self.send_event("[DONE]")
+            chunks.append(request.head() | {"choices": [], "usage": request.usage(answers)})
+        self.send_events([*chunks, "[DONE]"])
 
 
 def describe_model(served: ServedModel) -> dict:

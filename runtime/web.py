@@ -2,7 +2,7 @@
 
     class Handler(JsonHandler):
         def get(self, path): self.reply(200, {"status": "ok"})
-        def post(self, path): self.start_events(); self.send_event({"n": 1})
+        def post(self, path): self.start_events(); self.send_events([{"n": 1}])
 
     server = JsonServer(Handler, "127.0.0.1", 8000)
     code = server.serve_until_signal()
@@ -328,10 +328,14 @@ class JsonHandler(BaseHTTPRequestHandler):
         self.streams = True
         self.begin(200, {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
 
-    def send_event(self, content: dict | str) -> None:
-        if isinstance(content, dict):
-            content = json.dumps(content, ensure_ascii=False, allow_nan=False)
-        self.wfile.write(f"data: {content}\n\n".encode())
+    def send_events(self, contents: list[dict | str]) -> None:
+        lines = []
+        for content in contents:
+            if isinstance(content, dict):
+                content = json.dumps(content, ensure_ascii=False, allow_nan=False)
+            lines.append(f"data: {content}\n\n")
+        if lines:
+            self.wfile.write("".join(lines).encode())
 
     def fail(self, error: ApiError) -> None:
         self.told = str(error)
@@ -342,7 +346,7 @@ class JsonHandler(BaseHTTPRequestHandler):
             headers["WWW-Authenticate"] = "Bearer"
         try:
             if self.streams:
-                self.send_event(error.content)
+                self.send_events([error.content])
             else:
                 self.reply(error.status, error.content, headers=headers)
                 self.drain()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from configurator import UserError
-from generate import Decoder, Row, SamplingSettings, before_stop, choose, filter_probs, generate, ngram_bans, stream
+from generate import Decoder, Row, SamplingSettings, choose, filter_probs, generate, ngram_bans, stream
 from model import LanguageModel
 from test_model import KINDS, shaken, tiny
 
@@ -346,19 +346,6 @@ def test_a_row_that_has_ended_does_not_fill_the_cache_of_the_others(monkeypatch)
     long, short = generate(model, [[3] * 32, [1, 2]], SamplingSettings(temperature=0, max_new_tokens=20), (stop,))
     assert long == [] and len(short) <= 20
     assert sum(length > 1 for length in reads[1:]) <= 3, "the context is read again for each token"
-
-
-def test_what_might_begin_a_stop_waits_and_comes_if_it_was_none():
-    assert list(before_stop(["a#", "b#", "#c"], ("##",))) == ["a", "#b"]
-    rng = random.Random(0)
-    for _ in range(300):
-        text = "".join(rng.choice("ab#") for _ in range(rng.randrange(12)))
-        stops = tuple("".join(rng.choice("ab#") for _ in range(rng.randint(1, 3))) for _ in range(rng.randrange(3)))
-        ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
-        begins = [text.find(stop) for stop in stops if stop in text and text.find(stop) + len(stop) == min(ends)]
-        cuts = sorted(rng.randrange(len(text) + 1) for _ in range(3))
-        for pieces in (text, [text], [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]):
-            assert "".join(before_stop(pieces, stops)) == (text[: min(begins)] if ends else text)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 5.0])

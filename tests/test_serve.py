@@ -97,6 +97,20 @@ def test_greedy_ids_are_those_of_a_single_run(server, served):
                               "total_tokens": len(ids) + len(new)}
 
 
+def test_drafts_change_no_text(tokenizer, server):
+    with_drafts = make_model(tokenizer, speculate="lookup")
+    drafting = start(with_drafts)
+    body = {"prompt": ["the quick the quick the", "dog dog dog", "a lazy"], "seed": 5, "max_tokens": 40, "logprobs": 1,
+            "logit_bias": {"97": 30, "98": 30}}
+    plain, drafted = post(server, "completions", **body), post(drafting, "completions", **body)
+    assert [choice["text"] for choice in plain["choices"]] == [choice["text"] for choice in drafted["choices"]]
+    assert with_drafts.speculation.accepted and plain["usage"] == drafted["usage"]
+    for choice in drafted["choices"]:
+        assert len(choice["logprobs"]["tokens"]) <= 40
+    drafting.shutdown()
+    drafting.close()
+
+
 def test_a_stream_is_the_whole_answer_in_pieces_and_says_why_it_ended(server):
     for path, more in (("completions", {"prompt": "the quick"}), ("chat/completions", {"messages": HI})):
         body = more | {"seed": 3, "max_tokens": 9, "n": 2}
@@ -183,8 +197,8 @@ def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_row(tokenizer):
     assert status == 429 and headers["Retry-After"]
     leaver.close()
     give_up = time.monotonic() + 60
-    while served.count and time.monotonic() < give_up:
+    while served.texts.count and time.monotonic() < give_up:
         time.sleep(0.02)
-    assert not served.count
+    assert not served.texts.count
     server.shutdown()
     server.close()

@@ -310,7 +310,7 @@ class Chat:
         When the context is too full, the oldest turns leave. UserError if not even `text` alone fits; nothing has
         changed then.
         """
-        from generate import before_stop
+        from text.stops import before_stop
 
         turns, ids = self.fit(text)
         room = self.model.cfg.seq_len - len(ids)

@@ -12,9 +12,9 @@ import json
 from collections.abc import Callable
 
 from configurator import Range, shown
-from generate import StopFinder
 from runtime.files import is_a
 from runtime.web import ApiError
+from text.stops import StopFinder
 from text.tokenizer import StreamDecoder
 
 # The kind and the range of each number; and what changes nothing, or only with other values than these.
