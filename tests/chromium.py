@@ -90,7 +90,8 @@ class Chromium:
         page.call("Emulation.setFocusEmulationEnabled", enabled=True)  # several pages, each as if in front
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         page.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Browser.grantPermissions", permissions=["clipboardReadWrite"], browserContextId=context)
+        self.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"],
+                  browserContextId=context)
         page.go(url)
         return page
 

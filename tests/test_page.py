@@ -1,17 +1,18 @@
 """The chat page of serve.py in a headless Chromium: `make test-peers` fetches it.
 
-Its server here is a script: each test says which bytes answer a question, where the network cuts them and when they
-are sent, so nothing depends on speed.
+In most tests its server is a script: each says which bytes answer a question, where the network cuts them and when they
+are sent, so nothing depends on speed. The last ones have the real server and small models.
 """
 
 import json
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from configurator import ROOT
+from configurator import ROOT, configure
 from runtime.web import page_headers
 
 pytestmark = pytest.mark.peers
@@ -119,7 +120,11 @@ def server():
 
 @pytest.fixture
 def page(browser, server):
-    page = browser.page(server.url)
+    yield from opened(browser, server.url)
+
+
+def opened(browser, url):
+    page = browser.page(url)
     page.wait(READY)
     yield page
     assert not [text for text in page.complaints() if "Failed to load resource" not in text]
@@ -205,7 +210,7 @@ def test_the_limit_of_tokens_and_an_empty_answer_are_told(page, server):
 
 def test_markup_is_text(page, server):
     line = "<script>hacked = 1</script><img src=x onerror='hacked = 1'>"
-    markup = line + "\n```html\n<b onclick='hacked = 1'>x</b>\n```\n"
+    markup = line + "\n```html\n<b onclick='hacked = 1'>x</b>\n```"
     server.answers[markup] = [event(markup), END]
     page.type(markup)  # with line breaks, so Enter is pressed after it
     page.press("Enter")
@@ -245,9 +250,9 @@ def test_a_long_answer_is_followed_only_from_its_end(page, server):
     page.wait(end)  # the keyboard of a phone takes half of the screen
 
 
-@pytest.mark.parametrize("secure", [True, False])
-def test_an_answer_is_copied_as_the_model_wrote_it(page, server, secure):
-    """Also on an origin that is not secure, where pages do not get the clipboard."""
+@pytest.mark.parametrize("secure, copied", [(True, "See:\n```py\nx = 1\n```"), (False, "See:\nx = 1")])
+def test_an_answer_is_copied(page, server, secure, copied):
+    """As the model wrote it; on an origin that is not secure, where pages do not get the clipboard, as it is seen."""
     server.answers["code"] = [event("See:\n```py\nx = 1\n```"), END]
     ask_and_wait(page, "code")
     page.see("window.board = navigator.clipboard; 0")
@@ -255,7 +260,7 @@ def test_an_answer_is_copied_as_the_model_wrote_it(page, server, secure):
         page.see("Object.defineProperty(navigator, 'clipboard', { value: undefined }); 0")
     button(page, "Copy")
     page.wait("document.querySelector('.foot button').textContent == 'Copied'")
-    assert page.see("board.readText()") == "See:\n```py\nx = 1\n```"
+    assert page.see("board.readText()") == copied
 
 
 # ---- what goes wrong ----
@@ -298,10 +303,14 @@ def test_a_key_is_asked_for_and_sent(page, server):
     page.wait("document.activeElement.id == 'key'")
     assert page.see("document.querySelector('#trouble .error').innerText") == "this server wants a key"
     page.type("secret")
-    page.press("Tab")
-    page.wait("document.getElementById('trouble').hidden")
+    page.press("Enter")
+    page.wait("document.getElementById('trouble').hidden && document.activeElement.id == 'input'")
     ask_and_wait(page, "hello")
     assert page.see(SAID) == "Hello there"
+    server.key = "another"
+    ask_and_wait(page, "hello")
+    assert page.see(FOOT).startswith("this server wants a key")
+    page.wait("document.activeElement.id == 'key'")
 
 
 def test_a_server_that_is_gone_is_named(page, server):
@@ -408,7 +417,7 @@ def test_axe_finds_nothing_that_bars_people(browser, server, width, dark):
     server.answers |= {"code": [event("See:\n```\nx = 1\n```\nand so on"), END], "bad": "refused"}
     page = browser.page(server.url, width=width, height=2000, dark=dark)
     page.wait(READY)
-    page.see("$('settings').open = true; $('key_field').hidden = false")
+    page.see("$('settings').open = true; askForKey()")
     for text in ("hello", "code", "bad"):
         ask_and_wait(page, text)
     page.see(fetched(peers.AXE).read_text(encoding="utf-8") + ";0")
@@ -416,3 +425,105 @@ def test_axe_finds_nothing_that_bars_people(browser, server, width, dark):
                      "`${v.id}: ${v.nodes.map(n => n.html)}`))")
     assert found == []
     assert page.see("document.documentElement.scrollWidth") == width
+
+
+def test_text_cannot_become_markup(browser, server):
+    """The policy has the browser refuse it, whatever the script of the page might do."""
+    page = browser.page(server.url)
+    for code in ("document.body.innerHTML = '<b>x</b>'", "setTimeout('hacked = 1')",
+                 "document.createElement('script').text = 'hacked = 1'"):
+        assert page.see(f"(() => {{ try {{ {code} }} catch (error) {{ return error.name }} }})()"), code
+
+
+# ---- the real server ----
+
+FLOAT32 = ("device=cpu", "dtype=float32")
+MARKUP = "<script>hacked=1</script> 汉字"
+
+
+@pytest.fixture(scope="module")
+def real(text, base, tmp_path_factory):
+    """serve.py with two models: one has learned to answer with markup, and `base` has not."""
+    import serve
+    import train
+    from conftest import tune
+
+    folder = tmp_path_factory.mktemp("real")
+    lines = [json.dumps({"instruction": "markup" + "!" * i, "output": MARKUP}) for i in range(20)]
+    (folder / "markup.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    train.main(tune(text, base, folder / "markup.jsonl", folder / "tuned", max_steps=150, eval_interval=150))
+    s = configure(serve.SETTINGS, [f"init_from={folder / 'tuned'},{base}", "port=0", "quiet=True", *FLOAT32], {})
+    server = serve.Server(s, serve.load_models(s))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.tuned = folder / "tuned"
+    yield server
+    server.shutdown()
+    server.close()
+
+
+@pytest.fixture
+def real_page(browser, real):
+    yield from opened(browser, f"{real.address()}/")
+
+
+@pytest.fixture
+def steps(real, monkeypatch):
+    """The tuned model takes a step for each `steps.release()`."""
+    decoder, steps = real.models["tuned"].decoder, threading.Semaphore(0)
+    draw = decoder.draw
+    monkeypatch.setattr(decoder, "draw", lambda: steps.acquire() and draw())
+    yield steps
+    steps.release(1000)
+
+
+def test_a_real_answer_is_streamed_and_its_markup_is_text(real_page, steps):
+    real_page.see("$('temperature').value = '0'")
+    ask(real_page, "markup")
+    steps.release(3)
+    real_page.wait(f"{SAID} && !({IDLE})")
+    assert MARKUP.startswith(real_page.see(SAID))
+    steps.release(1000)
+    real_page.wait(IDLE)
+    for _ in range(2):
+        assert real_page.see(SAID) == MARKUP
+        assert not real_page.see("document.querySelector('article script')")
+        real_page.reload()
+    real_page.wait(READY)
+    ask_and_wait(real_page, "markup again and again and again")
+    assert "maximum context length is 64 tokens" in real_page.see(FOOT)
+
+
+def test_a_real_answer_is_stopped_and_its_row_is_free(real_page, real, steps):
+    ask(real_page, "markup")
+    steps.release(3)
+    real_page.wait(SAID)
+    real_page.click("#send")
+    real_page.wait(IDLE)
+    assert "Stopped. " in real_page.see(FOOT)
+    steps.release(1000)
+    for _ in range(1000):
+        if not real.models["tuned"].count:
+            break
+        time.sleep(0.02)
+    assert not real.models["tuned"].count
+
+
+@pytest.mark.parametrize("name", ["tuned", "run"])
+@pytest.mark.parametrize("temperature", ["", "1"])
+def test_the_page_and_sample_answer_alike_for_one_seed(real_page, real, base, capsys, name, temperature):
+    """In the first turn. Later ones depend on the ids of the answers before, and the page has only their text."""
+    import sample
+    from runtime.screen import visible
+
+    path = {"run": base, "tuned": real.tuned}[name]
+    chosen = [f"temperature={temperature}"] if temperature else []
+    real_page.see(f"$('model').value = '{name}'; $('temperature').value = '{temperature}'; $('max_tokens').value = 24")
+    for seed in (1, 2):
+        capsys.readouterr()
+        sample.main([f"init_from={path}", "chat=True", "prompt=the quick", f"seed={seed}", "max_new_tokens=24", *chosen,
+                     *FLOAT32])
+        button(real_page, "New chat")
+        real_page.see(f"$('seed').value = {seed}")
+        ask_and_wait(real_page, "the quick")
+        assert real_page.see("turns[0].model") == name
+        assert visible(real_page.see("turns[0].answer")) + "\n" == capsys.readouterr().out
