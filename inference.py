@@ -201,7 +201,7 @@ class Quantised(nn.Module):
 
 
 class Int8(Quantised):
-    few = FEW
+    few = 24
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__(weight, bias)
@@ -268,18 +268,22 @@ class Int4(Quantised):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed.view(N, K // 2), GROUP, self.scales)
 
     def multiply_many(self, x: Tensor) -> Tensor:
-        return x @ self.transposed(x.dtype)
+        blocks, parts = max(1, PART // self.in_features // BLOCK), []
+        for packed, scales in zip(self.packed.split(blocks), self.scales.split(blocks * BLOCK, dim=1), strict=True):
+            parts.append(x @ unpacked(packed, scales.to(x.dtype)))
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
-    def transposed(self, dtype: torch.dtype) -> Tensor:
-        """(K, N)"""
-        G, N, _ = self.scales.shape
-        q = torch.empty(G * GROUP, N // BLOCK, BLOCK, dtype=dtype, device=self.packed.device)
-        low, high = q.transpose(0, 1).split(BLOCK // 2, dim=-1)  # (N / 64, K, 32)
-        low.copy_(self.packed & 15)
-        high.copy_(self.packed >> 4)
-        scale, zero = self.scales.to(dtype).permute(2, 0, 1).contiguous()[:, :, None]  # (G, 1, N)
-        q = q.view(G, GROUP, N)
-        return torch.addcmul(zero - 8 * scale, q, scale, out=q).view(-1, N)
+
+def unpacked(packed: Tensor, scales: Tensor) -> Tensor:
+    """packed (N / 64, K, 32) and scales (K / 32, N, 2), see Int4 -> their weights (K, N)"""
+    G, N, _ = scales.shape
+    q = scales.new_empty(G * GROUP, N // BLOCK, BLOCK)
+    low, high = q.transpose(0, 1).split(BLOCK // 2, dim=-1)  # (N / 64, K, 32)
+    low.copy_(packed & 15)
+    high.copy_(packed >> 4)
+    scale, zero = scales.permute(2, 0, 1).contiguous()[:, :, None]  # (G, 1, N)
+    q = q.view(G, GROUP, N)
+    return torch.addcmul(zero - 8 * scale, q, scale, out=q).view(-1, N)
 
 
 def fit_groups(w: Tensor, rounds: int = 4) -> tuple[Tensor, Tensor, Tensor]:

@@ -70,10 +70,11 @@ def test_the_product_is_that_of_the_dequantised_weight(quant, rows):
     assert torch.allclose(wide, expected[:, 0], atol=1e-5)
 
 
-def test_large_matrices_are_dequantised_in_parts(monkeypatch):
-    module, x = Int8(torch.randn(100, 96)), torch.randn(40, 96)
+@pytest.mark.parametrize("quant", QUANTS)
+def test_large_matrices_are_dequantised_in_parts(quant, monkeypatch):
+    module, x = QUANTS[quant](torch.randn(320, 96)), torch.randn(100, 96)
     whole = module(x)
-    monkeypatch.setattr(inference, "PART", 96 * 7)
+    monkeypatch.setattr(inference, "PART", 96 * 150)
     torch.testing.assert_close(module(x), whole)
 
 
