@@ -153,8 +153,9 @@ class Answer:
         self.text, decoder, before = text, StreamDecoder(self.decoder.tokenizer), []
         if logprobs:
             for i, found in zip(ids, [(None, {}), *logprobs], strict=True):
-                self.tokens.append(self.record(i, before, *found))
-                self.place += len(decoder.push(i))
+                piece = decoder.push(i)
+                self.tokens.append(self.record(i, before, piece, *found))
+                self.place += len(piece)
                 before = [i]
         self.place = len(text)
 
@@ -164,11 +165,11 @@ class Answer:
             if self.finish:
                 return
             self.count += 1
+            piece = self.decoder.push(i)
             if found:
                 self.logprob += found[0]
-                self.tokens.append(self.record(i, self.previous, *found))
+                self.tokens.append(self.record(i, self.previous, piece, *found))
             self.previous = [i]
-            piece = self.decoder.push(i)
             self.add(piece[self.typed :])
             self.typed = max(0, self.typed - len(piece))
 
@@ -197,9 +198,11 @@ class Answer:
         tokens, self.tokens = self.tokens[:n], self.tokens[n:]
         return text, tokens
 
-    def record(self, i: int, before: list[int], logprob: float | None, likely: dict[int, float]) -> dict:
-        top = [(self.spell(other, before), each) for other, each in likely.items()]
-        return {"spelling": self.spell(i, before), "logprob": logprob, "top": top, "place": self.place}
+    def record(self, i: int, before: list[int], piece: str, logprob: float | None, likely: dict[int, float]) -> dict:
+        """`piece` is the text that came with the token; it can begin with bytes of others that were no character."""
+        top, spelling = [(self.spell(other, before), each) for other, each in likely.items()], self.spell(i, before)
+        begin = self.place + max(0, len(piece) - len(spelling.decode("utf-8", "replace")))
+        return {"spelling": spelling, "logprob": logprob, "top": top, "place": begin}
 
 
 def chat_logprobs(tokens: list[dict]) -> dict:
