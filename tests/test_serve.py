@@ -22,14 +22,16 @@ def tokenizer(text):
     return train_tokenizer("bpe", [text.read_text(), "漢字 and 🙂"], 300)
 
 
-def make_model(tokenizer, name="tiny", seq_len=64, **settings):
-    torch.manual_seed(0)
-    cfg = ModelConfig(vocab_size=tokenizer.vocab_size, seq_len=seq_len, d_model=32, n_layer=2, n_head=4, n_kv_head=2)
+def make_model(tokenizer, name="tiny", seq_len=64, model=None, **settings):
+    if not model:
+        torch.manual_seed(0)
+        model = shaken(LanguageModel(ModelConfig(vocab_size=tokenizer.vocab_size, seq_len=seq_len, d_model=32,
+                                                 n_layer=2, n_head=4, n_kv_head=2))).eval()
     s = Settings(serve.SETTINGS)
     for key, value in settings.items():
         s.set(key, value, "command line")
     saved = {"template": "chatml", "system": ""}
-    return serve.ServedModel(name, shaken(LanguageModel(cfg)).eval(), tokenizer, s, saved, created=7)
+    return serve.ServedModel(name, model, tokenizer, s, saved, created=7)
 
 
 def start(*models, **settings):

@@ -26,6 +26,7 @@ from eval import (
 )
 from model import LanguageModel, ModelConfig
 from runtime.device import MachineSettings, choose_machine
+from test_serve import make_model, start
 from text import tasks
 from text.tasks import TASKS, Question, clean, open_task, task_names
 from text.tokenizer_files import load_tokenizer, train_tokenizer
@@ -142,15 +143,15 @@ def harness(data, tmp_path_factory):
 
     root, manager = Path(evaluator.__file__).parent / "tasks", TaskManager(include_defaults=False)
 
-    def go(name, model, folder, n_shot, limit=None):
+    def go(name, model, folder, n_shot, limit=None, lm=None):
         config = load_yaml(next(root.glob(f"*/{name}.yaml")))
         rows = {split: datasets.Dataset.from_list(rows) for split, rows in data[1][name].items()}
         config["custom_dataset"] = lambda **_: datasets.DatasetDict(rows)
         task = ConfigurableTask(config=config | {"num_fewshot": n_shot})
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        peer = as_transformers(model, load_tokenizer(folder), tmp_path_factory.mktemp("hf"))
-        lm = HFLM(pretrained=peer, tokenizer=tokenizer, batch_size=8, max_length=model.cfg.seq_len,
-                  device="cpu")
+        if not lm:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            peer = as_transformers(model, load_tokenizer(folder), tmp_path_factory.mktemp("hf"))
+            lm = HFLM(pretrained=peer, tokenizer=tokenizer, batch_size=8, max_length=model.cfg.seq_len, device="cpu")
         found = evaluator.simple_evaluate(lm, tasks=[task], limit=limit, log_samples=True,
                                           task_manager=manager)
         return found["results"][name], found["samples"][name]
@@ -167,6 +168,19 @@ def ours(name, model, tokenizer, folder, n_shot, limit=0, **how):
     return sorted(chain.from_iterable(batches), key=lambda each: each["id"])
 
 
+def compare(results: list[dict], theirs: dict, samples: list[dict]) -> None:
+    samples = sorted(samples, key=lambda sample: sample["doc_id"])
+    for sample, mine in zip(samples, results, strict=True):
+        scores = [float(response[0][0]) for response in sample["resps"]]
+        assert mine["scores"] == pytest.approx(scores, abs=1e-4)
+        assert mine["gold"] == int(sample["target"])
+        assert (mine["acc"], mine["acc_norm"]) == (sample["acc"], sample["acc_norm"])
+    summary = summarise(results)
+    for metric in ("acc", "acc_norm"):
+        assert summary[metric] == pytest.approx(theirs[f"{metric},none"], abs=1e-12)
+        assert summary[f"{metric}_stderr"] == pytest.approx(theirs[f"{metric}_stderr,none"], abs=1e-12)
+
+
 @pytest.mark.parametrize("name, which, kind, n_shot, limit", [
     ("arc_easy", "random", "plain", 0, 0), ("arc_easy", "trained", "bos", 3, 11),
     ("arc_challenge", "trained", "plain", 1, 0), ("hellaswag", "trained", "plain", 0, 0),
@@ -177,17 +191,25 @@ def test_choices_scores_and_errors_are_those_of_the_harness(harness, data, token
     tokenizer, folder = tokenizers[kind]
     theirs, samples = harness(name, gpt2[which], folder, n_shot, limit or None)
     results = ours(name, gpt2[which], tokenizer, data[0], n_shot, limit, batch_tokens=700)
-    samples = sorted(samples, key=lambda sample: sample["doc_id"])
-    assert len(samples) == len(results) and any(each["cut"] for each in results) == bool(n_shot)
-    for sample, mine in zip(samples, results, strict=True):
-        scores = [float(response[0][0]) for response in sample["resps"]]
-        assert mine["scores"] == pytest.approx(scores, abs=1e-4)
-        assert mine["gold"] == int(sample["target"])
-        assert (mine["acc"], mine["acc_norm"]) == (sample["acc"], sample["acc_norm"])
-    summary = summarise(results)
-    for metric in ("acc", "acc_norm"):
-        assert summary[metric] == pytest.approx(theirs[f"{metric},none"], abs=1e-12)
-        assert summary[f"{metric}_stderr"] == pytest.approx(theirs[f"{metric}_stderr,none"], abs=1e-12)
+    assert any(each["cut"] for each in results) == bool(n_shot)
+    compare(results, theirs, samples)
+
+
+@pytest.mark.parametrize("name", ["arc_easy", "piqa"])
+def test_through_the_server_the_harness_gets_the_scores_of_ours(harness, data, tokenizers, gpt2, name):
+    """Its `local-completions`, which sends ids and reads the log probabilities of the prompt."""
+    pytest.importorskip("tenacity")
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    tokenizer, folder = tokenizers["plain"]
+    served = make_model(tokenizer, "gpt2", model=gpt2["trained"])
+    server = start(served)
+    lm = LocalCompletionsAPI(base_url=f"{server.address()}/v1/completions", model="gpt2", tokenizer=str(folder),
+                             tokenizer_backend="huggingface", max_length=97, batch_size=4, num_concurrent=3)
+    theirs, samples = harness(name, gpt2["trained"], folder, 0, lm=lm)
+    compare(ours(name, gpt2["trained"], tokenizer, data[0], 0), theirs, samples)
+    server.shutdown()
+    server.close()
 
 
 KINDS = {
