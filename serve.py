@@ -61,6 +61,7 @@ class ServeSettings:
 
 SETTINGS = [ServeSettings, SamplingSettings, InferenceSettings, SpeculationSettings, ChatSettings, MachineSettings]
 CHUNK = 256  # tokens of a new prompt in a step, so that other texts need not wait long
+ANSWERS = 256  # that are remembered
 PIECE = 16  # tokens that come together where the client gets the whole answer at once
 PAGE = ROOT / "serve.html"
 
@@ -109,12 +110,30 @@ class ServedModel:
         except UserError as error:
             self.no_chat = f"{name} cannot chat: {error}"
         self.writing = threading.Lock()  # a template may be a process that takes one request after the other
+        self.written: dict[str, list[int]] = {}  # answers whose ids are others than `encode` makes of their text
         self.speculation = make_speculation(s.speculate, model, tokenizer, s.max_rows)
 
         def make_decoder() -> Decoder:
             return Decoder(model, s.max_rows, self.context, self.unused, CHUNK, self.speculation)
 
         self.texts = BatchingThread(name, make_decoder, most=s.max_rows + s.queue)
+
+    def prompt(self, talk: list[dict]) -> list[int]:
+        """The ids of a conversation; answers of this model have the ids that it wrote, as in chat.Chat."""
+        answers = [message["content"] for message in talk if message["role"] == "assistant"]
+        with self.writing:
+            said = []
+            if any(answer in self.written for answer in answers):
+                said = [self.written.get(answer) or self.template.answer(answer) for answer in answers]
+            return self.template.prompt(talk, said)
+
+    def remember(self, row: Row) -> None:
+        answer = self.tokenizer.decode(row.new, after=self.template.before_answer(row.ids[: row.prompt]))
+        if self.template.answer(answer) != row.new:
+            with self.writing:
+                self.written[answer] = row.new
+                if len(self.written) > ANSWERS:
+                    del self.written[next(iter(self.written))]
 
     def spell(self, i: int, before: list[int]) -> bytes:
         """The bytes of an id after others; b"" if no token has it."""
@@ -213,6 +232,8 @@ class Request:
         answer.push(ids[:most], logprobs[:most])
         if ended:
             answer.end(ended)
+            if self.chat and not answer.finder.found:
+                self.served.remember(row)
 
     # ---- forms of the answer
 
@@ -307,8 +328,7 @@ def read_chat(body: dict, served: ServedModel) -> Prompt:
     if text:
         talk.insert(0, {"role": "system", "content": text})
     try:
-        with served.writing:
-            ids = served.template.prompt(talk)
+        ids = served.prompt(talk)
     except UserError as error:
         raise ApiError(400, str(error), "messages") from None
     return Prompt(ids, "", len(ids))

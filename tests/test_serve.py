@@ -9,8 +9,11 @@ import time
 import pytest
 import torch
 
+import sample
 import serve
-from configurator import Settings
+import train
+from configurator import Settings, configure
+from conftest import tiny_run
 from generate import SamplingSettings, generate
 from model import LanguageModel, ModelConfig
 from test_model import shaken
@@ -209,3 +212,50 @@ def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_row(tokenizer):
     assert not served.texts.count
     server.shutdown()
     server.close()
+
+
+# ---- the same as sample.py -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served") / "run"
+    train.main(tiny_run(text, folder, vocab_size=320, seq_len=256, max_steps=8, eval_interval=8))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server_of_run(run):
+    s = configure(serve.SETTINGS, [f"init_from={run}", "port=0", "quiet=1", "device=cpu"])
+    server = serve.Server(s, serve.load_models(s))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.close()
+
+
+@pytest.mark.parametrize("prompt", ["the quick ", "", "dog,\n"])
+def test_a_seed_gives_the_samples_of_sample_py(server_of_run, run, capsys, prompt):
+    rules = dict(seed=11, temperature=1.2, top_k=40, presence_penalty=0.5)
+    sample.main([f"init_from={run}", f"prompt={prompt}", "n_samples=2", "stop=br", "max_new_tokens=24", "device=cpu",
+                 *[f"{name}={value}" for name, value in rules.items()]])
+    found = post(server_of_run, "completions", prompt=prompt, n=2, stop="br", max_tokens=24, **rules)
+    out = "".join(f"--- {i + 1} of 2\n{prompt}{each['text']}\n" for i, each in enumerate(found["choices"]))
+    assert capsys.readouterr().out == out
+
+
+@pytest.mark.parametrize("system, rules", [("", {}), ("be brief", {"temperature": 1.5, "top_p": 0.9})])
+def test_a_seed_gives_the_chat_of_sample_py(server_of_run, run, capsys, system, rules):
+    """Over several turns, although the text of an answer would often be encoded as other ids than the model wrote."""
+    said = ["the quick", "over a", "dog\tand", "friends"]
+    sample.main([f"init_from={run}", "chat=1", "seed=5", "max_new_tokens=14", "device=cpu", f"system={system}",
+                 *[f"prompt={text}" for text in said], *[f"{name}={value}" for name, value in rules.items()]])
+    talk, answers = [{"role": "system", "content": system}] if system else [], []
+    for text in said:
+        talk.append({"role": "user", "content": text})
+        found = post(server_of_run, "chat/completions", messages=talk, seed=5, max_tokens=14, **rules)
+        talk.append({"role": "assistant", "content": found["choices"][0]["message"]["content"]})
+        answers.append(talk[-1]["content"])
+    assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in answers) and any(answers)
+    (served,) = server_of_run.models.values()
+    assert served.written
