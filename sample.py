@@ -76,8 +76,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def load_to_generate(path: Path, s: Settings, machine: Machine) -> tuple[LanguageModel, Tokenizer, dict]:
-    """(model in the dtype that it computes in, tokenizer, state) of a checkpoint."""
+    """(model in the dtype that it computes in, tokenizer, state without tensors) of a checkpoint."""
     model, tokenizer, state = checkpoint.load_model(path, machine.device, s.lora_base)
+    for name in ("model", "ema", "optimizer"):  # or the float32 weights stay in memory
+        state.pop(name, None)
     large = model.count_parameters()["total"] > FLOAT32_ON_CPU
     if s.given("dtype") or machine.device.type == "cuda" or large or s.quant:
         model.to(machine.dtype)

@@ -10,10 +10,13 @@ from torch import nn
 import eval
 import inference
 import sample
+import serve
 import train
-from configurator import UserError
+from configurator import UserError, configure
 from generate import SamplingSettings, generate
 from inference import Int4, Int8, Quantised, quantise, speed_up, weight_bytes
+from runtime import checkpoint
+from runtime.device import MachineSettings, choose_machine
 from test_model import KINDS, shaken, tiny
 
 WIDE = dict(d_model=64, n_head=4, head_dim=16, vocab_size=128, d_ff=64)  # shapes that int4 takes
@@ -196,6 +199,19 @@ def test_sample_chat_and_eval_take_it(quant, base, text, capsys):
     (path,) = (base / "eval").glob("*.json")
     assert json.loads(path.read_text(encoding="utf-8"))["quant"] == quant
     path.unlink()
+
+
+def test_a_server_takes_it_too(base):
+    (served,) = serve.load_models(configure(serve.SETTINGS, [f"init_from={base}", "quant=int8", "device=cpu"]))
+    assert isinstance(served.model.head, Int8)
+
+
+def test_what_is_loaded_to_generate_keeps_no_second_copy_of_the_weights(base):
+    s = configure(sample.SETTINGS, [f"init_from={base}", "quant=int8", "device=cpu"])
+    machine = choose_machine(s.part(MachineSettings))
+    _, _, state = sample.load_to_generate(checkpoint.find(base), s, machine)
+    kept = [value for value in state.values() if isinstance(value, dict) and str(value).count("tensor(")]
+    assert state["progress"]["step"] and not kept
 
 
 def test_adapters_are_merged_before(base, go, tmp_path, capsys):
