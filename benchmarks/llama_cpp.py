@@ -27,6 +27,11 @@ class Batch(ctypes.Structure):
     _fields_ = [("n_tokens", ctypes.c_int32), ("pointers", ctypes.c_void_p * 6)]
 
 
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+def quiet(*_) -> None:
+    """Its log: one function for all who load the library, which calls the last that it was given."""
+
+
 class LlamaCpp:
     def __init__(self, folder: Path):
         for name in ("libggml-base", "libggml", "libllama"):
@@ -34,8 +39,7 @@ class LlamaCpp:
             self.lib = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
             if name == "libggml":
                 self.lib.ggml_backend_load_all_from_path(str(folder).encode())
-        self.quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *args: None)
-        self.lib.llama_log_set(self.quiet, None)
+        self.lib.llama_log_set(quiet, None)
         for name, result, arguments in (
             ("llama_model_default_params", Params, []), ("llama_context_default_params", Params, []),
             ("llama_model_load_from_file", ctypes.c_void_p, [ctypes.c_char_p, Params]),
@@ -59,8 +63,7 @@ class LlamaCpp:
 
 class Model:
     def __init__(self, llama: LlamaCpp, path: Path, n_ctx: int):
-        self.llama, self.lib = llama, llama.lib  # llama.cpp calls llama.quiet as long as a model lives
-        lib = llama.lib
+        self.lib = lib = llama.lib
         self.model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
         assert self.model, f"llama.cpp does not load {path}"
         params = lib.llama_context_default_params()
