@@ -22,6 +22,7 @@ from itertools import zip_longest
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from configurator import Amount, NotNegative, Positive, Range, Share, Size, UserError, check_fields, need
@@ -384,9 +385,10 @@ def choose(logits: Tensor, rows: list[Row], unused: Tensor | None = None) -> lis
         raise UserError("the model's output is not finite: training diverged, or its dtype is too narrow "
                         "(dtype=float32 is the widest)")
     for (temperature, *rules), which in alike.items():
-        probs = filter_probs((logits[which] - best[which]) / within_float32(temperature), *rules)
-        noises = torch.stack([noise(rows[i], probs.shape[1], probs.device) for i in which])
-        ids[which] = (probs / noises).argmax(dim=-1, keepdim=True)
+        probs, candidates = filter_probs((logits[which] - best[which]) / within_float32(temperature), *rules)
+        keys = torch.tensor([[noise_key(rows[i])] for i in which], device=probs.device)
+        drawn = (probs / noise(keys, candidates)).argmax(dim=-1, keepdim=True)
+        ids[which] = candidates.gather(-1, drawn)
     tokens = ids[:, 0].tolist()
     for i, logprobs in plain.items():
         if tokens[i] not in rows[i].stop_ids:
@@ -418,14 +420,24 @@ def shift(logits: Tensor, row: Row, room: int) -> None:
         logits[row.first] = allowed
 
 
-def noise(row: Row, size: int, device) -> Tensor:
-    """(size,) numbers of the exponential distribution, a function of (seed, sample, position) alone. The argmax of
-    p / noise is a draw from p (the Gumbel-max trick), and the same one whatever else shares the pass."""
+def noise_key(row: Row) -> int:
+    """64 bits that depend on (seed, sample, position) alone."""
     key = f"{row.sampling.seed} {row.sample} {len(row.ids)}".encode()
-    seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
-    generator = torch.Generator(device).manual_seed(seed)
-    drawn = torch.empty(size, device=device).exponential_(generator=generator)
-    return drawn.clamp_(min=torch.finfo(torch.float32).tiny)
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big", signed=True)
+
+
+def noise(keys: Tensor, ids: Tensor) -> Tensor:
+    """keys (B, 1) and ids (B, n) -> (B, n) numbers of the exponential distribution, functions of key and id alone.
+
+    The argmax of p / noise is a draw from p (the Gumbel-max trick), and the same one whatever else shares the pass. An
+    id's bits are number `id` of the sequence that splitmix64 makes from the key (Steele, Lea and Flood, OOPSLA 2014).
+    """
+    bits = keys + (ids + 1) * (0x9E3779B97F4A7C15 - (1 << 64))
+    bits = (bits ^ (bits >> 30 & (1 << 34) - 1)) * (0xBF58476D1CE4E5B9 - (1 << 64))  # the mask: no sign comes in
+    bits = (bits ^ (bits >> 27 & (1 << 37) - 1)) * (0x94D049BB133111EB - (1 << 64))
+    bits = bits ^ (bits >> 31 & (1 << 33) - 1)
+    uniform = ((bits >> 33 & (1 << 31) - 1).float() + 0.5) / 2**31
+    return -torch.log1p(-uniform)
 
 
 def likeliest(logprobs: Tensor, n: int) -> dict[int, float]:
@@ -449,17 +461,33 @@ def ngram_bans(row: list[int], n: int) -> list[int]:
     return bans
 
 
-def filter_probs(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
-    """logits (B, V) -> probabilities (B, V), zero outside the allowed tokens; the likeliest is always allowed."""
-    if 0 < top_k < logits.shape[-1]:
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    probs = logits.softmax(dim=-1)
+LIKELY = 256  # so many candidates suffice nearly always, and to sort the whole vocabulary takes 50 times as long
+
+
+def filter_probs(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+                 n: int = LIKELY) -> tuple[Tensor, Tensor]:
+    """logits (B, V) -> (probabilities, ids), both (B, n): at least all tokens that a row allows, the others with 0.
+
+    Allowed is what is as likely as the k-th, then what all likelier tokens together leave below p, then what has min_p
+    of the likeliest's probability. So equally likely tokens are allowed together, and the likeliest always.
+    """
+    B, V = logits.shape
+    probs, n = logits.softmax(dim=-1), min(n, V)
+    if not top_k and top_p == 1 and not min_p:
+        return probs, torch.arange(V, device=logits.device).expand(B, V)
+    probs, ids = probs.topk(n)  # likeliest first
+    if top_k:
+        probs = probs.masked_fill(probs < probs[:, min(top_k, n) - 1, None], 0.0)
+        probs = probs / probs.cumsum(dim=-1)[:, -1:]  # whose rounding does not depend on the zeros behind, as sum's may
+    least = min_p * probs[:, :1]
     if top_p < 1:
-        ordered, index = probs.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(dim=-1) - ordered  # probability of all likelier tokens
-        outside = (before >= top_p) & (before > 0)
-        probs = probs.masked_fill(outside.scatter(-1, index, outside), 0.0)
-    if min_p > 0:
-        probs = probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0)
-    return probs
+        likelier = probs.cumsum(dim=-1) - probs
+        nucleus = probs.masked_fill((likelier >= top_p) & (likelier > 0), 1.0)
+        least = torch.maximum(least, nucleus.amin(dim=-1, keepdim=True))
+    probs = probs.masked_fill(probs < least, 0.0)
+    wide = probs[:, -1] > 0  # rows of which more than n may be allowed
+    if n < V and wide.any():
+        more, more_ids = filter_probs(logits[wide], top_k, top_p, min_p, 4 * n)
+        probs, ids = (F.pad(each, (0, more.shape[1] - n)) for each in (probs, ids))
+        probs[wide], ids[wide] = more, more_ids
+    return probs, ids

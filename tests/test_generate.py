@@ -1,10 +1,11 @@
+import math
 import random
 
 import pytest
 import torch
 
 from configurator import UserError
-from generate import Decoder, Row, SamplingSettings, choose, filter_probs, generate, ngram_bans, stream
+from generate import Decoder, Row, SamplingSettings, choose, filter_probs, generate, ngram_bans, noise, stream
 from model import LanguageModel
 from test_model import KINDS, shaken, tiny
 
@@ -122,18 +123,49 @@ def test_top_k_top_p_and_min_p_keep_what_they_say():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
 
     def kept(**rules):
-        return (filter_probs(logits, **rules)[0] > 0).tolist()
+        probs, ids = filter_probs(logits, **rules)
+        return sorted(ids[probs > 0].tolist())
 
-    assert kept() == [True] * 4
-    assert kept(top_k=2) == [True, True, False, False]
-    assert kept(top_k=9) == [True] * 4
-    assert kept(top_p=0.5) == [True, False, False, False]
-    assert kept(top_p=0.51) == [True, True, False, False]
-    assert kept(top_p=0.0) == [True, False, False, False], "the nucleus is never empty"
-    assert kept(min_p=0.3) == [True, True, True, False]
-    assert kept(min_p=1.0) == [True, False, False, False]
+    assert kept() == [0, 1, 2, 3]
+    assert kept(top_k=2) == [0, 1]
+    assert kept(top_k=9) == [0, 1, 2, 3]
+    assert kept(top_p=0.5) == [0]
+    assert kept(top_p=0.51) == [0, 1]
+    assert kept(top_p=0.0) == [0], "the nucleus is never empty"
+    assert kept(min_p=0.3) == [0, 1, 2]
+    assert kept(min_p=1.0) == [0]
     # in this order: top-k renormalises before top-p looks, so 0.5/0.8 alone reaches 0.6
-    assert kept(top_k=2, top_p=0.6) == [True, False, False, False]
+    assert kept(top_k=2, top_p=0.6) == [0]
+
+
+@pytest.mark.parametrize("rules", [dict(top_p=0.9), dict(top_k=300), dict(top_k=40, top_p=0.5), dict(min_p=0.01)])
+def test_candidates_are_what_a_sort_of_the_whole_vocabulary_leaves(rules):
+    """A sharp row beside a flat one, which has more candidates than are taken first; bfloat16 has ties."""
+    logits = torch.stack((torch.randn(5000) * 4, torch.randn(5000) * 0.1)).bfloat16().float()
+    probs, ids = filter_probs(logits, **rules)
+    for i, row in enumerate(logits):
+        alone, its = filter_probs(row[None], **rules)
+        assert dict(zip(its[alone > 0].tolist(), alone[alone > 0].tolist(), strict=True)) \
+            == dict(zip(ids[i][probs[i] > 0].tolist(), probs[i][probs[i] > 0].tolist(), strict=True))
+        row = row.double()
+        if "top_k" in rules:
+            row = row.masked_fill(row < row.sort(descending=True).values[rules["top_k"] - 1], float("-inf"))
+        p = row.softmax(dim=-1)
+        likelier = torch.stack([p[p > each].sum() for each in p])
+        allowed = (p > 0) & (likelier < rules.get("top_p", 2)) & (p >= rules.get("min_p", 0) * p.max())
+        assert set(its[alone > 0].tolist()) == set(allowed.nonzero()[:, 0].tolist())
+
+
+def test_the_noise_of_an_id_is_its_own_and_exponential():
+    keys = torch.arange(200)[:, None] - 100
+    everything = noise(keys, torch.arange(500).expand(200, 500))
+    some = torch.tensor([[499, 3, 42]]).expand(200, 3)
+    assert torch.equal(noise(keys, some), everything[:, [499, 3, 42]])
+    shares = [(everything > bound).float().mean().item() for bound in (0.1, 1.0, 3.0)]
+    assert shares == pytest.approx([math.exp(-0.1), math.exp(-1.0), math.exp(-3.0)], abs=0.005)
+    assert everything.min() > 0
+    centred = everything - everything.mean()
+    assert (centred[:, 1:] * centred[:, :-1]).mean().abs() < 0.02 and (centred[1:] * centred[:-1]).mean().abs() < 0.02
 
 
 def test_bans_come_before_the_nucleus_so_it_is_never_empty():
