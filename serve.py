@@ -367,8 +367,9 @@ class Handler(JsonHandler):
         request = Request(self.read_json(), path == "/chat/completions", self.server.models)
         rows = request.rows()
         answers = list(map(request.answer, rows))
-        events = self.events(request, rows, answers)
+        arriving = request.served.texts.submit(rows, every=1 if request.stream else PIECE)
         try:
+            events = self.events(request, rows, answers, arriving)
             if request.stream:
                 self.stream(request, answers, events)
             else:
@@ -376,36 +377,33 @@ class Handler(JsonHandler):
                     pass
                 self.reply(200, request.whole(answers))
         finally:
-            events.close()
+            for row in rows:
+                request.served.texts.cancel(row)
             new = sum(answer.count for answer in answers)
             self.told = f"{self.told or 'ok'}, {request.served.name}, {request.prompt_tokens} + {new} tokens"
 
-    def events(self, request: Request, rows: list[Row], answers: list[Answer]) -> Iterator[set[int]]:
+    def events(self, request: Request, rows: list[Row], answers: list[Answer], arriving: queue.SimpleQueue
+               ) -> Iterator[set[int]]:
         """Give the answers their tokens as they come; yields the indices of those that have changed, until all have
-        ended. Raises Gone if the client leaves, ApiError if the model fails. At the end, no row stays in the model."""
-        arriving = request.served.texts.submit(rows, every=1 if request.stream else PIECE)
+        ended. Raises Gone if the client leaves, ApiError if the model fails."""
         last, going = self.began + self.server.seconds, set(range(len(rows)))
-        try:
-            while going:
-                changed = set()
-                for i, ids, logprobs, ended in self.arrived(arriving):
-                    if i in going:
-                        request.push(answers[i], rows[i], ids, logprobs, ended)
-                        changed.add(i)
-                if time.monotonic() > last:
-                    if not any(answer.count for answer in answers):
-                        raise ApiError(503, f"no token within {self.server.seconds:g} seconds: the server is busy")
-                    for i in going:
-                        answers[i].end("length")
-                    changed |= going
-                for i in changed:
-                    if answers[i].finish:
-                        going.remove(i)
-                        request.served.texts.cancel(rows[i])
-                yield changed
-        finally:
-            for i in going:
-                request.served.texts.cancel(rows[i])
+        while going:
+            changed = set()
+            for i, ids, logprobs, ended in self.arrived(arriving):
+                if i in going:
+                    request.push(answers[i], rows[i], ids, logprobs, ended)
+                    changed.add(i)
+            if time.monotonic() > last:
+                if not any(answer.count for answer in answers):
+                    raise ApiError(503, f"no token within {self.server.seconds:g} seconds: the server is busy")
+                for i in going:
+                    answers[i].end("length")
+                changed |= going
+            for i in changed:
+                if answers[i].finish:
+                    going.remove(i)
+                    request.served.texts.cancel(rows[i])
+            yield changed
 
     def arrived(self, arriving: queue.SimpleQueue) -> list[tuple]:
         """What has come since the last call, or comes soon."""

@@ -14,6 +14,7 @@
     python -m benchmarks bpe                            # training a tokenizer, against tokenizers and others
     python -m benchmarks encode                         # text to ids, against tokenizers and tiktoken
     python -m benchmarks batches                        # batches/s of the loader
+    python -m benchmarks serve                          # the server: 1 and 8 clients, then clients of every kind
     python -m benchmarks kill REPEATS=50                # SIGKILL at random moments; the end must have the same bits
     python -m benchmarks models                         # kinds of models of one size: parameters, speed, loss
     python -m benchmarks ablation DATA_PATH=input.txt   # what each part of the Enigma model is worth; hours
@@ -40,6 +41,7 @@ from benchmarks.generation import bench_generate
 from benchmarks.kill import bench_kill
 from benchmarks.optim import bench_optim
 from benchmarks.recipe import bench_time_to_loss
+from benchmarks.serving import bench_serve
 from benchmarks.step import VARIANTS, bench_depth, bench_experts, bench_lora, bench_step
 from benchmarks.text import bench_bpe, bench_encode
 from benchmarks.timing import TINY
@@ -60,6 +62,7 @@ class BenchSettings:
     text_mb: Count = 100        # bpe, encode: megabytes of text
     model: str = "gpt2"         # generate: gpt2 or smollm2, their shapes with random weights; or the folder of a run
     batch_size: Batch = 1       # step: sequences in a step
+    server: str = ""            # serve: a server that runs already, as process:port; else we start one
     seeds: Count = 3            # models, ablation, shakespeare: runs of each variant
     steps: Size = 0             # models, ablation: optimizer steps of a run; 0 = those of the comparison
     only: str = ""              # ablation: the one corpus to do, stdlib or shakespeare
@@ -74,7 +77,8 @@ BENCHMARKS = {  # name on the command line -> function(settings, arguments) that
     "optim": bench_optim, "step": bench_step, "time_to_loss": bench_time_to_loss, "depth": bench_depth,
     "lora": bench_lora, "experts": bench_experts, "decode": bench_decode, "generate": bench_generate,
     "start": bench_start, "eval": bench_eval, "bpe": bench_bpe, "encode": bench_encode, "batches": bench_batches,
-    "kill": bench_kill, "models": compare_models, "ablation": compare_ablation, "shakespeare": compare_shakespeare,
+    "serve": bench_serve, "kill": bench_kill, "models": compare_models, "ablation": compare_ablation,
+    "shakespeare": compare_shakespeare,
 }
 
 

@@ -199,6 +199,8 @@ def test_the_client_tries_again_when_the_queue_is_full(tokenizer):
         with pytest.raises(openai.RateLimitError) as raised:
             client.completions.create(**asked)
         assert raised.value.response.headers["Retry-After"] == "1"
+        with pytest.raises(openai.RateLimitError):
+            client.completions.create(**asked, stream=True)
         threading.Timer(0.3, long.close).start()
         began = time.monotonic()
         assert client_of(server, max_retries=3).completions.create(**asked).choices
