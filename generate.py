@@ -222,7 +222,9 @@ class Decoder:
         if self.waiting[0].scores_prompt:
             self.admit_scored(n, self.waiting[0])
             return
-        rows = self.waiting[: 1 if self.chunk else self.capacity - n]
+        rows = [row for row in self.waiting[: self.capacity - n] if not row.scores_prompt]
+        if self.chunk:
+            rows = [row for row in rows if row.ids == rows[0].ids]
         prompts = [tuple(row.ids[-self.cache.size :]) for row in rows]
         different = list(dict.fromkeys(prompts))
         parts = []
@@ -243,7 +245,7 @@ class Decoder:
         self.rows += rows
         self.logits += logits[which]
         self.drafts += [[] for _ in rows]
-        del self.waiting[: len(rows)]
+        self.waiting = [row for row in self.waiting if row not in rows]
 
     def admit_scored(self, slot: int, row: Row) -> None:
         """Read a part of a prompt, every position of which gets its logits; they are forgotten before the next part."""

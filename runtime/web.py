@@ -34,6 +34,7 @@ from runtime.screen import escaped, leaving, tell
 BODY, HEAD = 1 << 20, 1 << 15  # most bytes of a request's body and of its head
 READ_SECONDS = 30  # for a client to send its request, or to take a piece of the answer
 CONNECTIONS = 256  # at the same time: each has a thread
+HEADER = re.compile(r"[\w!#$%&'*+.^`|~-]+: [^\x00-\x08\x0a-\x1f\x7f]*", re.ASCII)
 LOCAL = {"127.0.0.1", "localhost", "::1"}
 
 
@@ -232,7 +233,6 @@ class JsonHandler(BaseHTTPRequestHandler):
                                       "Access-Control-Allow-Headers": "authorization, content-type, *"})
 
     def respond(self, method, allowed: str) -> None:
-        self.server.deadlines[self.connection] = self.began + self.server.seconds + 2 * READ_SECONDS
         with self.server.counting:
             self.server.answering += 1
             self.answers = True
@@ -253,6 +253,8 @@ class JsonHandler(BaseHTTPRequestHandler):
     def check_sender(self, path: str, method) -> None:
         """Another name in Host is a page whose domain was bound to our address (DNS rebinding); another Origin is a
         page from elsewhere."""
+        if self.headers.defects or not all(HEADER.fullmatch(": ".join(line)) for line in self.headers.items()):
+            raise ApiError(400, "a line of the head is malformed")
         hosts, origin = self.headers.get_all("Host") or [], self.headers.get("Origin")
         name = hosts[0].rpartition(":") if len(hosts) == 1 else ("", "", "")
         name = (name[0] if name[2].isdecimal() else "".join(name)).strip("[]").lower()
@@ -279,6 +281,8 @@ class JsonHandler(BaseHTTPRequestHandler):
         data = self.rfile.read(int(length))
         if len(data) < int(length):
             raise Gone
+        with self.server.counting:
+            self.server.deadlines[self.connection] = self.began + self.server.seconds + 2 * READ_SECONDS
         try:
             body = json.loads(data.decode("utf-8"), object_pairs_hook=unique_fields, parse_constant=refuse_constant)
             json.dumps(body, ensure_ascii=False).encode("utf-8")  # fails for half of a surrogate pair
@@ -316,6 +320,7 @@ class JsonHandler(BaseHTTPRequestHandler):
 
     def begin(self, status: int, headers: dict[str, str]) -> None:
         self.status, self.close_connection = status, True
+        self.request_version = self.protocol_version  # for others, the base class writes no head
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

@@ -278,6 +278,21 @@ def test_rows_that_come_and_go_say_what_each_says_alone(kind, chunk):
         assert row.ended == "length" and row.new == naive(model, row.ids[: row.prompt], row.sampling.max_new_tokens)
 
 
+def test_equal_prompts_are_read_once_by_chunks_too():
+    model, prompt = shaken(tiny()), list(range(1, 12))
+    read = []
+    model.embed.register_forward_hook(lambda module, ids, _: read.append(ids[0].numel()))
+    decoder = Decoder(model, capacity=5, chunk=4)
+    rows = [Row(prompt, GREEDY, sample) for sample in range(4)]
+    rows.insert(2, Row([7], GREEDY))
+    for row in rows:
+        decoder.add(row)
+    while decoder.advance():
+        decoder.draw()
+    assert read[:3] == [4, 4, 3] and sum(read) == 11 + 1 + 5 * (GREEDY.max_new_tokens - 1)
+    assert {tuple(row.new) for row in rows if row.prompt > 1} == {tuple(naive(model, prompt, 12))}
+
+
 def test_a_sample_is_the_same_whatever_shares_its_passes():
     model, sampling = shaken(tiny()), SamplingSettings(temperature=1.0, top_p=0.9, max_new_tokens=15, seed=3)
     alone = generate(model, [[1, 2]], sampling)[0]

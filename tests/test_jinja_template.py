@@ -300,6 +300,12 @@ def test_a_wrong_template_is_one_sentence(base, source, problem):
     assert "\n" not in str(error.value) and len(str(error.value)) < 250
 
 
+def test_a_conversation_that_would_be_rendered_for_minutes_is_refused_at_once(model_template):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 12_000
+    with pytest.raises(UserError, match="24001 messages is too long"):
+        model_template.prompt([*turns, turns[0]])
+
+
 def with_config(base: Tokenizer, source) -> Tokenizer:
     tokenizer = with_template(base, "x")
     tokenizer.config["chat_template"] = source

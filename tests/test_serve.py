@@ -1,5 +1,6 @@
 """The server, in this process: real sockets, a tiny model."""
 
+import contextlib
 import http.client
 import json
 import socket
@@ -16,6 +17,7 @@ from configurator import Settings, configure
 from conftest import tiny_run
 from generate import SamplingSettings, generate
 from model import LanguageModel, ModelConfig
+from runtime import web
 from test_model import shaken
 from text.tokenizer_files import train_tokenizer
 
@@ -89,6 +91,13 @@ def complain(server, path="completions", **body):
     return status, json.loads(content)["error"]
 
 
+def wait_until(ready) -> None:
+    give_up = time.monotonic() + 60
+    while not ready() and time.monotonic() < give_up:
+        time.sleep(0.02)
+    assert ready()
+
+
 def endless(served) -> dict:
     """A field of a request that lets no answer end by itself."""
     return {"logit_bias": {str(i): -100 for i in served.tokenizer.stop_ids()}}
@@ -147,6 +156,13 @@ def test_prompt_tokens_have_the_log_probabilities_of_the_model(server, served):
         assert abs(max(logprobs["top_logprobs"][i].values()) - expected[i - 1].max().item()) < 1e-5
 
 
+def test_a_prompt_of_one_token_is_echoed_with_it(server):
+    found = post(server, "completions", prompt=[40], echo=True, logprobs=1, max_tokens=0)
+    (choice,) = found["choices"]
+    assert choice["logprobs"] == {"tokens": [choice["text"]], "token_logprobs": [None], "top_logprobs": [None],
+                                  "text_offset": [0]}
+
+
 def test_a_stop_string_across_tokens_ends_the_text_before_it(server):
     whole = post(server, "completions", prompt="the quick", temperature=0, max_tokens=30)["choices"][0]["text"]
     stop = whole[5:9]
@@ -174,6 +190,40 @@ def test_a_mistake_in_a_field_is_named(server, field, value, status):
 def test_a_body_that_is_no_json_is_refused(server, body, status):
     found, _, content = ask(server, "/v1/completions", body)
     assert found == status and "error" in json.loads(content)
+
+
+@pytest.mark.parametrize("head, status", [
+    (b"GET /health", 403), (b"POST /completions", 400), (b"GET /health HTTP/2.0\r\nHost: localhost", 505),
+    (b"PRI * HTTP/2.0\r\n\r\nSM", 505), (b"\x16\x03\x01\x00", 400), (b"GET /health HTTP/1.0\r\nHost: localhost", 200),
+    (b"GET /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding : chunked", 400),
+    (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: a\r\n Transfer-Encoding: chunked", 400),
+    (b"GET /health HTTP/1.1\r\nHost: localhost\r\nnothing", 400),
+    (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: a\x00b", 400),
+    (b"GET /health HTTP/1.1\r\nHost: a\r\nHost: localhost", 403),
+    (b"POST /completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nContent-Length: 3", 400),
+    (b"POST /completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: +2", 400),
+    (b"POST /completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nTransfer-Encoding: chunked", 411),
+    (b"GET /health HTTP/1.1\r\n" + b"X: a\r\n" * 5000, 431), (b"GET /" + b"a" * 40_000, 431),
+])
+def test_a_strange_head_gets_an_answer_in_http(server, head, status):
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as connection:
+        connection.sendall(head + b"\r\n\r\n{}")
+        connection.shutdown(socket.SHUT_WR)
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 %d " % status) and json.loads(answer.partition(b"\r\n\r\n")[2])
+
+
+def test_a_body_that_comes_too_slowly_is_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr(web, "READ_SECONDS", 0.3)
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as connection:
+        connection.sendall(b"POST /completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
+        began = time.monotonic()
+        with contextlib.suppress(OSError):
+            while True:
+                connection.sendall(b" ")
+                time.sleep(0.05)
+        assert time.monotonic() - began < 10
+    wait_until(lambda: not server.deadlines and not server.answering)
 
 
 def test_hosts_origins_paths_and_methods_are_checked(server):
@@ -206,10 +256,7 @@ def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_row(tokenizer):
     status, headers, _ = ask(server, "/v1/completions", {"prompt": "a"})
     assert status == 429 and headers["Retry-After"]
     leaver.close()
-    give_up = time.monotonic() + 60
-    while served.texts.count and time.monotonic() < give_up:
-        time.sleep(0.02)
-    assert not served.texts.count
+    wait_until(lambda: not served.texts.count)
     server.shutdown()
     server.close()
 

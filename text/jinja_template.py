@@ -20,7 +20,7 @@ from itertools import pairwise
 
 from configurator import UserError, need
 from runtime.files import mismatch, optional
-from text.jinja_sandbox import SECONDS, Sandbox
+from text.jinja_sandbox import MOST_TEXT, SECONDS, Sandbox
 from text.pieces import find_names
 from text.tokenizer import Tokenizer
 
@@ -173,6 +173,10 @@ class ModelTemplate:
     def texts(self, messages: list[dict], closed: list[dict], begins: bool, probe: str) -> list[str]:
         """[the conversation, the same from `closed` contents, and of each answer: its prompt, the conversation with
         `probe` in its place]"""
+        count = 2 + 2 * sum(message["role"] == "assistant" for message in messages)
+        size = sum(200 + len(message["content"]) for message in closed)  # of a job, about
+        need(count * size <= MOST_TEXT, f"a conversation of {len(messages)} messages is too long for the model's chat "
+             f"template, which would write it {count} times: {INSTEAD}")
         jobs = [(messages, begins), (closed, begins)]
         for n, message in enumerate(messages):
             if message["role"] == "assistant":

@@ -149,9 +149,9 @@ class Answer:
         self.tokens: list[dict] = []  # that wait for their text
 
     def echo(self, text: str, ids: list[int], logprobs: list) -> None:
-        """Begin with the prompt, and its tokens if they have log probabilities: none for the first."""
+        """Begin with the prompt, and its `ids` if they have log probabilities: none for the first."""
         self.text, decoder, before = text, StreamDecoder(self.decoder.tokenizer), []
-        if logprobs:
+        if ids:
             for i, found in zip(ids, [(None, {}), *logprobs], strict=True):
                 piece = decoder.push(i)
                 self.tokens.append(self.record(i, before, piece, *found))
