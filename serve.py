@@ -345,6 +345,7 @@ class Server(JsonServer):
 
 class Handler(JsonHandler):
     open_paths = ("/", "/health")
+    looked = 0.0  # when we looked whether the client is still there
 
     def get(self, path: str) -> None:
         models = self.server.models
@@ -418,8 +419,10 @@ class Handler(JsonHandler):
                 wait = 0
         if self.server.closing:
             raise ApiError(503, "the server ends")
-        if self.has_left():
-            raise Gone
+        if time.monotonic() > self.looked + 0.2:
+            self.looked = time.monotonic()
+            if self.has_left():
+                raise Gone
         return found
 
     def stream(self, request: Request, answers: list[Answer], events: Iterator[set[int]]) -> None:

@@ -77,6 +77,7 @@ class JsonServer(ThreadingHTTPServer):
         self.is_local = host in LOCAL
         self.deadlines: dict[socket.socket, float] = {}  # of the open connections
         self.answering = 0  # requests that have been read and are not answered yet
+        self.cut = 0  # answers that the end of the server broke off
         self.counting, self.closing = threading.Lock(), False
         if ":" in host:
             self.address_family = socket.AF_INET6
@@ -145,18 +146,18 @@ class JsonServer(ThreadingHTTPServer):
         for number in numbers:
             signal.signal(number, signal.SIG_IGN)
         cut = self.close()
-        tell(f"stopped; {cut} answers were cut", sys.stderr)
+        tell(f"stopped; answers that were cut: {cut}", sys.stderr)
         leaving.append(os._exit)  # threads may be in the middle of a pass, which nobody waits for
         return code
 
     def close(self) -> int:
         """Stop listening; handlers have half a second to tell their clients. Returns how many answers were cut."""
-        self.closing, cut = True, self.answering
+        self.closing = True
         self.server_close()
         last = time.monotonic() + 0.5
         while self.answering and time.monotonic() < last:
             time.sleep(0.02)
-        return cut
+        return self.cut + self.answering
 
 
 def interrupt(number: int, frame) -> None:
@@ -210,9 +211,13 @@ class JsonHandler(BaseHTTPRequestHandler):
             self.told = "the client has left"
         finally:
             self.log_line()
+            self.has_answered()
+
+    def has_answered(self) -> None:
+        with self.server.counting:
             if self.answers:
-                with self.server.counting:
-                    self.server.answering -= 1
+                self.server.answering -= 1
+            self.answers = False
 
     def do_GET(self) -> None:
         self.respond(self.get, "GET, HEAD")
@@ -344,6 +349,9 @@ class JsonHandler(BaseHTTPRequestHandler):
 
     def fail(self, error: ApiError) -> None:
         self.told = str(error)
+        if self.server.closing:
+            with self.server.counting:
+                self.server.cut += 1
         headers = {}
         if error.status in (429, 503):
             headers["Retry-After"] = "1"
@@ -354,6 +362,7 @@ class JsonHandler(BaseHTTPRequestHandler):
                 self.send_events([error.content])
             else:
                 self.reply(error.status, error.content, headers=headers)
+                self.has_answered()
                 self.drain()
         except OSError:
             self.told = "the client has left"

@@ -3,7 +3,12 @@
 import contextlib
 import http.client
 import json
+import re
+import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,7 +18,7 @@ import torch
 import sample
 import serve
 import train
-from configurator import Settings, configure
+from configurator import ROOT, Settings, UserError, configure
 from conftest import tiny_run
 from generate import SamplingSettings, generate
 from model import LanguageModel, ModelConfig
@@ -234,6 +239,51 @@ def test_hosts_origins_paths_and_methods_are_checked(server):
     assert ask(server, "/nothing")[0] == 404
     assert ask(server, "/v1/completions")[0] == ask(server, "/health", {})[0] == 405
     assert ask(server, "/health", method="BREW")[0] == 405
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_server_at_once_and_it_says_what_it_cut(run, number, code):
+    command = [sys.executable, str(ROOT / "serve.py"), f"init_from={run}", "port=0", "device=cpu", "quiet=1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    port = int(re.search(r":(\d+);", process.stdout.readline())[1])
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/v1/completions", json.dumps({"prompt": "the", "n": 72, "max_tokens": 250}))
+
+    def answering() -> bool:
+        health = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        health.request("GET", "/health")
+        return json.loads(health.getresponse().read())["texts"] > 0
+
+    wait_until(answering)
+    began = time.monotonic()
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert time.monotonic() - began < 5 and process.returncode == code
+    assert said.endswith("stopped; answers that were cut: 1\n") and "Traceback" not in said
+    answer = connection.getresponse()
+    assert answer.status == 503 and "the server ends" in json.loads(answer.read())["error"]["message"]
+
+
+@pytest.mark.parametrize("setting, sentence", [
+    ("port={used}", "cannot listen on 127.0.0.1, port {used}"), ("host=203.0.113.9", "cannot listen on 203.0.113.9"),
+    ("host=::ffff:ffff", "cannot listen"), ("init_from=/nowhere", "nowhere"), ("init_from={run},{run}", "called run"),
+    ("port=70000", "port"), ("timeout=0", "timeout"), ("speculate=/nowhere", "nowhere"),
+])
+def test_what_cannot_be_served_is_one_sentence(run, server_of_run, setting, sentence):
+    used = server_of_run.server_port
+    with pytest.raises(UserError) as error:
+        serve.main([f"init_from={run}", "device=cpu", "port=0", setting.format(used=used, run=run)])
+    assert sentence.format(used=used) in str(error.value) and len(str(error.value)) < 200
+
+
+def test_curl_is_answered(server):
+    if not shutil.which("curl"):
+        pytest.skip("curl is missing")
+    command = ["curl", "-sSN", "-w", "%{http_code}", f"{server.address()}/v1/completions", "-d"]
+    for body, end in (({"prompt": "a", "max_tokens": 3}, "}200"), ({"prompt": "a", "n": 0}, "}400"),
+                      ({"prompt": "a" * 60, "max_tokens": 3, "stream": True}, "data: [DONE]\n\n200")):
+        out = subprocess.run([*command, json.dumps(body)], capture_output=True, text=True, check=True, timeout=60)
+        assert out.stdout.endswith(end) and not out.stderr
 
 
 def test_a_key_is_asked_for(served):
