@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from attention import Attention
 from configurator import check_fields
 from ffn import Experts, FeedForward, product_dtype
-from model import LanguageModel
+from model import LanguageModel, shapes_only
 
 
 @dataclass
@@ -234,7 +234,8 @@ class Int8Embedding(nn.Embedding):
     """ids (...) -> (..., D): rows of a matrix, which may be that of the head, in `dtype`."""
 
     def __init__(self, matrix: Int8, dtype: torch.dtype):
-        super().__init__(*matrix.q.shape, device="meta")
+        with shapes_only():
+            super().__init__(*matrix.q.shape)
         self.weight, self.dtype = matrix.q, dtype
         self.register_buffer("scale", matrix.scale)
 
@@ -243,12 +244,12 @@ class Int8Embedding(nn.Embedding):
 
 
 GROUP = 32  # columns that share a scale and a zero
-BLOCK = 64  # rows that are packed together
+BLOCK = 64  # rows: a matrix has a multiple of them
 
 
 class Int4(Quantised):
-    """packed (N / 64, K, 32) bytes: row n < 32 of a block in the low half of byte n, row n + 32 in the high half. So
-    torch packs them for AVX-512."""
+    """packed (N / R, K, R / 2) bytes: of R rows, the first half is in the low halves of the bytes, the second in the
+    high ones. So torch packs them, with R = 64 for AVX-512 and 32 for AVX2."""
 
     few = 64
 
@@ -256,29 +257,30 @@ class Int4(Quantised):
         super().__init__(weight, bias)
         N, K = weight.shape
         q, scale, zero = fit_groups(weight.float().view(N, K // GROUP, GROUP))
-        self.packed = nn.Parameter(pack_int4(q.view(N, K)), requires_grad=False)
+        self.packed = nn.Parameter(pack_int4(q.view(N, K), torchs_rows() or BLOCK), requires_grad=False)
         self.register_buffer("scales", torch.stack((scale.T, zero.T), dim=-1))  # (K / 32, N, 2)
 
     @staticmethod
     def has_product(K: int) -> bool:
-        return reads_our_int4()
+        return torchs_rows() > 0
 
     def multiply_few(self, x: Tensor) -> Tensor:
         N, K = self.out_features, self.in_features
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed.view(N, K // 2), GROUP, self.scales)
 
     def multiply_many(self, x: Tensor) -> Tensor:
-        blocks, parts = max(1, PART // self.in_features // BLOCK), []
-        for packed, scales in zip(self.packed.split(blocks), self.scales.split(blocks * BLOCK, dim=1), strict=True):
+        R, parts = 2 * self.packed.shape[-1], []
+        blocks = max(1, PART // self.in_features // R)
+        for packed, scales in zip(self.packed.split(blocks), self.scales.split(blocks * R, dim=1), strict=True):
             parts.append(x @ unpacked(packed, scales.to(x.dtype)))
         return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
 
 def unpacked(packed: Tensor, scales: Tensor) -> Tensor:
-    """packed (N / 64, K, 32) and scales (K / 32, N, 2), see Int4 -> their weights (K, N)"""
+    """packed (N / R, K, R / 2) and scales (K / 32, N, 2), see Int4 -> their weights (K, N)"""
     G, N, _ = scales.shape
-    q = scales.new_empty(G * GROUP, N // BLOCK, BLOCK)
-    low, high = q.transpose(0, 1).split(BLOCK // 2, dim=-1)  # (N / 64, K, 32)
+    q = scales.new_empty(G * GROUP, len(packed), N // len(packed))
+    low, high = q.transpose(0, 1).chunk(2, dim=-1)  # (N / R, K, R / 2)
     low.copy_(packed & 15)
     high.copy_(packed >> 4)
     scale, zero = scales.permute(2, 0, 1).contiguous()[:, :, None]  # (G, 1, N)
@@ -311,21 +313,21 @@ def round_groups(w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return ((w - zero[..., None]) / scale.clamp(min=1e-30)[..., None] + 8).round_().clamp_(0, 15)
 
 
-def pack_int4(q: Tensor) -> Tensor:
-    """q (N, K) of 0 … 15 -> (N / 64, K, 32) bytes: see Int4."""
+def pack_int4(q: Tensor, R: int) -> Tensor:
+    """q (N, K) of 0 … 15 -> (N / R, K, R / 2) bytes: see Int4."""
     N, K = q.shape
-    low, high = q.to(torch.uint8).view(N // BLOCK, 2, BLOCK // 2, K).transpose(2, 3).unbind(dim=1)
+    low, high = q.to(torch.uint8).view(N // R, 2, R // 2, K).transpose(2, 3).unbind(dim=1)
     return (low | high << 4).contiguous()
 
 
 @cache
-def reads_our_int4() -> bool:
-    """Whether this torch on this CPU has the product, and packs as we do."""
-    if not hasattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu"):
-        return False
+def torchs_rows() -> int:
+    """The R of Int4 that torch's product reads on this CPU; 0 if there is none."""
+    if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+        return 0
     q = torch.arange(2 * BLOCK * GROUP, dtype=torch.int32).view(2 * BLOCK, GROUP) * 7 // 5 % 16
     theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 2)
-    return torch.equal(theirs.flatten(), pack_int4(q).flatten())
+    return next((R for R in (64, 32) if torch.equal(theirs.flatten(), pack_int4(q, R).flatten())), 0)
 
 
 class QuantisedExperts(nn.Module):

@@ -81,6 +81,13 @@ def test_large_matrices_are_dequantised_in_parts(quant, monkeypatch):
     torch.testing.assert_close(module(x), whole)
 
 
+@pytest.mark.parametrize("rows", [32, 64])
+def test_unpacking_undoes_packing(rows):
+    q = torch.randint(16, (192, 96))
+    scales = torch.tensor([1.0, 8.0]).expand(3, 192, 2)
+    assert torch.equal(inference.unpacked(inference.pack_int4(q, rows), scales), q.mT.float())
+
+
 @pytest.mark.parametrize("quant", QUANTS)
 def test_without_torchs_products_the_result_is_the_same(quant, monkeypatch):
     weight, x = torch.randn(64, 32), torch.randn(2, 32).bfloat16()
