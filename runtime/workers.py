@@ -2,23 +2,30 @@
 
     for item, result in in_order(function, items, workers=0):      # results in the order of the items
         ...
+
+    process = LineProcess("text.jinja_sandbox", seconds=20)        # runs what may never end
+    answer = process.ask({"jobs": [...]})                          # None if it did not end
 """
 
 import ctypes
+import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from itertools import chain, islice
 from typing import TypeVar
 
-from configurator import UserError
+from configurator import ROOT, UserError
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -88,3 +95,47 @@ def watch_parent(parent: int, then: Callable[[], None]) -> None:
         then()
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+class LineProcess:
+    """`python -m <module> <words>`, a file of ours that answers each line of JSON with one, in a process that is killed
+    if this takes too long: no thread and no signal can stop Python in the middle of C code.
+
+    It starts when needed, in a session of its own, so that Ctrl-C does not reach it. The first request of each process
+    has `hello` as well.
+    """
+
+    def __init__(self, module: str, *words: str, seconds: float, hello: dict, most: int = 1 << 20, stderr=None):
+        self.command = [sys.executable, "-m", module, *words]
+        self.seconds, self.hello, self.most, self.stderr = seconds, hello, most, stderr  # `most`: bytes of an answer
+        self.process: subprocess.Popen | None = None
+
+    def ask(self, request: dict) -> dict | None:
+        """The answer; None if the process took longer than `seconds`, or ended."""
+        if self.process is None:
+            self.process = subprocess.Popen(self.command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                            stderr=self.stderr, start_new_session=True)
+            self.stop = weakref.finalize(self, stop_process, self.process)
+            request = request | self.hello
+        timer = threading.Timer(self.seconds, self.process.kill)
+        timer.start()
+        line = b""
+        try:
+            with suppress(OSError):  # it has ended
+                self.process.stdin.write(json.dumps(request).encode() + b"\n")
+                self.process.stdin.flush()
+                line = self.process.stdout.readline(self.most)
+        finally:  # also after Ctrl-C: what it still writes would be taken for the answer to the next request
+            timer.cancel()
+            if not line.endswith(b"\n"):
+                self.stop()
+                self.process = None
+        return json.loads(line) if line.endswith(b"\n") else None
+
+
+def stop_process(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        with suppress(OSError):
+            pipe.close()

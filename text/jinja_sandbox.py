@@ -13,11 +13,10 @@ This file is that process, too: `python -m text.jinja_sandbox SECONDS` reads lin
 import json
 import subprocess
 import sys
-import threading
-import weakref
 from contextlib import suppress
 
-from configurator import ROOT, UserError, need, shown
+from configurator import UserError, need, shown
+from runtime.workers import LineProcess
 
 SECONDS = 20  # of a request; a rendering takes milliseconds
 MEMORY = 1 << 30  # bytes of the process
@@ -31,34 +30,18 @@ class Sandbox:
     def __init__(self, template: str, names: dict[str, str], seconds: int = SECONDS):
         need(len(template) <= MOST_TEMPLATE, f"the model's chat template has {len(template):,} characters, and the "
              f"longest that we take has {MOST_TEMPLATE:,}: choose another template")
-        self.template, self.names, self.seconds = template, names, seconds
-        self.process: subprocess.Popen | None = None
+        self.seconds, hello = seconds, {"template": template, "names": names}
+        self.process = LineProcess("text.jinja_sandbox", str(seconds), seconds=seconds, hello=hello,
+                                   most=16 * MOST_TEXT, stderr=subprocess.DEVNULL)
 
     def render(self, jobs: list[tuple[list[dict], bool]], day: str = "") -> list[str | UserError]:
         """A text, or what is wrong, for each (messages, whether the beginning of an answer comes last). The template
         takes `day`, as "2025-01-01", for today's date; without it, the clock's."""
         request = {"jobs": [{"messages": messages, "add_generation_prompt": begins} for messages, begins in jobs],
                    "day": day}
-        if self.process is None:
-            self.process = start_sandbox(self.seconds)
-            self.stop = weakref.finalize(self, stop_process, self.process)
-            request |= {"template": self.template, "names": self.names}
-        timer = threading.Timer(self.seconds, self.process.kill)
-        timer.start()
-        line = b""
-        try:
-            with suppress(OSError):  # it has ended
-                self.process.stdin.write(json.dumps(request).encode() + b"\n")
-                self.process.stdin.flush()
-                line = self.process.stdout.readline(16 * MOST_TEXT)
-        finally:  # also after Ctrl-C: what it still writes would be taken for the answer to the next request
-            timer.cancel()
-            if not line.endswith(b"\n"):
-                self.stop()
-                self.process = None
-        need(line.endswith(b"\n"), f"the model's chat template did not end within {self.seconds} seconds and "
-             f"{MEMORY >> 20} MB: choose another template")
-        answer = json.loads(line)
+        answer = self.process.ask(request)
+        need(answer, f"the model's chat template did not end within {self.seconds} seconds and {MEMORY >> 20} MB: "
+                     "choose another template")
         need("error" not in answer, f"the model's chat template cannot be used: {answer.get('error')}")
         return [read_answer(each) for each in answer["texts"]]
 
@@ -67,21 +50,6 @@ def read_answer(found: dict) -> str | UserError:
     if "text" in found:
         return found["text"]
     return UserError(f"the model's chat template refuses: {shown(found['error'], most=100)}")
-
-
-def start_sandbox(seconds: int) -> subprocess.Popen:
-    """In a session of its own, so that Ctrl-C does not reach it."""
-    command = [sys.executable, "-m", "text.jinja_sandbox", str(seconds)]
-    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            stderr=subprocess.DEVNULL, start_new_session=True)
-
-
-def stop_process(process: subprocess.Popen) -> None:
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        with suppress(OSError):
-            pipe.close()
 
 
 # ---- inside the process ---------------------------------------------------------------------------------------------
