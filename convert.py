@@ -163,7 +163,7 @@ def export_model(path: Path, target: str, dtype: str, adapters: bool, lora_base:
         return write_peft(str(path), target, lora_base)
     state, saved, weights = whole_model(path, lora_base)
     cfg, tokenizer = pick(ModelConfig, saved), checkpoint.tokenizer_of(state, saved, path)
-    if saved.get("task") == "sft" and saved.get("template", "model") != "model":  # it learned one of our prompt formats
+    if saved.get("task", "pretrain") != "pretrain" and saved.get("template", "model") != "model":  # one of our formats
         tokenizer.config["chat_template"] = make_template(saved["template"], tokenizer).jinja()
     if not is_gguf:
         write_hf_folder(to, cfg, weights, tokenizer, getattr(torch, dtype))

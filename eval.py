@@ -88,31 +88,41 @@ class Score:
     loss: float  # nats per token
     bits_per_byte: float  # does not depend on the tokenizer
 
+    def words(self) -> str:
+        return f"perplexity {self.perplexity:.2f}  bits/byte {self.bits_per_byte:.4f}"
+
+    def columns(self) -> dict[str, str]:
+        return {"val_bits_per_byte": f"{self.bits_per_byte:.6f}"}
+
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))  # a diverged run would overflow a float
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, windows: Validation, machine: Machine, batch_size: int = 32) -> Score:
-    """Score every validation window once; each process takes its share, and all get the sum.
+def evaluate(model: LanguageModel, windows: Validation, machine: Machine, batch_size: int = 32, objective=None):
+    """The Score of all validation windows, or what an `objective` (rewards.py) has in its place. Each process takes
+    its share of the windows, and all get the sum.
 
     Sums are in fp64, so batch size and number of processes change nothing beyond the rounding of the model.
     """
     was_training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros(objective.sums if objective else 1, dtype=torch.float64)
     progress = ProgressLine("validation", len(windows), "windows", quiet=not machine.is_main)
     progress.last = progress.start  # print a line to a log only after ten seconds, not one
     for first in range(machine.rank * batch_size, len(windows), machine.world_size * batch_size):
         batch = [t.to(machine.device) for t in windows.get(first, batch_size)]
         with machine.autocast():
-            total += model(*batch).cpu().double().sum()  # an Apple GPU has no float64
+            sums = objective.measure(batch) if objective else model(*batch).cpu().double().sum()  # no float64 on mps
+        total += sums
         progress.show(first)
     progress.close()
     model.train(was_training)
     if machine.world_size > 1:
         total = machine.all_reduce(total.to(machine.device)).cpu()
+    if objective:
+        return objective.score(total.tolist())
     nats = total.item()
     return Score(nats / windows.tokens, nats / math.log(2) / windows.bytes)
 
@@ -401,7 +411,7 @@ def open_windows(s: Settings, state: dict, tokenizer: Tokenizer, seq_len: int, r
         name, folder = text_name(s.data_path), find_path(s.data_path)
     else:
         saved = checkpoint.saved_settings(state, run, [DataSettings, ModelConfig])
-        if saved.get("task") == "sft":
+        if saved.get("task", "pretrain") != "pretrain":
             need(not s.stride, "stride is for running text, and this run learned examples: leave it out")
             return name, examples_of(s, state, tokenizer, seq_len, run)
         folder = tokens_of(s.cache_dir, saved, read_made_of(state), tokenizer, seq_len, run, quiet=not machine.is_main)

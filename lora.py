@@ -12,6 +12,7 @@ begins with the base's own outputs. Only A and B train, so the optimizer's state
 
 import hashlib
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -239,6 +240,18 @@ def unmerge(model: nn.Module) -> None:
     """Undo `merge`: the base comes back bit for bit, because `merge` kept it (at twice the memory)."""
     for module in adapted(model).values():
         module.unmerge()
+
+
+@contextmanager
+def switched_off(model: nn.Module):
+    """Inside, the model computes exactly as its base does."""
+    for module in adapted(model).values():
+        module.kept = (module.base.weight,)
+    try:
+        yield
+    finally:
+        for module in adapted(model).values():
+            module.kept = ()
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:

@@ -293,8 +293,8 @@ class LanguageModel(nn.Module):
         weights (B, T), default 1, multiply the nats: 0 for a token that is not learned. Logits are (B, T, V), or those
         of the last n_logits positions. With a cache, ids continue the texts of its first B rows; `lengths` counts the
         ids of each row, if they differ: what follows is padding. positions (B, T) that restart at 0 pack several texts
-        into a row; no text sees another. with_balance=True returns (nats, the experts' balance loss); in training each
-        token carries its share of that loss in its gradient, but not in its nats. Raises ValueError past seq_len.
+        into a row; no text sees another. with_balance=True returns (nats, the experts' balance loss), 0 without one.
+        Raises ValueError past seq_len.
         """
         cfg, (B, T) = self.cfg, ids.shape
         past, room = (0, cfg.seq_len) if cache is None else (max(cache.lengths[:B]), cache.size)
@@ -302,7 +302,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"{past + T} tokens are more than the context or the cache holds: {room}")
         x, place = self.embed_at(ids, positions, cache, lengths)
         place.weights = weights
-        if self.training and targets is not None and cfg.n_expert and cfg.balance == "loss":
+        if self.training and with_balance and cfg.n_expert and cfg.balance == "loss":
             place.balance = []
         x = self.norm(self.through_blocks(x, place, cache))
         if cache is not None:
@@ -315,16 +315,9 @@ class LanguageModel(nn.Module):
                 last = x[torch.arange(B, device=ids.device)[:, None], ends]
             return soft_cap(self.head(last), cfg.logit_softcap)
         nats = self.nats(x, targets, weights)
-        balance = nats.new_zeros(())
-        if place.balance:
-            balance = torch.stack(place.balance).mean()
-            shares = cfg.balance_loss * balance * torch.ones_like(nats)
-            if weights is not None:
-                shares = shares * weights
-            nats = nats + (shares - shares.detach())
-        if with_balance:
-            return nats, balance.detach()
-        return nats
+        if not with_balance:
+            return nats
+        return nats, torch.stack(place.balance).mean() if place.balance else nats.new_zeros(())
 
     def embed_at(self, ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None,
                  lengths: list[int] | None = None) -> tuple[Tensor, Place]:

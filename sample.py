@@ -217,7 +217,7 @@ TERMINAL_LINE = 4095  # bytes of a line that a terminal without a line editor ke
 
 def converse(s: Settings, model: LanguageModel, tokenizer: Tokenizer, sampling: SamplingSettings, saved: dict) -> None:
     """Chat, line by line, from the terminal or a pipe. Ctrl-C ends an answer, Ctrl-D or /quit the program."""
-    if saved.get("task") != "sft" and saved["template"] != "model":  # whoever brings a chat template has learned it
+    if saved.get("task", "pretrain") == "pretrain" and saved["template"] != "model":  # who brings one can chat
         note("this model was trained to continue text, not to answer: fine-tune it with `USE_LORA=1 python train.py`")
     for name in ("template", "system"):
         if not s.given(name):

@@ -6,6 +6,7 @@
     torchrun --nproc_per_node=5 train.py config/pretrain_enigma.py    # five processes
     USE_LORA=1 python train.py                                 # fine-tune the newest run to chat, with adapters
     SFT_MODE=1 DATA_PATH=my.jsonl python train.py              # fine-tune all weights on your own examples
+    TASK=grpo REWARD=my.py:right DATA_PATH=my.jsonl python train.py INIT_FROM=out/my-sft    # learn from rewards
 
 Rerun the same command to resume. Ctrl-C saves and stops.
 """
@@ -28,6 +29,7 @@ from configurator import Amount, Batch, Count, NotNegative, Settings, Size, User
 from ffn import update_balance
 from model import LanguageModel, ModelConfig, model_of
 from optim import EMA, LossScale, Optimizer, OptimSettings, clip_grad_norm, lr_at
+from rewards import Rewards, RewardSettings
 from runtime import checkpoint, device
 from runtime.device import Machine, MachineSettings
 from runtime.log import Log, LogSettings, Progress
@@ -64,7 +66,7 @@ class TrainSettings:
 
 
 SETTINGS = [TrainSettings, DataSettings, ModelConfig, OptimSettings, MachineSettings, SftSettings, ChatSettings,
-            lora.LoraSettings, LogSettings]
+            RewardSettings, lora.LoraSettings, LogSettings]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         plan_steps(s, machine.world_size, start.progress)  # refuses wrong sizes before the data takes its time
         # Before the process group: a collective would time out while one process prepares the data.
         tokenizer, batches, validation = open_data(s, start, quiet=not machine.is_main)
-        if start.init and not start.state and (s.task == "sft" or s.use_lora):
+        if start.init and not start.state and (s.task != "pretrain" or s.use_lora):
             fit_to_data(s, batches.per_epoch, size_of(start.weights), machine)
         plan = plan_steps(s, machine.world_size, start.progress)
         rescored = has_other_validation(start.made_of, batches, validation, out_dir, machine.print)
@@ -128,13 +130,17 @@ def plan_steps(s: Settings, world_size: int, done: Progress) -> Plan:
 
 def open_data(s: Settings, start: Start, quiet: bool):
     """(tokenizer, training rows, validation rows) of the task, prepared first if needed. Sets vocab_size."""
-    if s.task == "sft":
-        from text.sft import open_examples
+    if s.task != "pretrain":
+        from text.sft import Prompts, open_examples
 
         s.set("vocab_size", start.vocab_size(start.tokenizer), "tokenizer")
-        return start.tokenizer, *open_examples(
+        rows = open_examples(
             start.tokenizer, s.part(DataSettings), s.part(ChatSettings), s.part(SftSettings), seq_len=s.seq_len,
             seed=s.seed, eval_tokens=s.eval_tokens, found=examples_of_run(s, start), quiet=quiet)
+        if s.task == "grpo":
+            template = make_template(s.template, start.tokenizer)
+            rows = [Prompts(each, template, s.max_answer) for each in rows]
+        return start.tokenizer, *rows
     from text.tokenizer_files import load_tokenizer
 
     folder = tokens_of_run(s, start)
@@ -169,6 +175,7 @@ class StepResult(NamedTuple):
     learned: Tensor  # tokens that all processes learned; 0 if not finite
     load: Tensor | None = None  # load of the busiest expert, as a multiple of the mean
     balance: Tensor | None = None  # balance loss of this process's last rows
+    figures: Tensor | None = None  # of the objective, summed over this process's share
 
 
 class Run:
@@ -193,6 +200,9 @@ class Run:
         self.model.to(machine.device).train()
         self.compiles = device.wants_compile(s.part(MachineSettings), s.given("compile"), machine)
         self.optimizer = Optimizer(self.model, s.part(OptimSettings), self.compiles)
+        self.objective = None  # cross-entropy
+        if s.task == "grpo":
+            self.objective = Rewards(self.model, tokenizer, s, batches, validation)
         self.ema = EMA(self.model, s.ema) if s.ema else None
         self.scale = LossScale(machine.device) if machine.dtype == torch.float16 else None
         self.progress = start.progress
@@ -258,7 +268,12 @@ class Run:
                 begin = time.perf_counter()
                 torch.manual_seed(hash((s.seed, progress.step, machine.rank)))  # dropout is a function of the step
                 factor = lr_at(progress.samples / plan.sequences, rates, planned)
-                result = self.step(wrapped, prefetcher.next(), factor)
+                batch = prefetcher.next()
+                if s.task == "grpo":
+                    with machine.autocast():
+                        batch = self.objective.begin_step(batch, progress.samples + machine.rank * plan.per_rank)
+                for _ in range(s.grpo_updates):
+                    result = self.step(wrapped, batch, factor)
                 self.nats += result.nats
                 self.learned += result.learned
                 self.bad = torch.where(result.finite, 0.0, self.bad + 1)
@@ -292,21 +307,28 @@ class Run:
         Every learned token weighs the same, however the step is divided over processes and forward passes.
         """
         plan, machine = self.plan, self.machine
-        _, targets, weights, *_ = batch  # (per_rank, T)
-        nats = torch.zeros_like(self.nats)
-        learned = targets.numel() * machine.world_size
-        if weights is not None:
-            learned = int(machine.all_reduce(weights.sum()))
+        nats, figures = torch.zeros_like(self.nats), 0.0
+        learned = self.units(batch)
+        if isinstance(learned, Tensor):
+            learned = int(machine.all_reduce(learned))
+        else:
+            learned *= machine.world_size
         for first in range(0, plan.per_rank, plan.micro_batch):
             rows = slice(first, first + plan.micro_batch)
             sync = nullcontext()
             if machine.world_size > 1 and rows.stop < plan.per_rank:  # gradients are averaged after the last rows
                 sync = wrapped.no_sync()
             with sync:
+                part = [None if t is None else t[rows] for t in batch]
                 with machine.autocast():
-                    losses, balance = wrapped(*(None if t is None else t[rows] for t in batch), with_balance=True)
+                    if self.objective:
+                        losses, balance, more = self.objective.losses(wrapped, part)
+                        figures = figures + more
+                    else:
+                        losses, balance = wrapped(*part, with_balance=True)
                 loss = losses.sum()
-                mean = loss * (machine.world_size / max(learned, 1))  # DDP averages over the processes
+                total = loss + self.s.balance_loss * balance * self.units(part)
+                mean = total * (machine.world_size / max(learned, 1))  # DDP averages over the processes
                 if self.scale:
                     mean = mean * self.scale.value
                 mean.backward()
@@ -325,7 +347,16 @@ class Run:
         if self.s.n_expert:
             rate = 0.0 if self.s.use_lora else self.s.balance_rate
             load = update_balance(self.model, machine.all_reduce, torch.where(finite, rate, 0.0))
-        return StepResult(norm, finite, torch.where(finite, nats, 0.0), finite * learned, load, balance)
+        nats = torch.where(finite, nats, 0.0)
+        return StepResult(norm, finite, nats, finite * learned, load, balance.detach(), figures)
+
+    def units(self, batch) -> Tensor | int:
+        """What the loss of these rows is divided by: their learned tokens, or what the objective counts. A number where
+        it is known: the host need not wait for it."""
+        if self.objective:
+            return self.objective.units(batch)
+        ids, _, weights, *_ = batch
+        return ids.numel() if weights is None else weights.sum()
 
     def due(self, interval: int) -> bool:
         """Whether something that happens every `interval` steps, and at the end, is due now."""
@@ -333,18 +364,21 @@ class Run:
 
     def report(self, result: StepResult, factor: float) -> None:
         """Write a line to the log; too many bad steps in a row end the run."""
-        progress, rates, experts = self.progress, self.optimizer.settings, {}
+        progress, rates, more = self.progress, self.optimizer.settings, {}
         loss = self.machine.all_reduce(self.nats).item() / max(self.learned.item(), 1)
         if not self.learned:
             loss = math.nan
         progress.nats, progress.learned = self.nats.zero_().item(), self.learned.zero_().item()
-        progress.skipped = progress.step - int(self.optimizer.state["applied"])
+        progress.skipped = self.s.grpo_updates * progress.step - int(self.optimizer.state["applied"])
         if result.load is not None:
-            experts["expert_load"] = result.load.item()
+            more["expert_load"] = result.load.item()
             if self.s.balance == "loss":
-                experts["balance"] = result.balance.item()
+                more["balance"] = result.balance.item()
+        if self.objective:
+            sums = self.machine.all_reduce(result.figures)
+            more |= self.objective.figures(sums, result.learned)
         muon_lr = factor * rates.muon_lr if self.optimizer.stacks else None
-        self.log.training(progress, loss, result.norm.item(), factor * rates.lr, muon_lr, experts)
+        self.log.training(progress, loss, result.norm.item(), factor * rates.lr, muon_lr, more)
         if self.bad >= self.s.max_skipped:
             good = max(checkpoint.steps(self.out_dir), default="missing")
             raise UserError(f"no finite gradient in {int(self.bad)} steps in a row, at step {progress.step}: lower lr; "
@@ -389,7 +423,7 @@ class Run:
 
         s, machine, progress = self.s, self.machine, self.progress
         with self.averaged():
-            score = evaluate(self.model, self.validation, machine, s.batch_size)
+            score = evaluate(self.model, self.validation, machine, s.batch_size, self.objective)
         better = score.loss < progress.best
         if better and self.saved_step != progress.step:  # a run does not resume from best.pt
             self.save(must=False)
@@ -419,7 +453,7 @@ class Run:
     # ---- the end
 
     def reached(self, loss: float) -> bool:
-        return loss <= self.s.stop_loss or math.exp(min(loss, 700.0)) <= self.s.stop_ppl
+        return 0 < self.s.stop_loss >= loss or math.exp(min(loss, 700.0)) <= self.s.stop_ppl
 
     def has_ended(self, loss: float) -> bool:
         """Whether this validation loss, or too many without improvement, ends the run."""
@@ -433,7 +467,7 @@ class Run:
             from sample import next_commands, write_samples
 
             template = None
-            if self.s.task == "sft":
+            if self.s.task != "pretrain":
                 template = make_template(self.s.template, self.tokenizer)
                 lora.merge(self.model)
             self.model.to(self.model.embed.weight.dtype)  # without autocast a model has one dtype

@@ -1,6 +1,7 @@
-"""Draw the pictures of docs/enigma.md: python docs/pictures.py. Needs matplotlib: pip install matplotlib
+"""Draw the pictures of docs/enigma.md and docs/preferences.md: python docs/pictures.py. Needs matplotlib:
+pip install matplotlib
 
-depth.json is the last line of `python -m benchmarks depth`.
+depth.json is the last line of `python -m benchmarks depth`; the run with rewards is that of `make reward`.
 """
 
 import json
@@ -14,6 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from enigma import wheel_offsets, wheel_sizes  # noqa: E402
+from runtime.log import read_log  # noqa: E402
 
 plt.switch_backend("Agg")  # no window
 BLUE, RED, GREY = "#2b6cb0", "#c05621", "#4a5568"
@@ -101,8 +103,30 @@ def draw_depth(path, data):
     plt.close(fig)
 
 
+def draw_reward(path, log):
+    """What a run with rewards logs: how many held-out questions are answered, and what changes in the answers."""
+    rows = read_log(log)
+    fig, axes = plt.subplots(1, 3, figsize=(11, 3))
+    curves = [("val_pass_at_1", "pass@1, held-out", BLUE, "o"), ("val_pass_at_k", "pass@4, held-out", GREY, "D"),
+              ("reward", "reward, training", RED, ""), ("entropy", "entropy, nats a token", BLUE, ""),
+              ("equal_groups", "groups of equal rewards", RED, ""), ("length", "tokens of an answer", BLUE, "")]
+    for (column, label, color, marker), ax in zip(curves, axes[[0, 0, 0, 1, 1, 2]], strict=True):
+        points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
+        ax.plot(*zip(*points, strict=True), color=color, marker=marker, ms=3, lw=1.2, label=label)
+    for ax in axes:
+        ax.set(xlabel="step", ylim=(0, None))
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
 if __name__ == "__main__":
     draw_block(HERE / "enigma_block.png")
     draw_wheels(HERE / "enigma_wheels.png")
     if (HERE / "depth.json").is_file():
         draw_depth(HERE / "depth.png", HERE / "depth.json")
+    log = HERE.parent / "out" / "counting-grpo" / "log.csv"
+    if log.is_file():
+        draw_reward(HERE / "reward.png", log)

@@ -25,7 +25,10 @@ from runtime.files import optional, own_file, own_folder, replacing, require_fil
 from runtime.screen import clock, put, visible
 
 COLUMNS = ["step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_gb", "val_loss",
-           "val_bits_per_byte", "expert_load", "balance", "muon_lr"]
+           "val_bits_per_byte", "expert_load", "balance", "muon_lr",
+           "reward", "reward_std", "equal_groups", "unscored", "length", "truncated", "entropy", "clipped", "kl",
+           "rollout_gap", "rollout_off", "val_pass_at_1", "val_pass_at_k", "val_length", "val_truncated",
+           "val_unscored"]
 
 
 @dataclass
@@ -180,12 +183,11 @@ class Log:
 
     def validation(self, progress: Progress, score, better: bool) -> None:
         """Write a line and a row; `score` is an eval.Score."""
-        line = (f"validation loss {score.loss:.4f}  perplexity {score.perplexity:.2f}  "
-                f"bits/byte {score.bits_per_byte:.4f}")
+        line = f"validation loss {score.loss:.4f}  {score.words()}"
         if better:
             line += "  best"
         self.message(self.at(progress.step) + line)
-        self.write_row(progress, {"val_loss": f"{score.loss:.6f}", "val_bits_per_byte": f"{score.bits_per_byte:.6f}"})
+        self.write_row(progress, {"val_loss": f"{score.loss:.6f}"} | score.columns())
 
     def at(self, step: int) -> str:
         return f"step {step:{len(str(self.max_steps))}}/{self.max_steps}  "

@@ -61,7 +61,7 @@ MAY_CHANGE = {"dropout", "label_smoothing", "init_std", "checkpoint_activations"
 MUST = names_of(ModelConfig, LoraSettings, ChatSettings) - MAY_CHANGE - {"use_lora", "lora_base"}
 HERE = names_of(LogSettings) | {
     "task", "sft_mode", "use_lora", "out_dir", "init_from", "lora_base", "cache_dir", "overwrite", "workers",
-    "device", "compile", "compile_backend", "checkpoint_activations", "log_interval",
+    "reward", "device", "compile", "compile_backend", "checkpoint_activations", "log_interval",
     "dataset", "data_path", "val_path", "mixture", "tokenizer", "vocab_size"}
 
 

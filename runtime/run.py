@@ -56,9 +56,9 @@ def choose_task(s: Settings) -> None:
         need(s.use_lora or not s.given(name), f"{name} is for adapters: set use_lora=1, or leave it out")
     if s.lora_dropout and not s.given("lora_targets"):
         s.set("lora_targets", "all", "lora_dropout")  # it cannot act on the head, a default target
-    if s.task == "sft":
+    if s.task != "pretrain":
         choose_examples(s, data_is_set)
-    if s.task == "sft" or s.use_lora:
+    if s.task != "pretrain" or s.use_lora:
         need(s.init_from != "scratch",
              "init_from=scratch: fine-tuning needs trained weights; leave it out, or name a checkpoint")
         choose_smaller_steps(s, meant)
@@ -142,7 +142,7 @@ def run_folder(s: Settings) -> Path:
         return write_path(s.out_dir)
     if s.configs:
         name = s.configs[-1]
-    elif s.task == "sft" or s.use_lora:
+    elif s.task != "pretrain" or s.use_lora:
         name = base_of(s).resolve().parent.name
     else:
         name = "quickstart"
@@ -156,8 +156,8 @@ def run_folder(s: Settings) -> Path:
         file = Path(s.tokenizer)
         is_plain = file.name in ("tokenizer.json", "tokenizer.model")  # then its folder names it
         name += f"-{file.parent.name if is_plain else file.stem}"
-    if s.task == "sft":
-        name += "-sft"
+    if s.task != "pretrain":
+        name += f"-{s.task}"
     if s.use_lora:
         name += "-lora"
     return ROOT / "out" / name
@@ -209,7 +209,7 @@ def find_start(s: Settings, out_dir: Path, machine: Machine) -> Start:
         return resume_run(s, out_dir, machine)
     need(overwrite or not (out_dir / "best.pt").is_file(),
          f"{out_dir} holds a model, and this run would overwrite it; set another out_dir")
-    if s.task == "sft" or s.use_lora or is_named:
+    if s.task != "pretrain" or s.use_lora or is_named:
         return start_from(s, base_of(s), machine, overwrite)
     return Start(overwrite=overwrite)
 
@@ -225,7 +225,7 @@ def start_from(s: Settings, path: Path, machine: Machine, overwrite: bool) -> St
          f"tokenizer={s.tokenizer}: {path} has its own, from tokenizer={saved['tokenizer']}; leave it out, or start "
          "with fresh weights")
     checkpoint.check_weights(path, saved, weights)
-    if s.task == "sft" or s.use_lora:
+    if s.task != "pretrain" or s.use_lora:
         fit_to_base(s, saved, machine.print)
     free = {"rope_scaling", "rope_factor", "rope_original", "seq_len"}  # weights may learn a longer context,
     if s.use_lora:  # but adapters need the base unchanged: their rows may only be shorter

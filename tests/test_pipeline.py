@@ -72,7 +72,7 @@ def test_experts_are_balanced_and_reported_by_a_run(text, tmp_path, go, kind):
     assert len(column(run, "balance")) == (30 if kind == "moe" else 0)
 
 
-def test_the_balance_loss_is_in_the_gradient_and_not_in_the_nats():
+def test_the_balance_loss_is_beside_the_nats_and_has_a_gradient():
     ids = torch.randint(97, (2, 33), generator=torch.Generator().manual_seed(0))
     results = []
     for coefficient in (0.0, 1.0):
@@ -81,7 +81,7 @@ def test_the_balance_loss_is_in_the_gradient_and_not_in_the_nats():
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.2)
         nats, balance = model(ids[:, :-1], ids[:, 1:], with_balance=True)
-        nats.sum().backward()
+        (nats.sum() + coefficient * 64 * balance).backward()
         results.append((nats.detach(), model.blocks[0].ffn.router.weight.grad, balance))
     (a, without, balance), (b, with_loss, _) = results
     assert torch.allclose(a, b) and balance > 1.0
@@ -89,7 +89,7 @@ def test_the_balance_loss_is_in_the_gradient_and_not_in_the_nats():
     place.balance = []
     for block in model.blocks:
         x = block(x, place)
-    by_hand = 64 * torch.stack(place.balance).mean()  # a share of it in each of 64 tokens
+    by_hand = 64 * torch.stack(place.balance).mean()
     expected = torch.autograd.grad(by_hand, model.blocks[0].ffn.router.weight)[0]
     assert torch.allclose(with_loss - without, expected, atol=1e-4 * without.abs().max().item())
 
@@ -101,7 +101,8 @@ def test_a_checkpointed_model_with_experts_has_the_same_gradients():
         model = tiny("moe", checkpoint_activations=again, balance_loss=0.5).train()
         for i, p in enumerate(model.parameters()):
             torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(i))
-        model(ids[:, :-1], ids[:, 1:]).sum().backward()
+        nats, balance = model(ids[:, :-1], ids[:, 1:], with_balance=True)
+        (nats.sum() + 32 * balance).backward()
         grads.append([p.grad for p in model.parameters()])
         counts.append(model.experts()[0].counts.clone())
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))

@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
 from textwrap import shorten
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from configurator import UserError, cache_folder, need
 from runtime.files import read_notes, replacing, working, write_json
@@ -329,6 +331,38 @@ class Examples:
                 start += length
             positions[b, start:] = np.arange(self.seq_len - start)
         return tuple(map(torch.from_numpy, (ids, targets, weights, positions)))
+
+
+class Asked(NamedTuple):
+    ids: list[int]  # of all up to where the answer begins
+    question: str  # the last message before it
+    reference: str  # the answer of the data
+
+
+class Prompts(Examples):
+    """The questions of examples, in their order, for a model that answers itself. A question that leaves no `room`, in
+    tokens, for its answer is dropped. Batches are (ids (B, T), numbers (B,)): sample b asks asked[numbers[b]].
+    """
+
+    def __init__(self, examples: Examples, template: Template, room: int):
+        vars(self).update(conversations=examples.conversations, content=examples.content, scored=examples.scored,
+                          seq_len=examples.seq_len, seed=examples.seed, shuffled=examples.shuffled, pad=examples.pad)
+        self.asked: list[Asked] = []
+        for *before, answer in self.conversations:
+            ids = template.prompt(before)
+            question = "\n\n".join(filter(None, (before[-1]["content"], before[-1].get("input"))))
+            if len(ids) + room <= self.seq_len:
+                self.asked.append(Asked(ids, question, answer["content"]))
+        need(self.asked, f"none of {len(self.conversations)} questions leaves room for {room} tokens in seq_len="
+                         f"{self.seq_len}: lower max_answer")
+        self.per_epoch, self.tokens = len(self.asked), sum(len(each.ids) for each in self.asked)
+
+    def describe(self) -> str:
+        return f"{self.per_epoch:,} questions; {len(self.conversations) - self.per_epoch:,} too long and dropped"
+
+    def to_batch(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        prompts = [torch.tensor(self.asked[row].ids) for row in rows]
+        return pad_sequence(prompts, batch_first=True, padding_value=self.pad), torch.tensor(rows)
 
 
 def shorten_example(ids: list[int], learned: list[bool], seq_len: int) -> tuple[list[int], list[bool]] | None:
