@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 from configurator import check_fields, need
 from generate import Decoder, Row
+from inference import speed_up
 from model import LanguageModel
 from runtime import checkpoint
 from text.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ class SpeculationSettings:
 
 LONGEST = 15  # ids of a draft
 MOST = 32  # ids that one pass reads, of all rows
-FEW, EACH = 0.5, 0.03  # passes that a draft adds: because a row that is alone reads more than one id, and for each id
+FEW, EACH = 0.3, 0.1  # passes that drafts add, and that each id of the pass adds: the dearest of all formats
 
 
 @dataclass
@@ -74,18 +75,18 @@ class Speculation:
             purse = self.purses.setdefault(row, Purse())
             left = row.sampling.max_new_tokens - len(row.new) - 1  # the pass itself gives one
             lengths.append(max(0, min(purse.length, room, left)) if purse.content > 0 else 0)
+        self.passes += len(rows)
+        if not any(lengths):
+            return [[] for _ in rows]
         drafts = self.propose(rows, lengths)
         self.price = self.price_of(list(map(len, drafts)))
-        self.passes += len(rows)
         return drafts
 
     def price_of(self, lengths: list[int]) -> float:
         """What drafts of these lengths add to the pass, for each row that has one. The others wait, too: what a pass
         takes longer counts once for each row."""
         rows, longest = len(lengths), max(lengths)
-        added = (EACH * rows + self.cost) * longest
-        if rows == 1:
-            added += FEW
+        added = FEW + (EACH * rows + self.cost) * longest
         return added * rows / max(1, rows - lengths.count(0))
 
     def learn(self, row: Row, drafted: int, accepted: int) -> None:
@@ -170,8 +171,9 @@ class SmallModel:
     def copy(self, row: Row, length: int) -> Row:
         """The same text and rules, for `length` more ids; for none where it does not fit the model's context."""
         length = min(length, self.decoder.cache.size - len(row.ids))
+        bias = {i: bias for i, bias in row.bias.items() if i < self.decoder.model.cfg.vocab_size}
         draft = Row(row.ids, replace(row.sampling, max_new_tokens=len(row.new) + max(0, length)), row.sample,
-                    row.stop_ids, bias=row.bias)
+                    row.stop_ids, bias=bias)
         draft.prompt = row.prompt
         if length <= 0:
             draft.ended = "length"
@@ -188,11 +190,14 @@ def make_speculation(choice: str, model: LanguageModel, tokenizer: Tokenizer, ca
     small, its_tokenizer, _ = checkpoint.load_model(checkpoint.find(choice), model.embed.weight.device)
     need(its_tokenizer.fingerprint == tokenizer.fingerprint,
          f"speculate={choice} has another tokenizer than the model: its tokens mean other text")
-    source = SmallModel(small.to(model.norm.weight.dtype), capacity, tokenizer.unused_ids(small.cfg.vocab_size))
-    return Speculation(source.propose, relative_cost(small, model))
+    cost = relative_cost(small, model)
+    speed_up(small.to(model.norm.weight.dtype))
+    source = SmallModel(small, capacity, tokenizer.unused_ids(small.cfg.vocab_size))
+    return Speculation(source.propose, cost)
 
 
 def relative_cost(small: LanguageModel, model: LanguageModel) -> float:
-    """Passes of `model` that a pass of `small` takes: its share of the weights or, if larger, of the layers."""
+    """Passes of `model` that an id of `small` takes: its share of the weights or, if larger, of the layers, and a tenth
+    to draw it."""
     weights = small.count_parameters()["active"] / model.count_parameters()["active"]
-    return max(weights, len(small.blocks) / len(model.blocks))
+    return max(weights, len(small.blocks) / len(model.blocks)) + 0.1

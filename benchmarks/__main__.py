@@ -9,6 +9,7 @@
     python -m benchmarks experts                        # a mixture of experts against a dense feed-forward, and a loop
     python -m benchmarks decode                         # tokens/s of five kinds of models, batch 1 to 64
     python -m benchmarks generate MODEL=out/smollm2     # the same weights in transformers and llama.cpp
+    python -m benchmarks speculate MODEL=out/smollm2 SPECULATE=lookup   # and with drafts: code and prose
     python -m benchmarks start                          # from a cold `python sample.py` to its first token
     python -m benchmarks eval                           # questions/s against lm-evaluation-harness
     python -m benchmarks bpe                            # training a tokenizer, against tokenizers and others
@@ -42,15 +43,18 @@ from benchmarks.kill import bench_kill
 from benchmarks.optim import bench_optim
 from benchmarks.recipe import bench_time_to_loss
 from benchmarks.serving import bench_serve
+from benchmarks.speculation import bench_speculate
 from benchmarks.step import VARIANTS, bench_depth, bench_experts, bench_lora, bench_step
 from benchmarks.text import bench_bpe, bench_encode
 from benchmarks.timing import TINY
 from configurator import Batch, Count, Size, check_fields, configure, need
+from inference import InferenceSettings
 from lora import LoraSettings
 from model import ModelConfig
 from optim import OptimSettings
 from runtime.device import MachineSettings, choose_machine
 from runtime.screen import run
+from speculate import SpeculationSettings
 from text.corpus import DataSettings
 
 
@@ -60,7 +64,7 @@ class BenchSettings:
     repeats: Count = 5          # measurements of each variant, of which we report the median
     threads: Size = 0           # number of CPU threads; 0 = all
     text_mb: Count = 100        # bpe, encode: megabytes of text
-    model: str = "gpt2"         # generate: gpt2 or smollm2, their shapes with random weights; or the folder of a run
+    model: str = ""             # speculate: the run to take, "" = newest; generate: a run, gpt2 (default) or smollm2
     batch_size: Batch = 1       # step: sequences in a step
     server: str = ""            # serve: a server that runs already, as process:port; else we start one
     seeds: Count = 3            # models, ablation, shakespeare: runs of each variant
@@ -72,13 +76,14 @@ class BenchSettings:
         check_fields(self)
 
 
-SETTINGS = [BenchSettings, ModelConfig, OptimSettings, DataSettings, MachineSettings, LoraSettings]
+SETTINGS = [BenchSettings, ModelConfig, OptimSettings, DataSettings, MachineSettings, LoraSettings, InferenceSettings,
+            SpeculationSettings]
 BENCHMARKS = {  # name on the command line -> function(settings, arguments) that returns its figures
     "optim": bench_optim, "step": bench_step, "time_to_loss": bench_time_to_loss, "depth": bench_depth,
     "lora": bench_lora, "experts": bench_experts, "decode": bench_decode, "generate": bench_generate,
-    "start": bench_start, "eval": bench_eval, "bpe": bench_bpe, "encode": bench_encode, "batches": bench_batches,
-    "serve": bench_serve, "kill": bench_kill, "models": compare_models, "ablation": compare_ablation,
-    "shakespeare": compare_shakespeare,
+    "speculate": bench_speculate, "start": bench_start, "eval": bench_eval, "bpe": bench_bpe, "encode": bench_encode,
+    "batches": bench_batches, "serve": bench_serve, "kill": bench_kill, "models": compare_models,
+    "ablation": compare_ablation, "shakespeare": compare_shakespeare,
 }
 
 

@@ -47,32 +47,32 @@ class Candidate:
 @torch.inference_mode()
 def bench_generate(s: Settings, argv: list[str]) -> dict:
     """One row behind a prompt of 512 tokens, and eight rows behind 64 tokens each."""
-    machine, (length, new) = choose_machine(s.part(MachineSettings)), (512, 33)
+    machine, name, (length, new) = choose_machine(s.part(MachineSettings)), s.model or "gpt2", (512, 33)
     if s.smoke:
         length, new = 64, 5
-    top, (model, tokenizer) = limits(machine, s.smoke), model_of_name(s)
+    top, (model, tokenizer) = limits(machine, s.smoke), model_of_name(name, s.smoke)
     model.to(machine.device)
     length = min(length, model.cfg.seq_len - new)
     ids = ids_of_our_files(tokenizer)
     alone, together = [ids[:length]], [ids[i * length :][: length // 8] for i in range(8)]
     candidates = {}
-    for name, (dtype, quant) in FORMATS.items():
-        candidates[f"ours {name}"] = ours(copy.deepcopy(model).to(dtype), quant)
-    print(f"{s.model}: {length} tokens of prompt, {new - 1} steps, median of {s.repeats}; 8 rows of {length // 8}")
+    for kind, (dtype, quant) in FORMATS.items():
+        candidates[f"ours {kind}"] = ours(copy.deepcopy(model).to(dtype), quant)
+    print(f"{name}: {length} tokens of prompt, {new - 1} steps, median of {s.repeats}; 8 rows of {length // 8}")
     with tempfile.TemporaryDirectory() as folder:
         candidates |= peers(model, tokenizer, Path(folder), alone)
         one = measure(candidates, alone, new, s.repeats)
-        eight = measure({name: c for name, c in candidates.items() if c.most_rows > 1}, together, new, s.repeats)
+        eight = measure({kind: c for kind, c in candidates.items() if c.most_rows > 1}, together, new, s.repeats)
     rows, share, expected = {}, share_read(model), one["ours float32"]["ids"][0]
-    for name, found in one.items():
-        read = candidates[name].size * share
-        rows[name] = {"ms": found["ms"], "% spread": found["% spread"], "first_ms": found["first_ms"],
+    for kind, found in one.items():
+        read = candidates[kind].size * share
+        rows[kind] = {"ms": found["ms"], "% spread": found["% spread"], "first_ms": found["first_ms"],
                       "floor_ms": read / top["bandwidth"] * 1e3, "mb": read / 1e6,
                       "same_ids": same_beginning(expected, found["ids"][0]) / new}
-        if name in eight:
-            rows[name]["tokens_per_s_of_8"] = 8e3 / eight[name]["ms"]
+        if kind in eight:
+            rows[kind]["tokens_per_s_of_8"] = 8e3 / eight[kind]["ms"]
     print_rows(rows)
-    return {"model": s.model, "limits": top, "rows": rows}
+    return {"model": name, "limits": top, "rows": rows}
 
 
 def measure(candidates: dict[str, Candidate], prompts: list[list[int]], new: int, repeats: int) -> dict[str, dict]:
@@ -114,13 +114,13 @@ def print_rows(rows: dict[str, dict]) -> None:
 # ---- what is decoded -------------------------------------------------------------------------------------------------
 
 
-def model_of_name(s: Settings) -> tuple[LanguageModel, Tokenizer]:
-    """The model of MODEL in float32, a run's or with random weights, and a tokenizer for it."""
-    if s.model not in SHAPES:
-        model, tokenizer, _ = checkpoint.load_model(checkpoint.find(s.model))
+def model_of_name(name: str, smoke: bool) -> tuple[LanguageModel, Tokenizer]:
+    """A model in float32, of a run or with random weights, and a tokenizer for it; "" is the newest run."""
+    if name not in SHAPES:
+        model, tokenizer, _ = checkpoint.load_model(checkpoint.find(name))
         return model.eval(), tokenizer
-    shape = SHAPES[s.model]
-    if s.smoke:
+    shape = SHAPES[name]
+    if smoke:
         shape = shape | TINY | {"d_ff": 0}
     torch.manual_seed(0)
     tokenizer = BPETokenizer.train([(ROOT / "bpe.py").read_text(encoding="utf-8")], 512, workers=1)

@@ -200,6 +200,18 @@ def test_a_text_that_outgrows_the_draft_model_goes_on_without_drafts(generous):
     assert 0 < speculation.drafted < 10
 
 
+def test_a_draft_model_may_have_fewer_ids_that_no_token_has(generous):
+    model, small, found = shaken(tiny()), shaken(tiny(vocab_size=90)), []
+    for speculation in (None, Speculation(SmallModel(small, capacity=1, unused=[]).propose)):
+        row = Row(PROMPTS[0], GREEDY, bias={95: 9.0, 3: 2.0})
+        decoder = Decoder(model, capacity=1, unused=range(90, 97), speculation=speculation)
+        decoder.add(row)
+        while decoder.advance():
+            decoder.draw()
+        found.append(row.new)
+    assert found[0] == found[1] and speculation.drafted > 0
+
+
 # ---- what is drafted
 
 
@@ -225,6 +237,15 @@ def test_drafts_that_never_come_true_cost_about_one_percent():
             spent += speculation.price
         speculation.learn(row, len(draft), 0)
     assert 50 < spent < 53
+
+
+def test_nobody_is_asked_for_drafts_that_no_row_can_pay():
+    row, asked = Row([1, 2, 3], SamplingSettings(max_new_tokens=100)), []
+    speculation = Speculation(lambda rows, lengths: asked.append(lengths) or [[1] * n for n in lengths])
+    for _ in range(20):
+        (draft,) = speculation.drafts([row], room=100)
+        speculation.learn(row, len(draft), 0)
+    assert asked == [[4], [2]] and speculation.passes == 20
 
 
 def test_drafts_grow_while_they_come_true_and_shrink_when_not():
@@ -279,6 +300,8 @@ def test_a_chat_speculates(go, tmp_path, capsys):
 def test_a_run_with_another_tokenizer_is_refused(go, tmp_path):
     go(max_steps=2, vocab_size=320)
     model, tokenizer, _ = checkpoint.load_model(checkpoint.find(tmp_path / "run"))
+    small = make_speculation(str(tmp_path / "run"), model, tokenizer, capacity=1).propose.__self__.decoder.model
+    assert small.blocks[0].attn.qkv is not None  # made fast as well
     other = train_tokenizer("char", ["another text"], vocab_size=0)
     with pytest.raises(UserError, match="another tokenizer"):
         make_speculation(str(tmp_path / "run"), model, other, capacity=1)
