@@ -250,13 +250,13 @@ class Rewards:
     def sum_up(self, a: Answers, logp: Tensor, clipped: Tensor, reference: Tensor | None) -> Tensor:
         scored = ~a.rewards.isnan()
         spread = group_advantages(a.rewards, "dr_grpo").square().sum(dim=-1) / (scored.sum(dim=-1) - 1).clamp(min=1)
-        gap, kl = (logp - a.sampled) * a.mask, torch.zeros_like(logp)
+        gap, kl = (a.old - a.sampled) * a.mask, torch.zeros_like(logp)  # of the weights that drew the answers
         if reference is not None:
             d = (reference.view_as(logp) - logp) * a.mask
             kl = d.exp() - d - 1
         return torch.stack([each.sum().float() for each in (
             torch.ones_like(spread), torch.ones_like(a.rewards), scored, a.mask,
-            a.rewards.nan_to_num(), spread.sqrt(), spread < 1e-12, ~scored, a.mask, a.cut, -logp * a.mask, clipped, kl,
+            a.rewards.nan_to_num(), spread.sqrt(), spread < 1e-12, ~scored, a.mask, a.cut, -a.old * a.mask, clipped, kl,
             gap.abs(), gap.abs() > math.log(1.1))])
 
     def figures(self, sums: Tensor, learned: Tensor) -> dict[str, float]:

@@ -54,11 +54,11 @@ def names_of(*parts: type) -> set[str]:
     return {each.name for part in parts for each in fields(part)}
 
 
-# A resumed run has three kinds of settings. MUST: they shape its weights or its examples; they come from the
+# A resumed run has three kinds of settings. MUST: they shape its weights, its examples or its steps; they come from the
 # checkpoint, and we refuse another value. HERE: they concern this start, or name code or paths; they never come from a
 # checkpoint. All others come from the checkpoint, unless this start gives another value, which we print.
 MAY_CHANGE = {"dropout", "label_smoothing", "init_std", "checkpoint_activations", "vocab_size"}
-MUST = names_of(ModelConfig, LoraSettings, ChatSettings) - MAY_CHANGE - {"use_lora", "lora_base"}
+MUST = names_of(ModelConfig, LoraSettings, ChatSettings) - MAY_CHANGE - {"use_lora", "lora_base"} | {"grpo_updates"}
 HERE = names_of(LogSettings) | {
     "task", "sft_mode", "use_lora", "out_dir", "init_from", "lora_base", "cache_dir", "overwrite", "workers",
     "reward", "device", "compile", "compile_backend", "checkpoint_activations", "log_interval",

@@ -224,6 +224,18 @@ def test_an_answer_without_reward_has_no_weight_and_is_counted(functions):
     assert Answers(*answers).mask.any(dim=-1).sum() == 5
 
 
+def test_updates_with_the_same_answers_do_not_pass_for_a_gap_between_kernels(functions):
+    rewards = objective("quickstart", functions)
+    answers = rewards.begin_step(rewards.batches.get(0, 2), first=0)
+    drawn = rewards.figures(rewards.losses(rewards.model, answers)[2], 0)
+    with torch.no_grad():
+        rewards.model.embed.weight.mul_(3)
+    updated = rewards.figures(rewards.losses(rewards.model, answers)[2], 0)
+    assert updated["clipped"] > 0 == drawn["clipped"]
+    for name in ("rollout_gap", "rollout_off", "entropy"):
+        assert updated[name] == drawn[name]
+
+
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +278,8 @@ def test_the_reward_is_named_at_every_start(text, base, questions, functions, tm
     argv = [arg for arg in argv if not arg.startswith("reward=")]
     with pytest.raises(UserError, match="REWARD="):
         train.main([*argv, "max_steps=2"])
+    with pytest.raises(UserError, match="has grpo_updates=1"):  # the steps before would count as skipped updates
+        train.main([*argv, f"reward={functions}:length", "max_steps=2", "grpo_updates=3"])
 
 
 @pytest.mark.parametrize("wrong, problem", [
