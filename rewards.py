@@ -60,9 +60,11 @@ class RewardSettings:
 
     def __post_init__(self):
         check_fields(self)
-        low, high = CLIPS[self.grpo_loss]
-        self.clip_low = low if self.clip_low < 0 else self.clip_low
-        self.clip_high = high if self.clip_high < 0 else self.clip_high
+        for name, usual in zip(("clip_low", "clip_high"), CLIPS[self.grpo_loss], strict=True):
+            value = getattr(self, name)
+            need(value >= 0 or value == -1, f"{name}={value} must not be negative; -1 is as the loss has it")
+            if value < 0:
+                setattr(self, name, usual)
         need(self.group_size > 1, "group_size=1: an answer is compared with others to the same question; set 2 or more")
         need(self.grpo_updates == 1 or self.grpo_loss != "rloo",
              f"grpo_updates={self.grpo_updates}: rloo has no ratio that corrects for later updates; set 1")

@@ -198,7 +198,8 @@ class Run:
             lora.narrow(self.model, machine.dtype)
         device.give_back_memory()
         self.model.to(machine.device).train()
-        self.compiles = device.wants_compile(s.part(MachineSettings), s.given("compile"), machine)
+        compile_is_set = s.given("compile") or s.task == "grpo"  # whose rows have another length in every step
+        self.compiles = device.wants_compile(s.part(MachineSettings), compile_is_set, machine)
         self.optimizer = Optimizer(self.model, s.part(OptimSettings), self.compiles)
         self.objective = None  # cross-entropy
         if s.task == "grpo":
@@ -261,7 +262,7 @@ class Run:
         self.log.begin(s.to_dict())
         prefetching = Prefetcher(fetch, first_step, machine.device)
         with device.catch_signals(machine) as signals, closing(self.log), prefetching as prefetcher:
-            if progress.step and self.due(s.eval_interval):  # the checkpoint is older than its validation
+            if (progress.step or self.objective) and self.due(s.eval_interval):  # a checkpoint precedes its validation
                 with self.log.pause():
                     self.validate()
             while progress.step < plan.max_steps and not stopped and not progress.ended:

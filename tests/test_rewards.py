@@ -254,6 +254,7 @@ def test_a_run_resumes_bit_for_bit_and_its_base_stays(text, base, questions, fun
     for name in ("reward", "loss", "val_pass_at_1"):
         assert column(tmp_path / "a", name) == column(tmp_path / "b", name)
     assert (base / "best.pt").read_bytes() == before
+    assert column(tmp_path / "a", "step")[0] == 0, "a validation comes before the first step"
     if more:
         assert max(column(tmp_path / "a", "kl")) > 0
 
@@ -285,7 +286,7 @@ def test_the_reward_is_named_at_every_start(text, base, questions, functions, tm
 @pytest.mark.parametrize("wrong, problem", [
     (dict(kl_beta=0.1), "set use_lora=1"), (dict(dropout=0.1), "set 0"), (dict(label_smoothing=0.1), "set 0"),
     (dict(group_size=1), "set 2 or more"), (dict(max_answer=99), "lower max_answer"),
-    (dict(grpo_loss="rloo", grpo_updates=2), "rloo has no ratio")])
+    (dict(grpo_loss="rloo", grpo_updates=2), "rloo has no ratio"), (dict(clip_high=-3), "must not be negative")])
 def test_settings_that_cannot_work_are_one_sentence(text, base, questions, functions, tmp_path, wrong, problem):
     with pytest.raises(UserError, match=problem) as error:
         train.main(grpo(text, base, questions, functions, tmp_path / "a", **wrong))
@@ -310,6 +311,8 @@ def test_puzzles_are_right_different_and_apart():
             assert answer == "".join(sorted(words[-1]))
         elif words[0] == "What":
             assert int(answer) == int(words[2]) + int(words[4])
+            assert puzzles.last_number(question, f"{words[2]} + {words[4]} = {answer}.", answer) == 1
+            assert puzzles.last_number(question, f"{answer}0", answer) == puzzles.last_number(question, "", answer) == 0
         elif words[0] == "Close":
             assert len(words[-1] + answer) == 2 * len(answer)
         assert puzzles.exact(question, answer, answer) == puzzles.graded(question, answer, answer) == 1

@@ -4,11 +4,13 @@
     TASK=grpo DATASET=puzzles:count REWARD=data/puzzles/prepare.py:exact      # learn from rewards
     python data/puzzles/prepare.py count          # shows some
 
-`examples` are questions and answers for fine-tuning, `documents` the same as plain text, to train a small model that
-knows the letters before. A puzzle belongs to a split by the hash of its question, so no question is in both.
+`documents` are puzzles with answers as plain text, to train a small model. Letters are counted aloud: b0a1c1a2 2 is how
+many a are in baca. `examples`, for fine-tuning, are the same puzzles, but only one answer in ten shows its working: a
+model that learns them has more to win from rewards. A puzzle belongs to a split by the hash of its question.
 """
 
 import random
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,20 +23,20 @@ from text.corpus import document_hash, show_dataset
 
 COUNT = {"train": 4000, "val": 200}  # puzzles of each kind
 VAL_SHARE = 0.1
+WORKED = 10  # one of so many examples shows its working
 PAIRS = {"(": ")", "[": "]", "{": "}"}
 chosen: list[str] = []
 
 
 def count_letters(rng: random.Random) -> tuple[str, str]:
-    """One answer in ten counts aloud: b0a1c1a2 2. The others are the number alone."""
     letter, *others = rng.sample("abcd", k=4)
-    letters = [letter] * rng.randint(1, 9) + rng.choices(others, k=rng.randint(2, 6))  # no count is much likelier
+    letters = [letter] * rng.randint(1, 9) + rng.choices(others, k=rng.randint(3, 9))  # no count is much likelier
     rng.shuffle(letters)
-    question, count, working = f"How many {letter} are in {''.join(letters)}?", 0, ""
+    count, working = 0, ""
     for each in letters:
         count += each == letter
         working += f"{each}{count}"
-    return question, f"{working} {count}" if rng.random() < 0.1 else str(count)
+    return f"How many {letter} are in {''.join(letters)}?", f"{working} {count}"
 
 
 def sort_letters(rng: random.Random) -> tuple[str, str]:
@@ -83,6 +85,8 @@ def puzzles(split: str) -> Iterator[tuple[str, str]]:
 
 def examples(split: str) -> Iterator[dict]:
     for question, answer in puzzles(split):
+        if document_hash(question) % WORKED:
+            answer = answer.split()[-1]
         yield {"instruction": question, "output": answer}
 
 
@@ -97,6 +101,11 @@ def documents(split: str) -> Iterator[str]:
 def exact(question: str, answer: str, reference: str) -> float:
     """1 for the right answer, else 0."""
     return float(answer.split()[-1:] == reference.split()[-1:])
+
+
+def last_number(question: str, answer: str, reference: str) -> float:
+    """1 if the last number of a sentence is right, for models that answer in sentences."""
+    return float(re.findall(r"\d+", answer)[-1:] == [reference])
 
 
 def graded(question: str, answer: str, reference: str) -> float:
