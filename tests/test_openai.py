@@ -121,8 +121,9 @@ def test_log_probabilities_of_a_chat_spell_its_bytes(client):
     assert [token.bytes for token in streamed] == [token.bytes for token in content]
 
 
-def test_log_probabilities_of_a_text_have_the_offsets_of_their_tokens(client):
-    found = client.completions.create(model="parrot", prompt="a dog", max_tokens=12, temperature=1, seed=0, logprobs=3)
+def test_log_probabilities_of_a_text_have_the_offsets_of_their_tokens(client, served):
+    found = client.completions.create(model="parrot", prompt="a dog", max_tokens=12, temperature=1, seed=0, logprobs=3,
+                                      **endless(served))
     (choice,) = found.choices
     logprobs = choice.logprobs
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) == 12
