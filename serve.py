@@ -351,7 +351,7 @@ class Handler(JsonHandler):
         models = self.server.models
         if path == "/":
             if PAGE.is_file():
-                page = PAGE.read_bytes()
+                page = PAGE.read_text(encoding="utf-8").encode()  # with LF, as browsers hash it
                 return self.reply(200, page, "text/html; charset=utf-8", page_headers(page))
             return self.reply(200, b"The server is up; its page, serve.html, is missing.\n", "text/plain")
         if path == "/health":
