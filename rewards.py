@@ -26,7 +26,8 @@ kl_beta adds β (e^d - d - 1) to each token, d = log p_reference - logp: never n
 KL(model, reference). The reference is the model with its adapters off.
 
 Answers come from the model that learns, with its weights, kernels and temperature 1: what is sampled is what is
-differentiated. An answer without a reward has no weight, and is counted.
+differentiated. An answer without a reward has no weight, and is counted. DAPO also replaces groups of equal rewards and
+punishes long answers; here it is the loss alone.
 """
 
 import math
