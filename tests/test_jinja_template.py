@@ -404,7 +404,7 @@ def test_a_run_remembers_the_template_through_fine_tuning_adapters_and_chat(base
     for run in ("sft", "lora"):
         model, tokenizer, _ = checkpoint.load_model(tmp_path / run / "best.pt", torch.device("cpu"))
         sample.main([f"init_from={tmp_path / run}", "chat=1", "prompt=Hi", "max_new_tokens=4", "device=cpu"])
-        chat = Chat(model, tokenizer, "model", SamplingSettings(max_new_tokens=4))
+        chat = Chat(model, tokenizer, "model", SamplingSettings(max_new_tokens=4, **sample.CHAT))
         assert capsys.readouterr().out == visible("".join(chat.say("Hi"))) + "\n"
         assert "<|start_header_id|>" in (tmp_path / run / "samples.txt").read_text(encoding="utf-8")
 
