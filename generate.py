@@ -438,7 +438,7 @@ def noise(keys: Tensor, ids: Tensor) -> Tensor:
     bits = (bits ^ (bits >> 30 & (1 << 34) - 1)) * (0xBF58476D1CE4E5B9 - (1 << 64))  # the mask: no sign comes in
     bits = (bits ^ (bits >> 27 & (1 << 37) - 1)) * (0x94D049BB133111EB - (1 << 64))
     bits = bits ^ (bits >> 31 & (1 << 33) - 1)
-    uniform = ((bits >> 33 & (1 << 31) - 1).float() + 0.5) / 2**31
+    uniform = (((bits >> 33 & (1 << 31) - 1).float() + 0.5) / 2**31).clamp(max=1 - 2**-24)  # rounds to 1 otherwise
     return -torch.log1p(-uniform)
 
 

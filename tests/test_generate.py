@@ -168,6 +168,14 @@ def test_the_noise_of_an_id_is_its_own_and_exponential():
     assert (centred[:, 1:] * centred[:, :-1]).mean().abs() < 0.02 and (centred[1:] * centred[:-1]).mean().abs() < 0.02
 
 
+def test_the_largest_noise_leaves_the_only_likely_token_its_chance(monkeypatch):
+    monkeypatch.setattr("generate.noise_key", lambda row: 381373916412)  # whose number for id 3 rounds to 1
+    row = Row([5], SamplingSettings(temperature=0.5, top_p=1.0))
+    logits = torch.zeros(1, 8)
+    logits[0, 3] = 100.0
+    assert choose(logits, [row], unused=torch.tensor([0])) == [3]
+
+
 def test_bans_come_before_the_nucleus_so_it_is_never_empty():
     assert chosen([0.0, 0.0, 9.0], generated=[2], no_repeat_ngram=1, top_p=0.1) in (0, 1)
 
