@@ -243,8 +243,11 @@ def test_ranks_whose_torchrun_was_killed_save_and_end(text, tmp_path):
     more = dict(max_steps=100_000, eval_interval=100_000, log_interval=5)
     process = launch(tiny_run(text, run, **more), 2)
     wait_for(run / "log.csv", process)
-    process.kill()
     begin = time.monotonic()
+    while not column(run, "loss"):  # before its first steps, a rank may not collect signals yet, and dies of one
+        assert time.monotonic() - begin < 600
+        time.sleep(0.1)
+    process.kill()
     while (run / ".lock").exists():
         assert time.monotonic() - begin < 600
         time.sleep(0.1)
