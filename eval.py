@@ -101,8 +101,8 @@ class Score:
 
 @torch.no_grad()
 def evaluate(model: LanguageModel, windows: Validation, machine: Machine, batch_size: int = 32, objective=None):
-    """The Score of all validation windows, or what an `objective` (rewards.py) has in its place. Each process takes
-    its share of the windows, and all get the sum.
+    """The Score of all validation windows, or what an `objective` (rewards.py, preferences.py) has in its place. Each
+    process takes its share of the windows, and all get the sum.
 
     Sums are in fp64, so batch size and number of processes change nothing beyond the rounding of the model.
     """
@@ -413,6 +413,8 @@ def open_windows(s: Settings, state: dict, tokenizer: Tokenizer, seq_len: int, r
         saved = checkpoint.saved_settings(state, run, [DataSettings, ModelConfig])
         if saved.get("task", "pretrain") != "pretrain":
             need(not s.stride, "stride is for running text, and this run learned examples: leave it out")
+            if saved["task"] == "dpo":
+                name = "chosen answers"
             return name, examples_of(s, state, tokenizer, seq_len, run)
         folder = tokens_of(s.cache_dir, saved, read_made_of(state), tokenizer, seq_len, run, quiet=not machine.is_main)
     stream = TokenStream(folder, "val", tokenizer)
@@ -450,16 +452,16 @@ def tokens_of(cache_dir: str, saved: dict, before: dict, tokenizer: Tokenizer, s
 
 
 def examples_of(s: Settings, state: dict, tokenizer: Tokenizer, seq_len: int, run: Path):
-    """The rows that a fine-tuning run validated on, found as in `tokens_of`."""
+    """The rows that a fine-tuning run validated on, found as in `tokens_of`; of pairs, the chosen answers."""
     from text.chat import ChatSettings, make_template
     from text.conversations import read_examples
-    from text.sft import SftSettings, find_examples, held_out_rows, prepare_examples
+    from text.sft import SftSettings, find_examples, held_out_rows, parts_of, prepare_examples
 
     saved = checkpoint.saved_settings(state, run, [DataSettings, ChatSettings, SftSettings])
     before, words = read_made_of(state), data_words(saved)
     found = before and find_examples(s.cache_dir, before)
     if found:
-        examples = found[1]
+        examples = [parts_of(example)[0] for example in found[1]]
     elif words == "DATASET=stdlib_chat":
         folder = prepare_examples("stdlib_chat", s.cache_dir, quiet=True)
         examples = list(read_examples(folder / "val.jsonl"))

@@ -137,8 +137,8 @@ class Answers(NamedTuple):
 
 
 @dataclass
-class RewardScore:
-    """Of held-out questions: 1 - the mean reward as the loss, and means by name."""
+class ObjectiveScore:
+    """What an objective has of held-out data in place of perplexity: a loss to compare by, and means by name."""
 
     loss: float
     figures: dict[str, float]
@@ -278,7 +278,7 @@ class Rewards:
         return {name: each / max(count, 1) for name, each, count in zip(self.names, sums, of, strict=True)}
 
     def measure(self, batch) -> Tensor:
-        """Sums over held-out questions: 1 - reward, and what `score` reports."""
+        """Sums over held-out questions: 1 - reward, the loss, and what `score` reports."""
         k, numbers = self.settings.pass_k, batch[1].tolist()
         rows = self.sample(numbers, self.validation, numbers[0] * 2 * k, 2 * k, self.seed + 1)
         rewards = self.judged(rows, numbers, self.validation, 2 * k)
@@ -289,7 +289,7 @@ class Rewards:
         length = sum(len(row.new) for row in rows) / (2 * k)
         return torch.tensor([*found, length, cut, rewards.isnan().sum() / (2 * k)])
 
-    def score(self, sums: list[float]) -> RewardScore:
+    def score(self, sums: list[float]) -> ObjectiveScore:
         loss, *figures = (each / len(self.validation) for each in sums)
         names = ("pass_at_1", "pass_at_k", "length", "truncated", "unscored")
-        return RewardScore(loss, dict(zip(names, figures, strict=True)))
+        return ObjectiveScore(loss, dict(zip(names, figures, strict=True)))

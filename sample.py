@@ -307,7 +307,10 @@ def write_samples(path: Path, model, tokenizer, validation, template: Template |
     """
     written, texts, skip, unused = [], [], 0, tokenizer.unused_ids(model.cfg.vocab_size)
     if template:
-        prompts, stops = [template.prompt(talk[:-1]) for talk in validation.conversations[:3]], template.stop_ids
+        from text.sft import parts_of
+
+        talks = [parts_of(example)[0] for example in validation.conversations[:3]]
+        prompts, stops = [template.prompt(talk[:-1]) for talk in talks], template.stop_ids
     else:
         eot, skip = tokenizer.role("eot"), 1  # the end-of-text token before a sample is not part of it
         prompts, stops = [[eot], *([eot, *ids] for ids in beginnings(validation.stream, tokenizer, count=3))], (eot,)

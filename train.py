@@ -6,6 +6,7 @@
     torchrun --nproc_per_node=5 train.py config/pretrain_enigma.py    # five processes
     USE_LORA=1 python train.py                                 # fine-tune the newest run to chat, with adapters
     SFT_MODE=1 DATA_PATH=my.jsonl python train.py              # fine-tune all weights on your own examples
+    TASK=dpo USE_LORA=1 python train.py INIT_FROM=out/my-sft   # learn which of two answers is better
     TASK=grpo REWARD=my.py:right DATA_PATH=my.jsonl python train.py INIT_FROM=out/my-sft    # learn from rewards
 
 Rerun the same command to resume. Ctrl-C saves and stops.
@@ -29,6 +30,7 @@ from configurator import Amount, Batch, Count, NotNegative, Settings, Size, User
 from ffn import update_balance
 from model import LanguageModel, ModelConfig, model_of
 from optim import EMA, LossScale, Optimizer, OptimSettings, clip_grad_norm, lr_at
+from preferences import Preferences, PreferenceSettings
 from rewards import Rewards, RewardSettings
 from runtime import checkpoint, device
 from runtime.device import Machine, MachineSettings
@@ -66,7 +68,7 @@ class TrainSettings:
 
 
 SETTINGS = [TrainSettings, DataSettings, ModelConfig, OptimSettings, MachineSettings, SftSettings, ChatSettings,
-            RewardSettings, lora.LoraSettings, LogSettings]
+            PreferenceSettings, RewardSettings, lora.LoraSettings, LogSettings]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,12 +133,14 @@ def plan_steps(s: Settings, world_size: int, done: Progress) -> Plan:
 def open_data(s: Settings, start: Start, quiet: bool):
     """(tokenizer, training rows, validation rows) of the task, prepared first if needed. Sets vocab_size."""
     if s.task != "pretrain":
+        from text.conversations import read_examples, read_pairs
         from text.sft import Prompts, open_examples
 
         s.set("vocab_size", start.vocab_size(start.tokenizer), "tokenizer")
         rows = open_examples(
             start.tokenizer, s.part(DataSettings), s.part(ChatSettings), s.part(SftSettings), seq_len=s.seq_len,
-            seed=s.seed, eval_tokens=s.eval_tokens, found=examples_of_run(s, start), quiet=quiet)
+            seed=s.seed, eval_tokens=s.eval_tokens, found=examples_of_run(s, start), quiet=quiet,
+            read=read_pairs if s.task == "dpo" else read_examples)
         if s.task == "grpo":
             template = make_template(s.template, start.tokenizer)
             rows = [Prompts(each, template, s.max_answer) for each in rows]
@@ -202,6 +206,8 @@ class Run:
         self.compiles = device.wants_compile(s.part(MachineSettings), compile_is_set, machine)
         self.optimizer = Optimizer(self.model, s.part(OptimSettings), self.compiles)
         self.objective = None  # cross-entropy
+        if s.task == "dpo":
+            self.objective = Preferences(self.model, s, batches, validation)
         if s.task == "grpo":
             self.objective = Rewards(self.model, tokenizer, s, batches, validation)
         self.ema = EMA(self.model, s.ema) if s.ema else None
@@ -235,6 +241,8 @@ class Run:
             self.ema.load_state_dict(state["ema"])
         if self.scale and state.get("scale"):
             self.scale.load_state_dict(state["scale"])
+        if state.get("reference"):
+            self.objective.load_state_dict(state["reference"])
         need(self.progress.step <= self.plan.max_steps, f"the run in {self.out_dir} has {self.progress.step} steps, "
              f"more than max_steps={self.plan.max_steps}: raise max_steps, or set another out_dir")
         self.progress.ended = self.has_ended(self.progress.best)  # by the current goals
@@ -252,6 +260,8 @@ class Run:
             machine.print(f"the run is complete; {longer(self.s, self.plan)} continues it")
             return 0
         wrapped, stopped = device.wrap(self.model, machine, self.compiles, s.compile_backend), False
+        if s.task == "dpo" and not s.use_lora and not progress.step:
+            self.objective.score_base(wrapped, machine, s.batch_size)
         first_step, first_sample = progress.step, progress.samples
         rates, planned = self.optimizer.settings, plan.samples / plan.sequences  # in steps of the current size
 
@@ -411,6 +421,8 @@ class Run:
         state = self.state()
         for name, part in (("optimizer", self.optimizer), ("ema", self.ema), ("scale", self.scale)):
             state[name] = part.state_dict() if part else None
+        if self.s.task == "dpo":
+            state["reference"] = self.objective.state_dict()
         try:
             checkpoint.save_step(self.out_dir, self.progress.step, state, self.s.keep_checkpoints)
         except UserError as error:

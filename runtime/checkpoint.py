@@ -90,7 +90,8 @@ SHAPE = {"settings": str, "tokenizer": str, "model": {str: torch.Tensor}, "confi
                       "samples?": int, "tokens?": int, "learned?": int, "skipped?": int, "worse?": int},
          "base?": Either(None, {"path": str, "fingerprint": str}), "init?": str, "optimizer?": {str: torch.Tensor},
          "ema?": Either(None, {"updates": int, "weights": {str: torch.Tensor}}),
-         "scale?": Either(None, {"value": torch.Tensor, "good": torch.Tensor})}
+         "scale?": Either(None, {"value": torch.Tensor, "good": torch.Tensor}),
+         "reference?": Either(None, {"base": str, "of": str, "train": torch.Tensor, "val": torch.Tensor})}
 
 
 def load(path: str | Path, device: str = "cpu") -> dict:

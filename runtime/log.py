@@ -28,7 +28,8 @@ COLUMNS = ["step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_s
            "val_bits_per_byte", "expert_load", "balance", "muon_lr",
            "reward", "reward_std", "equal_groups", "unscored", "length", "truncated", "entropy", "clipped", "kl",
            "rollout_gap", "rollout_off", "val_pass_at_1", "val_pass_at_k", "val_length", "val_truncated",
-           "val_unscored"]
+           "val_unscored", "margin", "accuracy", "reward_chosen", "reward_rejected", "likelier", "val_margin",
+           "val_accuracy", "val_reward_chosen", "val_reward_rejected", "val_likelier"]
 
 
 @dataclass

@@ -13,6 +13,7 @@ from pathlib import Path
 from configurator import RIVALS, Settings, UserError, cache_folder, need, pick
 from lora import LoraSettings
 from model import ModelConfig
+from preferences import PreferenceSettings
 from runtime.files import mismatch
 from runtime.log import LogSettings, Progress
 from runtime.screen import visible
@@ -58,7 +59,8 @@ def names_of(*parts: type) -> set[str]:
 # checkpoint, and we refuse another value. HERE: they concern this start, or name code or paths; they never come from a
 # checkpoint. All others come from the checkpoint, unless this start gives another value, which we print.
 MAY_CHANGE = {"dropout", "label_smoothing", "init_std", "checkpoint_activations", "vocab_size"}
-MUST = names_of(ModelConfig, LoraSettings, ChatSettings) - MAY_CHANGE - {"use_lora", "lora_base"} | {"grpo_updates"}
+MUST = names_of(ModelConfig, LoraSettings, ChatSettings, PreferenceSettings) | {"grpo_updates"}
+MUST -= MAY_CHANGE | {"use_lora", "lora_base"}
 HERE = names_of(LogSettings) | {
     "task", "sft_mode", "use_lora", "out_dir", "init_from", "lora_base", "cache_dir", "overwrite", "workers",
     "reward", "device", "compile", "compile_backend", "checkpoint_activations", "log_interval",
@@ -225,7 +227,7 @@ def examples_of_run(s: Settings, start: Start):
     if not start.made_of or names_data(s):
         return None
     found, words = find_examples(s.cache_dir, start.made_of), data_words(start.saved)
-    need(found or words == "DATASET=stdlib_chat",
+    need(found or words in ("DATASET=stdlib_chat", "DATASET=stdlib_pairs"),
          f"the examples of this run are not in {cache_folder(s.cache_dir)}: name them again, {words}")
     return found
 

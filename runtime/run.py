@@ -13,6 +13,7 @@ from configurator import ROOT, Settings, UserError, need, pick, write_path
 from lora import SMALL, LoraSettings, describe, fingerprint
 from model import LanguageModel, ModelConfig, shapes_only
 from optim import Optimizer, OptimSettings, lr_at
+from preferences import PreferenceSettings
 from runtime import checkpoint
 from runtime.device import Machine, attempt, memory
 from runtime.files import writing
@@ -23,6 +24,7 @@ from text.corpus import TRAINED, dataset_name, forced
 
 # Fine-tuning starts from weights that are already good: unless set for it, its steps are fewer and smaller.
 FINE_TUNING = {"lr": 5e-3, "muon_ratio": 2.5, "max_steps": 400, "warmup_steps": 20, "eval_interval": 100}
+PREFERENCES = {"lr": 1e-3, "max_steps": 200}  # task=dpo
 ROW = 512  # tokens of a row, at most: a model of others may have a context of 100,000
 EPOCHS = 10  # at most
 
@@ -39,6 +41,7 @@ def choose_task(s: Settings) -> None:
         USE_LORA=1                            sft       data/stdlib_chat
         USE_LORA=1 and data                   pretrain  as set
         TASK=sft or SFT_MODE=1, and data      sft       as set
+        TASK=dpo                              dpo       data/stdlib_pairs, or as set
 
     Data, rates and steps of a pretraining config do not apply when we fine-tune its model.
     """
@@ -54,6 +57,8 @@ def choose_task(s: Settings) -> None:
         s.set("task", "sft", "use_lora without data")
     for name in sorted(names_of(LoraSettings) - {"use_lora"}):
         need(s.use_lora or not s.given(name), f"{name} is for adapters: set use_lora=1, or leave it out")
+    for name in sorted(names_of(PreferenceSettings)):
+        need(s.task == "dpo" or not s.given(name), f"{name} is for preferences: set task=dpo, or leave it out")
     if s.lora_dropout and not s.given("lora_targets"):
         s.set("lora_targets", "all", "lora_dropout")  # it cannot act on the head, a default target
     if s.task != "pretrain":
@@ -65,10 +70,11 @@ def choose_task(s: Settings) -> None:
 
 
 def choose_examples(s: Settings, data_is_set: bool) -> None:
-    """Use data/stdlib_chat unless data is set. The tokenizer comes from the base."""
+    """Use data/stdlib_chat or data/stdlib_pairs unless data is set. The tokenizer comes from the base."""
     if not data_is_set:
-        for name, value in (("data_path", ""), ("dataset", "stdlib_chat"), ("mixture", "")):
-            s.set(name, value, "task=sft")
+        dataset = "stdlib_pairs" if s.task == "dpo" else "stdlib_chat"
+        for name, value in (("data_path", ""), ("dataset", dataset), ("mixture", "")):
+            s.set(name, value, f"task={s.task}")
     need(not s.mixture, f"mixture={s.mixture} is for pretraining; examples come from data_path= or dataset=")
     need(s.data_path or not s.val_path, f"val_path={s.val_path} without data_path: set the training examples as well")
     for name in ("tokenizer", "vocab_size"):
@@ -77,17 +83,22 @@ def choose_examples(s: Settings, data_is_set: bool) -> None:
         s.set(name, value, "default")
 
 
+def usual_steps(task: str) -> dict:
+    return FINE_TUNING | PREFERENCES if task == "dpo" else FINE_TUNING
+
+
 def choose_smaller_steps(s: Settings, meant: set[str]) -> None:
-    """Apply FINE_TUNING, except to settings `meant` for fine-tuning. The rates of a pretraining config shrink by the
+    """Apply `usual_steps`, except to settings `meant` for fine-tuning. The rates of a pretraining config shrink by the
     same factor as the default one."""
-    factor = FINE_TUNING["lr"] / OptimSettings.lr
-    for name in ("lr", "min_lr", "muon_lr", *FINE_TUNING):
+    usual = usual_steps(s.task)
+    factor = usual["lr"] / OptimSettings.lr
+    for name in ("lr", "min_lr", "muon_lr", *usual):
         if name in meant or s.source[name] == "fine-tuning":
             continue
         if name in ("lr", "min_lr", "muon_lr") and s.given(name) and getattr(s, name) > 0:
             s.set(name, getattr(s, name) * factor, "fine-tuning")
-        elif name in FINE_TUNING:
-            s.set(name, FINE_TUNING[name], "fine-tuning")
+        elif name in usual:
+            s.set(name, usual[name], "fine-tuning")
     if s.source["max_steps"] == "fine-tuning" and "max_tokens" not in meant:
         s.set("max_tokens", 0, "fine-tuning")
 
@@ -98,10 +109,12 @@ def fit_to_base(s: Settings, saved: dict, say: Callable) -> None:
     The rate falls with the width, as in µP (arXiv 2203.03466): 0.96 / d_model is 5e-3 for the quickstart. A model that
     came with a chat template has learned to answer: a smaller rate keeps that, 1.2e-3 for a width of 576 and 1.7e-4 for
     4096. It knows the tokens that mark a turn, so its head, with the largest of all adapters, stays as it is.
+    Preferences have a fifth of these rates.
     """
-    chosen, answers = {}, saved["template"] == "model"
-    rate = float(f"{(0.7 if answers else 0.96) / saved['d_model']:.2g}")
-    if s.source["lr"] == "fine-tuning" and rate < s.lr == FINE_TUNING["lr"]:
+    chosen, answers, usual = {}, saved["template"] == "model", usual_steps(s.task)["lr"]
+    factor = (0.7 if answers else 0.96) * usual / FINE_TUNING["lr"]
+    rate = float(f"{factor / saved['d_model']:.2g}")
+    if s.source["lr"] == "fine-tuning" and rate < s.lr == usual:
         chosen["lr"] = rate
     if not s.given("seq_len") and saved["seq_len"] > ROW and saved["position"] != "learned":
         chosen["seq_len"] = ROW
@@ -170,6 +183,8 @@ def base_of(s: Settings) -> Path:
         return checkpoint.find(s.init_from)
     if s.configs:
         return checkpoint.find(ROOT / "out" / s.configs[-1])
+    need(s.task != "dpo", "task=dpo starts from a model that answers: set init_from to its run; if that has adapters, "
+                          "`python convert.py RUN NEW_RUN MERGE=1 TO=run` merges them")
     for run in checkpoint.runs():
         path = checkpoint.find(run)
         try:

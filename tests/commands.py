@@ -85,7 +85,7 @@ def run(command: str, folder: Path, **environment) -> subprocess.CompletedProces
     settings = {name: str(value) for name, value in (TINY | environment).items()}
     if "eval.py" in command:  # a file is scored whole
         del settings["EVAL_TOKENS"]
-    if re.search("USE_LORA|SFT_MODE|TASK=|grpo", command):  # the base has its tokenizer
+    if re.search("USE_LORA|SFT_MODE|TASK=|grpo|dpo", command):  # the base has its tokenizer
         del settings["VOCAB_SIZE"]
     environ = {name: value for name, value in os.environ.items() if name not in ("PYTEST_CURRENT_TEST", "PYTHONPATH")}
     environ |= settings | {"PATH": f"{bin_folder}:{environ['PATH']}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -257,3 +257,14 @@ def test_mistakes_get_one_sentence(chat, tmp_path):
         chat.main([str(tmp_path / "file")])
     with pytest.raises(UserError, match="dataset=stdlib$"):
         list(open_dataset("stdlib_chat").pieces("train"))
+
+
+def test_pairs_differ_in_the_question_alone(chat, monkeypatch):
+    pairs = import_dataset("stdlib_pairs")
+    monkeypatch.setattr(pairs, "import_dataset", lambda name: chat)
+    found = list(pairs.examples("val"))
+    right, wrong = (Counter(pair[side] for pair in found) for side in ("chosen", "rejected"))
+    assert len(found) > 300 and all(pair["chosen"] != pair["rejected"] for pair in found)
+    assert (right & wrong).total() > 0.95 * len(found)  # each answer is on both sides
+    lengths = [sum(len(pair[side]) for pair in found) for side in ("chosen", "rejected")]
+    assert lengths[0] == pytest.approx(lengths[1], rel=0.02)

@@ -37,7 +37,7 @@ class ChatSettings:
 
 @dataclass
 class SftSettings:
-    task: Literal["pretrain", "sft", "grpo"] = "pretrain"  # learn to continue text, to answer, or to answer better
+    task: Literal["pretrain", "sft", "dpo", "grpo"] = "pretrain"  # learn text, or answers, pairs of them, rewards
     sft_mode: bool = False      # fine-tune with examples: SFT_MODE=1 is task=sft
     packing: bool = True        # put several fine-tuning examples into a row; they do not see each other
 

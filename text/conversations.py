@@ -10,6 +10,9 @@ A file is recognised by its content, as in records.py: JSON lines, a JSON array 
     {"instruction": ..., "input": ..., "output": ..., "history": [...]}    Alpaca; also prompt and completion
     {"conversation": [{"input": "Hi", "output": "Hello"}, ...]}            XTuner
 
+A record of preferences is {"prompt": ..., "chosen": ..., "rejected": ...} (`read_pairs`), each a text or a list of
+messages; without prompt, the other two are whole conversations that begin alike.
+
 A text file has these lines before the parts of each example. Text before the first one is the system text, and a line
 `<|endoftext|>` ends an example:
 
@@ -32,6 +35,7 @@ from text.chat import Message, split_turns
 from text.records import SEPARATOR, SUFFIXES, file_records, list_files, record_text, text_kind, text_lines
 
 Conversation = list[Message]
+Pair = list[Conversation]  # a better and a worse answer: [chosen, rejected], conversations that begin alike
 
 # Part of a conversation: the names of its field. A record has at most one of them, unless their values are equal.
 FIELDS = {
@@ -76,6 +80,16 @@ def example_files(path: str | Path) -> list[Path]:
     return files
 
 
+def common_start(conversations: list[Conversation]) -> Conversation:
+    """The messages that all begin with."""
+    count = 0
+    for messages in zip(*conversations, strict=False):
+        if any(message != messages[0] for message in messages):
+            break
+        count += 1
+    return conversations[0][:count]
+
+
 def checked(messages: Conversation, where: str, notes: Counter) -> Conversation:
     """The messages, if they are a conversation that ends with an answer. An empty answer is not learned, because it
     would teach the model to stop at once, and must not be the last."""
@@ -102,8 +116,9 @@ class Fields:
         self.record, self.where, self.read = record, where, set()
         self.name: dict[str, str] = {}  # meaning of a field -> its name here
         for name, value in record.items():
-            if name in REFUSED and is_filled(value) and value != "[]":
-                raise UserError(f"{where} has {name}, which we cannot learn: remove the field or the record")
+            if name in REFUSED - {*chain.from_iterable(spellings.values())} and is_filled(value) and value != "[]":
+                hint = "TASK=dpo learns preferences" if name in ("chosen", "rejected") else "remove it or the record"
+                raise UserError(f"{where} has {name}, which we cannot learn: {hint}")
         if isinstance(record.get("label"), bool):  # a rated answer, which may be a bad one
             raise UserError(f"{where} has label={record['label']}, a rating: keep good answers, without this field")
         for meaning, names in spellings.items():
@@ -242,6 +257,73 @@ def message(part, where: str, notes: Counter) -> Message:
         found["learn"] = False
     fields.note_unread(notes, " of messages")
     return found
+
+
+# ---- preferences -----------------------------------------------------------------------------------------------------
+
+PAIR = {name: FIELDS[name] for name in ("system", "history", "user", "input")}
+PAIR |= {"chosen": ("chosen",), "rejected": ("rejected",)}
+
+
+def read_pairs(*paths: str | Path, notes: Counter | None = None) -> Iterator[Pair]:
+    """[chosen, rejected] of each record of files, and of the files of folders: conversations that differ in answers
+    alone. Of these only the answers after their common beginning are learned.
+
+    `notes` counts remarks about the data. UserError with file and line for a record that is no pair.
+    """
+    notes = Counter() if notes is None else notes
+    for file in chain.from_iterable(map(example_files, paths)):
+        kind = text_kind(file)
+        need(kind != "text", f"{file} is plain text: preferences are records with prompt, chosen and rejected")
+        for where, record in file_records(file, kind):
+            pair = record_pair(record, where, notes)
+            if pair[0] == pair[1]:
+                notes["pair of equal answers is left out"] += 1
+            else:
+                yield pair
+
+
+def record_pair(record, where: str, notes: Counter) -> Pair:
+    fields = Fields(record if isinstance(record, dict) else {}, where, PAIR)
+    need(fields.filled("chosen") and fields.filled("rejected"),
+         f"{where}: expected a record with prompt, chosen and rejected")
+    prompt: Conversation = []
+    if isinstance(fields.value("user"), list):
+        prompt = message_list(fields.value("user"), where, notes)
+    elif "user" in fields:
+        prompt = [*history(fields), question(fields)]
+    pair = [answered(fields, name, prompt, notes) for name in ("chosen", "rejected")]
+    if fields.filled("system"):
+        for part in pair:
+            need(part[0]["role"] != "system",
+                 f"{where} has a field {fields.name['system']} and a message of that role: remove one of them")
+            part.insert(0, {"role": "system", "content": fields.text("system")})
+    fields.note_unread(notes)
+    begin = len(common_start(pair))
+    if pair[0] != pair[1]:
+        rest = [part[begin]["role"] if len(part) > begin else "" for part in pair]
+        need(rest == ["assistant"] * 2, f"{where}: chosen and rejected must first differ in an answer, but do so in "
+                                        f"message {begin + 1}: give both the same prompt")
+    for part in pair:
+        for message in part[:begin]:
+            if message["role"] == "assistant":
+                message["learn"] = False
+    return pair
+
+
+def answered(fields: Fields, name: str, prompt: Conversation, notes: Counter) -> Conversation:
+    """The conversation that ends with this answer, which is a text, the messages after the prompt, or all messages."""
+    where, value = f"{fields.where}, {name}", fields.value(name)
+    if isinstance(value, list):
+        messages = message_list(value, where, notes)
+    else:
+        messages = [{"role": "assistant", "content": fields.text(name)}]
+    if messages and messages[0]["role"] == "assistant":
+        need(prompt, f"{where} is an answer to nothing: add prompt")
+        messages = [*map(dict, prompt), *messages]
+    texts = {message["content"] for message in messages}
+    need(all(message["content"] in texts for message in prompt), f"{where} has other messages than prompt: keep one")
+    return checked(messages, where, notes)
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------

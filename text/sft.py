@@ -10,8 +10,8 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, groupby
 from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
@@ -26,37 +26,39 @@ from runtime.files import read_notes, replacing, working, write_json
 from runtime.screen import say
 from text.batches import permute, round_keys
 from text.chat import ChatSettings, SftSettings, Template, make_template
-from text.conversations import Conversation, example_files, read_examples
+from text.conversations import Conversation, Pair, common_start, example_files, read_examples
 from text.corpus import DataSettings, document_hash, open_dataset
 from text.records import json_records, left_out, split_by_name
 from text.tokenizer import Excerpt, Tokenizer
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # ids, targets (B, T) int64, weights float32, positions int64
-Split = tuple[list[Conversation], list[Conversation]]  # training and validation examples
+Item = Conversation | Pair  # what a record of the data is
+Split = tuple[list[Item], list[Item]]  # training and validation examples
 
 
 def open_examples(tokenizer: Tokenizer, data: DataSettings, chat: ChatSettings, sft: SftSettings, *, seq_len: int,
                   seed: int, eval_tokens: int, found: Split | None = None, quiet: bool = False,
-                  ) -> tuple["Examples", "Examples"]:
+                  read: Callable = read_examples) -> tuple["Examples", "Examples"]:
     """Training and validation rows of `data_path`, or of data/<dataset>/; prints one example as the model will see it.
 
-    `found` holds the examples of a resumed run, which we do not read again.
+    `found` holds the examples of a resumed run, which we do not read again. `read` reads files: preferences.py has one
+    for pairs.
     """
     template = make_template(chat.template, tokenizer)
 
-    def fits(example: Conversation) -> bool:
+    def fits(example: Item) -> bool:
         return length_of(with_system(example, chat.system), template, seq_len) > 0
 
-    train, val = found or read_split(data, fits, quiet)
+    train, val = found or read_split(data, fits, quiet, read)
     keep_examples(data.cache_dir, train, val, quiet)
     learned = [with_system(each, chat.system) for each in train]
-    shown = show_example(*template.render(learned[0], chat.learn), tokenizer)
-    say(f"example  {shown}\n         (learned: between ⟦ and ⟧)", quiet)
+    for part in parts_of(learned[0]):
+        say(f"example  {show_example(*template.render(part, chat.learn), tokenizer)}", quiet)
+    say("         (learned: between ⟦ and ⟧)", quiet)
     head = Excerpt(1 << 22)
-    for conversation in learned:
-        for message in conversation:
-            head.add(message["content"])
-            head.add(message.get("input", ""))
+    for message in chain.from_iterable(chain.from_iterable(map(parts_of, learned))):
+        head.add(message["content"])
+        head.add(message.get("input", ""))
     lost = tokenizer.lost(head.text())
     if lost.rate:
         say(f"         in the examples, {lost}", quiet)
@@ -66,7 +68,7 @@ def open_examples(tokenizer: Tokenizer, data: DataSettings, chat: ChatSettings, 
     return rows, held_out
 
 
-def held_out_rows(val: list[Conversation], template: Template, chat: ChatSettings, *, packing: bool, seq_len: int,
+def held_out_rows(val: list[Item], template: Template, chat: ChatSettings, *, packing: bool, seq_len: int,
                   seed: int, eval_tokens: int) -> "Examples":
     """The validation rows for `eval.evaluate`: of the examples within the first `eval_tokens` ids, all if that is 0."""
     content = digest(*val)
@@ -80,17 +82,24 @@ def held_out_rows(val: list[Conversation], template: Template, chat: ChatSetting
     return rows
 
 
-def with_system(conversation: Conversation, text: str) -> Conversation:
-    """The conversation, with this system text if it has none of its own."""
-    if not text or conversation[0]["role"] == "system":
-        return conversation
-    return [{"role": "system", "content": text}, *conversation]
+def parts_of(example: Item) -> list[Conversation]:
+    """The conversations of an example: itself, or both of a pair."""
+    return example if isinstance(example[0], list) else [example]
 
 
-def length_of(example: Conversation, template: Template, seq_len: int) -> int:
+def with_system(example: Item, text: str) -> Item:
+    """The example, with this system text if it has none of its own."""
+    if isinstance(example[0], list):
+        return [with_system(part, text) for part in example]
+    if not text or example[0]["role"] == "system":
+        return example
+    return [{"role": "system", "content": text}, *example]
+
+
+def length_of(example: Item, template: Template, seq_len: int) -> int:
     """The ids of an example, 0 if it does not fit into a row."""
-    ids, learned = template.render(example)
-    return 0 if shorten_example(ids, learned, seq_len) is None else len(ids)
+    rendered = list(map(template.render, parts_of(example)))
+    return 0 if fit_row(rendered, seq_len) is None else sum(len(ids) for ids, _ in rendered)
 
 
 def show_example(ids: list[int], learned: list[bool], tokenizer: Tokenizer) -> str:
@@ -105,7 +114,8 @@ def show_example(ids: list[int], learned: list[bool], tokenizer: Tokenizer) -> s
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
-def read_split(data: DataSettings, fits: Callable[[Conversation], bool] = bool, quiet: bool = False) -> Split:
+def read_split(data: DataSettings, fits: Callable[[Item], bool] = bool, quiet: bool = False,
+               read: Callable = read_examples) -> Split:
     """The examples that the settings name. Validation examples come from `val_path`, else from files with such names,
     else they are a share of all, chosen among those that `fits` allows. Prints a summary."""
     notes: list[str] = []
@@ -118,7 +128,7 @@ def read_split(data: DataSettings, fits: Callable[[Conversation], bool] = bool, 
         folder = prepare_examples(data.dataset, data.cache_dir, quiet)
         train_files, val_files = [folder / "train.jsonl"], [folder / "val.jsonl"]
     counts: Counter = Counter()
-    train, val = list(read_examples(*train_files, notes=counts)), list(read_examples(*val_files, notes=counts))
+    train, val = list(read(*train_files, notes=counts)), list(read(*val_files, notes=counts))
     names = ", ".join(file.name for file in train_files + val_files)
     say(f"examples {len(train) + len(val):,} of {shorten(names, 300)}", quiet)
     for note in (*notes, *counts):
@@ -128,16 +138,16 @@ def read_split(data: DataSettings, fits: Callable[[Conversation], bool] = bool, 
     if train and (not val_files or (not val and may_be_empty)):
         train, val = split_examples(train, data.val_share, fits)
     need(train, "there is no example left to train on: check data_path")
-    need(val, "there is no example left to validate on: check val_path")
+    need(val, "there is no example left to validate on: check val_path, and seq_len if all are too long")
     return train, val
 
 
-def split_examples(examples: list[Conversation], val_share: float,
-                   fits: Callable[[Conversation], bool] = bool) -> Split:
+def split_examples(examples: list[Item], val_share: float, fits: Callable[[Item], bool] = bool) -> Split:
     """(train, val): about `val_share` of the different conversations, at least one, chosen by the hash of their text
     among those that `fits` allows.
 
-    Equal conversations stay together, and the choice depends neither on a seed nor on the order of the examples.
+    Equal conversations, and pairs of answers to the same question, stay together, and the choice depends neither on a
+    seed nor on the order of the examples.
     """
     hashes = list(map(example_hash, examples))
     different = dict(zip(hashes, examples, strict=True))
@@ -155,8 +165,9 @@ def split_examples(examples: list[Conversation], val_share: float,
     return train, val
 
 
-def example_hash(example: Conversation) -> int:
-    return document_hash(json.dumps(example, sort_keys=True))
+def example_hash(example: Item) -> int:
+    """Of a conversation, or of what both conversations of a pair begin with."""
+    return document_hash(json.dumps(common_start(parts_of(example)), sort_keys=True))
 
 
 def digest(*parts) -> str:
@@ -169,7 +180,7 @@ def examples_folder(cache_dir: str, train: str, val: str) -> Path:
     return cache_folder(cache_dir) / f"examples-{train}-{val}"
 
 
-def keep_examples(cache_dir: str, train: list[Conversation], val: list[Conversation], quiet: bool) -> None:
+def keep_examples(cache_dir: str, train: list[Item], val: list[Item], quiet: bool) -> None:
     """Keep a copy in the cache, where a run finds its examples again: their files may change or move."""
     folder = examples_folder(cache_dir, digest(*train), digest(*val))
     if not (folder / "val.jsonl").is_file():
@@ -240,6 +251,10 @@ class Examples:
     has room (best-fit decreasing); else each has its own row. An example longer than seq_len + 1 ids loses its
     beginning if at least its last answer fits, else it is dropped.
 
+    Both conversations of a pair are in one row, side by side, and a pair that does not fit is dropped. Then batches
+    have a fifth tensor, (B, P): the number of each pair in the row, -1 where there are fewer than P. The sixth,
+    (B, P, 2), has the `reference` of these, if it is known.
+
     per_epoch     rows                      fill    the share of the rows that is not padding
     places        predictions in them       tokens  predictions of weight 1, which count
     cut, dropped  examples too long         bytes   of the text of these tokens (none for the end of an answer)
@@ -247,7 +262,7 @@ class Examples:
 
     rule = 1  # how rows are built
 
-    def __init__(self, conversations: list[Conversation], template: Template, seq_len: int, learn: str = "response",
+    def __init__(self, conversations: list[Item], template: Template, seq_len: int, learn: str = "response",
                  seed: int = 0, packing: bool = True, content: str = "", scored: str = "",
                  shuffled: bool = True):
         self.conversations, self.content, self.scored = conversations, content, scored
@@ -255,27 +270,31 @@ class Examples:
         self.pad = template.tokenizer.role("pad")
         if self.pad is None:
             self.pad = template.tokenizer.role("eot") or 0
+        self.reference: Tensor | None = None  # (count, 2): of each pair, see preferences.py
         self.cut = self.dropped = 0
         self.ids: list[np.ndarray] = []      # of each example
         self.weights: list[np.ndarray] = []  # 1 for an id that is a target to be learned
-        for conversation in conversations:
-            ids, learned = template.render(conversation)
-            kept = shorten_example(ids, learned, seq_len)
+        self.parts = len(parts_of(conversations[0]))  # of an example: 1, or 2 of a pair
+        self.noun = ("examples", "pairs")[self.parts - 1]
+        for example in conversations:
+            rendered = list(map(template.render, parts_of(example)))
+            kept = fit_row(rendered, seq_len)
             if kept is None:
                 self.dropped += 1
                 continue
-            if len(kept[0]) < len(ids):
+            if len(kept[0][0]) < len(rendered[0][0]):
                 self.cut += 1
-            ids, learned = kept
-            if learn == "all":
-                learned = template.render(conversation, "all")[1][-len(ids) :]
-            self.ids.append(np.array(ids, np.int32))
-            self.weights.append(np.array(learned, bool))
-        need(self.ids, f"none of {len(conversations)} examples has an answer that fits into seq_len={seq_len}")
-        lengths = np.array(list(map(len, self.ids))) - 1
+            for part, (ids, learned) in zip(parts_of(example), kept, strict=True):
+                if learn == "all":
+                    learned = template.render(part, "all")[1][-len(ids) :]
+                self.ids.append(np.array(ids, np.int32))
+                self.weights.append(np.array(learned, bool))
+        need(self.ids, f"none of {len(conversations)} {self.noun} has an answer that fits into seq_len={seq_len}")
+        lengths = (np.array(list(map(len, self.ids))) - 1).reshape(-1, self.parts).sum(axis=1)
         order = permute(np.arange(len(lengths)), len(lengths), round_keys(seed, 0)[:-1])
         order = order[np.argsort(-lengths[order], kind="stable")]  # the longest first, equal ones by the seed
         self.rows = pack(lengths, order, seq_len) if packing else order[:, None].tolist()
+        self.count, self.per_row = len(lengths), max(map(len, self.rows))
         self.per_epoch, self.places = len(self.rows), int(lengths.sum())
         self.fill = self.places / (self.per_epoch * seq_len)
         sizes = template.tokenizer.token_sizes
@@ -300,7 +319,7 @@ class Examples:
 
     def describe(self) -> str:
         """For the screen."""
-        text = (f"{len(self.ids):,} examples in {self.per_epoch:,} rows, {self.fill:.0%} full; {self.tokens:,} of "
+        text = (f"{self.count:,} {self.noun} in {self.per_epoch:,} rows, {self.fill:.0%} full; {self.tokens:,} of "
                 f"{self.places:,} tokens are learned")
         if self.cut or self.dropped:
             text += f"; {self.cut:,} too long and cut, {self.dropped:,} dropped"
@@ -322,7 +341,7 @@ class Examples:
         weights, positions = np.zeros(shape, np.float32), np.zeros(shape, np.int64)
         for b, row in enumerate(rows):
             start = 0
-            for i in self.rows[row]:
+            for i in self.places_of(row):
                 length = len(self.ids[i]) - 1
                 place = slice(start, start + length)
                 ids[b, place], targets[b, place] = self.ids[i][:-1], self.ids[i][1:]
@@ -330,7 +349,32 @@ class Examples:
                 positions[b, place] = np.arange(length)
                 start += length
             positions[b, start:] = np.arange(self.seq_len - start)
-        return tuple(map(torch.from_numpy, (ids, targets, weights, positions)))
+        batch = tuple(map(torch.from_numpy, (ids, targets, weights, positions)))
+        if self.parts == 1:
+            return batch
+        pairs = np.full((len(rows), self.per_row), -1, np.int64)
+        for b, row in enumerate(rows):
+            pairs[b, : len(self.rows[row])] = self.rows[row]
+        pairs = torch.from_numpy(pairs)
+        if self.reference is None:
+            return *batch, pairs
+        return *batch, pairs, self.reference[pairs]
+
+    def places_of(self, row: int) -> Iterator[int]:
+        """The indices in `ids` of a row's examples: one of each, or two of each pair."""
+        for i in self.rows[row]:
+            yield from range(i * self.parts, (i + 1) * self.parts)
+
+
+Rendered = tuple[list[int], list[bool]]  # ids, and which of them are learned
+
+
+def fit_row(rendered: list[Rendered], seq_len: int) -> list[Rendered] | None:
+    """The conversations of an example as they fit into a row, shortened if it is one; None if they do not."""
+    if len(rendered) == 1:
+        kept = shorten_example(*rendered[0], seq_len)
+        return kept and [kept]
+    return rendered if sum(len(ids) - 1 for ids, _ in rendered) <= seq_len else None
 
 
 class Asked(NamedTuple):
@@ -365,7 +409,7 @@ class Prompts(Examples):
         return pad_sequence(prompts, batch_first=True, padding_value=self.pad), torch.tensor(rows)
 
 
-def shorten_example(ids: list[int], learned: list[bool], seq_len: int) -> tuple[list[int], list[bool]] | None:
+def shorten_example(ids: list[int], learned: list[bool], seq_len: int) -> Rendered | None:
     """The newest seq_len + 1 ids and their mask; None if the last answer would lose its beginning."""
     first = len(ids) - seq_len - 1  # the first id to stay
     if first <= 0:
