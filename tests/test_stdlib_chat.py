@@ -261,7 +261,7 @@ def test_mistakes_get_one_sentence(chat, tmp_path):
 
 def test_pairs_differ_in_the_question_alone(chat, monkeypatch):
     pairs = import_dataset("stdlib_pairs")
-    monkeypatch.setattr(pairs, "import_dataset", lambda name: chat)
+    monkeypatch.setattr(pairs, "questions", lambda: chat)
     found = list(pairs.examples("val"))
     right, wrong = (Counter(pair[side] for pair in found) for side in ("chosen", "rejected"))
     assert len(found) > 300 and all(pair["chosen"] != pair["rejected"] for pair in found)

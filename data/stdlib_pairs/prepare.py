@@ -8,9 +8,11 @@ answer is right for a question of the same kind about another module, and about 
 wrong once, so neither its length nor its wording tells which it is: only the question does.
 """
 
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))  # a command finds its own folder only
@@ -22,9 +24,13 @@ from text.corpus import import_dataset
 LIMIT = 700  # characters of both conversations: a pair shares a row, and a context is 256 tokens of about 3.5 bytes
 
 
+@functools.cache
+def questions() -> ModuleType:
+    return import_dataset("stdlib_chat")  # whose table is made once
+
+
 def sources() -> list[Path]:
-    chat = import_dataset("stdlib_chat")
-    return [Path(chat.__file__), *chat.sources()]
+    return [Path(questions().__file__), *questions().sources()]
 
 
 def documents(split: str) -> Iterator[str]:
@@ -33,7 +39,7 @@ def documents(split: str) -> Iterator[str]:
 
 def examples(split: str) -> Iterator[dict]:
     """{"prompt": ..., "chosen": ..., "rejected": ...} of the first question of each example of stdlib_chat."""
-    mixed = [each for each in import_dataset("stdlib_chat").table() if each.split == split and each.source]
+    mixed = [each for each in questions().table() if each.split == split and each.source]
     wrong: dict[str, str] = {}  # question -> answer
     for kind in {example.kind for example in mixed}:
         right = sorted((each for each in mixed if each.kind == kind), key=lambda each: len(each.turns[0][1]))
