@@ -172,9 +172,12 @@ class Preferences:
         tables = {name: rows.reference for name, rows in self.splits.items()}
         return {"base": self.base, "of": self.identity(), **tables}
 
-    def load_state_dict(self, state: dict) -> None:
-        need(state["of"] == self.identity(), "the pairs of this run have changed, and its base scored the old ones: "
-                                             "name these again, or set another out_dir")
+    def load_state_dict(self, state: dict | None) -> None:
+        same = state is not None and state["of"] == self.identity()
+        for name, rows in self.splits.items():
+            same = same and state[name].shape == (rows.count, 2)
+        need(same, "the pairs of this run have changed, and its base scored the old ones: name these again, or set "
+                   "another out_dir")
         self.base = state["base"]
         for name, rows in self.splits.items():
             rows.reference = state[name]

@@ -241,8 +241,8 @@ class Run:
             self.ema.load_state_dict(state["ema"])
         if self.scale and state.get("scale"):
             self.scale.load_state_dict(state["scale"])
-        if state.get("reference"):
-            self.objective.load_state_dict(state["reference"])
+        if self.s.task == "dpo" and not self.s.use_lora:
+            self.objective.load_state_dict(state.get("reference"))
         need(self.progress.step <= self.plan.max_steps, f"the run in {self.out_dir} has {self.progress.step} steps, "
              f"more than max_steps={self.plan.max_steps}: raise max_steps, or set another out_dir")
         self.progress.ended = self.has_ended(self.progress.best)  # by the current goals

@@ -330,6 +330,17 @@ def test_changed_pairs_are_refused_where_the_base_scored_the_old_ones(text, base
         train.main([*argv, "max_steps=3"])
 
 
+@pytest.mark.parametrize("reference", [None, {"train": torch.zeros(1, 2)}])
+def test_a_checkpoint_without_the_numbers_of_its_base_is_refused(text, base, preferred, tmp_path, reference):
+    argv = dpo_run(text, base, preferred, tmp_path / "a", max_steps=2, eval_interval=2)
+    assert train.main(argv) == 0
+    path = tmp_path / "a" / "step_00000002.pt"
+    state = checkpoint.load(path)
+    checkpoint.save(path, state | {"reference": reference and state["reference"] | reference})
+    with pytest.raises(UserError, match="its base scored the old ones"):
+        train.main([*argv, "max_steps=3"])
+
+
 @pytest.mark.parametrize("wrong, problem", [
     (dict(dpo_flipped=0.1), "conservative and robust need"), (dict(dpo_loss="robust"), "conservative and robust need"),
     (dict(dpo_flipped=0.5, dpo_loss="robust"), "below 0.5"), (dict(label_smoothing=0.1), "is for cross-entropy"),
