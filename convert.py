@@ -9,6 +9,7 @@
     python convert.py out/smollm2-sft-lora MERGE=1                    # adapters and their base -> one run beside them
     python convert.py out/smollm2-sft-lora out/mine MERGE=1 TO=run    # the same in another folder
     python convert.py out/smollm2-sft-lora mine.gguf MERGE=1          # the same as a GGUF file
+    python convert.py out/gpt2 out/gpt2-plain TO=run                  # a sharded checkpoint -> one in a single file
 
 What the source is shows in its content, what it becomes in the target's name.
 """
@@ -42,7 +43,7 @@ class ConvertSettings:
     paths: list[str] = field(default_factory=list)  # the model, and the new file or folder; given as plain arguments
     dtype: Literal["float32", "bfloat16", "float16", "q8_0", "q4_0"] = "float32"  # numbers of an exported file
     merge: bool = False         # merge the adapters of the run into their base
-    to: Literal["", "run"] = ""  # run: merged adapters become a run of ours, whatever the target's name
+    to: Literal["", "run"] = ""  # run: a run becomes another run of ours, with its adapters merged or its shards joined
     lora_base: str = ""         # checkpoint of the adapters' base, if it has moved or the adapters come from others
 
     def __post_init__(self):
@@ -63,11 +64,14 @@ def main(argv: list[str] | None = None) -> None:
     path = checkpoint.find(source)
     adapters = checkpoint.load(path, "meta")["base"] is not None
     need(adapters or not s.merge, f"{path} holds no adapters: it is a whole model already")
-    need(s.merge or not s.to, "TO=run is for MERGE=1: other sources that become a run become one without it")
+    need(s.merge or not (s.to and adapters), f"{path} holds adapters: add MERGE=1")
     if s.merge and (s.to or not target):
         print(f"wrote {merge_run(path, target, s.lora_base)}")
         return
     need(target, USAGE)
+    if s.to:
+        print(f"wrote {gather_run(path, target)}")
+        return
     print(f"wrote {export_model(path, target, s.dtype, adapters and not s.merge, s.lora_base)}")
 
 
@@ -75,7 +79,7 @@ def kind_of_model(path: Path) -> str:
     """gguf, peft, hf or run: what a file or a folder holds."""
     need(path.exists(), f"{path} not found")
     if path.is_dir():
-        if checkpoint.checkpoints(path):
+        if checkpoint.is_whole(path) or checkpoint.checkpoints(path):
             return "run"
         if (path / "adapter_config.json").exists():
             return "peft"
@@ -191,7 +195,18 @@ def whole_model(path: Path, lora_base: str) -> tuple[dict, dict, dict[str, LazyT
     return state, saved, weights
 
 
-# ---- adapters into their base
+# ---- a run into another run
+
+
+def gather_run(path: Path, target: str) -> Path:
+    """Save a checkpoint, which may be a sharded run's, as one file in a new folder; returns its path. One tensor at a
+    time is in memory."""
+    folder, name = new_target(target), "best.pt"
+    if path in checkpoint.steps(path.parent):
+        name = f"{path.stem}.pt"
+    with unless_empty(folder):
+        checkpoint.gather(path, folder / name)
+    return folder / name
 
 
 def merge_run(path: Path, target: str = "", lora_base: str = "") -> Path:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configurator import BelowOne, Count, Positive, UserError, check_fields, need
+from runtime.archive import row_parts
 from runtime.files import misfit
 
 
@@ -286,9 +287,9 @@ def fingerprint(state: dict[str, Tensor]) -> str:
     """16 hex digits of a state dict's names, shapes, dtypes and bytes: they tell which base an adapter belongs to."""
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(f"{name} {tuple(state[name].shape)} {state[name].dtype}\n".encode())
+        for part in row_parts(state[name]):
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -18,6 +18,7 @@ import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,7 @@ import torch
 
 from configurator import UserError, need, shown
 from runtime.files import mismatch, require_file
+from runtime.screen import visible
 
 STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
           "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -41,11 +43,42 @@ PADDING = 0x4246  # the name of an extra field in a zip entry's header, as torch
 
 @dataclass(eq=False)
 class LazyTensor:
-    """fp32 numbers that are loaded, or computed, when they are written: one tensor at a time is in memory. An object
-    that is in a state twice is written once."""
+    """Numbers that are loaded, or computed, when they are written: one tensor at a time is in memory. An object that is
+    in a state twice is written once."""
 
     shape: tuple[int, ...]
     load: Callable[[], torch.Tensor]
+    dtype: torch.dtype = torch.float32
+
+
+class Joined(LazyTensor):
+    """A tensor whose rows are in several files. `parts`: consecutive rows (n, ...), mapped, at least one of them."""
+
+    def __init__(self, parts: list[torch.Tensor]):
+        self.parts, self.dtype = parts, parts[0].dtype
+        self.shape = torch.Size((sum(map(len, parts)), *parts[0].shape[1:]))
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def load(self) -> torch.Tensor:
+        return torch.cat(self.parts)
+
+    whole = load
+
+    def rows(self, first: int, last: int) -> torch.Tensor:
+        """A copy of the rows first ... last - 1."""
+        found, begin = [], 0
+        for part in self.parts:
+            found.append(part[max(first - begin, 0) : max(last - begin, 0)])
+            begin += len(part)
+        return torch.cat(found)
+
+
+def row_parts(tensor: torch.Tensor | Joined) -> list[torch.Tensor]:
+    if isinstance(tensor, Joined):
+        return tensor.parts
+    return [tensor]
 
 
 def write_archive(file: io.BufferedWriter, state: dict) -> None:
@@ -67,7 +100,7 @@ def write_archive(file: io.BufferedWriter, state: dict) -> None:
 
 def bytes_of(tensor: torch.Tensor | LazyTensor) -> np.ndarray:
     if isinstance(tensor, LazyTensor):
-        shape, tensor = tensor.shape, tensor.load().float()
+        shape, tensor = tuple(tensor.shape), tensor.load().to(tensor.dtype)
         assert tuple(tensor.shape) == shape, f"{tuple(tensor.shape)} instead of {shape}"
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
@@ -89,13 +122,13 @@ class StatePickler(pickle.Pickler):
 
     def reducer_override(self, value):
         if isinstance(value, LazyTensor):
-            key, dtype = value, torch.float32
+            key = value
         elif isinstance(value, torch.Tensor):  # tied weights are two tensors with the same memory
-            key, dtype = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device), value.dtype
+            key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
         else:
             return NotImplemented
         number, _ = self.found.setdefault(key, (len(self.found), value))
-        storage = Storage(dtype, str(number), math.prod(value.shape))
+        storage = Storage(value.dtype, str(number), math.prod(value.shape))
         strides = torch.empty(value.shape, device="meta").stride()
         return torch._utils._rebuild_tensor_v2, (storage, 0, tuple(value.shape), strides, False, OrderedDict())
 
@@ -110,6 +143,20 @@ class StatePickler(pickle.Pickler):
 
 class Foreign(Exception):
     """An undamaged file, but not one that we wrote."""
+
+
+@contextmanager
+def explained(path: Path):
+    """What goes wrong inside, with a checkpoint or a part of one, becomes a UserError of one sentence."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Foreign as error:
+        raise UserError(f"{path} is not a checkpoint of this program: {error}") from None
+    except Exception as error:  # zipfile and pickle raise almost anything for a wrong byte
+        reason = visible(f"{type(error).__name__} {error}".splitlines()[0])
+        raise UserError(f"checkpoint {path} is damaged ({reason})") from None
 
 
 def read_archive(path: Path, device: str):

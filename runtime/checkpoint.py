@@ -2,14 +2,16 @@
 
 A run's folder holds the newest `keep` files `step_00000500.pt`, and `best.pt`. Each is a dictionary of tensors, numbers
 and strings: the model, the optimizer's state, the step, and as JSON the settings and the tokenizer, so that sampling
-needs only this file. A run with adapters saves only the adapters and the fingerprint of their base.
+needs only this file. A run with adapters saves only the adapters and the fingerprint of their base. A sharded run saves
+folders `step_00000500.shards`, and `best.shards`, with a file for each process (rank_files.py).
 """
 
 import json
 import math
 import os
 import shutil
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,9 +19,9 @@ import torch
 from configurator import ROOT, Settings, UserError, check, find_path, need, pick, shown
 from lora import LoraSettings, adapter_state, fingerprint, inject, load_adapter, merge
 from model import LanguageModel, ModelConfig, model_of, shapes_only
-from runtime.archive import Foreign, read_archive, write_archive
-from runtime.files import Either, locked, misfit, mismatch, replacing, unless_empty, write_text, writing
-from runtime.screen import tell, visible
+from runtime.archive import Foreign, Joined, explained, read_archive, write_archive
+from runtime.files import Either, discard, locked, misfit, mismatch, replacing, unless_empty, write_text, writing
+from runtime.screen import tell
 from text.tokenizer import Tokenizer
 
 FORMAT = 2
@@ -30,10 +32,13 @@ ELSEWHERE = "; set another out_dir"
 
 def save(path: Path, state: dict) -> None:
     """Write `state` to a temporary name, force it to the disk, rename: the old file stays until the new one is whole.
-    Raises UserError if writing fails (disk full, read-only folder), and leaves nothing behind."""
+    Raises UserError if writing fails (disk full, read-only folder), and leaves nothing behind. A sharded run's folder
+    of the same name, best.shards for best.pt, is an older checkpoint and goes."""
     try:
         with replacing(path) as file:
             write_archive(file, state)
+        if is_whole(path.with_suffix(".shards")):
+            discard(path.with_suffix(".shards"))
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}); earlier checkpoints are intact") from None
 
@@ -43,14 +48,41 @@ def save_step(folder: Path, step: int, state: dict, keep: int) -> Path:
     path = folder / f"step_{step:08d}.pt"
     save(path, state)
     with writing(folder):
-        for old in steps(folder)[:-keep]:
-            old.unlink(missing_ok=True)
+        prune(folder, keep)
     return path
+
+
+def save_step_shards(folder: Path, step: int, state: dict, shapes: dict[str, tuple[int, ...]], keep: int,
+                     machine) -> Path:
+    """The same for a sharded run, on all its processes; see `rank_files.save_shards`."""
+    from runtime.rank_files import save_shards, together
+
+    path = folder / f"step_{step:08d}.shards"
+    save_shards(path, state, shapes, machine)
+    together(machine, folder, partial(prune, folder, keep))
+    return path
+
+
+def prune(folder: Path, keep: int) -> None:
+    for old in steps(folder)[:-keep]:
+        discard(old)
+
+
+def gather(path: Path, to: Path) -> None:
+    """Write any checkpoint as one plain file, as `save` does. One tensor at a time is in memory."""
+    save(to, load(path, "rows"))
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint is there: a file, or the folder of a sharded run with its index, which is written last."""
+    if path.suffix == ".shards":
+        path = path / "index.json"
+    return path.is_file()
 
 
 def steps(folder: Path) -> list[Path]:
     """The step checkpoints of a run's folder, oldest first."""
-    return sorted(path for path in folder.glob("step_*.pt") if path.is_file())
+    return sorted(filter(is_whole, [*folder.glob("step_*.pt"), *folder.glob("step_*.shards")]))
 
 
 @contextmanager
@@ -85,34 +117,38 @@ def set_aside(folder: Path) -> Path | None:
 # ---- 2. reading and checking: a checkpoint may be damaged, or a stranger's ----
 
 # The contents of a checkpoint; "?" marks what older files, or best.pt, may lack.
-SHAPE = {"settings": str, "tokenizer": str, "model": {str: torch.Tensor}, "config?": str, "made_of?": str,
+TENSORS = {str: Either(torch.Tensor, Joined)}
+SHAPE = {"settings": str, "tokenizer": str, "model": TENSORS, "config?": str, "made_of?": str,
          "progress": {"step": int, "best": float, "seconds?": float, "nats?": float, "ended?": bool,
                       "samples?": int, "tokens?": int, "learned?": int, "skipped?": int, "worse?": int},
-         "base?": Either(None, {"path": str, "fingerprint": str}), "init?": str, "optimizer?": {str: torch.Tensor},
-         "ema?": Either(None, {"updates": int, "weights": {str: torch.Tensor}}),
+         "base?": Either(None, {"path": str, "fingerprint": str}), "init?": str, "optimizer?": TENSORS,
+         "ema?": Either(None, {"updates": int, "weights": TENSORS}),
          "scale?": Either(None, {"value": torch.Tensor, "good": torch.Tensor}),
          "reference?": Either(None, {"base": str, "of": str, "train": torch.Tensor, "val": torch.Tensor})}
 
 
 def load(path: str | Path, device: str = "cpu") -> dict:
-    """Read a checkpoint; device "meta" skips the contents of tensors, "disk" leaves them in the file. Raises UserError
-    if it is missing, damaged, of another kind, or lacks a part."""
+    """Read a checkpoint; device "meta" skips the contents of tensors, "disk" leaves them in the file, and "rows" also
+    where they are in several: these tensors are `Joined`. Raises UserError if it is missing, damaged, of another kind,
+    or lacks a part."""
     path = Path(path)
     need(path.exists(), f"checkpoint {path} not found")
-    try:
-        state = read_archive(path, device)
+    with explained(path):
+        if path.suffix == ".shards":
+            from runtime.rank_files import read_shards
+
+            state = read_shards(path, device)
+        elif device == "rows":
+            state = read_archive(path, "disk")
+        else:
+            state = read_archive(path, device)
         check_parts(state)
-    except (UserError, MemoryError):
-        raise
-    except Foreign as error:
-        raise UserError(f"{path} is not a checkpoint of this program: {error}") from None
-    except Exception as error:  # zipfile and pickle raise almost anything for a wrong byte
-        reason = visible(f"{type(error).__name__} {error}".splitlines()[0])
-        raise UserError(f"checkpoint {path} is damaged ({reason})") from None
     return {"base": None, "init": ""} | state
 
 
 def check_parts(state) -> None:
+    if isinstance(state, dict) and "rank" in state:
+        raise Foreign("it is the file of one process, so name its folder")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise Foreign(f"its format is not {FORMAT}")
     if wrong := mismatch(state, SHAPE):
@@ -152,7 +188,8 @@ def tokenizer_of(state: dict, saved: dict, path: Path) -> Tokenizer:
     return tokenizer
 
 
-def check_weights(path: Path, saved: dict, found: dict[str, torch.Tensor], adapters: dict | None = None) -> None:
+def check_weights(path: Path, saved: dict, found: dict[str, torch.Tensor | Joined],
+                  adapters: dict | None = None) -> None:
     """UserError if the weights, or the adapters on them, do not fit a model with these settings, or are not finite.
     We build that model without memory, and first compare the sizes in its settings with the size of the file."""
     cfg, unfit = pick(ModelConfig, saved), f"{path} does not fit its own settings:"
@@ -179,13 +216,15 @@ def check_claims(cfg: ModelConfig, tensors: int, numbers: int, unfit: str) -> No
             need(size <= numbers, f"{unfit} the {name} there needs more weights than it holds")
 
 
-def not_finite(found: dict[str, torch.Tensor]) -> str:
+def not_finite(found: dict[str, torch.Tensor | Joined]) -> str:
     """The name of a weight that is nan or inf, '' if there is none."""
     return next((name for name, tensor in found.items() if not is_finite(tensor)), "")
 
 
-def is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor | Joined) -> bool:
     """Whether no number is nan or inf; unlike isfinite().all(), this takes no memory."""
+    if isinstance(tensor, Joined):
+        return all(map(is_finite, tensor.parts))
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     return all(math.isfinite(end) for end in torch.stack(tensor.aminmax()).tolist())
@@ -211,31 +250,39 @@ def newest_names(root: Path) -> list[str]:
     return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
 
 
-def runs(root: Path | None = None, files: tuple[str, ...] = ("best.pt", "step_*.pt")) -> list[Path]:
+CHECKPOINTS = ("best.pt", "best.shards", "step_*.pt", "step_*.shards")
+
+
+def runs(root: Path | None = None, files: tuple[str, ...] = CHECKPOINTS) -> list[Path]:
     """The folders in `root` (by default our out/) that hold such files, the newest first: by when they were last
     started, then by the dates of their files."""
     root = root or ROOT / "out"
     found: dict[Path, float] = {}
     for pattern in files:
-        for path in root.glob(f"*/{pattern}"):
+        for path in filter(is_whole, root.glob(f"*/{pattern}")):
             found[path.parent] = max(found.get(path.parent, 0.0), path.stat().st_mtime)
     order = {name: number for number, name in enumerate(newest_names(root))}
     return sorted(found, key=lambda folder: (order.get(folder.name, len(order)), -found[folder]))
 
 
+def best_of(folder: Path) -> list[Path]:
+    """The best checkpoint of a run's folder; [] if there is none. After a kill there may be two."""
+    return [*filter(is_whole, (folder / "best.pt", folder / "best.shards"))]
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run's folder: the best, then the steps from new to old."""
-    return [path for path in (folder / "best.pt", *reversed(steps(folder))) if path.is_file()]
+    return [*best_of(folder), *reversed(steps(folder))]
 
 
 def find(where: str | Path = "", root: Path | None = None) -> Path:
-    """A checkpoint file: `where` itself, or the best (else the newest) of the folder `where`, or of the newest run."""
+    """A checkpoint: `where` itself, or the best (else the newest) of the folder `where`, or of the newest run."""
     if not where:
         found = runs(root)
         need(found, "there is no trained model yet: `python train.py` trains one")
         where = found[0]
     path = find_path(where)
-    if not path.is_dir():
+    if not path.is_dir() or is_whole(path):
         return path
     found = checkpoints(path)
     need(found, f"{path} holds no checkpoint")
@@ -247,18 +294,18 @@ def find_tokenizer(where: str | Path) -> Tokenizer:
     from text.tokenizer_files import kind_of, load_tokenizer, tokenizer_file, tokenizer_from_dict
 
     path = find_path(where)
-    if path.is_dir() and not tokenizer_file(path):
+    if path.is_dir() and not is_whole(path) and not tokenizer_file(path):
         path = next(iter(checkpoints(path)), path)
-    if path.is_file() and kind_of(path) == "checkpoint":
+    if is_whole(path) and (path.is_dir() or kind_of(path) == "checkpoint"):
         return tokenizer_from_dict(load(path, "meta")["tokenizer"], f"the tokenizer in {path}")
     return load_tokenizer(where)
 
 
-def load_newest(folder: Path, say=tell) -> dict | None:
+def load_newest(folder: Path, say=tell, device: str = "cpu") -> dict | None:
     """The newest undamaged step checkpoint of a folder, None if there is none; reports those that it skips."""
     for path in reversed(steps(folder)):
         try:
-            return load(path)
+            return load(path, device)
         except UserError as error:
             say(f"{error}: we fall back to the one before")
     return None
@@ -266,15 +313,14 @@ def load_newest(folder: Path, say=tell) -> dict | None:
 
 def without_steps(folder: Path) -> str:
     """Advice for a run whose step checkpoints are all damaged."""
-    best = folder / "best.pt"
-    try:
-        load(best, "meta")
-    except UserError:
-        return "remove the folder, or set another out_dir"
-    return f"{best} is intact: start from it with INIT_FROM={best} and another out_dir"
+    for best in best_of(folder):
+        with suppress(UserError):
+            load(best, "meta")
+            return f"{best} is intact: start from it with INIT_FROM={best} and another out_dir"
+    return "remove the folder, or set another out_dir"
 
 
-def weights(state: dict) -> dict[str, torch.Tensor]:
+def weights(state: dict) -> dict[str, torch.Tensor | Joined]:
     """The weights that a checkpoint ships: the averaged ones if the run kept them."""
     averaged = dict(state["ema"]["weights"]) if state.get("ema") else {}
     if "embed.weight" in averaged and "head.weight" not in averaged:  # tied: one parameter with two names
@@ -290,7 +336,7 @@ def load_base(base: dict, folder: Path, moved_to: str = "", device: str = "cpu")
     paths = [folder / "base.pt"]
     if was.resolve().is_relative_to((ROOT / "out").resolve()):
         paths.append(was)
-    paths = [path for path in paths if path.is_file() and not path.is_symlink()]
+    paths = [path for path in paths if is_whole(path) and not path.is_symlink()]
     if moved_to:
         paths = [find(moved_to)]
     for path in paths:
@@ -308,6 +354,9 @@ def keep_base(path: Path, folder: Path) -> None:
     """Link a base beside its adapters, because its own run may replace it. Where the file system has links, this takes
     no disk until then."""
     kept = folder / "base.pt"
+    if path.is_dir():
+        gather(path, kept)
+        return
     with writing(folder, ELSEWHERE):
         kept.unlink(missing_ok=True)
         try:

@@ -17,6 +17,7 @@ import glob
 import importlib
 import json
 import os
+import shutil
 import stat
 import sys
 import time
@@ -67,13 +68,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             os.replace(temporary, path)
-        if hasattr(os, "O_DIRECTORY"):  # so that the rename survives a power cut; Windows cannot open folders
-            handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            os.fsync(handle)
-            os.close(handle)
+        sync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in it survive a power cut; Windows cannot open folders. Raises the system's OSError."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -86,6 +92,18 @@ def write_text(path: Path, text: str) -> None:
     """UTF-8. Raises the system's OSError."""
     with replacing(path) as file:
         file.write(text.encode("utf-8", "replace"))
+
+
+def discard(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that is in it. A folder has another name before its first file is
+    gone: a kill leaves nothing half removed under the old one. Raises the system's OSError."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    aside = path.with_name(f".old.{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    shutil.rmtree(aside)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class Start:
         """Entries of the model: as many as its tokenizer's, or what its weights have, which may be more."""
         if self.weights is None:
             return tokenizer.vocab_size
-        return len(self.weights["embed.weight"])
+        return self.weights["embed.weight"].shape[0]
 
 
 # ---- settings

@@ -222,7 +222,7 @@ def find_start(s: Settings, out_dir: Path, machine: Machine) -> Start:
         need(s.init_from != "scratch",
              f"{out_dir} holds a run, and init_from=scratch would overwrite it; set another out_dir")
         return resume_run(s, out_dir, machine)
-    need(overwrite or not (out_dir / "best.pt").is_file(),
+    need(overwrite or not checkpoint.checkpoints(out_dir),
          f"{out_dir} holds a model, and this run would overwrite it; set another out_dir")
     if s.task != "pretrain" or s.use_lora or is_named:
         return start_from(s, base_of(s), machine, overwrite)
