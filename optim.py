@@ -8,16 +8,19 @@
         optimizer.zero_grad()
 
 There is no scheduler object: the learning rate is a function of the step, and the loop passes it in.
+
+Parameters may be sharded (torch's `fully_shard`): then a process has some rows of each, and keeps their state alone.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from configurator import BelowOne, Count, NotNegative, Positive, Range, Size, check_fields, need
@@ -93,15 +96,37 @@ def lr_at(step: float, s: OptimSettings, max_steps: float) -> float:
     return low + (1 - low) * high
 
 
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """The rows of a sharded tensor (DTensor) that this process has, perhaps none, in the same memory; a plain tensor as
+    it is. Ask at each use: model.to(...) moves the rows."""
+    if hasattr(tensor, "to_local"):
+        return tensor.to_local()
+    return tensor
+
+
+def shard_group(tensor: Tensor) -> dist.ProcessGroup | None:
+    """The processes that have the rows of a sharded tensor; None: it is a plain one."""
+    if hasattr(tensor, "device_mesh"):
+        return tensor.device_mesh.get_group()
+    return None
+
+
 def gradients(params: Iterable[Tensor]) -> list[Tensor]:
-    return [p.grad for p in params if p.grad is not None]
+    return [local(p.grad) for p in params if p.grad is not None]
 
 
 def clip_grad_norm(params: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale the gradients in place to a global norm of at most max_norm; 0 only measures. Returns the norm before, a
-    0-D fp32 tensor; the host does not wait for it on an accelerator. Undo a loss scale first."""
-    grads = gradients(params)
+    0-D fp32 tensor; the host does not wait for it on an accelerator. Undo a loss scale first. Of sharded parameters it
+    is the norm of all rows, √(Σ_rank norm²): the same on every process."""
+    params = list(params)
+    grads, group = gradients(params), shard_group(params[0])
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
+    if group is not None:
+        square = norm.square()
+        dist.all_reduce(square, group=group)
+        norm = square.sqrt()
     if max_norm > 0:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         if norm.device.type != "cpu" or scale < 1:  # on the CPU we may look, and mostly save a pass over memory
@@ -202,6 +227,37 @@ def orthogonalize(g: Tensor, dtype: torch.dtype) -> Tensor:
     return x.mT if tall else x
 
 
+def orthogonalize_rows(g: Tensor, m: int, dtype: torch.dtype, group: dist.ProcessGroup) -> Tensor:
+    """`orthogonalize` for N matrices (m, n), of which each of W processes has some rows: g (N, rows, n) -> the rows of
+    the results. A row of U V^T depends on all rows of g, so each matrix has an owner, which gets the whole of it:
+
+        send     everybody sends process i their rows of the N_i matrices that it owns, about N / W
+        compute  process i orthogonalizes these, (N_i, m, n)
+        return   process i sends everybody their rows of the results
+
+    A process sends about N·m·n / W elements of `dtype` twice, and no matrix is orthogonalized twice. If N < W, some
+    processes own none, and only send and receive.
+    """
+    world, rank, n = group.size(), group.rank(), g.shape[-1]
+    most = -(-m // world)
+    rows = [max(0, min(most, m - most * i)) for i in range(world)]  # of process i, as torch.chunk cuts
+    parts = g.to(dtype).tensor_split(world)  # (N_i, rows, n) for process i; N_i = 0 is possible
+    mine = len(parts[rank])
+    received = exchange(parts, [mine * r * n for r in rows], group)
+    whole = torch.cat([part.view(mine, r, n) for part, r in zip(received, rows, strict=True)], dim=1)  # (mine, m, n)
+    update = orthogonalize(whole.squeeze(0), dtype).view_as(whole)
+    received = exchange(update.split(rows, dim=1), [part.numel() for part in parts], group)
+    return torch.cat(received).view_as(g)
+
+
+def exchange(parts: Sequence[Tensor], sizes: list[int], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """Send parts[i] to process i. Returns what process i sent us: sizes[i] elements, flat."""
+    sent = torch.cat([part.flatten() for part in parts])
+    received = sent.new_empty(sum(sizes))
+    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=group)
+    return received.split(sizes)
+
+
 def muon_step(params: list[Tensor], momentum: Tensor, lr: float, s: OptimSettings, dtype: torch.dtype,
               finite: Tensor | None) -> None:
     """One Muon step in place, for N parameters (m, n), or for N experts' parameters (E, m, n), of E matrices each.
@@ -210,10 +266,11 @@ def muon_step(params: list[Tensor], momentum: Tensor, lr: float, s: OptimSetting
         o <- orthogonalize(mu · momentum + (1 - mu) · g)    Nesterov: look one step ahead
         p <- (1 - lr · weight_decay) · p - lr · sqrt(max(1, m/n)) · o
 
-    With this step size, the change of the output does not depend on the shape.
+    With this step size, the change of the output does not depend on the shape. Of sharded parameters, momentum and g
+    are our rows, or our experts: these are whole matrices, and nothing is sent.
     """
-    g = torch.stack([p.grad for p in params])  # shaped like momentum, and our own copy
-    m, n = g.shape[-2:]
+    g = torch.stack(gradients(params))  # shaped like momentum, and our own copy
+    (m, n), group = params[0].shape[-2:], shard_group(params[0])
     decayed, one_mu, mu = 1 - lr * s.weight_decay, 1 - s.muon_momentum, s.muon_momentum
     if finite is not None:  # where it is False: no gradient, no look ahead, so an update of zero
         g = torch.where(finite, g, 0.0)
@@ -222,10 +279,13 @@ def muon_step(params: list[Tensor], momentum: Tensor, lr: float, s: OptimSetting
         mu = torch.where(finite, mu, 0.0)
     momentum.lerp_(g, one_mu)
     g.lerp_(momentum, mu)
-    matrices = g.flatten(0, -3).squeeze(0)  # (m, n) if there is only one: on a CPU a batch of one is slower
-    update = orthogonalize(matrices, dtype).view_as(g)
+    if group is not None and g.ndim == 3:
+        update = orthogonalize_rows(g, m, dtype, group)
+    else:
+        matrices = g.flatten(0, -3).squeeze(0)  # (m, n) if there is only one: on a CPU a batch of one is slower
+        update = orthogonalize(matrices, dtype).view_as(g)
     for p, o in zip(params, update, strict=True):
-        p.mul_(decayed).add_(o, alpha=-lr * max(1, m / n) ** 0.5)
+        local(p).mul_(decayed).add_(o, alpha=-lr * max(1, m / n) ** 0.5)
 
 
 def matmul_dtype(device: torch.device) -> torch.dtype:
@@ -265,7 +325,8 @@ def roles(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 
 class Optimizer:
-    """AdamW, and Muon for hidden matrices. All state is in `state`: plain tensors by the parameter's name.
+    """AdamW, and Muon for hidden matrices. All state is in `state`: plain tensors by the parameter's name, of a sharded
+    parameter our rows.
 
     `state["applied"]` counts the steps that were not skipped. `model` is the bare model, already on its device: not a
     DDP or compiled wrapper, because names are keys. `compile` turns AdamW's update into one pass over memory, and the
@@ -290,16 +351,18 @@ class Optimizer:
             if name in by_muon:
                 by_shape[p.shape].append(name)
                 continue
-            m, v = torch.zeros_like(p), torch.zeros_like(p)
+            m, v = torch.zeros_like(local(p)), torch.zeros_like(local(p))
             self.state |= {f"{name}.mean": m, f"{name}.square": v}
             self.groups[settings.weight_decay if name in decayed else 0.0].append((p, m, v))
         self.stacks: list[tuple[list[Tensor], Tensor]] = []  # Muon's (parameters of one shape, their momentum),
         elements = 2**24 if self.device.type == "cpu" else 2**27  # of 64 or 512 MiB: one batched product each
         for shape, names in by_shape.items():
-            size = max(1, elements // shape.numel())
+            size, group = max(1, elements // shape.numel()), shard_group(self.params[names[0]])
+            if group is not None:
+                size *= group.size()  # each process computes its share of a stack
             for i in range(0, len(names), size):
                 chunk = names[i : i + size]
-                momentum = torch.zeros(len(chunk), *shape, device=self.device)
+                momentum = torch.zeros(len(chunk), *local(self.params[names[0]]).shape, device=self.device)
                 for name, own in zip(chunk, momentum, strict=True):
                     self.state[f"{name}.momentum"] = own
                 self.stacks.append(([self.params[name] for name in chunk], momentum))
@@ -321,7 +384,8 @@ class Optimizer:
         self.state["applied"] += 1 if finite is None else finite
         for weight_decay, group in self.groups.items():
             scalars = adamw_scalars(self.state["applied"], factor * s.lr, weight_decay, s, finite)
-            self.step_adamw([(p, p.grad.contiguous(), m, v) for p, m, v in group], scalars, finite)
+            tensors = [(local(p), local(p.grad).contiguous(), m, v) for p, m, v in group]
+            self.step_adamw(tensors, scalars, finite)
         dtype = matmul_dtype(self.device)
         for params, momentum in self.stacks:
             muon_step(params, momentum, factor * s.muon_lr, s, dtype, finite)
@@ -404,7 +468,7 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.weights = {name: p.detach().float().clone() for name, p in self.params.items()}
+        self.weights = {name: local(p).detach().float().clone() for name, p in self.params.items()}
         device = next(iter(self.weights.values())).device
         self.updates = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -416,13 +480,13 @@ class EMA:
         if finite is not None:
             new, done = torch.where(finite, new, 0.0), finite
         for name, average in self.weights.items():
-            average.lerp_(self.params[name].float(), new)
+            average.lerp_(local(self.params[name]).float(), new)
         self.updates += done
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the model has the averaged weights; afterwards its own, bit for bit."""
-        own = {name: p.detach().clone() for name, p in self.params.items()}
+        own = {name: local(p).detach().clone() for name, p in self.params.items()}
         self.copy_to_model(self.weights)
         try:
             yield
@@ -432,7 +496,7 @@ class EMA:
     @torch.no_grad()
     def copy_to_model(self, weights: dict[str, Tensor]) -> None:
         for name, p in self.params.items():
-            p.copy_(weights[name])
+            local(p).copy_(weights[name])
 
     def state_dict(self) -> dict:
         """{"updates": int, "weights": {name: fp32 tensor}}; the weights load into a model as they are."""
