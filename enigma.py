@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from attention import Attention, KVCache, Place, push
 from ffn import FeedForward, RMSNorm
-from reversible import Branch
+from reversible import Branch, Chain
 
 # ---- wheels ----------------------------------------------------------------------------------------------------------
 
@@ -141,7 +141,8 @@ class EnigmaBlock(nn.Module):
     """Shears, convolution, attention with wheels, feed-forward: the branches of a `reversible.Chain`."""
 
     def __init__(self, d_model: int, n_head: int, n_kv_head: int, head_dim: int, d_ff: int, ffn: str, kernel: int = 4,
-                 shears: bool = True, bias: bool = False, qk_norm: bool = True, norm_eps: float = 1e-6):
+                 shears: bool = True, bias: bool = False, qk_norm: bool = True, norm_eps: float = 1e-6,
+                 grid: int = 0):
         super().__init__()
         norm = partial(RMSNorm, d_model, eps=norm_eps)
         self.shears = nn.ModuleList(nn.Linear(d_model, d_model, bias=False) for _ in range(3 if shears else 0))
@@ -156,6 +157,11 @@ class EnigmaBlock(nn.Module):
             alibi=True)
         self.ffn_norm = norm()
         self.ffn = FeedForward(d_model, d_ff, kind=ffn, bias=bias)
+        self.chain = Chain(self.branches(), grid)
+
+    def forward(self, a: Tensor, b: Tensor, place: Place, run: Callable = Chain.__call__):
+        """Both streams (B, T, D) after the block, or what another method of its chain returns for them."""
+        return run(self.chain, a, b, place)
 
     def shear(self, x: Tensor, place: Place, cache: None = None, which: int = 0) -> Tensor:
         return self.shears[which](x)

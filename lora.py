@@ -179,8 +179,8 @@ def check_dropout(model: nn.Module, chosen: set[str], dropout: float) -> None:
         names = [name for name in chosen if read in name.split(".")]
         need(not names, f"lora_dropout={dropout} cannot act on the {read}, whose weight is read directly: set "
                         f"lora_targets={others} or lora_dropout=0")
-    need(getattr(model, "chain", None) is None, f"lora_dropout={dropout}: a reversible model must recompute every "
-                                                "branch exactly; set lora_dropout=0")
+    need(not any(hasattr(module, "chain") for module in model.modules()),
+         f"lora_dropout={dropout}: a reversible model must recompute every branch exactly; set lora_dropout=0")
 
 
 def match_targets(names: list[str], targets: list[str]) -> set[str]:

@@ -9,9 +9,11 @@
 """
 
 import math
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -24,7 +26,7 @@ from configurator import BelowOne, Count, NotNegative, Positive, Range, Size, ch
 from enigma import EnigmaBlock, stepping
 from ffn import Experts, FeedForward, LayerNorm, MoE, RMSNorm, default_d_ff
 from loss import HeadLoss, soft_cap
-from reversible import Branch, Chain
+from reversible import Branch, Chain, Held, probe
 
 # No real model comes near these bounds. A larger number is a typo that would use all memory or run all day.
 Layers = Annotated[int, Range(least=0, most=10_000)]
@@ -138,13 +140,22 @@ class Block(nn.Module):
             return self.ffn_norm(attended + self.think(attended, place))
         return attended + self.think(attended, place)
 
-    def branches(self) -> list[Branch]:
-        """The branches that a reversible model runs on two streams."""
-        return [Branch(self.attend, [self.attn_norm, self.attn]), Branch(self.think, [self.ffn_norm, self.ffn])]
-
     def new_caches(self, batch: int, length: int, dtype: torch.dtype, device) -> list:
         """A cache of the past for each branch; None if it needs none."""
         return [self.attn.new_cache(batch, length, dtype, device), None]
+
+
+class ReversibleBlock(Block):
+    """The same two branches, on two streams."""
+
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__(cfg, layer)
+        branches = [Branch(self.attend, [self.attn_norm, self.attn]), Branch(self.think, [self.ffn_norm, self.ffn])]
+        self.chain = Chain(branches, cfg.reversible_grid)
+
+    def forward(self, a: Tensor, b: Tensor, place: Place, run: Callable = Chain.__call__):
+        """Both streams (B, T, D) after the block, or what another method of its chain returns for them."""
+        return run(self.chain, a, b, place)
 
 
 def make_norm(cfg: ModelConfig) -> nn.Module:
@@ -247,15 +258,14 @@ class LanguageModel(nn.Module):
                 d_model=cfg.d_model, n_head=cfg.n_head, n_kv_head=cfg.n_kv_head, head_dim=cfg.head_dim,
                 d_ff=cfg.d_ff, ffn=cfg.ffn,
                 kernel=cfg.kernel, shears=cfg.shears, bias=cfg.bias,
-                qk_norm=cfg.qk_norm, norm_eps=cfg.norm_eps))
-        self.blocks.extend(Block(cfg, layer) for layer in range(cfg.n_layer))
+                qk_norm=cfg.qk_norm, norm_eps=cfg.norm_eps,
+                grid=cfg.reversible_grid))
+        kind = ReversibleBlock if cfg.reversible else Block
+        self.blocks.extend(kind(cfg, layer) for layer in range(cfg.n_layer))
         self.norm = make_norm(cfg)
         self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
-        self.chain = None
-        if cfg.reversible:
-            self.chain = Chain([branch for block in self.blocks for branch in block.branches()], cfg.reversible_grid)
         if cfg.n_enigma:  # a fixed permutation of the channels of both streams
             generator = torch.Generator().manual_seed(26)
             self.register_buffer("plugboard", torch.randperm(2 * cfg.d_model, generator=generator))
@@ -354,8 +364,8 @@ class LanguageModel(nn.Module):
 
     def through_blocks(self, x: Tensor, place: Place, cache: Cache | None) -> Tensor:
         """(B, T, D) -> (B, T, D)"""
-        if self.chain is not None:
-            return self.through_chain(x, place, cache)
+        if self.cfg.reversible:
+            return self.on_two_streams(x, place, cache)
         recompute = self.cfg.checkpoint_activations and self.training and cache is None
         for i, block in enumerate(self.blocks):
             if recompute:
@@ -364,19 +374,21 @@ class LanguageModel(nn.Module):
                 x = block(x, place, None if cache is None else cache.blocks[i][0])
         return x
 
-    def through_chain(self, x: Tensor, place: Place, cache: Cache | None) -> Tensor:
+    def on_two_streams(self, x: Tensor, place: Place, cache: Cache | None) -> Tensor:
         """The reversible stack: (B, T, D) -> (B, T, D), the mean of both streams."""
-        states = cache.states() if cache is not None else None
+        (a, b), held = self.split(x), Held()
         half = x.dtype in (torch.bfloat16, torch.float16)  # the weights were cast to it; the streams stay fp32
         with torch.autocast(x.device.type, x.dtype) if half else nullcontext():
-            a, b = self.chain(*self.split(x), place, caches=states)
+            for i, block in enumerate(self.blocks):
+                caches = None if cache is None else cache.blocks[i]
+                a, b = block(a, b, place, partial(Chain.__call__, caches=caches, held=held))
         if self.cfg.n_enigma:
             a, b = torch.cat((a, b), dim=-1).index_select(-1, self.plugboard.argsort()).chunk(2, dim=-1)
         return ((a + b) / 2).to(x.dtype)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (B, T, D) -> the two streams of a reversible model: copies, through the plugboard."""
-        x = self.chain.enter(x.to(torch.promote_types(x.dtype, torch.float32)))
+        x = self.blocks[0].chain.enter(x.to(torch.promote_types(x.dtype, torch.float32)))
         if not self.cfg.n_enigma:
             return x, x
         return tuple(torch.cat((x, x), dim=-1).index_select(-1, self.plugboard).chunk(2, dim=-1))
@@ -394,7 +406,7 @@ class LanguageModel(nn.Module):
     def probe(self, ids: Tensor) -> tuple[float, float]:
         """ids (B, T) -> (largest |x| in the streams, largest error of the inverse) of a reversible model."""
         x, place = self.embed_at(ids)
-        return self.chain.probe(*self.split(x), place)
+        return probe(self.blocks, *self.split(x), place)
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` sequences of up to `length` tokens, in the dtype of the weights."""

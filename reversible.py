@@ -10,9 +10,15 @@ streams for the backward pass, which undoes the branches one by one and recomput
 
     chain = Chain([Branch(attend, [norm, attention]), Branch(think, [norm, ffn]), ...], grid=14)
     a, b = chain(x, x, place)
+
+A deep model is a chain for each block. One `Held` for each pass through them all keeps memory constant:
+
+    held = Held()
+    for chain in chains:
+        a, b = chain(a, b, place, held=held)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +40,18 @@ class Branch:
         return {id(p): p for module in self.modules for p in module.parameters() if p.requires_grad}
 
 
+@dataclass
+class Held:
+    """The two streams that a pass through several chains keeps for its backward pass. In the forward pass each chain
+    puts its outputs here, in place of those of the chain before; in the backward pass it replaces them by its inputs.
+    """
+
+    streams: tuple[Tensor, Tensor] | None = None
+    depth: int = 0  # how many chains these streams have passed
+
+
 class Chain:
-    """A reversible stack of branches on two streams (B, T, D) of fp32 or fp64.
+    """Branches on two streams (B, T, D) of fp32 or fp64.
 
     The parameters belong to the model; the chain only calls it. With `grid` b > 0, every addend is rounded to a
     multiple of 2^-b, and so must the entry be (`enter`). Sums of such numbers are exact in fp32 as long as
@@ -46,13 +62,14 @@ class Chain:
     def __init__(self, branches: list[Branch], grid: int = 0):
         self.branches, self.grid = branches, grid
 
-    def __call__(self, a: Tensor, b: Tensor, *context, caches: list | None = None) -> tuple[Tensor, Tensor]:
-        """Both streams after the stack. `context` goes to every branch, `caches[i]` to branch i."""
+    def __call__(self, a: Tensor, b: Tensor, *context, caches: list | None = None,
+                 held: Held | None = None) -> tuple[Tensor, Tensor]:
+        """Both streams after the branches. `context` goes to every branch, `caches[i]` to branch i."""
         if torch.is_grad_enabled() and caches is None:
             params = {}
             for branch in self.branches:
                 params |= branch.trainable()
-            return Recompute.apply(self, context, a, b, *params.values())
+            return Recompute.apply(self, held or Held(), context, a, b, *params.values())
         for i, branch in enumerate(self.branches):
             cached = () if caches is None else (caches[i],)
             a, b = b, a + self.on_grid(branch.function(b, *context, *cached))
@@ -85,21 +102,18 @@ class Chain:
         return b.detach(), a.detach() + self.compute(branch, b, context)[2]
 
     def inverse(self, a: Tensor, b: Tensor, *context) -> tuple[Tensor, Tensor]:
-        """Outputs -> inputs of the stack."""
+        """Outputs -> inputs."""
         for branch in reversed(self.branches):
             a, b = b - self.compute(branch, a, context)[2], a
         return a, b
 
-    def probe(self, a: Tensor, b: Tensor, *context) -> tuple[float, float]:
-        """(largest |x| in any stream, largest error of the inverse), for a run to report."""
-        end = (a, b)
+    def measure(self, a: Tensor, b: Tensor, *context) -> tuple[Tensor, Tensor, Tensor]:
+        """(both streams after the branches, without a graph; the largest |x| in any stream, 0-D)"""
         largest = torch.maximum(a.abs().max(), b.abs().max())
         for branch in self.branches:
-            end = self.step(branch, *end, context)
-            largest = torch.maximum(largest, end[1].abs().max())
-        back = self.inverse(*end, *context)
-        error = torch.maximum((back[0] - a).abs().max(), (back[1] - b).abs().max())
-        return largest.item(), error.item()
+            a, b = self.step(branch, a, b, context)
+            largest = torch.maximum(largest, b.abs().max())
+        return a, b, largest
 
     def compile(self, **how) -> None:
         """Compile each branch by itself; the code between them stays eager."""
@@ -107,26 +121,46 @@ class Chain:
             branch.function = torch.compile(branch.function, **how)
 
 
+def probe(blocks: Sequence[Callable], a: Tensor, b: Tensor, *context) -> tuple[float, float]:
+    """(largest |x| in any stream, largest error of the inverse) of a stack, for a run to report. A block calls a method
+    of its chain: block(a, b, *context, Chain.inverse)."""
+    x, y, tops = a, b, []
+    for block in blocks:
+        x, y, largest = block(x, y, *context, Chain.measure)
+        tops.append(largest)
+    for block in reversed(blocks):
+        x, y = block(x, y, *context, Chain.inverse)
+    error = torch.maximum((x - a).abs().max(), (y - b).abs().max())
+    return torch.stack(tops).max().item(), error.item()
+
+
 class Recompute(torch.autograd.Function):
-    """The chain, with a backward pass that reconstructs activations. Parameters go in and their gradients come out, so
-    DDP, frozen weights, accumulation and clipping work as usual. All gradients of the stack come out at once."""
+    """A chain, with a backward pass that reconstructs activations. Parameters go in and their gradients come out, so
+    DDP, fully_shard, frozen weights, accumulation and clipping work as usual. All gradients of a chain come out at
+    once; with a chain for each block, processes exchange them block by block while the backward pass goes on."""
 
     @staticmethod
-    def forward(ctx, chain: Chain, context: tuple, a: Tensor, b: Tensor, *params: Tensor):
+    def forward(ctx, chain: Chain, held: Held, context: tuple, a: Tensor, b: Tensor, *params: Tensor):
         kind = a.device.type
         # Autocast is off in a backward pass, so record its state. Neither pass uses its cache of cast weights.
         ctx.autocast = dict(device_type=kind, dtype=torch.get_autocast_dtype(kind),
                             enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
-        ctx.chain, ctx.context, ctx.params = chain, context, params
+        ctx.chain, ctx.held, ctx.context, ctx.params = chain, held, context, params
         with torch.autocast(**ctx.autocast):
             for branch in chain.branches:
                 a, b = chain.step(branch, a, b, context)
-        ctx.save_for_backward(a, b)
+        held.streams = a.detach(), b.detach()  # the outputs themselves would hold the graph, and the graph them
+        ctx.depth = held.depth = held.depth + 1
         return a, b
 
     @staticmethod
     def backward(ctx, da: Tensor, db: Tensor):
-        a, b = ctx.saved_tensors
+        held = ctx.held
+        if held.depth != ctx.depth:
+            raise RuntimeError("a second backward pass through a reversible stack: the first has used up its streams; "
+                               "repeat the forward pass")
+        (a, b), held.streams = held.streams, None
+        held.depth -= 1
         grads: dict[int, Tensor] = {}  # by id of the parameter
         for branch in reversed(ctx.chain.branches):
             own = branch.trainable()
@@ -140,4 +174,6 @@ class Recompute(torch.autograd.Function):
             for key, grad in zip(own, dparams, strict=True):
                 if grad is not None:
                     grads[key] = grads[key] + grad if key in grads else grad
-        return None, None, da, db, *(grads.get(id(p)) for p in ctx.params)
+        if held.depth and any(ctx.needs_input_grad[3:5]):  # or no backward pass of a chain before will take them
+            held.streams = a, b
+        return None, None, None, da, db, *(grads.get(id(p)) for p in ctx.params)

@@ -452,7 +452,7 @@ class Run:
             except UserError as error:
                 self.log.message(str(error))
         self.log.validation(progress, score, better)
-        if self.model.chain is not None:
+        if self.model.cfg.reversible:
             with machine.autocast():
                 largest, error = self.model.probe(self.validation.get(0, 1)[0].to(machine.device))
             self.log.message(f"         reversible: max |x| {largest:.3g}, error of the inverse {error:.2g}")

@@ -210,8 +210,9 @@ def wrap(model, machine: Machine, compiles: bool, backend: str):
     """The model for a training loop: compiled, and averaging gradients over the processes."""
     if compiles:
         machine.print("compile  at the first step, which takes a while")
-        if model.chain is not None:  # its backward pass calls the branches one by one
-            model.chain.compile(backend=backend, dynamic=False)
+        if model.cfg.reversible:  # its backward pass calls the branches one by one
+            for block in model.blocks:
+                block.chain.compile(backend=backend, dynamic=False)
         else:
             model = torch.compile(model, backend=backend, dynamic=False)
     if machine.world_size > 1:

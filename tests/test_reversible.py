@@ -3,13 +3,17 @@
 import copy
 import weakref
 from contextlib import nullcontext
+from itertools import product
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model import LanguageModel, ModelConfig
-from reversible import Branch, Chain
+from reversible import Branch, Chain, probe
 from test_model import shaken, tiny
 
 KINDS = ["reversible", "enigma"]
@@ -27,9 +31,8 @@ def gradients(model, ids, autocast=None, own=True):
     """Gradients of the whole model's loss, with our backward pass or with autograd's."""
     model = copy.deepcopy(model)
     if not own:
-        chain = model.chain
-        model.chain = lambda a, b, place, caches: plain(chain, a, b, place)
-        model.chain.enter = chain.enter
+        for block in model.blocks:
+            block.forward = lambda a, b, place, run, chain=block.chain: plain(chain, a, b, place)
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         loss = model(ids[:, :-1], ids[:, 1:]).sum()
     loss.backward()
@@ -62,51 +65,78 @@ def test_gradients_in_bf16_differ_less_than_bf16_itself_does(kind):
     assert 1e-3 < noise and distance(gradients(model, some_ids(), autocast=True), theirs) < noise / 2
 
 
-def test_gradcheck_in_fp64():
+def test_the_gradient_in_fp64_is_the_slope():
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double() for _ in range(4)]
-    params = [p for layer in layers for p in layer.parameters()]
-
-    def through(a, b, *_):
-        return Chain([Branch(lambda x, f=f: f(x), [f]) for f in layers])(a, b)
-
+    chain = Chain([Branch(layer, [layer]) for layer in layers])
     streams = [torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    assert torch.autograd.gradcheck(through, (*streams, *params))
+    leaves = [*streams, *(p for layer in layers for p in layer.parameters())]
+    weights = torch.randn(2, 2, 3, dtype=torch.float64)
+
+    def value():
+        return (torch.stack(chain(*streams)) * weights).sum()
+
+    gradient = torch.autograd.grad(value(), leaves)
+    for leaf, grad in zip(leaves, gradient, strict=True):
+        way, start = torch.randn_like(leaf), leaf.detach().clone()
+        ends = []
+        for step in (1e-5, -1e-5):
+            leaf.data = start + step * way
+            ends.append(value().item())
+        leaf.data = start
+        assert (ends[0] - ends[1]) / 2e-5 == pytest.approx((grad * way).sum().item(), rel=1e-7, abs=1e-8)
 
 
-class Kept:
-    """A tensor in the hands of autograd; gone as soon as autograd lets it go."""
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors made inside that are alive, and their peak."""
 
-    def __init__(self, tensor):
-        self.tensor = tensor
+    def __init__(self, excepted):
+        super().__init__()
+        self.excepted = {tensor.untyped_storage()._cdata for tensor in excepted}
+        self.storages, self.peak = weakref.WeakValueDictionary(), 0
 
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = storage
+        self.peak = max(self.peak, self.bytes())
+        return result
 
-def saved_bytes(n_layer, **changes):
-    """Bytes of the tensors that autograd keeps from the forward to the backward pass, weights excepted."""
-    model = tiny(n_layer=n_layer, **changes).train()
-    weights, alive = {p.untyped_storage().data_ptr() for p in model.parameters()}, weakref.WeakSet()
-
-    def keep(tensor):
-        kept = Kept(tensor.detach())  # an output would hold its own graph, and never go
-        alive.add(kept)
-        return kept
-
-    ids = some_ids()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor):
-        nats = model(ids[:, :-1], ids[:, 1:])
-    storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage().nbytes() for kept in alive}
-    nats.sum().backward()
-    return sum(size for address, size in storages.items() if address not in weights)
+    def bytes(self):
+        return sum(storage.nbytes() for key, storage in self.storages.items() if key not in self.excepted)
 
 
-def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_depth():
-    assert saved_bytes(2, reversible=True) == saved_bytes(48, reversible=True)
-    assert saved_bytes(48) > 20 * saved_bytes(48, reversible=True)
+def activations(**changes):
+    """(bytes kept from the forward to the backward pass, peak of both), without weights and gradients."""
+    model = tiny(**changes).train()
+    ids, targets = some_ids(T=32), some_ids(T=32)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with Alive([ids, targets, *model.parameters(), *(p.grad for p in model.parameters())]) as alive:
+        loss = model(ids, targets).sum()
+        kept = alive.bytes()
+        loss.backward()
+    return kept, alive.peak
 
 
-def test_enigma_blocks_keep_nothing_per_layer_either():
-    same = dict(reversible=True, position="alibi", n_head=4)
-    assert saved_bytes(1, n_enigma=1, **same) == saved_bytes(1, n_enigma=20, **same)
+ENIGMA = dict(reversible=True, position="alibi", n_layer=0)
+
+
+def test_activation_memory_does_not_grow_with_the_depth():
+    assert activations(n_layer=4, reversible=True) == activations(n_layer=16, reversible=True)
+    assert activations(n_enigma=4, **ENIGMA) == activations(n_enigma=16, **ENIGMA)
+    assert activations(n_layer=16)[0] > 5 * activations(n_layer=16, reversible=True)[0]
+
+
+def test_a_second_backward_pass_through_the_same_streams_is_refused():
+    model, ids = tiny("enigma").train(), some_ids()
+    loss = model(ids[:, :-1], ids[:, 1:]).sum()
+    torch.autograd.grad(loss, list(model.blocks[-1].parameters()), retain_graph=True)  # the streams are one block back
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="repeat the forward pass"):
+            loss.backward(retain_graph=True)
 
 
 @pytest.mark.parametrize("kind, layers", [("reversible", 48), ("enigma", 24)])
@@ -130,7 +160,8 @@ def test_off_the_grid_the_inverse_errs_by_rounding_only():
 
 def test_beyond_its_range_the_grid_is_no_longer_exact_and_the_probe_shows_it():
     chain = Chain([Branch(lambda x: x * 1.37, [])] * 30, grid=14)
-    largest, error = chain.probe(chain.on_grid(torch.randn(8)), chain.on_grid(torch.randn(8)))
+    streams = chain.on_grid(torch.randn(2, 8)).unbind()
+    largest, error = probe([lambda a, b, run: run(chain, a, b)], *streams)
     assert largest > 2**10 and error > 0
 
 
@@ -178,7 +209,8 @@ def test_accumulation_equals_one_large_batch():
 def test_compiled_branches_give_the_same_gradients(kind):
     model, ids = shaken(tiny(kind)).train(), some_ids()
     expected = gradients(model, ids)
-    model.chain.compile(backend="aot_eager")
+    for block in model.blocks:
+        block.chain.compile(backend="aot_eager")
     model(ids[:, :-1], ids[:, 1:]).sum().backward()
     assert distance({name: p.grad for name, p in model.named_parameters()}, expected) < 1e-5
 
@@ -186,3 +218,38 @@ def test_compiled_branches_give_the_same_gradients(kind):
 def test_a_reversible_transformer_has_the_parameters_of_a_plain_one():
     a, b = (LanguageModel(ModelConfig(reversible=flag)).state_dict() for flag in (False, True))
     assert {name: p.shape for name, p in a.items()} == {name: p.shape for name, p in b.items()}
+
+
+def shard_each_block(rank, meeting):
+    """One of two processes: a block's weights are whole only while it computes, and the gradients are those of one."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+
+    def all_are_sharded(*_):
+        assert all(isinstance(p, DTensor) for p in model.blocks.parameters())
+
+    for kind, bf16 in product([*KINDS, "reversible moe"], [False, True]):
+        model = shaken(tiny(kind, reversible_grid=0)).train()
+        expected = {}
+        for part in some_ids().split(1):
+            for name, grad in gradients(model, part, autocast=bf16).items():
+                expected[name] = expected.get(name, 0) + grad / 2
+        for block in model.blocks:
+            fully_shard(block)
+            block.register_forward_pre_hook(all_are_sharded, prepend=True)
+        fully_shard(model)
+        part = some_ids().split(1)[rank]
+        with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+            loss = model(part[:, :-1], part[:, 1:]).sum()
+        all_are_sharded()
+        loss.backward()
+        all_are_sharded()
+        assert distance({name: p.grad.full_tensor() for name, p in model.named_parameters()}, expected) < 1e-6
+    dist.destroy_process_group()
+
+
+def test_two_processes_that_shard_each_block_get_the_gradients_of_one(tmp_path):
+    torch.multiprocessing.spawn(shard_each_block, (tmp_path / "meeting",), nprocs=2)
