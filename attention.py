@@ -10,6 +10,7 @@ Masks are booleans that broadcast to (B, H, T, S); True = may see.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +32,7 @@ class Place:
     turn: Callable[[Tensor], Tensor] | None = None  # gives queries and keys their positions
     wheels: Callable[[Tensor], Tensor] | None = None  # the same for Enigma blocks
     weights: Tensor | None = None  # (B, T): experts do not count tokens of weight 0
-    balance: list[Tensor] | None = None  # blocks with experts append their balance loss; None: not needed
+    balance: deque[Tensor] | None = None  # blocks with experts append their balance loss; None: not needed
 
 
 # ---- caches: what one layer keeps of the past, allocated once --------------------------------------------------------

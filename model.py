@@ -9,6 +9,7 @@
 """
 
 import math
+from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -313,7 +314,7 @@ class LanguageModel(nn.Module):
         x, place = self.embed_at(ids, positions, cache, lengths)
         place.weights = weights
         if self.training and with_balance and cfg.n_expert and cfg.balance == "loss":
-            place.balance = []
+            place.balance = deque()  # fully_shard hands each block a copy of a list that holds tensors
         x = self.norm(self.through_blocks(x, place, cache))
         if cache is not None:
             for row, length in enumerate(lengths or [T] * B):
@@ -327,7 +328,7 @@ class LanguageModel(nn.Module):
         nats = self.nats(x, targets, weights)
         if not with_balance:
             return nats
-        return nats, torch.stack(place.balance).mean() if place.balance else nats.new_zeros(())
+        return nats, torch.stack(tuple(place.balance)).mean() if place.balance else nats.new_zeros(())
 
     def embed_at(self, ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None,
                  lengths: list[int] | None = None) -> tuple[Tensor, Place]:

@@ -34,8 +34,8 @@ def gradients(model, ids, autocast=None, own=True):
         for block in model.blocks:
             block.forward = lambda a, b, place, run, chain=block.chain: plain(chain, a, b, place)
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-        loss = model(ids[:, :-1], ids[:, 1:]).sum()
-    loss.backward()
+        nats, balance = model(ids[:, :-1], ids[:, 1:], with_balance=True)
+    (nats.sum() + 10 * balance).backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -231,7 +231,7 @@ def shard_each_block(rank, meeting):
     def all_are_sharded(*_):
         assert all(isinstance(p, DTensor) for p in model.blocks.parameters())
 
-    for kind, bf16 in product([*KINDS, "reversible moe"], [False, True]):
+    for kind, bf16 in product([*KINDS, "reversible moe", "moe"], [False, True]):
         model = shaken(tiny(kind, reversible_grid=0)).train()
         expected = {}
         for part in some_ids().split(1):
@@ -243,9 +243,9 @@ def shard_each_block(rank, meeting):
         fully_shard(model)
         part = some_ids().split(1)[rank]
         with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
-            loss = model(part[:, :-1], part[:, 1:]).sum()
+            nats, balance = model(part[:, :-1], part[:, 1:], with_balance=True)
         all_are_sharded()
-        loss.backward()
+        (nats.sum() + 10 * balance).backward()
         all_are_sharded()
         assert distance({name: p.grad.full_tensor() for name, p in model.named_parameters()}, expected) < 1e-6
     dist.destroy_process_group()
