@@ -10,7 +10,6 @@ Masks are booleans that broadcast to (B, H, T, S); True = may see.
 """
 
 import math
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-@dataclass
 class Place:
-    """What every block needs to know about the tokens of a forward pass; the model computes it once."""
+    """What every block needs to know about the tokens of a forward pass; the model computes it once. No dataclass:
+    fully_shard would give each block a copy."""
 
     positions: Tensor | None = None  # (T,) or (B, T): counted from the beginning of each text
     start: int = 0  # tokens in the cache, of the longest row
@@ -32,7 +31,10 @@ class Place:
     turn: Callable[[Tensor], Tensor] | None = None  # gives queries and keys their positions
     wheels: Callable[[Tensor], Tensor] | None = None  # the same for Enigma blocks
     weights: Tensor | None = None  # (B, T): experts do not count tokens of weight 0
-    balance: deque[Tensor] | None = None  # blocks with experts append their balance loss; None: not needed
+    balance: list[Tensor] | None = None  # blocks with experts append their balance loss; None: not needed
+
+    def __init__(self, positions: Tensor | None = None, start: int = 0):
+        self.positions, self.start = positions, start
 
 
 # ---- caches: what one layer keeps of the past, allocated once --------------------------------------------------------

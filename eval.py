@@ -102,7 +102,8 @@ class Score:
 @torch.no_grad()
 def evaluate(model: LanguageModel, windows: Validation, machine: Machine, batch_size: int = 32, objective=None):
     """The Score of all validation windows, or what an `objective` (rewards.py, preferences.py) has in its place. Each
-    process takes its share of the windows, and all get the sum.
+    process takes its share of the windows, and all get the sum. If the model is sharded, each pass needs all processes:
+    one without windows makes a pass that does not count.
 
     Sums are in fp64, so batch size and number of processes change nothing beyond the rounding of the model.
     """
@@ -111,11 +112,16 @@ def evaluate(model: LanguageModel, windows: Validation, machine: Machine, batch_
     total = torch.zeros(objective.sums if objective else 1, dtype=torch.float64)
     progress = ProgressLine("validation", len(windows), "windows", quiet=not machine.is_main)
     progress.last = progress.start  # print a line to a log only after ten seconds, not one
-    for first in range(machine.rank * batch_size, len(windows), machine.world_size * batch_size):
-        batch = [t.to(machine.device) for t in windows.get(first, batch_size)]
+    for first in range(0, len(windows), machine.world_size * batch_size):
+        own = first + machine.rank * batch_size
+        is_dummy = own >= len(windows)
+        if is_dummy and not machine.shards:
+            break
+        batch = [t.to(machine.device) for t in windows.get(0 if is_dummy else own, batch_size)]
         with machine.autocast():
             sums = objective.measure(batch) if objective else model(*batch).cpu().double().sum()  # no float64 on mps
-        total += sums
+        if not is_dummy:
+            total += sums
         progress.show(first)
     progress.close()
     model.train(was_training)

@@ -63,14 +63,20 @@ class LoraLinear(nn.Module):
         self.scale = alpha / (math.sqrt(rank) if rs else rank)
         device = base.weight.device
         self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32, device=device))
-        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=device))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # within 1/sqrt(in), like nn.Linear
+        self.lora_b = nn.Parameter(torch.empty(self.out_features, rank, dtype=torch.float32, device=device))
         self.kept: tuple[nn.Parameter, ...] = ()  # the base's own weight while merged; a tuple hides it from PyTorch
-        self.lora_magnitude = None
-        if dora:
-            wide = base.weight.to(torch.promote_types(base.weight.dtype, torch.float32))  # combined, as B is 0
-            self.lora_magnitude = nn.Parameter(row_norms(wide).float())
+        self.lora_magnitude = nn.Parameter(torch.empty(self.out_features, device=device)) if dora else None
+        self.reset()
         self.train(base.training)  # otherwise a model in eval mode would apply dropout
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Fresh adapters: the layer computes what its base does."""
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # within 1/sqrt(in), like nn.Linear
+        nn.init.zeros_(self.lora_b)
+        if self.lora_magnitude is not None:
+            wide = self.base.weight.to(torch.promote_types(self.base.weight.dtype, torch.float32))
+            self.lora_magnitude.copy_(row_norms(wide))  # combined, as B is 0
 
     def combined(self) -> Tensor:
         """W + scale · B A (out, in), in fp32 under autocast and for narrower weights too."""

@@ -9,7 +9,6 @@
 """
 
 import math
-from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -279,12 +278,14 @@ class LanguageModel(nn.Module):
         o and down, which add to the stream   normal, std = init_std / √branches, to keep its variance (GPT-2)
         shears                                0: no mixing yet
         a tied embedding                      divided by embed_scale, or the head would start that much larger
-        gains of norms                        1, PyTorch's default
+        gains of norms                        1
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding | Experts):
                 for p in module.parameters():
                     nn.init.normal_(p, std=self.cfg.init_std) if p.ndim > 1 else nn.init.zeros_(p)
+            elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+                module.reset_parameters()
         branches = 2 * len(self.blocks)
         if self.cfg.kernel:
             branches += self.cfg.n_enigma  # convolutions
@@ -314,7 +315,7 @@ class LanguageModel(nn.Module):
         x, place = self.embed_at(ids, positions, cache, lengths)
         place.weights = weights
         if self.training and with_balance and cfg.n_expert and cfg.balance == "loss":
-            place.balance = deque()  # fully_shard hands each block a copy of a list that holds tensors
+            place.balance = []
         x = self.norm(self.through_blocks(x, place, cache))
         if cache is not None:
             for row, length in enumerate(lengths or [T] * B):
@@ -447,9 +448,11 @@ class LanguageModel(nn.Module):
 class NoDraws(TorchFunctionMode):
     """Makes random initialisation do nothing."""
 
+    names = ("normal_", "uniform_", "kaiming_uniform_")
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if getattr(function, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+        if getattr(function, "__name__", "") in self.names:
             return args[0] if args else kwargs["tensor"]
         return function(*args, **kwargs)
 

@@ -155,13 +155,14 @@ class Preferences:
         self.base = fingerprint(self.model.state_dict())
         for rows in self.splits.values():
             table = torch.zeros(rows.count, 2, device=machine.device)
-            for first in range(machine.rank * batch_size, len(rows), machine.world_size * batch_size):
-                last = min(first + batch_size, len(rows))
-                batch = [tensor.to(machine.device) for tensor in rows.to_batch(list(range(first, last)))]
+            for first in range(0, len(rows), machine.world_size * batch_size):  # every process makes as many passes
+                own = range(first, len(rows))[machine.rank * batch_size :][:batch_size]
+                batch = [tensor.to(machine.device) for tensor in rows.to_batch(list(own or [0]))]
                 with machine.autocast():
                     found = self.reference(wrapped, batch)
-                there = batch[4] >= 0
-                table[batch[4][there]] = found[there]
+                if own:
+                    there = batch[4] >= 0
+                    table[batch[4][there]] = found[there]
             rows.reference = machine.all_reduce(table).cpu()
         total = sum(rows.count for rows in self.splits.values())
         machine.print(f"reference {total:,} pairs, scored by the weights {self.base} before the first step")

@@ -299,8 +299,9 @@ TEMPERATURES = (0.8, 0.0, 1.0)
 NEW_TOKENS = 100  # of each sample, whatever the machine: the same run writes the same samples
 
 
-def write_samples(path: Path, model, tokenizer, validation, template: Template | None) -> str:
-    """Write samples at each temperature to `path`. Returns the first sample, after a line that names the file.
+def write_samples(path: Path | None, model, tokenizer, validation, template: Template | None) -> str:
+    """Write samples at each temperature to `path`, if any: the processes of a sharded model all compute, and one
+    writes. Returns the first sample, after a line that names the file.
 
     The prompts are the beginnings of validation documents or, with a `template`, the questions of validation examples:
     the model has not seen how they continue.
@@ -322,6 +323,8 @@ def write_samples(path: Path, model, tokenizer, validation, template: Template |
             texts.append(tokenizer.decode((prompt + row)[skip:]))  # together: SentencePiece's spaces belong to words
             written.append(f"-------- temperature {temperature:g}, top_p {sampling.top_p:g}, seed {sampling.seed}; "
                            f"the prompt is {tokenizer.decode(prompt[skip:])!r}\n{texts[-1]}\n")
+    if path is None:
+        return texts[0]
     try:
         write_text(path, "\n".join(written))
     except OSError as error:

@@ -28,15 +28,25 @@ from torch import Tensor
 import lora
 from configurator import Amount, Batch, Count, NotNegative, Settings, Size, UserError, check_fields, configure, need
 from ffn import update_balance
-from model import LanguageModel, ModelConfig, model_of
-from optim import EMA, LossScale, Optimizer, OptimSettings, clip_grad_norm, lr_at
+from model import ModelConfig
+from optim import EMA, LossScale, Optimizer, OptimSettings, clip_grad_norm, local, lr_at
 from preferences import Preferences, PreferenceSettings
 from rewards import Rewards, RewardSettings
 from runtime import checkpoint, device
 from runtime.device import Machine, MachineSettings
 from runtime.log import Log, LogSettings, Progress
 from runtime.resume import Start, about_run, examples_of_run, has_other_validation, known_tokenizer, tokens_of_run
-from runtime.run import choose_task, claim_folder, describe_run, fit_to_data, longer, open_run, run_folder
+from runtime.run import (
+    choose_task,
+    claim_folder,
+    describe_run,
+    fit_to_data,
+    longer,
+    make_model,
+    open_run,
+    run_folder,
+    size_of,
+)
 from runtime.screen import clock, run
 from text.batches import Batches, Prefetcher, TokenStream, Validation
 from text.chat import ChatSettings, SftSettings, make_template
@@ -163,10 +173,6 @@ def open_data(s: Settings, start: Start, quiet: bool):
     return tokenizer, batches, Validation(held_out, s.seq_len, tokenizer, s.eval_tokens)
 
 
-def size_of(weights: dict[str, Tensor]) -> int:
-    return sum(tensor.numel() for tensor in weights.values())
-
-
 # ---- the run
 
 
@@ -189,17 +195,8 @@ class Run:
                  validation, rescored: bool):
         self.s, self.plan, self.machine, self.out_dir = s, plan, machine, out_dir
         self.tokenizer, self.batches, self.validation = tokenizer, batches, validation
-        torch.manual_seed(s.seed)
-        if start.weights and size_of(start.weights) > lora.SMALL:
-            self.model = model_of(s.part(ModelConfig), start.weights)
-        else:
-            self.model = LanguageModel(s.part(ModelConfig))
-            if start.weights:
-                self.model.load_state_dict(start.weights)
+        self.model = make_model(s, start.weights, machine)
         start.weights = None
-        if s.use_lora:
-            lora.inject(self.model, s.part(lora.LoraSettings))
-            lora.narrow(self.model, machine.dtype)
         device.give_back_memory()
         self.model.to(machine.device).train()
         compile_is_set = s.given("compile") or s.task == "grpo"  # whose rows have another length in every step
@@ -211,6 +208,10 @@ class Run:
         if s.task == "grpo":
             self.objective = Rewards(self.model, tokenizer, s, batches, validation)
         self.ema = EMA(self.model, s.ema) if s.ema else None
+        self.sharded = ()
+        if machine.shards:
+            named = self.model.named_parameters(remove_duplicate=False)
+            self.sharded = {name: tuple(p.shape) for name, p in named}, machine
         self.scale = LossScale(machine.device) if machine.dtype == torch.float16 else None
         self.progress = start.progress
         if start.state:
@@ -231,7 +232,9 @@ class Run:
     def restore(self, start: Start) -> None:
         """Restore adapters, optimizer and progress of the run that we resume."""
         state = start.state
-        if self.s.use_lora:
+        if self.machine.shards:
+            state = self.own_rows(state)
+        elif self.s.use_lora:
             lora.load_adapter(self.model, state["model"])
         need("optimizer" in state, f"the newest checkpoint in {self.out_dir} has no optimizer: start from it with "
                                    "init_from= and another out_dir")
@@ -327,7 +330,8 @@ class Run:
         for first in range(0, plan.per_rank, plan.micro_batch):
             rows = slice(first, first + plan.micro_batch)
             sync = nullcontext()
-            if machine.world_size > 1 and rows.stop < plan.per_rank:  # gradients are averaged after the last rows
+            is_last = rows.stop == plan.per_rank
+            if machine.world_size > 1 and not machine.shards and not is_last:  # gradients are averaged after these
                 sync = wrapped.no_sync()
             with sync:
                 part = [None if t is None else t[rows] for t in batch]
@@ -397,9 +401,23 @@ class Run:
 
     # ---- checkpoints and validation
 
+    def own_rows(self, state: dict) -> dict:
+        """A checkpoint with our rows of what is sharded; its adapters, if it has some, are in the model already."""
+        from runtime.sharding import fill, own_part
+
+        if self.s.use_lora:
+            fill(self.model, state["model"], self.machine)
+        return own_part(state, *self.sharded)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process takes part in what one process does alone unless the model is sharded."""
+        return self.machine.is_main or self.machine.shards
+
     def weights(self) -> dict[str, Tensor]:
-        """What this run has learned: all weights, or the adapters alone."""
-        return lora.adapter_state(self.model) if self.s.use_lora else self.model.state_dict()
+        """What this run has learned: all weights, or the adapters alone; of a sharded model, our rows."""
+        found = lora.adapter_state(self.model) if self.s.use_lora else self.model.state_dict()
+        return {name: local(tensor) for name, tensor in found.items()}
 
     def state(self) -> dict:
         """A checkpoint that can be sampled from; `save` adds what resuming needs."""
@@ -415,7 +433,7 @@ class Run:
         self.saved_step = self.progress.step
         self.progress.nats = self.machine.all_reduce(self.nats.clone()).item()  # a checkpoint holds the sum of all
         self.progress.learned = self.learned.item()
-        if not self.machine.is_main:
+        if not self.writes:
             return
         self.log.flush()
         state = self.state()
@@ -424,7 +442,7 @@ class Run:
         if self.s.task == "dpo":
             state["reference"] = self.objective.state_dict()
         try:
-            checkpoint.save_step(self.out_dir, self.progress.step, state, self.s.keep_checkpoints)
+            checkpoint.save_step(self.out_dir, self.progress.step, state, self.s.keep_checkpoints, self.sharded)
         except UserError as error:
             if must:
                 raise
@@ -445,10 +463,11 @@ class Run:
             progress.best, progress.worse = score.loss, 0
         progress.ended = self.has_ended(score.loss)
         # best.pt alone cannot be resumed, and would keep the same command out of its folder.
-        if better and machine.is_main and checkpoint.steps(self.out_dir):
+        resumable = better and machine.any(machine.is_main and bool(checkpoint.steps(self.out_dir)))
+        if resumable and self.writes:
             try:
                 with self.averaged():
-                    checkpoint.save(self.out_dir / "best.pt", self.state())
+                    checkpoint.save_best(self.out_dir, self.state(), self.sharded)
             except UserError as error:
                 self.log.message(str(error))
         self.log.validation(progress, score, better)
@@ -473,20 +492,30 @@ class Run:
         return self.reached(loss) or 0 < self.s.patience <= self.progress.worse
 
     def finish(self) -> None:
-        """Write samples.txt, and print one sample and what comes next."""
-        bad = checkpoint.not_finite(self.weights())  # the same on every process
-        need(not bad, f"{bad} is not finite (nan or inf): this run diverged; lower lr and set another out_dir")
-        if self.machine.is_main:
-            from sample import next_commands, write_samples
+        """Write samples.txt, and print one sample and what comes next. Of a sharded run, best.pt becomes one file."""
+        machine, template = self.machine, None
+        bad = checkpoint.not_finite(self.weights())
+        need(not machine.any(bool(bad)), f"{bad or 'a weight'} is not finite (nan or inf): this run diverged; lower lr "
+                                         "and set another out_dir")
+        if not self.writes:
+            return
+        if machine.shards and machine.is_main:
+            try:
+                checkpoint.gather(self.out_dir / "best.shards", self.out_dir / "best.pt")
+            except UserError as error:  # what we have can be used as it is
+                self.log.message(str(error))
+        from sample import next_commands, write_samples
 
-            template = None
-            if self.s.task != "pretrain":
-                template = make_template(self.s.template, self.tokenizer)
-                lora.merge(self.model)
+        if self.s.task != "pretrain":
+            template = make_template(self.s.template, self.tokenizer)
+        if not machine.shards:
+            lora.merge(self.model)
             self.model.to(self.model.embed.weight.dtype)  # without autocast a model has one dtype
-            sample = write_samples(self.out_dir / "samples.txt", self.model, self.tokenizer, self.validation, template)
-            self.machine.print(f"\n{sample}\n\n{next_commands(self.out_dir, chat=template is not None)}\n"
-                               f"continue the same command with {longer(self.s, self.plan)}")
+        with machine.autocast() if machine.shards else nullcontext():
+            sample = write_samples(self.out_dir / "samples.txt" if machine.is_main else None, self.model,
+                                   self.tokenizer, self.validation, template)
+        machine.print(f"\n{sample}\n\n{next_commands(self.out_dir, chat=template is not None)}\n"
+                      f"continue the same command with {longer(self.s, self.plan)}")
 
 
 if __name__ == "__main__":

@@ -76,9 +76,10 @@ class Joined(LazyTensor):
 
 
 def row_parts(tensor: torch.Tensor | Joined) -> list[torch.Tensor]:
+    """Consecutive rows. Those of a sharded model's tensor come from all processes, which must all ask for them."""
     if isinstance(tensor, Joined):
         return tensor.parts
-    return [tensor]
+    return [tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor]
 
 
 def write_archive(file: io.BufferedWriter, state: dict) -> None:

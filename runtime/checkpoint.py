@@ -43,24 +43,31 @@ def save(path: Path, state: dict) -> None:
         raise UserError(f"cannot write {path} ({error.strerror}); earlier checkpoints are intact") from None
 
 
-def save_step(folder: Path, step: int, state: dict, keep: int) -> Path:
-    """Save as `step_<step>.pt`, then remove all but the newest `keep` of these."""
+def save_step(folder: Path, step: int, state: dict, keep: int, sharded: tuple = ()) -> Path:
+    """Save as `step_<step>.pt`, then remove all but the newest `keep` of these. If the run is `sharded`, (shapes,
+    machine) of `rank_files.save_shards`, all processes save `step_<step>.shards`."""
     path = folder / f"step_{step:08d}.pt"
-    save(path, state)
-    with writing(folder):
-        prune(folder, keep)
-    return path
-
-
-def save_step_shards(folder: Path, step: int, state: dict, shapes: dict[str, tuple[int, ...]], keep: int,
-                     machine) -> Path:
-    """The same for a sharded run, on all its processes; see `rank_files.save_shards`."""
+    if not sharded:
+        save(path, state)
+        with writing(folder):
+            prune(folder, keep)
+        return path
     from runtime.rank_files import save_shards, together
 
-    path = folder / f"step_{step:08d}.shards"
-    save_shards(path, state, shapes, machine)
-    together(machine, folder, partial(prune, folder, keep))
+    path = path.with_suffix(".shards")
+    save_shards(path, state, *sharded)
+    together(sharded[1], folder, partial(prune, folder, keep))
     return path
+
+
+def save_best(folder: Path, state: dict, sharded: tuple = ()) -> None:
+    """The same for best.pt, or best.shards."""
+    if not sharded:
+        save(folder / "best.pt", state)
+        return
+    from runtime.rank_files import save_shards
+
+    save_shards(folder / "best.shards", state, *sharded)
 
 
 def prune(folder: Path, keep: int) -> None:

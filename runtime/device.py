@@ -26,6 +26,7 @@ from runtime.screen import leaving, tell
 class MachineSettings:
     device: str = "auto"        # cpu, cuda, cuda:1, mps; auto = the fastest available
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # matrix products, LoRA bases; weights: float32
+    shard: bool = False         # divide weights, gradients and optimizer over the processes, not only the data
     compile: bool = False       # use torch.compile; if not set: on CUDA only
     compile_backend: str = "inductor"  # backend of torch.compile
 
@@ -42,10 +43,16 @@ class Machine:
     reason: str  # why this dtype
     rank: int = 0
     world_size: int = 1
+    shards: bool = False  # a process holds its rows of the weights: see runtime/sharding.py
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def loads(self) -> str:
+        """How `checkpoint.load` shall read for a run: whole tensors, or what our rows can be taken from."""
+        return "rows" if self.shards else "cpu"
 
     @property
     def on_cuda(self) -> bool:
@@ -82,7 +89,7 @@ class Machine:
         if self.device.type == "cpu":
             parts.append(f"{torch.get_num_threads()} threads")
         if self.world_size > 1:
-            parts.append(f"{self.world_size} processes")
+            parts.append(f"{self.world_size} processes" + ", sharded" * self.shards)
         dtype = str(self.dtype).removeprefix("torch.")
         return ", ".join([*parts, f"{dtype} ({self.reason})"])
 
@@ -109,10 +116,11 @@ def choose_machine(s: MachineSettings) -> Machine:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for products that stay in float32
-    elif device.type == "cpu":
-        keep_memory()
+    shards = s.shard and world_size > 1
+    if device.type == "cpu":
+        keep_memory(shards)
     dtype, reason = choose_dtype(s.dtype, device)
-    return Machine(device, dtype, reason, rank, world_size)
+    return Machine(device, dtype, reason, rank, world_size, shards)
 
 
 def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -207,7 +215,7 @@ def wants_compile(s: MachineSettings, is_set: bool, machine: Machine) -> bool:
 
 
 def wrap(model, machine: Machine, compiles: bool, backend: str):
-    """The model for a training loop: compiled, and averaging gradients over the processes."""
+    """The model for a training loop: compiled, and averaging gradients over the processes, as a sharded one does."""
     if compiles:
         machine.print("compile  at the first step, which takes a while")
         if model.cfg.reversible:  # its backward pass calls the branches one by one
@@ -215,20 +223,24 @@ def wrap(model, machine: Machine, compiles: bool, backend: str):
                 block.chain.compile(backend=backend, dynamic=False)
         else:
             model = torch.compile(model, backend=backend, dynamic=False)
-    if machine.world_size > 1:
+    if machine.world_size > 1 and not machine.shards:
         gpu = [machine.device.index] if machine.on_cuda else None
         model = DistributedDataParallel(model, device_ids=gpu)
     return model
 
 
-def keep_memory() -> None:
+def keep_memory(shards: bool) -> None:
     """Ask glibc to keep freed memory. A training step frees and reallocates hundreds of MB, and the kernel zeroes and
-    faults in every page again (a quarter of the time of GPT-2's step on two cores)."""
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-        if mallopt is not None:
-            mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap is not handed back
+    faults in every page again (a quarter of the time of GPT-2's step on two cores). If the model is sharded, memory
+    counts more: whole blocks come and go, and the heap would keep their gaps (2.3 times the memory, for GPT-2)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:  # musl has none
+        return
+    if shards:
+        mallopt(-3, 2**18)  # M_MMAP_THRESHOLD: large blocks are handed back as soon as they are free
+    else:
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap is not handed back
 
 
 def give_back_memory() -> None:

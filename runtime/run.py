@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from configurator import ROOT, Settings, UserError, need, pick, write_path
-from lora import SMALL, LoraSettings, describe, fingerprint
-from model import LanguageModel, ModelConfig, shapes_only
+from lora import SMALL, LoraSettings, describe, fingerprint, inject, narrow
+from model import LanguageModel, ModelConfig, model_of, shapes_only
 from optim import Optimizer, OptimSettings, lr_at
 from preferences import PreferenceSettings
 from runtime import checkpoint
@@ -59,6 +62,8 @@ def choose_task(s: Settings) -> None:
         need(s.use_lora or not s.given(name), f"{name} is for adapters: set use_lora=1, or leave it out")
     for name in sorted(names_of(PreferenceSettings)):
         need(s.task == "dpo" or not s.given(name), f"{name} is for preferences: set task=dpo, or leave it out")
+    need(not s.shard or s.task != "grpo", "shard=1 does not work with task=grpo: each process answers other questions, "
+         "in as many passes as these need; leave shard out")
     if s.lora_dropout and not s.given("lora_targets"):
         s.set("lora_targets", "all", "lora_dropout")  # it cannot act on the head, a default target
     if s.task != "pretrain":
@@ -231,7 +236,7 @@ def find_start(s: Settings, out_dir: Path, machine: Machine) -> Start:
 
 def start_from(s: Settings, path: Path, machine: Machine, overwrite: bool) -> Start:
     """A new run on top of a checkpoint."""
-    state = checkpoint.load(path)
+    state = checkpoint.load(path, machine.loads)
     need(not state["base"], f"{path} holds adapters: `python convert.py {path.parent} MERGE=1` makes them a base")
     machine.print(f"init     from {path}")
     saved = checkpoint.saved_settings(state, path, s.parts)
@@ -257,7 +262,7 @@ def start_from(s: Settings, path: Path, machine: Machine, overwrite: bool) -> St
 
 def resume_run(s: Settings, out_dir: Path, machine: Machine) -> Start:
     """Resume the run in out_dir at its newest checkpoint."""
-    state = checkpoint.load_newest(out_dir, machine.print)
+    state = checkpoint.load_newest(out_dir, machine.print, machine.loads)
     if state is None:
         raise UserError(f"no step checkpoint in {out_dir} can be read; {checkpoint.without_steps(out_dir)}")
     step = state["progress"]["step"]
@@ -272,7 +277,7 @@ def resume_run(s: Settings, out_dir: Path, machine: Machine) -> Start:
     tokenizer = checkpoint.tokenizer_of(state, saved, out_dir)
     weights, adapters = state["model"], None
     if state["base"]:
-        weights, adapters = checkpoint.load_base(state["base"], out_dir, s.lora_base), weights
+        weights, adapters = checkpoint.load_base(state["base"], out_dir, s.lora_base, machine.loads), weights
     checkpoint.check_weights(out_dir, saved, weights, adapters)
     config, made_of = read_part(state, "config", dict), read_made_of(state)
     adopt(s, saved, MUST)
@@ -322,6 +327,34 @@ def claim_folder(start: Start, out_dir: Path, machine: Machine) -> None:
         if start.base:
             checkpoint.keep_base(Path(start.init), out_dir)
     checkpoint.remember(out_dir)
+
+
+# ---- the model
+
+
+def size_of(weights: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in weights.values())
+
+
+def make_model(s: Settings, weights: dict[str, Tensor] | None, machine: Machine) -> LanguageModel:
+    """The model of a run, with these weights or fresh ones, and perhaps with adapters."""
+    torch.manual_seed(s.seed)
+    cfg, adapters = s.part(ModelConfig), s.part(LoraSettings)
+    is_large = bool(weights) and size_of(weights) > SMALL
+    if machine.shards:
+        from runtime.sharding import sharded
+
+        return sharded(machine, cfg, weights, adapters if s.use_lora else None, drawn=not is_large)
+    if is_large:
+        model = model_of(cfg, weights)
+    else:
+        model = LanguageModel(cfg)
+        if weights:
+            model.load_state_dict(weights)
+    if s.use_lora:
+        inject(model, adapters)
+        narrow(model, machine.dtype)
+    return model
 
 
 # ---- what the screen shows

@@ -110,8 +110,8 @@ def save(path, whole, world_size, shapes=SHAPES):
 
 def save_step(folder, step, world_size, keep):
     whole = whole_state(step)
-    errors = Machines(world_size).run(lambda machine: checkpoint.save_step_shards(
-        folder, step, state_of(whole, machine.rank, world_size), SHAPES, keep, machine))
+    errors = Machines(world_size).run(lambda machine: checkpoint.save_step(
+        folder, step, state_of(whole, machine.rank, world_size), keep, (SHAPES, machine)))
     assert errors == [None] * world_size
 
 
@@ -376,7 +376,7 @@ state = checkpoint.load({str(tmp_path / "step_00000001.shards")!r})
 state["progress"]["step"] = 2
 rank_files.{moment} = lambda *args: os._exit(9)
 machine = Machine(torch.device("cpu"), torch.float32, "")
-checkpoint.save_step_shards(Path({str(tmp_path)!r}), 2, state, {SHAPES!r}, 2, machine)
+checkpoint.save_step(Path({str(tmp_path)!r}), 2, state, 2, ({SHAPES!r}, machine))
 """
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 9
@@ -411,7 +411,7 @@ def test_links_in_the_place_of_a_checkpoint_are_replaced_and_what_they_lead_to_s
 
 
 CODE = """
-import resource, sys, torch
+import os, resource, sys, torch
 import torch.distributed as dist
 from pathlib import Path
 from configurator import UserError
@@ -426,11 +426,12 @@ for step in (1, 2, 3):
     if step == 2 and rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     try:
-        checkpoint.save_step_shards(folder / "run", step, state_of(whole_state(step), rank, 2), SHAPES, 2, machine)
+        checkpoint.save_step(folder / "run", step, state_of(whole_state(step), rank, 2), 2, (SHAPES, machine))
     except UserError as error:
         print(error, flush=True)
     resource.setrlimit(resource.RLIMIT_FSIZE, 2 * resource.getrlimit(resource.RLIMIT_FSIZE)[1:])
 dist.barrier()
+os._exit(0)  # the interpreter's own cleanup may abort when the peer is gone
 """
 
 

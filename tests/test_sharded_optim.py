@@ -26,12 +26,15 @@ MODELS = {
 }
 
 
-def on_processes(count: int, check, *args) -> None:
-    """Run check(*args) in `count` processes of one group."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(member, (count, port, check, args), count)
+        return free.getsockname()[1]
+
+
+def on_processes(count: int, check, *args) -> None:
+    """Run check(*args) in `count` processes of one group."""
+    torch.multiprocessing.spawn(member, (count, free_port(), check, args), count)
 
 
 def member(rank: int, count: int, port: int, check, args) -> None:
