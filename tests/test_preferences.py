@@ -105,7 +105,11 @@ def pairs_of(tmp_path, *records, notes=None) -> list:
 @pytest.mark.parametrize("record", [
     {"prompt": "Q", "chosen": "Y", "rejected": "N"}, {"question": "Q", "chosen": "Y", "rejected": [NO]},
     {"prompt": [USER], "chosen": [YES], "rejected": [NO]}, {"prompt": [USER], "chosen": "Y", "rejected": "N"},
-    {"chosen": [USER, YES], "rejected": [USER, NO]}, {"prompt": "Q", "chosen": [USER, YES], "rejected": [USER, NO]}])
+    {"chosen": [USER, YES], "rejected": [USER, NO]}, {"prompt": "Q", "chosen": [USER, YES], "rejected": [USER, NO]},
+    {"prompt": None, "chosen": [USER, YES], "rejected": [USER, NO]}, {"input": "Q", "chosen": "Y", "rejected": "N"},
+    {"conversations": [{"from": "human", "value": "Q"}], "chosen": {"from": "gpt", "value": "Y"}, "rejected": NO},
+    {"messages": [USER, YES], "prompt": "Q", "chosen": [USER, YES], "rejected": [USER, NO]},
+    {"chosen": "\n\nHuman: Q\n\nAssistant: Y", "rejected": "\n\nHuman: Q\n\nAssistant: N"}])
 def test_every_form_of_a_record_is_the_same_pair(tmp_path, record):
     assert pairs_of(tmp_path, record) == [[[USER, YES], [USER, NO]]]
     assert pairs_of(tmp_path, record | {"system": "S"})[0] == [[SYSTEM, USER, YES], [SYSTEM, USER, NO]]
@@ -131,6 +135,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     ({"prompt": "Q", "chosen": "Y"}, "expected a record with prompt, chosen and rejected"), ([], "expected a record"),
     ({"chosen": "Y", "rejected": "N"}, "chosen is an answer to nothing"),
     ({"prompt": "Q", "chosen": "Y", "rejected": " "}, "no answer at its end"),
+    ({"prompt": "Q", "chosen": "Y", "rejected": ""}, "no answer at its end"), ({"a": 1, "b": 2}, "it has a, b"),
     ({"prompt": "Q", "chosen": 5, "rejected": "N"}, "chosen"),
     ({"prompt": "Z", "chosen": [USER, YES], "rejected": [USER, NO]}, "has other messages than prompt"),
     ({"chosen": [USER, YES], "rejected": [USER | {"content": "Z"}, NO]}, "first differ in an answer.*message 1"),

@@ -10,8 +10,8 @@ A file is recognised by its content, as in records.py: JSON lines, a JSON array 
     {"instruction": ..., "input": ..., "output": ..., "history": [...]}    Alpaca; also prompt and completion
     {"conversation": [{"input": "Hi", "output": "Hello"}, ...]}            XTuner
 
-A record of preferences is {"prompt": ..., "chosen": ..., "rejected": ...} (`read_pairs`), each a text or a list of
-messages; without prompt, the other two are whole conversations that begin alike.
+A record of preferences is {"prompt": ..., "chosen": ..., "rejected": ...} (`read_pairs`), each a text, a message or a
+list of messages; without prompt, the other two are whole conversations that begin alike.
 
 A text file has these lines before the parts of each example. Text before the first one is the system text, and a line
 `<|endoftext|>` ends an example:
@@ -261,8 +261,10 @@ def message(part, where: str, notes: Counter) -> Message:
 
 # ---- preferences -----------------------------------------------------------------------------------------------------
 
-PAIR = {name: FIELDS[name] for name in ("system", "history", "user", "input")}
+PAIR = {name: FIELDS[name] for name in ("system", "history", "user", "input", "messages")}
 PAIR |= {"chosen": ("chosen",), "rejected": ("rejected",)}
+HH = ("\n\nHuman:", "\n\nAssistant:")  # begin the messages of Anthropic's HH, a conversation in one text
+EXPECTED_PAIR = "expected a record with prompt, chosen and rejected"
 
 
 def read_pairs(*paths: str | Path, notes: Counter | None = None) -> Iterator[Pair]:
@@ -284,14 +286,16 @@ def read_pairs(*paths: str | Path, notes: Counter | None = None) -> Iterator[Pai
 
 
 def record_pair(record, where: str, notes: Counter) -> Pair:
-    fields = Fields(record if isinstance(record, dict) else {}, where, PAIR)
-    need(fields.filled("chosen") and fields.filled("rejected"),
-         f"{where}: expected a record with prompt, chosen and rejected")
+    need(isinstance(record, dict) and record, f"{where}: {EXPECTED_PAIR}")
+    fields = Fields(record, where, PAIR)
+    need("chosen" in fields and "rejected" in fields, f"{where}: {EXPECTED_PAIR}; it has {', '.join(record)}")
     prompt: Conversation = []
     if isinstance(fields.value("user"), list):
         prompt = message_list(fields.value("user"), where, notes)
-    elif "user" in fields:
+    elif fields.filled("user") or fields.filled("input"):
         prompt = [*history(fields), question(fields)]
+    elif isinstance(record["chosen"], str | dict) and fields.filled("messages"):  # LLaMA-Factory
+        prompt = message_list(fields.value("messages"), where, notes)
     pair = [answered(fields, name, prompt, notes) for name in ("chosen", "rejected")]
     if fields.filled("system"):
         for part in pair:
@@ -314,8 +318,12 @@ def record_pair(record, where: str, notes: Counter) -> Pair:
 def answered(fields: Fields, name: str, prompt: Conversation, notes: Counter) -> Conversation:
     """The conversation that ends with this answer, which is a text, the messages after the prompt, or all messages."""
     where, value = f"{fields.where}, {name}", fields.value(name)
+    if isinstance(value, dict):
+        value = [value]
     if isinstance(value, list):
         messages = message_list(value, where, notes)
+    elif not prompt and str(value).startswith(HH[0]):
+        messages = hh_messages(fields.text(name))
     else:
         messages = [{"role": "assistant", "content": fields.text(name)}]
     if messages and messages[0]["role"] == "assistant":
@@ -324,6 +332,16 @@ def answered(fields: Fields, name: str, prompt: Conversation, notes: Counter) ->
     texts = {message["content"] for message in messages}
     need(all(message["content"] in texts for message in prompt), f"{where} has other messages than prompt: keep one")
     return checked(messages, where, notes)
+
+
+def hh_messages(text: str) -> Conversation:
+    """ "\\n\\nHuman: Hi\\n\\nAssistant: Hello" -> messages"""
+    _, *parts = re.split("|".join(f"({mark})" for mark in HH), text)
+    messages = []
+    for human, _, content in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+        role = "user" if human else "assistant"
+        messages.append({"role": role, "content": content.strip()})
+    return messages
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------
