@@ -37,7 +37,7 @@ from runtime.web import ApiError, Gone, JsonHandler, JsonServer, no_such, page_h
 from sample import RULES, choose_sampling, encode_prompt, heal, load_to_generate
 from speculate import SpeculationSettings, make_speculation
 from text.chat import ChatSettings, make_template
-from text.openai import Answer, flag, number_of, require
+from text.openai import Answer, flag, number_of, require, table_of
 from text.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -142,6 +142,7 @@ class ServedModel:
 
 # ---- requests --------------------------------------------------------------------------------------------------------
 
+
 @dataclass
 class Prompt:
     ids: list[int]  # what the model reads
@@ -158,8 +159,7 @@ class Request:
         api.check_names(body, chat)
         self.chat, self.served = chat, choose_model(body, models)
         self.stream, self.echo = flag(body, "stream"), flag(body, "echo")
-        options = body.get("stream_options") or {}
-        require(is_a(options, dict), "stream_options is no table", "stream_options")
+        options = table_of(body, "stream_options")
         require(options == {} or self.stream, "stream_options is for stream=true", "stream_options")
         self.with_usage = flag(options, "include_usage")
         self.n = number_of(body, "n", 1)

@@ -37,7 +37,7 @@ class BatchingThread:
         self.count = 0  # rows that have not ended
         self.inbox: queue.SimpleQueue[tuple[Row, Listener | None]] = queue.SimpleQueue()
         self.listeners: dict[Row, Listener] = {}
-        self.decoder = make_decoder()
+        self.decoder: Decoder | None = make_decoder()  # None after a failure, until somebody asks
         threading.Thread(target=self.work, name=name, daemon=True).start()
 
     def submit(self, rows: list[Row], every: int = 1) -> queue.SimpleQueue:
@@ -63,8 +63,8 @@ class BatchingThread:
 
     def work(self) -> None:
         while True:
-            self.take_messages()
             try:
+                self.take_messages()
                 self.decoder.advance()
                 drawn = self.decoder.draw()
             except Exception as error:
@@ -74,10 +74,11 @@ class BatchingThread:
 
     def take_messages(self) -> None:
         """Wait if there is nothing to do."""
-        while not (self.decoder.rows or self.decoder.waiting) or not self.inbox.empty():
+        while not self.listeners or not self.inbox.empty():
             row, listener = self.inbox.get()
             if listener:
                 self.listeners[row] = listener
+                self.decoder = self.decoder or self.make_decoder()
                 self.decoder.add(row)
             elif row in self.listeners:
                 self.decoder.remove(row)
@@ -105,13 +106,12 @@ class BatchingThread:
             self.count -= 1
 
     def fail(self, error: Exception) -> None:
-        """All rows end, and the thread continues with an empty cache."""
+        """All rows end. The next request gets a new decoder, and this error again if that cannot be made."""
         sentence = str(error)
         if not isinstance(error, UserError):
             traceback.print_exception(error)
             sentence = "the model failed; the server's log says why"
-        self.decoder = None  # its memory is free before the next is made
+        self.decoder = None
         for row, listener in list(self.listeners.items()):
             listener.events.put(ApiError(500, sentence))
             self.forget(row)
-        self.decoder = self.make_decoder()

@@ -251,7 +251,7 @@ class JsonHandler(BaseHTTPRequestHandler):
             self.fail(ApiError(400, str(error)))
         except (OSError, Gone):
             self.told = "the client has left"
-        except Exception:
+        except Exception:  # a bug of ours must cost one request, not the connection without a word
             traceback.print_exc()
             self.fail(ApiError(500, "a mistake of the server; its log says which"))
 

@@ -181,6 +181,11 @@ def test_a_model_that_fails_is_an_error_in_the_middle_of_a_stream_and_the_next_r
     with pytest.raises(openai.APIError, match="the model failed"):
         list(client.completions.create(model="broken", prompt="a", stream=True, max_tokens=50))
     assert "out of order" in capsys.readouterr().err
+    make, served.texts.make_decoder = served.texts.make_decoder, fail
+    for _ in range(2):  # the thread lives, and answers all requests until a decoder can be made
+        with pytest.raises(openai.InternalServerError, match="the model failed"):
+            client.completions.create(model="broken", prompt="a", max_tokens=2)
+    served.texts.make_decoder = make
     assert client.completions.create(model="broken", prompt="a", max_tokens=2).choices
     served.texts.decoder.advance = fail
     served.texts.decoder.rows = []

@@ -181,6 +181,7 @@ def test_a_stop_string_across_tokens_ends_the_text_before_it(server):
     ("max_tokens", 1.5, 400), ("stop", [""], 400), ("stop", ["a"] * 5, 400), ("logit_bias", {"x": 1}, 400),
     ("logit_bias", {"1": 200}, 400), ("stream", 1, 400), ("model", "none", 404), ("model", 3, 400), ("foo", 1, 400),
     ("suffix", "x", 400), ("tools", [{}], 400), ("logprobs", 6, 400), ("best_of", 0, 400), ("seed", 1.5, 400),
+    ("stop", 0, 400), ("stop", False, 400), ("stream_options", 0, 400), ("logit_bias", [], 400),
 ])
 def test_a_mistake_in_a_field_is_named(server, field, value, status):
     found, error = complain(server, **{field: value})

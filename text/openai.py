@@ -62,6 +62,12 @@ def flag(body: dict, name: str) -> bool:
     return bool(value)
 
 
+def table_of(body: dict, name: str) -> dict:
+    value = body.get(name)
+    require(value is None or is_a(value, dict), f"{name} is no table", name)
+    return value or {}
+
+
 def number_of(body: dict, name: str, default=None):
     value, (kind, span) = body.get(name), NUMBERS[name]
     if value is None:
@@ -74,8 +80,10 @@ def number_of(body: dict, name: str, default=None):
 
 
 def read_stop(body: dict) -> list[str]:
-    stops = body.get("stop") or []
-    if isinstance(stops, str):
+    stops = body.get("stop")
+    if stops in (None, ""):
+        stops = []
+    elif isinstance(stops, str):
         stops = [stops]
     require(is_a(stops, list) and len(stops) <= 4, "stop is neither text nor a list of at most 4 texts", "stop")
     for stop in stops:
@@ -85,8 +93,8 @@ def read_stop(body: dict) -> list[str]:
 
 
 def read_bias(body: dict, size: int) -> dict[int, float]:
-    given = body.get("logit_bias") or {}
-    require(is_a(given, dict) and len(given) <= BIASES, f"logit_bias is no table of at most {BIASES} ids", "logit_bias")
+    given = table_of(body, "logit_bias")
+    require(len(given) <= BIASES, f"logit_bias has more than {BIASES} ids", "logit_bias")
     found = {}
     for key, value in given.items():
         require(key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < size,
