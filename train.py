@@ -36,17 +36,7 @@ from runtime import checkpoint, device
 from runtime.device import Machine, MachineSettings
 from runtime.log import Log, LogSettings, Progress
 from runtime.resume import Start, about_run, examples_of_run, has_other_validation, known_tokenizer, tokens_of_run
-from runtime.run import (
-    choose_task,
-    claim_folder,
-    describe_run,
-    fit_to_data,
-    longer,
-    make_model,
-    open_run,
-    run_folder,
-    size_of,
-)
+from runtime.run import choose_task, claim_folder, describe_run, fit_to_data, longer, make_model, open_run, run_folder
 from runtime.screen import clock, run
 from text.batches import Batches, Prefetcher, TokenStream, Validation
 from text.chat import ChatSettings, SftSettings, make_template
@@ -95,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         # Before the process group: a collective would time out while one process prepares the data.
         tokenizer, batches, validation = open_data(s, start, quiet=not machine.is_main)
         if start.init and not start.state and (s.task != "pretrain" or s.use_lora):
-            fit_to_data(s, batches.per_epoch, size_of(start.weights), machine)
+            fit_to_data(s, batches.per_epoch, start.weights, machine)
         plan = plan_steps(s, machine.world_size, start.progress)
         rescored = has_other_validation(start.made_of, batches, validation, out_dir, machine.print)
         claim_folder(start, out_dir, machine)
@@ -499,9 +489,10 @@ class Run:
                                          "and set another out_dir")
         if not self.writes:
             return
-        if machine.shards and machine.is_main:
+        best = self.out_dir / "best.shards"
+        if machine.is_main and best.is_dir():
             try:
-                checkpoint.gather(self.out_dir / "best.shards", self.out_dir / "best.pt")
+                checkpoint.gather(best, best.with_suffix(".pt"))
             except UserError as error:  # what we have can be used as it is
                 self.log.message(str(error))
         from sample import next_commands, write_samples

@@ -131,14 +131,14 @@ def fit_to_base(s: Settings, saved: dict, say: Callable) -> None:
         say(f"         for this base: {', '.join(f'{name}={value}' for name, value in chosen.items())}")
 
 
-def fit_to_data(s: Settings, rows: int, parameters: int, machine: Machine) -> None:
+def fit_to_data(s: Settings, rows: int, weights: dict[str, Tensor], machine: Machine) -> None:
     """Fit a new fine-tuning run to its training rows, unless its steps are set: at least four steps in an epoch, at
     most ten epochs. A large model on a CPU reads one row at a time, or activations would take the most memory."""
     if not (s.given("batch_size") or s.given("grad_accum") or s.given("total_batch_size")):
         n = machine.world_size
         per_step = max(1, min(s.batch_size, rows // 4) // n) * n
         s.set("batch_size", per_step, "fine-tuning")
-        if machine.device.type == "cpu" and parameters > SMALL:
+        if machine.device.type == "cpu" and size_of(weights) > SMALL:
             s.set("batch_size", 1, "fine-tuning")
             s.set("grad_accum", per_step, "fine-tuning")
     if s.source["max_steps"] == "fine-tuning" and not s.max_tokens:
