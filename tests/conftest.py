@@ -71,6 +71,15 @@ def base(text, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def base_of_experts(text, tmp_path_factory):
+    import train
+
+    folder = tmp_path_factory.mktemp("experts") / "run"
+    train.main(tiny_run(text, folder, vocab_size=320, seq_len=64, max_steps=8, eval_interval=8, n_expert=4))
+    return folder
+
+
 @pytest.fixture
 def go(text, tmp_path):
     """Run train.main() with tiny settings; keyword arguments override them."""

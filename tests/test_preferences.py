@@ -17,7 +17,7 @@ from runtime import checkpoint
 from test_chat import make, talk
 from test_finetune import resumes_bit_exact
 from test_model import KINDS, shaken, tiny
-from test_reliability import finish, launch
+from test_reliability import finish, launch, survives_kills
 from test_train import column
 from text.chat import Template
 from text.conversations import read_examples, read_pairs
@@ -314,8 +314,15 @@ def test_a_run_learns_resumes_bit_for_bit_and_its_base_stays(text, base, preferr
         assert held["base"] == lora.fingerprint(checkpoint.weights(checkpoint.load(base / "best.pt")))
 
 
-def test_one_process_is_two(text, base, preferred, tmp_path):
-    more = dict(max_steps=3, eval_interval=3)
+@pytest.mark.parametrize("more", [dict(dropout=0.1), dict(use_lora=1)])
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(text, base, preferred, tmp_path, more):
+    steps = dict(max_steps=60, eval_interval=2)
+    survives_kills(lambda out_dir: dpo_run(text, base, preferred, out_dir, **steps, **more), tmp_path, seed=0)
+
+
+@pytest.mark.parametrize("start, more", [("base", {}), ("base_of_experts", {}), ("base_of_experts", dict(use_lora=1))])
+def test_one_process_is_two(text, preferred, tmp_path, request, start, more):
+    more, base = more | dict(max_steps=3, eval_interval=3, grad_accum=2), request.getfixturevalue(start)
     assert train.main(dpo_run(text, base, preferred, tmp_path / "one", **more)) == 0
     code, out = finish(launch(dpo_run(text, base, preferred, tmp_path / "two", **more), 2))
     assert code == 0, out
@@ -335,7 +342,8 @@ def test_changed_pairs_are_refused_where_the_base_scored_the_old_ones(text, base
         train.main([*argv, "max_steps=3"])
 
 
-@pytest.mark.parametrize("reference", [None, {"train": torch.zeros(1, 2)}])
+@pytest.mark.parametrize("reference", [None, {"train": torch.zeros(1, 2)},
+                                       {"train": torch.zeros(46, 2, dtype=torch.float64)}])
 def test_a_checkpoint_without_the_numbers_of_its_base_is_refused(text, base, preferred, tmp_path, reference):
     argv = dpo_run(text, base, preferred, tmp_path / "a", max_steps=2, eval_interval=2)
     assert train.main(argv) == 0

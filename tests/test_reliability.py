@@ -140,22 +140,29 @@ def test_sizes_that_do_not_divide_by_the_processes_are_refused(text, tmp_path, m
 # ---- kills and signals
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(text, tmp_path, go, seed):
-    """SIGKILL, also while saving: the checkpoints come so often that many moments are inside one."""
-    more = dict(max_steps=60, eval_interval=2, eval_tokens=64, dropout=0.1)
-    go(out_dir=tmp_path / "whole", **more)
+def survives_kills(arguments, tmp_path, seed: int):
+    """Runs `arguments(out_dir)`, of 60 steps, in "whole" and, killed at three random moments, in "killed", where the
+    result is the same. Returns the second folder."""
+    assert train.main(arguments(tmp_path / "whole")) == 0
     moments, run = random.Random(seed), tmp_path / "killed"
     for _ in range(3):
-        process = launch(tiny_run(text, run, **more))
+        process = launch(arguments(run))
         wait_for(run / "log.csv", process)
         time.sleep(moments.uniform(0, 0.4))
         process.send_signal(signal.SIGKILL)
         finish(process)
-    code, out = finish(launch(tiny_run(text, run, **more)))
+    code, out = finish(launch(arguments(run)))
     assert code == 0, out
     for name in ("step_00000060.pt", "best.pt"):
         assert same(checkpoint.load(tmp_path / "whole" / name), checkpoint.load(run / name)), name
+    return run
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(text, tmp_path, seed):
+    """SIGKILL, also while saving: the checkpoints come so often that many moments are inside one."""
+    more = dict(max_steps=60, eval_interval=2, eval_tokens=64, dropout=0.1)
+    run = survives_kills(lambda out_dir: tiny_run(text, out_dir, **more), tmp_path, seed)
     with open(run / "log.csv", encoding="utf-8") as file:
         rows = [(row["step"], row["val_loss"] != "") for row in csv.DictReader(file)]
     assert len(rows) == len(set(rows)) == 60 + 30, "the log has a gap or a duplicate"
