@@ -1,24 +1,25 @@
-"""Learning from preferences: of two answers to a question, the chosen one shall become more likely than the rejected.
+"""Learning from preferences: of two answers to a question, the chosen one becomes more likely than the rejected.
 
     losses = pair_losses(policy, reference, lengths, PreferenceSettings(dpo_loss="ipo"))
 
 DPO (Rafailov et al., arXiv 2305.18290). π(y) is the log-probability of an answer y, the sum over its tokens and its end
-token, under the model that trains; ref(y) is that under the model which it was at the start. With c the chosen answer,
-r the rejected one, and
+token, under the model that trains; ref(y) is the same under the reference, the model at the start. With c the chosen
+answer, r the rejected one, and
 
     h = (π(c) - ref(c)) - (π(r) - ref(r))
 
 the loss of a pair is, by dpo_loss, with β = dpo_beta and ε = dpo_flipped:
 
     sigmoid         -log σ(βh)                                              DPO
-    conservative    -(1 - ε) log σ(βh) - ε log σ(-βh)                       cDPO, section 3 of arXiv 2403.00409
+    conservative    -(1 - ε) log σ(βh) - ε log σ(-βh)                       cDPO, compared in arXiv 2403.00409
     robust          (-(1 - ε) log σ(βh) + ε log σ(-βh)) / (1 - 2ε)          arXiv 2403.00409: unbiased for flipped pairs
-    hinge           max(0, 1 - βh)                                          SLiC, arXiv 2305.10425
-    ipo             (h̄ - 1 / 2β)²                                           IPO, arXiv 2310.12036
+    hinge           max(0, 1 - βh)                                          RSO, arXiv 2309.06657, after SLiC's loss
+    ipo             (h̄ - 1 / 2β)²                                           IPO, arXiv 2310.12036, with h̄ for its h
     sigmoid_norm    -log σ(βh̄)                                              Tülu 3, arXiv 2411.15124
 
-where h̄ is h with each answer's log-ratio divided by its number of tokens. dpo_sft = α adds -α π(c) / |c|, the mean
-cross-entropy of the chosen answer, which keeps its likelihood from falling (RPO, arXiv 2404.19733).
+where h̄ is h with each answer's log-ratio divided by its number of tokens; TRL has it in IPO, too. dpo_sft = α adds
+-α π(c) / |c|, the mean cross-entropy of the chosen answer, which keeps its likelihood from falling (iterative RPO,
+arXiv 2404.19733).
 
 A row of the data holds both answers of its pairs, one after the other (`Examples` in text/sft.py), so no pair is ever
 divided; `read_pairs` in text/conversations.py reads the files.
@@ -176,9 +177,9 @@ class Preferences:
     def load_state_dict(self, state: dict | None) -> None:
         same = state is not None and state["of"] == self.identity()
         for name, rows in self.splits.items():
-            same = same and state[name].shape == (rows.count, 2)
-        need(same, "the pairs of this run have changed, and its base scored the old ones: name these again, or set "
-                   "another out_dir")
+            same = same and state[name].shape == (rows.count, 2) and state[name].dtype == torch.float32
+        need(same, "the pairs of this run, packing or eval_tokens have changed, and its base scored the old ones: set "
+                   "these again, or another out_dir")
         self.base = state["base"]
         for name, rows in self.splits.items():
             rows.reference = state[name]

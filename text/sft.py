@@ -289,7 +289,8 @@ class Examples:
                     learned = template.render(part, "all")[1][-len(ids) :]
                 self.ids.append(np.array(ids, np.int32))
                 self.weights.append(np.array(learned, bool))
-        need(self.ids, f"none of {len(conversations)} {self.noun} has an answer that fits into seq_len={seq_len}")
+        need(self.ids, f"none of {len(conversations)} {self.noun} fits into seq_len={seq_len} with its answer: "
+             "raise seq_len, or shorten them")
         lengths = (np.array(list(map(len, self.ids))) - 1).reshape(-1, self.parts).sum(axis=1)
         order = permute(np.arange(len(lengths)), len(lengths), round_keys(seed, 0)[:-1])
         order = order[np.argsort(-lengths[order], kind="stable")]  # the longest first, equal ones by the seed
