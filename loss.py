@@ -57,9 +57,9 @@ class HeadLoss(torch.autograd.Function):
 
 # Logits in a chunk: 64 MB on a CPU, enough to fill a GPU. And logits in a group, whose gradients (in the dtype of the
 # products) are kept for one product with x: on a CPU, adding up the weight's gradient costs as much as a chunk's
-# products.
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**29, "mps": 2**26}
-GROUP_ELEMENTS = {"cpu": 2**27, "cuda": 2**29, "mps": 2**26}
+# products. Tensors on meta have no memory and stand for a GPU's (runtime/plan.py).
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**29, "mps": 2**26, "meta": 2**29}
+GROUP_ELEMENTS = {"cpu": 2**27, "cuda": 2**29, "mps": 2**26, "meta": 2**29}
 
 
 def head_pass(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, smoothing: float = 0.0, softcap: float = 0.0,

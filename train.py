@@ -61,6 +61,7 @@ class TrainSettings:
     stop_loss: NotNegative = 0.0  # end the run when the validation loss is at most this; 0 = never
     stop_ppl: NotNegative = 0.0  # end the run when the validation perplexity is at most this; 0 = never
     patience: Size = 0          # end the run after this many validations without improvement; 0 = never
+    dry_run: bool = False       # print what the run would take (memory, time, devices) and stop
     max_skipped: Count = 20     # give up after this many steps in a row without a finite gradient
 
     def __post_init__(self):
@@ -79,6 +80,10 @@ def main(argv: list[str] | None = None) -> int:
     machine.print(f"run      {out_dir}\nmachine  {machine.describe()}")
     if s.report():
         machine.print(f"settings\n{s.report()}")
+    if s.dry_run:
+        from runtime.plan import show_plan
+
+        return show_plan(s, out_dir, machine, plan_steps)
     with open_run(s, out_dir, machine) as start:  # locked; s is complete now: a checkpoint decides the model's shape
         machine.dtype, machine.reason = device.choose_dtype(s.dtype, machine.device)
         plan_steps(s, machine.world_size, start.progress)  # refuses wrong sizes before the data takes its time

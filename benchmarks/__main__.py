@@ -6,6 +6,7 @@
     python -m benchmarks time_to_loss NANOGPT=~/nanoGPT DATA_PATH=input.txt  # seconds to nanoGPT's loss
     python -m benchmarks depth                          # memory and time of reversible stacks, 4 to 48 layers
     python -m benchmarks lora                           # memory and time of fine-tuning, all weights or adapters
+    python -m benchmarks memory                         # what DRY_RUN=1 predicts, against short runs
     python -m benchmarks experts                        # a mixture of experts against a dense feed-forward, and a loop
     python -m benchmarks decode                         # tokens/s of five kinds of models, batch 1 to 64
     python -m benchmarks generate MODEL=out/smollm2     # the same weights in transformers and llama.cpp
@@ -40,6 +41,7 @@ from benchmarks.decode import bench_decode, bench_start
 from benchmarks.evaluation import bench_eval
 from benchmarks.generation import bench_generate
 from benchmarks.kill import bench_kill
+from benchmarks.memory import bench_memory
 from benchmarks.optim import bench_optim
 from benchmarks.recipe import bench_time_to_loss
 from benchmarks.serving import bench_serve
@@ -80,10 +82,10 @@ SETTINGS = [BenchSettings, ModelConfig, OptimSettings, DataSettings, MachineSett
             SpeculationSettings]
 BENCHMARKS = {  # name on the command line -> function(settings, arguments) that returns its figures
     "optim": bench_optim, "step": bench_step, "time_to_loss": bench_time_to_loss, "depth": bench_depth,
-    "lora": bench_lora, "experts": bench_experts, "decode": bench_decode, "generate": bench_generate,
-    "speculate": bench_speculate, "start": bench_start, "eval": bench_eval, "bpe": bench_bpe, "encode": bench_encode,
-    "batches": bench_batches, "serve": bench_serve, "kill": bench_kill, "models": compare_models,
-    "ablation": compare_ablation, "shakespeare": compare_shakespeare,
+    "lora": bench_lora, "memory": bench_memory, "experts": bench_experts, "decode": bench_decode,
+    "generate": bench_generate, "speculate": bench_speculate, "start": bench_start, "eval": bench_eval,
+    "bpe": bench_bpe, "encode": bench_encode, "batches": bench_batches, "serve": bench_serve, "kill": bench_kill,
+    "models": compare_models, "ablation": compare_ablation, "shakespeare": compare_shakespeare,
 }
 
 

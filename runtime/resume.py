@@ -63,7 +63,7 @@ MUST = names_of(ModelConfig, LoraSettings, ChatSettings, PreferenceSettings) | {
 MUST -= MAY_CHANGE | {"use_lora", "lora_base"}
 HERE = names_of(LogSettings) | {
     "task", "sft_mode", "use_lora", "out_dir", "init_from", "lora_base", "cache_dir", "overwrite", "workers",
-    "reward", "device", "shard", "compile", "compile_backend", "checkpoint_activations", "log_interval",
+    "reward", "dry_run", "device", "shard", "compile", "compile_backend", "checkpoint_activations", "log_interval",
     "dataset", "data_path", "val_path", "mixture", "tokenizer", "vocab_size"}
 
 

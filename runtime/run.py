@@ -245,19 +245,24 @@ def start_from(s: Settings, path: Path, machine: Machine, overwrite: bool) -> St
          f"tokenizer={s.tokenizer}: {path} has its own, from tokenizer={saved['tokenizer']}; leave it out, or start "
          "with fresh weights")
     checkpoint.check_weights(path, saved, weights)
+    take_over(s, saved, machine.print)
+    start = Start(weights, tokenizer, init=str(path.resolve()), overwrite=overwrite)
+    if s.use_lora:
+        start.base = {"path": start.init, "fingerprint": fingerprint(weights)}
+    return start
+
+
+def take_over(s: Settings, saved: dict, say: Callable) -> None:
+    """Complete the settings of a new run from those of its base, `saved`: they decide the shape of its model."""
     if s.task != "pretrain" or s.use_lora:
-        fit_to_base(s, saved, machine.print)
+        fit_to_base(s, saved, say)
     free = {"rope_scaling", "rope_factor", "rope_original", "seq_len"}  # weights may learn a longer context,
     if s.use_lora:  # but adapters need the base unchanged: their rows may only be shorter
         free = {"seq_len"}
     if saved["position"] == "learned" or (s.use_lora and s.seq_len > saved["seq_len"]):
         free.remove("seq_len")
     adopt(s, saved, (names_of(ModelConfig) & MUST) - {name for name in free if s.given(name)})
-    follow(s, saved, {}, {"template", "system", "dtype"}, machine.print)  # these pass from run to run
-    start = Start(weights, tokenizer, init=str(path.resolve()), overwrite=overwrite)
-    if s.use_lora:
-        start.base = {"path": start.init, "fingerprint": fingerprint(weights)}
-    return start
+    follow(s, saved, {}, {"template", "system", "dtype"}, say)  # these pass from run to run
 
 
 def resume_run(s: Settings, out_dir: Path, machine: Machine) -> Start:

@@ -1,0 +1,292 @@
+"""The memory of a training step, counted before there is any.
+
+    demand = Demand(s, rows=16, accumulates=False, dtype=torch.bfloat16, gpu=True)
+    demand.most(16)             # {"forward": bytes, "backward": bytes, "update": bytes}, the most in each part
+    demand.largest(80e9, processes=8, shards=True)  # the most rows of a pass on eight devices of 80 GB
+
+Where the memory of training goes:
+
+    lasting      weights; the optimizer's moments, two numbers for each weight (AdamW) or one (Muon); their average
+    forward      activations: what operations keep for their gradients. They grow with the tokens of a pass
+    head         logits of a chunk of tokens and their gradients (loss.py), where the activations are the most
+    backward     activations go, block by block; gradients come, as large as the weights
+    update       gradients, and Muon's working copies
+
+No formula says how much: one step runs through the code of the model, on tensors that have a shape and no memory, and a
+ledger counts the bytes that are alive. What kernels need inside, and the holes of an allocator, are not counted.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from configurator import Settings
+from lora import LoraSettings, inject, narrow
+from loss import GROUP_ELEMENTS, head_pass
+from model import LanguageModel, ModelConfig, NoDraws
+from optim import Optimizer, OptimSettings, matmul_dtype, muon_step
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside and still alive: now, and the most since `restart`."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive = self.most = 0
+        self.settled = self.most_unsettled = 0  # gradients that stay, and the most without them
+        self.known: dict[int, weakref.ref] = {}  # storages, by address
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._grouped_mm.default:  # torch knows the shape of its result in bfloat16 only
+            result = grouped_result(*args)
+        else:
+            result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.add(leaf.untyped_storage())
+        return result
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+
+        def gone(_) -> None:
+            self.alive -= size
+            del self.known[key]
+
+        self.known[key] = weakref.ref(storage, gone)
+        self.alive += size
+        self.most = max(self.most, self.alive)
+        self.most_unsettled = max(self.most_unsettled, self.alive - self.settled)
+
+    def settle(self, parameter: Tensor) -> None:
+        self.settled += sum_bytes([parameter.grad])
+
+    def restart(self) -> None:
+        self.most = self.most_unsettled = self.alive
+
+
+def grouped_result(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """Of torch._grouped_mm: rows (N, D) by matrices (E, D, F), or for their gradient (D, N) by (N, F)."""
+    if b.ndim == 3:
+        return a.new_empty(len(a), b.shape[2])
+    return a.new_empty(len(ends), len(a), b.shape[1])
+
+
+def stand_in(gpu: bool) -> str:
+    """The device of tensors without memory. Our code treats meta as a GPU; gradients need a CPU, as torch may be built
+    without CUDA."""
+    return "meta" if gpu else "cpu"
+
+
+@contextmanager
+def ghosts(device: str = "cpu") -> Iterator[Ledger]:
+    """Inside, tensors have no memory, and a ledger counts what they would have."""
+    with FakeTensorMode(), NoDraws(), torch.device(device), Ledger() as ledger:
+        yield ledger
+
+
+def sum_bytes(tensors) -> int:
+    """Bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def build(s: Settings, dtype: torch.dtype) -> LanguageModel:
+    model = LanguageModel(s.part(ModelConfig)).train()
+    if s.use_lora:
+        inject(model, s.part(LoraSettings))
+        narrow(model, dtype)
+    return model
+
+
+@dataclass
+class Lasting:
+    """Bytes that do not depend on the rows of a pass."""
+
+    weights: int
+    gradients: int
+    moments: int
+    average: int
+    update: int  # most of the optimizer's working copies
+    # Sharded, of the largest block and of what belongs to none, whole during a pass:
+    gathered: int  # weights
+    scattered: int  # gradients, and the fp32 buffer in which they are added up
+
+    @property
+    def always(self) -> int:
+        return self.weights + self.moments + self.average
+
+
+def count_lasting(s: Settings, dtype: torch.dtype, gpu: bool) -> Lasting:
+    with ghosts(stand_in(gpu)) as ledger, torch.no_grad():
+        model = build(s, dtype)
+        weights = sum_bytes(model.parameters())
+        before = ledger.alive
+        optimizer = Optimizer(model, s.part(OptimSettings))
+        moments = ledger.alive - before
+        for p in optimizer.params.values():
+            p.grad = torch.empty_like(p)
+        gradients = sum_bytes(p.grad for p in optimizer.params.values())
+        before = ledger.alive
+        ledger.restart()
+        products = matmul_dtype(torch.device("cpu"))
+        if gpu:
+            products = torch.bfloat16
+        for params, momentum in optimizer.stacks:
+            muon_step(params, momentum, 1.0, optimizer.settings, products, None)
+
+        blocks = [whole(block, block_dtype(s, dtype)) for block in model.blocks]
+        outside = nn.ModuleList(module for module in model.children() if module is not model.blocks)
+        gathered, scattered = map(sum, zip(max(blocks), whole(outside, torch.float32), strict=True))
+        average = gradients if s.ema else 0
+        return Lasting(weights, gradients, moments, average, ledger.most - before, gathered, scattered)
+
+
+def block_dtype(s: Settings, dtype: torch.dtype) -> torch.dtype:
+    """In which a sharded block is gathered (runtime/sharding.py)."""
+    return torch.float32 if s.n_expert else dtype
+
+
+def whole(module: nn.Module, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of weights in `dtype`, and of their gradients and the fp32 buffer in which these are added up."""
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return sum(p.numel() for p in module.parameters()) * dtype.itemsize, trained * (dtype.itemsize + 4)
+
+
+@dataclass
+class Pass:
+    """Bytes that live in a forward and backward pass only."""
+
+    activations: float  # at the end of the blocks
+    forward: float  # most while the blocks run
+    head: float  # most while the head runs, activations included
+    backward: float  # most afterwards, with the gradients that come
+    unsettled: float  # the same without those that are complete
+
+
+def count_pass(s: Settings, rows: int, dtype: torch.dtype, gpu: bool, shards: bool = False) -> Pass:
+    """One pass over `rows` sequences. Weights that are sharded come in `dtype`; others are rounded to it, and kept.
+    For a GPU, float16 stands for bfloat16, for which a CPU has its own attention."""
+    if gpu and dtype == torch.bfloat16:
+        dtype = torch.float16
+    autocast = nullcontext()
+    if dtype != torch.float32:
+        autocast = torch.autocast("cpu", dtype)
+    with ghosts() as ledger:
+        model = build(s, dtype)
+        if shards:
+            for p in model.blocks.parameters():
+                p.data = p.data.to(block_dtype(s, dtype))
+        for p in model.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(ledger.settle)
+        ids = torch.zeros(rows, s.seq_len, dtype=torch.int64)
+        positions = None
+        if s.task in ("sft", "dpo"):  # several examples in a row
+            positions = torch.arange(s.seq_len).expand(rows, -1)
+        before = ledger.alive
+        ledger.restart()
+        with autocast:
+            x, place = model.embed_at(ids, positions)
+            x = model.norm(model.through_blocks(x, place, None))
+            activations, forward = ledger.alive - before, ledger.most - before
+            ledger.restart()
+            loss = model.nats(x, ids, None).sum()
+        head = ledger.most - before
+        del x, place
+        ledger.restart()
+        loss.backward()
+        found = Pass(activations, forward, head, ledger.most - before, ledger.most_unsettled - before)
+    if gpu:  # whose chunks of logits are larger
+        sizes = (rows * s.seq_len, s.d_model, s.vocab_size, dtype)
+        found.head += head_chunks(*sizes, device="meta") - head_chunks(*sizes, device="cpu")
+    return found
+
+
+@cache
+def head_chunks(tokens: int, width: int, entries: int, dtype: torch.dtype, device: str) -> float:
+    """Most bytes while the head reads its tokens. After some groups of them, more add only their own rows."""
+    group = max(1, GROUP_ELEMENTS[device] // entries)
+    if tokens > 3 * group:
+        two, three = (head_chunks(n * group, width, entries, dtype, device) for n in (2, 3))
+        return two + (three - two) * (tokens / group - 2)
+    with ghosts(device) as ledger, torch.no_grad():
+        x, weight = torch.empty(tokens, width, dtype=dtype), torch.empty(entries, width, dtype=dtype)
+        targets, scale = torch.empty(tokens, dtype=torch.int64), torch.empty(tokens)
+        head_pass(x, weight, targets, scale, need_grad=True, need_dweight=True)
+        return ledger.most
+
+
+@dataclass
+class Demand:
+    """What a process needs, in bytes, as a function of the rows of a pass and of the number of processes."""
+
+    s: Settings
+    rows: int  # of a pass, as set: here the count is exact
+    accumulates: bool  # several passes make a step: the gradients of the first wait for those of the last
+    dtype: torch.dtype  # of products
+    gpu: bool
+
+    def __post_init__(self):
+        self.lasting = count_lasting(self.s, self.dtype, self.gpu)
+        self.found: dict[tuple[int, bool], Pass] = {}
+
+    def counted(self, rows: int, shards: bool) -> Pass:
+        if (rows, shards) not in self.found:
+            self.found[rows, shards] = count_pass(self.s, rows, self.dtype, self.gpu, shards)
+        return self.found[rows, shards]
+
+    def chunks(self, rows: int) -> float:
+        s = self.s
+        return head_chunks(rows * s.seq_len, s.d_model, s.vocab_size, self.dtype, stand_in(self.gpu))
+
+    def at(self, rows: int, shards: bool = False) -> Pass:
+        """Everything but the chunks of the head grows in proportion to the rows."""
+        if rows == self.rows:
+            return self.counted(rows, shards)
+        low, high = max(1, self.rows // 2), max(2, self.rows)
+        share, values = (rows - low) / (high - low), {}
+        first, second = self.counted(low, shards), self.counted(high, shards)
+        for name, a in vars(first).items():
+            values[name] = a + share * (getattr(second, name) - a)
+        bend = self.chunks(rows) - self.chunks(low) - share * (self.chunks(high) - self.chunks(low))
+        return Pass(**values | {"head": values["head"] + bend})
+
+    def most(self, rows: int, processes: int = 1, shards: bool = False) -> dict[str, float]:
+        """{"forward": bytes, "backward": bytes, "update": bytes}: the most in each part of a step."""
+        own, own_pass = self.lasting, self.at(rows, shards)
+        forward = max(own_pass.forward, own_pass.head)
+        if shards:  # 1 / processes of everything that lasts; one block, and what is in no block, are whole in a pass
+            share = (own.always + own.gradients) / processes
+            return {"forward": share + own.gathered + forward,
+                    "backward": share + own.gathered + own.scattered + own_pass.unsettled,
+                    "update": share + own.update / processes}
+        before, backward = 0, own_pass.backward
+        if self.accumulates:
+            before, backward = own.gradients, own.gradients + own_pass.unsettled
+        always = own.always
+        if processes > 1:
+            always += own.gradients  # DDP adds them up in buckets
+        return {"forward": always + before + forward, "backward": always + backward,
+                "update": always + own.gradients + own.update}
+
+    def largest(self, room: float, processes: int = 1, shards: bool = False) -> int:
+        """The most rows of a pass that `room` bytes hold; 0 if not one."""
+        low, high = 0, 2**20
+        while low < high:
+            rows = (low + high + 1) // 2
+            if max(self.most(rows, processes, shards).values()) <= room:
+                low = rows
+            else:
+                high = rows - 1
+        return low
+
