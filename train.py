@@ -35,7 +35,15 @@ from rewards import Rewards, RewardSettings
 from runtime import checkpoint, device
 from runtime.device import Machine, MachineSettings
 from runtime.log import Log, LogSettings, Progress
-from runtime.resume import Start, about_run, examples_of_run, has_other_validation, known_tokenizer, tokens_of_run
+from runtime.resume import (
+    Start,
+    about_run,
+    examples_of_run,
+    has_other_validation,
+    in_common,
+    known_tokenizer,
+    tokens_of_run,
+)
 from runtime.run import choose_task, claim_folder, describe_run, fit_to_data, longer, make_model, open_run, run_folder
 from runtime.screen import clock, run
 from text.batches import Batches, Prefetcher, TokenStream, Validation
@@ -93,8 +101,10 @@ def main(argv: list[str] | None = None) -> int:
             fit_to_data(s, batches.per_epoch, start.weights, machine)
         plan = plan_steps(s, machine.world_size, start.progress)
         rescored = has_other_validation(start.made_of, batches, validation, out_dir, machine.print)
-        claim_folder(start, out_dir, machine)
         device.init_processes(machine)
+        common = in_common(s, start, tokenizer, batches, validation)
+        device.require_equal(machine, common | {"dtype": machine.dtype})
+        claim_folder(start, out_dir, machine)
         try:
             code = Run(s, start, plan, machine, out_dir, tokenizer, batches, validation, rescored).train()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

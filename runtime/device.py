@@ -3,11 +3,13 @@
 import ctypes
 import math
 import os
+import platform
 import re
 import shutil
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -169,6 +171,22 @@ def init_processes(machine: Machine) -> None:
         if machine.on_cuda:
             backend, gpu = "nccl", machine.device
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=gpu)
+
+
+def require_equal(machine: Machine, found: dict[str, object]) -> None:
+    """UserError on all processes unless all have the same values under the same names: {"step": 24, "lr": 0.003, ...}.
+    Machines may see other files, and their processes would hang, or learn other things. We send hashes, not values."""
+    if machine.world_size == 1:
+        return
+    hashes = [zlib.crc32(str(value).encode("utf-8", "surrogatepass")) for value in found.values()]
+    own = torch.tensor(hashes, dtype=torch.int64, device=machine.device)
+    first = machine.all_reduce(own * int(machine.is_main))
+    others = machine.all_reduce((own != first).long())  # of each value: the number of processes that have another one
+    for (name, value), count in zip(found.items(), others.tolist(), strict=True):
+        if count:
+            leave_processes(machine)
+            raise UserError(f"the processes disagree on {name}: process {machine.rank} of {machine.world_size}, on "
+                            f"{platform.node()}, has {shown(value)}; all need the same command, out_dir and data")
 
 
 def leave_processes(machine: Machine) -> None:

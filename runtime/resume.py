@@ -65,6 +65,9 @@ HERE = names_of(LogSettings) | {
     "task", "sft_mode", "use_lora", "out_dir", "init_from", "lora_base", "cache_dir", "overwrite", "workers",
     "reward", "dry_run", "device", "shard", "compile", "compile_backend", "checkpoint_activations", "log_interval",
     "dataset", "data_path", "val_path", "mixture", "tokenizer", "vocab_size"}
+# Each machine may have other paths, but the processes must find the same there.
+LOCAL = names_of(LogSettings) | {"out_dir", "init_from", "lora_base", "cache_dir", "overwrite", "workers", "reward",
+                                 "device", "dataset", "data_path", "val_path", "mixture", "tokenizer"}
 
 
 def adopt(s: Settings, saved: dict, names: set[str]) -> None:
@@ -130,6 +133,15 @@ def about_run(s: Settings, start: Start, tokenizer, batches, validation) -> dict
     about = {"settings": settings, "config": start.config | s.from_config, "made_of": made_of(batches, validation),
              "tokenizer": tokenizer.to_dict()}
     return {name: json.dumps(value) for name, value in about.items()} | {"base": start.base, "init": start.init}
+
+
+def in_common(s: Settings, start: Start, tokenizer, batches, validation) -> dict[str, object]:
+    """What the processes of a run must agree on before its first step, the most telling first."""
+    base = start.base or {}
+    settings = {name: value for name, value in s.to_dict().items() if name not in LOCAL}
+    return {"the step to resume at": start.progress.step, "the newest checkpoint": start.progress,
+            "the base": base.get("fingerprint"), "the tokenizer": tokenizer.fingerprint,
+            "the training data": batches.content, "the validation data": validation.scored} | settings
 
 
 def read_made_of(state: dict) -> dict:

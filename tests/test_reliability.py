@@ -128,6 +128,32 @@ if __name__ == "__main__":
     assert column(tmp_path / "dies", "loss") == column(tmp_path / "lives", "loss")
 
 
+@pytest.mark.parametrize("other, about", [
+    ("out_dir=other shard=1", "the step to resume at: process 1 of 2, on .*, has 0;"),
+    ("data_path=other.txt", "the (training|validation) data: process 1 of 2"),
+    ("lr=1e-4", "lr: process 1 of 2, on .*, has 0.0001;"),
+])
+def test_processes_that_find_other_files_or_settings_end_with_one_sentence(text, tmp_path, go, other, about):
+    """As two machines without a shared folder would; the run that one of them finds stays as it is."""
+    script = tmp_path / "differs.py"
+    script.write_text(f"""
+import os, sys
+import train
+
+if os.environ["RANK"] == "1":
+    sys.argv += {other.split()}
+if __name__ == "__main__":
+    train.run(train.main)
+""")
+    (tmp_path / "other.txt").write_text(text.read_text(encoding="utf-8") + "and more\n" * 300, encoding="utf-8")
+    assert go() == 0
+    before = sorted(tmp_path.rglob("*"))
+    argv = tiny_run(text, tmp_path / "run", max_steps=24, shard="shard" in other)
+    code, out = finish(launch(argv, 2, script, cwd=tmp_path), timeout=60)
+    assert code == 1 and out.count("the processes disagree on") == 2 and re.search(about, out), out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_sizes_that_do_not_divide_by_the_processes_are_refused(text, tmp_path, monkeypatch):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "3"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "0")):
         monkeypatch.setenv(name, value)
