@@ -61,7 +61,7 @@ def bench_memory(s: Settings, argv: list[str]) -> dict:
     """Peak memory of runs on a CPU, beyond that of the same program with the smallest model."""
     rows, cases = [], CASES
     if s.smoke:
-        cases = {name: CASES[name] for name in ("quickstart", "LoRA on the quickstart")}
+        cases = {"quickstart": CASES["quickstart"]}
     print(f"  {'MB':<24} {'predicted':>10} {'mapped':>10} {'error':>7} {'as run':>10}   {'program':>8}")
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"

@@ -41,7 +41,8 @@ class Ledger(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.alive = self.most = 0
-        self.settled = self.most_unsettled = 0  # gradients that stay, and the most without them
+        self.settled = 0  # gradients that are complete
+        self.stages: list[tuple[int, int]] = []  # `settled`, and the most of all else until the next gradient
         self.known: dict[int, weakref.ref] = {}  # storages, by address
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -66,13 +67,14 @@ class Ledger(TorchDispatchMode):
         self.known[key] = weakref.ref(storage, gone)
         self.alive += size
         self.most = max(self.most, self.alive)
-        self.most_unsettled = max(self.most_unsettled, self.alive - self.settled)
 
     def settle(self, parameter: Tensor) -> None:
+        self.stages.append((self.settled, self.most - self.settled))
         self.settled += sum_bytes([parameter.grad])
+        self.restart()
 
     def restart(self) -> None:
-        self.most = self.most_unsettled = self.alive
+        self.most = self.alive
 
 
 def grouped_result(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
@@ -169,8 +171,11 @@ class Pass:
     activations: float  # at the end of the blocks
     forward: float  # most while the blocks run
     head: float  # most while the head runs, activations included
-    backward: float  # most afterwards, with the gradients that come
-    unsettled: float  # the same without those that are complete
+    stages: list[tuple[int, float]]  # after each gradient: those that are complete, and the most of all else
+
+    def backward(self, share: float) -> float:
+        """Most in the backward pass, if a process holds this share of the gradients that are complete."""
+        return max(settled * share + other for settled, other in self.stages)
 
 
 def count_pass(s: Settings, rows: int, dtype: torch.dtype, gpu: bool, shards: bool = False) -> Pass:
@@ -205,7 +210,8 @@ def count_pass(s: Settings, rows: int, dtype: torch.dtype, gpu: bool, shards: bo
         del x, place
         ledger.restart()
         loss.backward()
-        found = Pass(activations, forward, head, ledger.most - before, ledger.most_unsettled - before)
+        stages = [(settled, most - before) for settled, most in ledger.stages]
+        found = Pass(activations, forward, head, stages)
     if gpu:  # whose chunks of logits are larger
         sizes = (rows * s.seq_len, s.d_model, s.vocab_size, dtype)
         found.head += head_chunks(*sizes, device="meta") - head_chunks(*sizes, device="cpu")
@@ -254,30 +260,31 @@ class Demand:
         if rows == self.rows:
             return self.counted(rows, shards)
         low, high = max(1, self.rows // 2), max(2, self.rows)
-        share, values = (rows - low) / (high - low), {}
         first, second = self.counted(low, shards), self.counted(high, shards)
-        for name, a in vars(first).items():
-            values[name] = a + share * (getattr(second, name) - a)
-        bend = self.chunks(rows) - self.chunks(low) - share * (self.chunks(high) - self.chunks(low))
-        return Pass(**values | {"head": values["head"] + bend})
+
+        def line(a: float, b: float) -> float:
+            return a + (rows - low) / (high - low) * (b - a)
+
+        pairs = zip(first.stages, second.stages, strict=True)
+        return Pass(
+            activations=line(first.activations, second.activations), forward=line(first.forward, second.forward),
+            head=line(first.head - self.chunks(low), second.head - self.chunks(high)) + self.chunks(rows),
+            stages=[(settled, line(a, b)) for (settled, a), (_, b) in pairs])
 
     def most(self, rows: int, processes: int = 1, shards: bool = False) -> dict[str, float]:
         """{"forward": bytes, "backward": bytes, "update": bytes}: the most in each part of a step."""
         own, own_pass = self.lasting, self.at(rows, shards)
-        forward = max(own_pass.forward, own_pass.head)
-        if shards:  # 1 / processes of everything that lasts; one block, and what is in no block, are whole in a pass
-            share = (own.always + own.gradients) / processes
-            return {"forward": share + own.gathered + forward,
-                    "backward": share + own.gathered + own.scattered + own_pass.unsettled,
-                    "update": share + own.update / processes}
-        before, backward = 0, own_pass.backward
-        if self.accumulates:
-            before, backward = own.gradients, own.gradients + own_pass.unsettled
-        always = own.always
-        if processes > 1:
+        earlier, share, gathered, scattered, always = 0, 1.0, 0, 0, own.always
+        if shards:  # a process has its share of all that lasts; what a pass needs at a time is whole
+            share, gathered, scattered = 1 / processes, own.gathered, own.scattered
+        elif processes > 1:
             always += own.gradients  # DDP adds them up in buckets
-        return {"forward": always + before + forward, "backward": always + backward,
-                "update": always + own.gradients + own.update}
+        backward = own_pass.backward(share)
+        if self.accumulates:
+            earlier, backward = own.gradients, own_pass.backward(0)
+        during = (always + earlier) * share + gathered
+        return {"forward": during + max(own_pass.forward, own_pass.head), "backward": during + scattered + backward,
+                "update": (always + own.gradients + own.update) * share}
 
     def largest(self, room: float, processes: int = 1, shards: bool = False) -> int:
         """The most rows of a pass that `room` bytes hold; 0 if not one."""

@@ -162,7 +162,11 @@ def test_activations_are_what_autograd_keeps(kind):
         x = model.norm(model.through_blocks(x, place, None))
     keep(x)
     alive = sum(size for storage, size in kept.values() if not storage.expired())
-    assert count_pass(s, 8, FP32, gpu=False).activations == pytest.approx(alive, rel=0.05)
+    found = count_pass(s, 8, FP32, gpu=False).activations
+    if s.reversible:  # it holds two streams, perhaps one of them beside the graph
+        assert alive <= found <= alive + 2 * x.nbytes
+    else:
+        assert found == pytest.approx(alive, rel=0.05)
 
 
 def activations(words: str, layers: int = 2) -> float:
@@ -179,10 +183,11 @@ def test_depth_costs_memory_unless_activations_are_recomputed():
 
 def test_sharding_divides_what_lasts_and_accumulation_keeps_gradients():
     need = Demand(settings(), 2, False, FP32, gpu=False)
-    lasts = need.lasting.always + need.lasting.gradients
+    always, gradients = need.lasting.always, need.lasting.gradients
     one, eight = (need.most(2, n, shards=True) for n in (1, 8))
-    for part in ("forward", "backward"):
-        assert one[part] - eight[part] == pytest.approx(lasts * 7 / 8)
+    assert one["forward"] - eight["forward"] == pytest.approx(always * 7 / 8)
+    assert always * 7 / 8 <= one["backward"] - eight["backward"] < (always + gradients) * 7 / 8  # they come one by one
+    assert eight["update"] == pytest.approx(one["update"] / 8)
     assert need.most(2, 2)["forward"] - need.most(2)["forward"] == need.lasting.gradients  # DDP's buckets
     several = Demand(settings(), 2, True, FP32, gpu=False)
     assert several.most(2)["forward"] - need.most(2)["forward"] == need.lasting.gradients
@@ -202,8 +207,11 @@ def test_sharded_blocks_are_gathered_in_the_dtype_of_products_and_leave_no_round
 def test_other_numbers_of_rows_follow_from_two(words, gpu):
     s = settings(words)
     need = Demand(s, 8, False, torch.bfloat16, gpu)
-    for name, value in vars(count_pass(s, 21, torch.bfloat16, gpu)).items():
-        assert getattr(need.at(21), name) == pytest.approx(value, rel=0.03), name
+    found, right = need.at(21), count_pass(s, 21, torch.bfloat16, gpu)
+    for name in ("activations", "forward", "head"):
+        assert getattr(found, name) == pytest.approx(getattr(right, name), rel=0.03), name
+    for share in (0, 0.5, 1):
+        assert found.backward(share) == pytest.approx(right.backward(share), rel=0.03)
 
 
 @pytest.mark.parametrize("shards", [False, True])
