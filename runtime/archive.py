@@ -67,12 +67,16 @@ class Joined(LazyTensor):
     whole = load
 
     def rows(self, first: int, last: int) -> torch.Tensor:
-        """A copy of the rows first ... last - 1."""
+        """The rows first ... last - 1: a view if they are in one file, else a copy."""
         found, begin = [], 0
         for part in self.parts:
-            found.append(part[max(first - begin, 0) : max(last - begin, 0)])
+            own = part[max(first - begin, 0) : max(last - begin, 0)]
             begin += len(part)
-        return torch.cat(found)
+            if len(own):
+                found.append(own)
+        if len(found) == 1:
+            return found[0]
+        return torch.cat(found or [self.parts[0][:0]])
 
 
 def row_parts(tensor: torch.Tensor | Joined) -> list[torch.Tensor]:

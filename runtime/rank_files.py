@@ -190,8 +190,8 @@ def join_rows(parts: list[Tensor], device: str) -> Tensor | Joined:
 
 
 def own_rows(found: dict[str, Tensor | Joined], shapes: Shapes, rank: int, world_size: int) -> dict[str, Tensor]:
-    """The rows of one process, in memory of their own; tensors that are not shares as they are. UserError if a whole
-    has another shape than in `shapes`: the same on all processes."""
+    """The rows of one process, mapped where they are in one file; tensors that are not shares as they are. UserError
+    if a whole has another shape than in `shapes`: the same on all processes."""
     rows = {}
     for name, tensor in found.items():
         rows[name] = tensor

@@ -143,10 +143,6 @@ def test_two_processes_then_one_then_three_then_none_have_the_same_bits(tmp_path
     for world_size in (1, 3, 2):
         found = checkpoint.load(path, "rows")
         states = [state_of(found, rank, world_size) for rank in range(world_size)]
-        for table in ("model", "optimizer"):
-            for name, tensor in states[-1][table].items():
-                assert tensor.data_ptr() == 0 or not isinstance(found[table][name], Joined) or all(
-                    tensor.data_ptr() != part.data_ptr() for part in found[table][name].parts), "memory of its own"
         path = tmp_path / f"{world_size}.shards"
         errors = Machines(world_size).run(
             lambda machine, states=states, to=path: rank_files.save_shards(to, states[machine.rank], SHAPES, machine))
@@ -180,6 +176,7 @@ def test_a_joined_tensor_has_the_shape_the_rows_and_the_bytes_of_the_whole(tmp_p
     assert isinstance(joined, Joined) and joined.numel() == tensor.numel() and joined.dtype == tensor.dtype
     for first, last in ((0, 97), (0, 0), (30, 70), (33, 34), (96, 97), (97, 97)):
         assert torch.equal(joined.rows(first, last), tensor[first:last])
+    assert joined.rows(34, 60).data_ptr() == joined.parts[1][1:].data_ptr()  # of one file: in no memory of ours
     saved = checkpoint.saved_settings(found, tmp_path, [ModelConfig])
     checkpoint.check_weights(tmp_path, saved, checkpoint.weights(found))
     whole["model"]["embed.weight"][96, 7] = float("nan")
