@@ -86,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     choose_task(s)
     out_dir = run_folder(s)
     machine.print(f"run      {out_dir}\nmachine  {machine.describe()}")
+    if s.shard and not machine.shards:
+        machine.print("         shard=1 divides nothing in one process: torchrun --nproc_per_node=2 starts two")
     if s.report():
         machine.print(f"settings\n{s.report()}")
     if s.dry_run:

@@ -204,8 +204,9 @@ def test_a_killed_run_resumes(text, tmp_path):
     assert (tmp_path / "run/best.pt").is_file()
 
 
-def test_settings(text, base, questions, tmp_path, go):
+def test_settings(text, base, questions, tmp_path, go, capsys):
     with pytest.raises(UserError, match="shard=1 does not work with task=grpo"):
         train.main([*tune(text, base, questions, tmp_path / "a", task="grpo"), "shard=1"])
     assert go(shard=1, max_steps=1, eval_interval=1) == 0  # one process holds everything
+    assert "shard=1 divides nothing in one process" in capsys.readouterr().out
     assert (tmp_path / "run/step_00000001.pt").is_file()
