@@ -106,9 +106,9 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def shard_group(tensor: Tensor) -> dist.ProcessGroup | None:
-    """The processes that have the rows of a sharded tensor; None: it is a plain one."""
+    """The processes that have the rows of one copy of a sharded tensor; None: it is a plain one."""
     if hasattr(tensor, "device_mesh"):
-        return tensor.device_mesh.get_group()
+        return tensor.device_mesh.get_group(-1)
     return None
 
 

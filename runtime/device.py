@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import UserError, check_fields, process_rank, shown
+from configurator import Size, UserError, check_fields, need, process_rank, shown
 from optim import matmul_dtype
 from runtime.screen import leaving, tell
 
@@ -29,11 +29,13 @@ class MachineSettings:
     device: str = "auto"        # cpu, cuda, cuda:1, mps; auto = the fastest available
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # matrix products, LoRA bases; weights: float32
     shard: bool = False         # divide weights, gradients and optimizer over the processes, not only the data
+    shard_size: Size = 0        # shard within groups of this many processes, each with a copy of all; 0 = all processes
     compile: bool = False       # use torch.compile; if not set: on CUDA only
     compile_backend: str = "inductor"  # backend of torch.compile
 
     def __post_init__(self):
         check_fields(self)
+        need(self.shard or not self.shard_size, f"shard_size={self.shard_size} is for shard=1: set both, or neither")
 
 
 @dataclass
@@ -46,6 +48,17 @@ class Machine:
     rank: int = 0
     world_size: int = 1
     shards: bool = False  # a process holds its rows of the weights: see runtime/sharding.py
+    shard_size: int = 0  # processes that hold one copy of the weights together; 0: all
+
+    @property
+    def parts(self) -> int:
+        """The number of processes that hold one copy of the weights together, if it is sharded."""
+        return self.shard_size or self.world_size
+
+    @property
+    def part(self) -> int:
+        """Which of the `parts` of the weights this process holds: those of one copy have neighbouring ranks."""
+        return self.rank % self.parts
 
     @property
     def is_main(self) -> bool:
@@ -119,10 +132,13 @@ def choose_machine(s: MachineSettings) -> Machine:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for products that stay in float32
     shards = s.shard and world_size > 1
+    size = s.shard_size or world_size
+    need(not shards or world_size % size == 0, f"shard_size={size} does not divide {world_size} processes: set the "
+                                               "number of processes on one machine, or 0 to shard over all")
     if device.type == "cpu":
         keep_memory(shards)
     dtype, reason = choose_dtype(s.dtype, device)
-    return Machine(device, dtype, reason, rank, world_size, shards)
+    return Machine(device, dtype, reason, rank, world_size, shards, size)
 
 
 def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:

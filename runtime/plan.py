@@ -188,11 +188,11 @@ def describe_memory(s: Settings, here: dict[str, Demand], rows: int, model: Lang
              "most at once in the forward", "most at once in the backward", "most at once in the update"]
     columns, parts = [[f"         {each}" for each in words]], 1
     if machine.shards:
-        parts = machine.world_size
+        parts = machine.parts
     for each in here.values():
         lasting, passing = each.lasting, each.at(rows, machine.shards)
         lasts = lasting.weights, lasting.moments, lasting.average, lasting.gradients, lasting.update
-        most = each.most(rows, machine.world_size, machine.shards)
+        most = each.most(rows, machine.parts, machine.shards)
         columns.append([gb(size / parts) for size in lasts])
         columns[-1] += map(gb, (passing.activations, passing.head - passing.activations, *most.values()))
     lines = [[f"memory   GB of a process; a pass of {rows} x {s.seq_len} tokens, {dtype}", *here],

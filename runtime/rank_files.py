@@ -70,14 +70,15 @@ def save_shards(path: Path, state: dict, shapes: Shapes, machine: Machine) -> No
     for table, tensors in share_tables(state).items():
         shares[table] = {name: tensor for name, tensor in tensors.items() if whole_shape(name, shapes)}
         for name, tensor in shares[table].items():
-            own = share_shape(whole_shape(name, shapes), machine.rank, machine.world_size)
+            own = share_shape(whole_shape(name, shapes), machine.part, machine.parts)
             assert tensor.shape == own, f"{name}: {tuple(tensor.shape)} instead of {own}"
+    writes = machine.rank < machine.parts  # the first copy
     if not machine.is_main:
         state = {"model": shares["model"], "optimizer": shares["optimizer"], "ema": {"weights": shares["ema"]}}
     try:
         together(machine, path, partial(begin, fresh))
-        together(machine, path, partial(write_rank, fresh, machine.rank, state), everywhere=True)
-        together(machine, path, partial(finish, fresh, path, shapes, machine.world_size))
+        together(machine, path, partial(write_rank, fresh, machine.part, state), writes)
+        together(machine, path, partial(finish, fresh, path, shapes, machine.parts))
     except UserError:
         if machine.is_main:
             with suppress(OSError):
@@ -85,11 +86,11 @@ def save_shards(path: Path, state: dict, shapes: Shapes, machine: Machine) -> No
         raise
 
 
-def together(machine: Machine, path: Path, action: Callable[[], None], everywhere: bool = False) -> None:
-    """Run an action on the first process, or `everywhere`. If it fails on one, all raise the same UserError."""
+def together(machine: Machine, path: Path, action: Callable[[], None], acts: bool = False) -> None:
+    """Run an action on the first process, and where one `acts`. If it fails on one, all raise the same UserError."""
     code = 0
     try:
-        if machine.is_main or everywhere:
+        if machine.is_main or acts:
             action()
     except (OSError, zipfile.BadZipFile) as error:
         code = getattr(error, "errno", None)

@@ -63,8 +63,8 @@ MUST = names_of(ModelConfig, LoraSettings, ChatSettings, PreferenceSettings) | {
 MUST -= MAY_CHANGE | {"use_lora", "lora_base"}
 HERE = names_of(LogSettings) | {
     "task", "sft_mode", "use_lora", "out_dir", "init_from", "lora_base", "cache_dir", "overwrite", "workers",
-    "reward", "dry_run", "device", "shard", "compile", "compile_backend", "checkpoint_activations", "log_interval",
-    "dataset", "data_path", "val_path", "mixture", "tokenizer", "vocab_size"}
+    "reward", "dry_run", "device", "shard", "shard_size", "compile", "compile_backend", "checkpoint_activations",
+    "log_interval", "dataset", "data_path", "val_path", "mixture", "tokenizer", "vocab_size"}
 # Each machine may have other paths, but the processes must find the same there.
 LOCAL = names_of(LogSettings) | {"out_dir", "init_from", "lora_base", "cache_dir", "overwrite", "workers", "reward",
                                  "device", "dataset", "data_path", "val_path", "mixture", "tokenizer"}

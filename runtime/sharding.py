@@ -45,7 +45,10 @@ def sharded(machine: Machine, cfg: ModelConfig, weights: dict | None = None, ada
         with NoDraws():
             lora.inject(model, adapters)
             lora.narrow(model, machine.dtype)
-    mesh = init_device_mesh(machine.device.type, (machine.world_size,))
+    sizes, names = (machine.world_size // machine.parts, machine.parts), ("copies", "parts")
+    if machine.parts == machine.world_size:
+        sizes, names = sizes[1:], names[1:]
+    mesh = init_device_mesh(machine.device.type, sizes, mesh_dim_names=names)
     # Blocks are gathered in the dtype of their products: autocast would keep rounded copies of all for the backward
     # pass. Embeddings, which begin the stream, stay fp32, and so do routers: a rounded one chooses other experts.
     dtype = torch.float32 if cfg.n_expert else machine.dtype
@@ -112,14 +115,14 @@ class WholeDraws(TorchFunctionMode):
         tensor, *rest = args or [kwargs.pop("tensor")]
         whole = function(torch.empty(tensor.shape), *rest, **kwargs)
         if not tensor.is_meta:
-            first, last = rows_of_rank(len(whole), self.machine.rank, self.machine.world_size)
+            first, last = rows_of_rank(len(whole), self.machine.part, self.machine.parts)
             tensor.to_local().copy_(whole[first:last])
         return tensor
 
 
 def rows_of(weights: dict[str, Tensor | Joined], name: str, like: Tensor, machine: Machine) -> Tensor:
     """Our rows of one of these whole weights; UserError unless it is shaped like this sharded tensor."""
-    return own_rows({name: weights[name]}, {name: tuple(like.shape)}, machine.rank, machine.world_size)[name]
+    return own_rows({name: weights[name]}, {name: tuple(like.shape)}, machine.part, machine.parts)[name]
 
 
 @torch.no_grad()
@@ -136,7 +139,7 @@ def fill(model: LanguageModel, weights: dict[str, Tensor | Joined], machine: Mac
 
 def own_part(state: dict, shapes: Shapes, machine: Machine) -> dict:
     """The state of a run with our rows of the optimizer's tensors and of the averaged weights."""
-    cut = partial(own_rows, shapes=shapes, rank=machine.rank, world_size=machine.world_size)
+    cut = partial(own_rows, shapes=shapes, rank=machine.part, world_size=machine.parts)
     if "optimizer" in state:
         state = state | {"optimizer": cut(state["optimizer"])}
     if state.get("ema"):

@@ -169,6 +169,31 @@ def test_a_run_resumes_bit_for_bit_and_on_other_numbers_of_processes(text, folde
         assert column(tmp_path / name / "3", "val_loss")[-1] < column(tmp_path / name / "3", "val_loss")[0]
 
 
+def test_two_copies_on_two_processes_each(text, folder, tmp_path):
+    """As one copy on two; the first copy is saved, and any number of processes continues."""
+    names = ("plain", "window")
+    runs = {name: tiny_run(text, tmp_path / "4" / name, **RUNS[name], shard_size=2) for name in names}
+    run_on(4, *runs.values())
+    for name in names:
+        for figure in ("loss", "grad_norm", "val_loss"):
+            want = column(folder / "two" / name, figure)
+            assert column(tmp_path / "4" / name, figure) == pytest.approx(want, rel=2e-3)
+        last = tmp_path / "4" / name / "step_00000012.shards"
+        assert sorted(path.name for path in last.iterdir()) == ["0.pt", "1.pt", "index.json"]
+        last.rename(tmp_path / f"{name}.shards")
+        for other in ("2", "1"):
+            shutil.copytree(tmp_path / "4" / name, tmp_path / other / name)
+    run_on(4, *runs.values())
+    run_on(2, *(tiny_run(text, tmp_path / "2" / name, **RUNS[name]) for name in names))
+    assert all(train.main(tiny_run(text, tmp_path / "1" / name, **RUNS[name])) == 0 for name in names)
+    for name in names:
+        states = [checkpoint.load(path) for path in (tmp_path / f"{name}.shards",
+                  tmp_path / "4" / name / "step_00000012.shards")]
+        assert all(same(states[0][table], states[1][table]) for table in ("model", "optimizer"))
+        want = column(tmp_path / "4" / name, "loss")
+        assert all(column(tmp_path / n / name, "loss") == pytest.approx(want, rel=2e-3) for n in ("2", "1"))
+
+
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
@@ -204,9 +229,16 @@ def test_a_killed_run_resumes(text, tmp_path):
     assert (tmp_path / "run/best.pt").is_file()
 
 
-def test_settings(text, base, questions, tmp_path, go, capsys):
+def test_settings(text, base, questions, tmp_path, go, capsys, monkeypatch):
     with pytest.raises(UserError, match="shard=1 does not work with task=grpo"):
         train.main([*tune(text, base, questions, tmp_path / "a", task="grpo"), "shard=1"])
+    with pytest.raises(UserError, match="shard_size=2 is for shard=1"):
+        go(shard_size=2)
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=4, MASTER_ADDR="127.0.0.1", MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match="shard_size=3 does not divide 4 processes"):
+        go(shard=1, shard_size=3)
+    monkeypatch.undo()
     assert go(shard=1, max_steps=1, eval_interval=1) == 0  # one process holds everything
     assert "shard=1 divides nothing in one process" in capsys.readouterr().out
     assert (tmp_path / "run/step_00000001.pt").is_file()
