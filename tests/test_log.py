@@ -9,8 +9,8 @@ import types
 import pytest
 import torch
 
-import train
 from configurator import UserError
+from model import LanguageModel
 from runtime import device as machine
 from runtime import log
 from runtime.device import Machine
@@ -218,7 +218,7 @@ def test_a_log_that_cannot_be_begun_is_a_sentence_before_the_first_step(go, tmp_
 
 def test_a_loss_that_is_not_finite_does_not_count_and_leaves_a_readable_log(go, tmp_path, monkeypatch, capsys):
     """Lines are of two steps: one of the first two is bad, and both of the next two."""
-    original, step = train.LanguageModel.forward, []
+    original, step = LanguageModel.forward, []
 
     def forward(self, *args, **kwargs):
         result = original(self, *args, **kwargs)
@@ -230,7 +230,7 @@ def test_a_loss_that_is_not_finite_does_not_count_and_leaves_a_readable_log(go, 
 
     go(out_dir=tmp_path / "good", max_steps=1)
     step.clear()
-    monkeypatch.setattr(train.LanguageModel, "forward", forward)
+    monkeypatch.setattr(LanguageModel, "forward", forward)
     capsys.readouterr()
     go(max_steps=6, log_interval=2)
     first, second, third = [row["loss"] for row in table(tmp_path / "run") if row["loss"]]

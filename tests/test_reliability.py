@@ -251,7 +251,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("where", ["checkpoint.steps", "train.open_data", "train.LanguageModel", "eval.evaluate",
+@pytest.mark.parametrize("where", ["checkpoint.steps", "train.open_data", "train.make_model", "eval.evaluate",
                                    "sample.write_samples"])
 def test_ctrl_c_is_never_swallowed(text, tmp_path, where):
     """While a run is loaded, its data prepared, its last checkpoint scored, its samples made."""

@@ -57,6 +57,9 @@ def examples(split: str) -> Iterator[dict]:
 
 
 def main() -> None:
+    if len(sys.argv) > 1:
+        print(__doc__)
+        return
     for split in ("train", "val"):
         found = list(examples(split))
         print(f"{split}: {len(found):,} pairs")
