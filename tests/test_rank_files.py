@@ -22,6 +22,7 @@ from model import LanguageModel, ModelConfig
 from optim import EMA, Optimizer, OptimSettings
 from runtime import checkpoint, rank_files
 from runtime.archive import Joined
+from runtime.device import Machine
 from runtime.files import misfit
 from test_checkpoint import Evil
 from test_train import same
@@ -84,9 +85,10 @@ class Machines:
         return found
 
 
-class Process:
+class Process(Machine):
     def __init__(self, rank, machines):
-        self.rank, self.world_size, self.is_main, self.machines = rank, len(machines.flags), rank == 0, machines
+        super().__init__(torch.device("cpu"), torch.float32, "", rank, len(machines.flags))
+        self.machines = machines
 
     def any(self, flag):
         self.machines.flags[self.rank] = flag
