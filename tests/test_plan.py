@@ -55,8 +55,9 @@ CONFIGS = sorted(path.stem for path in ROOT.glob("config/*.py") if "\ntask = " n
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_has_a_plan_that_touches_nothing(name, nowhere, capsys, monkeypatch):
     monkeypatch.setattr(plan, "tokens_per_second", lambda *_: 100.0)
-    out = printed(capsys, f"config/{name}.py", f"OUT_DIR={nowhere / 'run'}", "DTYPE=float32", "BATCH_SIZE=2")
-    s = configure(train.SETTINGS, [f"config/{name}.py"], {})
+    config = [f"config/{name}.py", "N_LAYER=2", "DTYPE=float32", "BATCH_SIZE=2"]
+    out = printed(capsys, *config, f"OUT_DIR={nowhere / 'run'}")
+    s = configure(train.SETTINGS, config, {})
     with torch.device("meta"):
         counts = LanguageModel(s.part(ModelConfig)).count_parameters()
     assert f"model    {counts['total']:,} parameters" in out
