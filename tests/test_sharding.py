@@ -21,7 +21,7 @@ from runtime.device import Machine
 from runtime.sharding import fill, sharded
 from test_model import KINDS, TINY
 from test_reliability import finish, launch, wait_for
-from test_sharded_optim import free_port, on_processes
+from test_sharded_optim import free_port, leave, on_processes
 from test_train import column, same
 
 ADAPTERS = lora.LoraSettings(use_lora=True, lora_rank=4, lora_dora=True)
@@ -100,11 +100,15 @@ def test_three_processes_share_97_rows_and_two_experts():
 
 def run_all(rank: int, world_size: int, ports: list[int], runs: list[list[str]]) -> None:
     torch.set_num_threads(1)
+    groups = []  # kept: to delete one may abort when a peer has left it already
     for port, argv in zip(ports, runs, strict=True):
+        if groups:
+            dist.destroy_process_group()
         os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_PORT=str(port),
                            MASTER_ADDR="127.0.0.1")
         assert train.main(argv) == 0
-        dist.destroy_process_group()
+        groups.append(dist.group.WORLD)
+    leave()
 
 
 def run_on(world_size: int, *runs: list[str]) -> None:
