@@ -4,11 +4,10 @@
 """
 
 import heapq
-from collections import defaultdict
 from collections.abc import Callable, Collection
 from itertools import pairwise
 
-from text.pieces import ids_of
+import numpy as np
 
 Pair = tuple[bytes, bytes]
 
@@ -18,15 +17,20 @@ INVISIBLE = [byte for byte in range(256) if byte not in VISIBLE]
 BYTES = [bytes([byte]) for byte in VISIBLE + INVISIBLE]
 
 
+SHIFT = 24  # a pair is one number, left << SHIFT | right, so pairs compare like their ids
+MASK = (1 << SHIFT) - 1
+NONE = -1  # in place of an id: between two pieces, and inside a token
+
+
 def learn_merges(pieces: dict[bytes, int], n_merges: int, forbidden: Collection[bytes] = (),
                  progress: Callable | None = None) -> list[Pair]:
     """The same as `bpe.learn_merges_textbook`, in time about proportional to the text of the *different* pieces."""
     tokens, merges, pairs = list(BYTES), [], PairCounts(pieces, n_merges)
-    while len(merges) < n_merges and (pair := pairs.most_frequent()):
-        left, right = tokens[ord(pair[0])], tokens[ord(pair[1])]
+    while len(merges) < n_merges and (pair := pairs.most_frequent()) != NONE:
+        left, right = tokens[pair >> SHIFT], tokens[pair & MASK]
         if left + right in forbidden:
             continue
-        pairs.join(pair, chr(len(tokens)))
+        pairs.join(pair)
         tokens.append(left + right)
         merges.append((left, right))
         if progress and len(merges) % 1000 == 0:
@@ -40,41 +44,53 @@ def learn_merges(pieces: dict[bytes, int], n_merges: int, forbidden: Collection[
 class PairCounts:
     """How often each pair of neighbours occurs in the pieces, kept up to date while pairs are joined.
 
-    A word is a piece as a str with one character per token, chr(id), and a pair is two such characters. Then str.split
-    and str.join do what `bpe.join` does, from left to right and in C, and pairs compare like their ids.
+    All pieces are in one array, a place for each byte, with gaps between them. The id of a token is at its first byte
+    and at its last, where its neighbours find it:
+
+        - h u g - h u g s -      u g becomes x:      - h x x - h x x s -
+
+    A pair is found by its border: the first byte of its right token.
     """
 
     def __init__(self, pieces: dict[bytes, int], n_merges: int):
-        ids = ids_of(VISIBLE + INVISIBLE)
-        self.words = [piece.decode("latin-1").translate(ids) for piece in pieces]
-        self.times = list(pieces.values())  # words[i] occurs times[i] times
+        gaps = np.cumsum([0, *(len(piece) + 1 for piece in pieces)])  # before each piece, and behind the last
+        is_byte = np.ones(gaps[-1] + 1, bool)
+        is_byte[gaps] = False
+        self.ids = np.full(len(is_byte), NONE, np.int32)
+        self.ids[is_byte] = np.argsort(VISIBLE + INVISIBLE)[np.frombuffer(b"".join(pieces), np.uint8)]
+        self.times = np.zeros(len(is_byte), np.int64)  # how often the piece occurs; 0 where no token begins
+        self.times[is_byte] = np.repeat(np.fromiter(pieces.values(), np.int64), np.diff(gaps) - 1)
+        self.sizes = [1] * len(BYTES)  # bytes of each token
         # Nearly all pairs are rare, so we keep only those that occur `floor` times. It starts at about 8 times what the
         # last merge may have, and falls when no pair is left: a bad guess costs time, but no merge.
-        self.floor = 8 + sum(self.times) // (8 * max(1, n_merges))
-        self.counts: dict[str, int] = {}
-        self.where: dict[str, list[int]] = {}  # the words that hold a pair, or once did
-        self.heap: list[tuple[int, str]] = []  # (-count, pair): the count may be outdated
+        self.floor = 8 + sum(pieces.values()) // (8 * max(1, n_merges))
+        self.counts: dict[int, int] = {}
+        self.borders: dict[int, np.ndarray] = {}  # where a pair is, or once was
+        self.heap: list[tuple[int, int]] = []  # (-count, pair): the count may be outdated
 
-    def add(self, pair: str, words: list[int]) -> int:
-        """Count a pair that is in these words (twice in the list: twice in the word), and keep it if it is frequent."""
-        count = sum(map(self.times.__getitem__, words))
-        if count >= self.floor:
-            self.counts[pair], self.where[pair] = count, words
-            heapq.heappush(self.heap, (-count, pair))
-        return count
+    def add(self, borders: np.ndarray) -> list[tuple[int, int]]:
+        """Count the pairs at these borders, and keep the frequent ones. Returns [(pair, its count), ...]"""
+        pairs = self.ids[borders - 1].astype(np.int64) << SHIFT | self.ids[borders]
+        order = np.argsort(pairs)
+        pairs, borders = pairs[order], borders[order]
+        is_first = np.ones(len(pairs), bool)
+        is_first[1:] = pairs[1:] != pairs[:-1]
+        first = np.flatnonzero(is_first)
+        counts = list(zip(pairs[first].tolist(), np.add.reduceat(self.times[borders], first).tolist(), strict=True))
+        for (pair, count), (start, end) in zip(counts, pairwise([*first.tolist(), len(pairs)]), strict=True):
+            if count >= self.floor:
+                self.counts[pair], self.borders[pair] = count, borders[start:end].copy()
+                heapq.heappush(self.heap, (-count, pair))
+        return counts
 
     def refill_heap(self) -> None:
         """Lower the floor, and count all pairs again."""
         self.floor = max(1, self.floor // 8)
-        found = defaultdict(list)
-        for i, word in enumerate(self.words):
-            for pair in map(str.__add__, word, word[1:]):
-                found[pair].append(i)
-        for pair, words in found.items():
-            self.add(pair, words)
+        borders = np.flatnonzero(self.times)
+        self.add(borders[self.ids[borders - 1] != NONE])
 
-    def most_frequent(self) -> str:
-        """Take the most frequent pair from the heap; "" if no pair is left.
+    def most_frequent(self) -> int:
+        """Take the most frequent pair from the heap; NONE if no pair is left.
 
         Counts only fall, except for pairs with the newest token, and `join` adds these when they are complete. So a
         pair on top whose count is still right is the most frequent one; any other goes back with its current count.
@@ -89,37 +105,43 @@ class PairCounts:
             if self.counts[pair] >= self.floor:
                 heapq.heappush(self.heap, (-self.counts[pair], pair))
             else:
-                del self.counts[pair], self.where[pair]
-        return ""
+                del self.counts[pair], self.borders[pair]
+        return NONE
 
-    def join(self, pair: str, new: str) -> None:
-        """Replace `pair` by the token `new` in all words. Only neighbouring pairs change their counts."""
-        left, right = pair
-        before, behind, twice = defaultdict(list), defaultdict(list), []  # {neighbour of the pair: words}
+    def join(self, pair: int) -> None:
+        """Replace `pair` by a new token everywhere. Only neighbouring pairs change their counts."""
+        ids, left, right, new = self.ids, pair >> SHIFT, pair & MASK, len(self.sizes)
         del self.counts[pair]
-        for i in dict.fromkeys(self.where.pop(pair)):  # each word once, however often it holds the pair
-            gaps = self.words[i].split(pair)
-            if len(gaps) == 1:
-                continue  # one of the two was joined with another neighbour after the word was listed
-            self.words[i] = new.join(gaps)
-            for gap, next_gap in pairwise(gaps):
-                if gap:
-                    before[gap[-1]].append(i)
-                if next_gap:
-                    behind[next_gap[0]].append(i)
-            if len(gaps) > 2:
-                twice += [i] * gaps[1:-1].count("")  # left right left right
-        for char, words in before.items():
-            self.replace(char + left, char + new, words)
-        for char, words in behind.items():
-            self.replace(right + char, new + char, words)
-        self.replace(right + left, new + new, twice)
+        at = self.borders.pop(pair)
+        at = at[(ids[at - 1] == left) & (ids[at] == right)]  # elsewhere, one was joined with another neighbour
+        if left == right:
+            at = every_other(np.sort(at), self.sizes[left])
+        begin, end = at - self.sizes[left], at + self.sizes[right]
+        self.sizes.append(self.sizes[left] + self.sizes[right])
+        self.times[at] = 0
+        ids[at - 1] = ids[at] = NONE
+        ids[begin] = ids[end - 1] = new
+        begin = begin[ids[begin - 1] != NONE]
+        end = end[(ids[end] != NONE) & (ids[end] != new)]  # two new tokens have one border: where the second begins
+        for newer, count in self.add(np.concatenate((begin, end))):
+            before, behind = newer >> SHIFT, newer & MASK  # one of them is new, or both are
+            if before == new:
+                before = right
+            if behind == new:
+                behind = left
+            older = before << SHIFT | behind
+            if older in self.counts:
+                self.counts[older] -= count
 
-    def replace(self, old: str, new: str, words: list[int]) -> None:
-        """Update the counts after the pair `old` became the pair `new` in these words."""
-        count = self.add(new, words)
-        if old in self.counts:
-            self.counts[old] -= count
+
+def every_other(borders: np.ndarray, size: int) -> np.ndarray:
+    """Of equal tokens in a row, each of `size` bytes: the borders where a join from left to right joins two.
+
+    [1, 2, 3, 7, 8], 1 -> [1, 3, 7]
+    """
+    first = np.flatnonzero(np.diff(borders, prepend=-size - 1) != size)  # of each row
+    place = np.arange(len(borders)) - np.repeat(first, np.diff(first, append=len(borders)))
+    return borders[place % 2 == 0]
 
 
 def encode_piece(piece: bytes, rank: Callable[[Pair], int | None], until: int = 1) -> list[bytes]:
