@@ -141,6 +141,61 @@ class Experts(nn.Module):
         return grouped_linear(hidden, self.down, ends)
 
 
+def sort_choices(chosen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort the choices of N tokens by expert, so that each expert's rows are together.
+
+    chosen (N, K), counts (E,) of each expert -> rows (N, K), the row of each choice; token (R,) of each row; ends (E,)
+    int32, where the rows of each expert end. R is N·K, but on a CPU more: there we fill up many rows to a multiple of
+    16, with token 0, whose outputs nobody reads. oneDNN compiles a product for each new number of rows.
+    """
+    (N, K), E = chosen.shape, len(counts)
+    expert, order = chosen.flatten().sort(stable=True)  # choice k of token t is t·K + k
+    place, R = torch.arange(N * K, device=chosen.device), N * K
+    if chosen.device.type == "cpu" and N * K >= 256 * E:
+        R = (N * K + 15 * E + 15) // 16 * 16  # the most that may be needed; the last expert gets the rest
+        padding = -counts % 16
+        place += (padding.cumsum(dim=0) - padding)[expert]
+        counts = counts + padding
+    token = order.new_zeros(R).index_copy(0, place, order // K)
+    rows = torch.empty_like(order).index_copy(0, order, place).view(N, K)
+    ends = counts.cumsum(dim=0).int()
+    ends[-1] = R
+    return rows, token, ends
+
+
+class Dispatch(torch.autograd.Function):
+    """x (N, D), token (R,), rows (N, K) -> the x of each row, (R, D); token t has the rows rows[t].
+
+    Here and in Combine, both passes only read rows: writing them with atomics would add in a random order.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, token: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        return x.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return F.embedding_bag(ctx.saved_tensors[0], grad, mode="sum"), None, None
+
+
+class Combine(torch.autograd.Function):
+    """out (R, D), weight (N, K), token (R,), rows (N, K) -> Σ_k weight[t, k] · out[rows[t, k]] of each token t."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, weight: Tensor, token: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(out, weight, token, rows)
+        return F.embedding_bag(rows, out, mode="sum", per_sample_weights=weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        out, weight, token, rows = ctx.saved_tensors
+        grad = grad.index_select(0, token)  # (R, D)
+        dweight = torch.linalg.vecdot(grad, out)[rows]  # (N, K)
+        factor = weight.new_zeros(len(token)).index_copy(0, rows.flatten(), weight.flatten())  # 0 for padding
+        return grad.mul_(factor[:, None]), dweight, None, None
+
+
 class Counted(torch.autograd.Function):
     """Returns y unchanged; the backward pass adds `new` to the buffer `counts`.
 
@@ -201,18 +256,15 @@ class MoE(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             probs, chosen, weight = self.route(flat)  # (N, E), (N, K), (N, K)
             picked = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, chosen, True)  # (N, E)
-            ends = picked.sum(dim=0).cumsum(dim=0).int()  # (E,)
+            rows, token, ends = sort_choices(chosen, picked.sum(dim=0))
             if weights is not None:
                 real = weights.reshape(-1, 1) != 0
                 picked, probs = picked & real, probs * real
             counts = picked.sum(dim=0)  # (E,)
             total = counts.sum().clamp(min=1)  # K·T; with no token at all the loss is 0
             balance = ((counts * (E / total)) * (probs.sum(dim=0) * (K / total))).sum()
-        order = chosen.flatten().argsort(stable=True)  # row of token t, choice k: t·K + k
-        out = self.experts(flat.to(dtype)[order // K], ends)  # (N·K, D)
-        # Back to token order, then a sum over K: no atomics, which would add in a random order.
-        out = torch.empty_like(out).index_copy(0, order, out).view(-1, K, D)
-        y = (out * weight[:, :, None]).sum(dim=1).to(dtype).view(x.shape)
+        out = self.experts(Dispatch.apply(flat.to(dtype), token, rows), ends)  # (R, D)
+        y = Combine.apply(out, weight.to(out.dtype), token, rows).to(dtype).view(x.shape)
         if self.training:
             y = Counted.apply(y, self.counts, counts)
         if self.shared is not None:

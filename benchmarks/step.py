@@ -7,6 +7,7 @@ import json
 import statistics
 import sys
 from collections import defaultdict
+from itertools import cycle
 from unittest import mock
 
 import torch
@@ -153,15 +154,17 @@ def compare_steps(s: Settings, argv: list[str], variants: dict[str, list[str]], 
 
 def bench_experts(s: Settings, argv: list[str]) -> dict:
     """Forward and backward of 4096 tokens of 512 channels: 2 of 8 experts of width 1024, as one product and in a loop,
-    against a dense layer with as many active parameters."""
+    against a dense layer with as many active parameters. The tokens change, as in training, and so do the numbers of
+    rows."""
     machine = choose_machine(s.part(MachineSettings))
     d = 32 if s.smoke else 512
-    x = torch.randn(8, d, d, device=machine.device)
+    batches = cycle(torch.randn(16, 8, d, d, device=machine.device))
     dense, moe = FeedForward(d, 4 * d).to(machine.device), MoE(d, 2 * d, 8, 2).to(machine.device)
 
     def step(layer):
         with machine.autocast():
-            layer(x).float().square().mean().backward()
+            layer(next(batches)).float().square().mean().backward()
+        layer.zero_grad()
 
     def loop(x, weight, ends):
         return ffn.linear_by_loop(x, weight.to(x.dtype), ends)

@@ -103,6 +103,18 @@ def test_no_token_is_dropped_with_any_number_of_experts_per_token(top_k):
     assert moe.counts.sum() == 7 * top_k
 
 
+def test_many_rows_are_filled_up_and_computed_like_few():
+    moe = tiny()
+    x = torch.randn(1, 720, 16, requires_grad=True)
+    chosen = moe.route(x[0])[1]
+    _, token, ends = ffn.sort_choices(chosen, chosen.flatten().bincount(minlength=8))
+    assert len(token) == ends[-1] > 3 * 720 and (ends % 16 == 0).all()
+    y, expected = moe(x), torch.cat([moe(part) for part in x.split(9, dim=1)], dim=1)
+    assert_close(y, expected)
+    for ours, theirs in zip(grads(moe, y, x), grads(moe, expected, x), strict=True):
+        assert_close(ours, theirs, 1e-5)
+
+
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_an_expert_is_a_dense_feed_forward(kind):
     moe, dense = tiny(kind=kind, n_expert=2, top_k=2), FeedForward(16, 24, kind)

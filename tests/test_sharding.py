@@ -139,8 +139,9 @@ def folder(text, tmp_path_factory):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_sharded_run_is_that_of_one_process_and_ends_with_one_file(text, folder, name, capsys):
     one, two = folder / "one" / name, folder / "two" / name
+    tolerance = {"experts": 1e-2}  # rounding may change the choice of a token between two
     for figure in ("loss", "grad_norm", "val_loss"):
-        assert column(two, figure) == pytest.approx(column(one, figure), rel=2e-3)
+        assert column(two, figure) == pytest.approx(column(one, figure), rel=tolerance.get(name, 2e-3))
     assert sorted(path.name for path in two.glob("*.*")) == [
         "best.pt", "log.csv", "samples.txt", *(f"step_000000{n:02}.shards" for n in (6, 12))]
     last, best = (checkpoint.load(two / each) for each in ("step_00000012.shards", "best.pt"))
