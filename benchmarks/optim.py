@@ -40,7 +40,6 @@ def bench_optim(s: Settings, argv: list[str]) -> dict:
         "adamw torch fused": torch_adamw(fused=True),
         "adamw torch default": torch_adamw(),
         "adamw ours": Optimizer(model(), adamw).step,
-        "adamw ours compiled": Optimizer(model(), adamw, compile=True).step,
         "muon torch": torch.optim.Muon(matrices().parameters(), lr=0.02).step,
         "muon ours": Optimizer(matrices(), OptimSettings()).step,
         "clip torch": lambda: torch.nn.utils.clip_grad_norm_(clipped_by_torch.parameters(), 1e6),

@@ -67,25 +67,27 @@ def test_adamw_equals_torch_over_100_steps():
     assert_equals_torch()
 
 
-def test_adamw_cut_into_blocks_equals_torch(monkeypatch):
-    monkeypatch.setattr(optim, "BLOCK", 100)  # cuts matrices, and packs biases together
-    assert_equals_torch()
-
-
-def test_adamw_formula_equals_torch(monkeypatch):
-    """The way of a GPU: the formula on every tensor."""
-
-    def formula(tensors, scalars):
-        for p, g, m, v in tensors:
-            optim.adamw(p, g, m, v, torch.tensor(scalars), torch.tensor(True))
-
-    monkeypatch.setattr(optim, "adamw_blocks", formula)
+def test_the_adamw_of_accelerators_equals_torch(monkeypatch):
+    """Our own formula, which also serves a torch without the kernel for the CPU."""
+    monkeypatch.delattr(torch, "_fused_adamw_")
     assert_equals_torch()
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_compiled_adamw_equals_torch():
-    assert_equals_torch(compile=True, steps=10, d_model=256, n_layer=1)  # 256² is large enough to be compiled
+def test_compiled_adamw_equals_torch(monkeypatch):
+    monkeypatch.delattr(torch, "_fused_adamw_")
+    assert_equals_torch(compile=True, steps=10, n_layer=1)
+
+
+def test_a_transposed_gradient_is_the_same_gradient():
+    ours, theirs = small_model(), small_model()
+    for model in (ours, theirs):
+        set_gradients(model, 0)
+    for p in ours.parameters():
+        p.grad = p.grad.mT.contiguous().mT if p.ndim == 2 else p.grad
+    for model in (ours, theirs):
+        Optimizer(model, OptimSettings(optimizer="adamw")).step()
+    assert_identical(ours.state_dict(), theirs.state_dict())
 
 
 def test_decay_shrinks_matrices_but_not_embeddings_norms_and_biases():
