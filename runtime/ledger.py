@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from configurator import Settings
 from lora import LoraSettings, inject, narrow
-from loss import GROUP_ELEMENTS, head_pass
+from loss import GROUP_ELEMENTS, head_pass, rows_that_hold
 from model import LanguageModel, ModelConfig, NoDraws
 from optim import Optimizer, OptimSettings, matmul_dtype, muon_step
 
@@ -221,10 +221,10 @@ def count_pass(s: Settings, rows: int, dtype: torch.dtype, gpu: bool, shards: bo
 @cache
 def head_chunks(tokens: int, width: int, entries: int, dtype: torch.dtype, device: str) -> float:
     """Most bytes while the head reads its tokens. After some groups of them, more add only their own rows."""
-    group = max(1, GROUP_ELEMENTS[device] // entries)
-    if tokens > 3 * group:
-        two, three = (head_chunks(n * group, width, entries, dtype, device) for n in (2, 3))
-        return two + (three - two) * (tokens / group - 2)
+    group = rows_that_hold(GROUP_ELEMENTS[device], entries)
+    if tokens > 4 * group:
+        three, four = (head_chunks(n * group, width, entries, dtype, device) for n in (3, 4))
+        return three + (four - three) * (tokens / group - 3)
     with ghosts(device) as ledger, torch.no_grad():
         x, weight = torch.empty(tokens, width, dtype=dtype), torch.empty(entries, width, dtype=dtype)
         targets, scale = torch.empty(tokens, dtype=torch.int64), torch.empty(tokens)

@@ -124,10 +124,10 @@ def test_bias_false_means_no_biases():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("per_token", ["none", "weights", "upstream"])
-@pytest.mark.parametrize("group", [1, 97 * 16, 2**27])  # a product by the weight for each chunk, for three, for all
+@pytest.mark.parametrize("group", [97 * 5, 97 * 24, 2**27])  # one block of rows in a group, some, all
 def test_head_loss_and_its_gradients_equal_cross_entropy(tied, smoothing, softcap, per_token, group, monkeypatch):
     """Smoothing is in the gradient; what is reported is cross-entropy alone."""
-    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", 97 * 5)  # several chunks, the last one shorter
+    monkeypatch.setitem(loss.BLOCK_ELEMENTS, "cpu", 97 * 5)  # several blocks, the last one shorter
     monkeypatch.setitem(loss.GROUP_ELEMENTS, "cpu", group)
     model = shaken(tiny(tie_embeddings=tied, label_smoothing=smoothing, logit_softcap=softcap)).train()
     ids, targets = torch.randint(97, (2, 32)), torch.randint(97, (2, 32))

@@ -224,8 +224,8 @@ def test_the_largest_batch_fits_and_the_next_does_not(shards):
     assert need.largest(1e5) == 0
 
 
-def test_a_gpu_has_larger_chunks_of_logits():
-    assert head_chunks(4096, 32, 2**16, FP32, "meta") > 3 * head_chunks(4096, 32, 2**16, FP32, "cpu")
+def test_a_gpu_has_larger_groups_of_logits():
+    assert head_chunks(8192, 32, 2**16, FP32, "meta") > 2 * head_chunks(8192, 32, 2**16, FP32, "cpu")
 
 
 def test_the_ledger_forgets_what_is_gone():
