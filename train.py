@@ -287,7 +287,7 @@ class Run:
                     self.validate()
             while progress.step < plan.max_steps and not stopped and not progress.ended:
                 begin = time.perf_counter()
-                torch.manual_seed(hash((s.seed, progress.step, machine.rank)))  # dropout is a function of the step
+                machine.seed(hash((s.seed, progress.step, machine.rank)))  # dropout is a function of the step
                 factor = lr_at(progress.samples / plan.sequences, rates, planned)
                 batch = prefetcher.next()
                 if s.task == "grpo":

@@ -79,6 +79,13 @@ class Machine:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
+    def seed(self, number: int) -> None:
+        """Seed the generators that a run draws from. torch.manual_seed takes half a millisecond, because it records a
+        stack trace for each kind of device that is not there."""
+        torch.default_generator.manual_seed(number)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(number)
+
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over all processes, in place."""
         if self.world_size > 1:

@@ -8,6 +8,7 @@
 """
 
 import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -75,6 +76,7 @@ def start_worker(function: Callable, parent: int) -> None:
     """Prepare a new worker: the parent handles Ctrl-C, and the worker exits if its parent is killed."""
     global work
     work = function
+    gc.enable()  # a spawned one has imported our script, which waits for `run` to do this
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":

@@ -1,3 +1,4 @@
+import gc
 import io
 import os
 import re
@@ -212,6 +213,14 @@ def test_error_sentences_are_escaped_on_a_terminal(monkeypatch):
     with pytest.raises(SystemExit):
         runtime.screen.run(main)
     assert r"no file \x1b]0;owned\x07" in screen.getvalue() and "\x1b" not in screen.getvalue()
+
+
+def test_garbage_is_collected_while_a_script_runs():
+    gc.disable()  # as during the imports
+    seen = []
+    with pytest.raises(SystemExit):
+        runtime.screen.run(lambda: seen.append(gc.isenabled()))
+    assert seen == [True]
 
 
 @pytest.fixture

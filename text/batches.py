@@ -132,15 +132,15 @@ class Batches:
 
     def sketch(self) -> list[int]:
         """Hashes of some pieces of the text, to recognise it after changes."""
-        ids = self.stream.read(0, 1 << 20)
-        starts = np.linspace(0, max(0, len(ids) - PIECE), 64).astype(np.int64)
-        return np.unique(piece_hashes(ids)[starts]).tolist()
+        pieces = pieces_of(self.stream.read(0, 1 << 20))
+        starts = np.linspace(0, len(pieces) - 1, 64).astype(np.int64)
+        return np.unique(piece_hashes(pieces[starts])).tolist()
 
     def share_of(self, sketch: list[int]) -> float:
         """The share of another text's sketch that is in the first 64 million tokens of this one."""
         wanted, found = np.array(sketch, np.uint64), set()
         for start in range(0, min(len(self.stream), 1 << 26), 1 << 20):
-            hashes = piece_hashes(self.stream.read(start, (1 << 20) + PIECE - 1))
+            hashes = piece_hashes(pieces_of(self.stream.read(start, (1 << 20) + PIECE - 1)))
             found.update(hashes[np.isin(hashes, wanted)].tolist())
         return len(found) / max(1, len(sketch))
 
@@ -166,12 +166,16 @@ class Batches:
         return to_batch(self.stream.rows(self.starts[rows], self.seq_len + 1), self.lengths[rows], self.stream.eot)
 
 
-def piece_hashes(ids: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of the PIECE ids from each position on, except the last PIECE - 1 positions."""
-    count = max(1, len(ids) - PIECE + 1)
-    total = np.zeros(count, np.uint64)
-    for k in range(min(PIECE, len(ids))):
-        total = scramble(total + ids[k : k + count].astype(np.uint64) + np.uint64(k + 1))
+def pieces_of(ids: np.ndarray) -> np.ndarray:
+    """(N, PIECE): the ids from each position on, except the last PIECE - 1. A shorter text is one piece."""
+    return sliding_window_view(ids, min(PIECE, len(ids)))
+
+
+def piece_hashes(pieces: np.ndarray) -> np.ndarray:
+    """(N, n) ids -> a 64-bit hash of each row."""
+    total = np.zeros(len(pieces), np.uint64)
+    for k, ids in enumerate(pieces.T):
+        total = scramble(total + ids.astype(np.uint64) + np.uint64(k + 1))
     return total
 
 
