@@ -13,10 +13,12 @@ from pathlib import Path
 from configurator import ROOT, Settings, find_path, need
 
 # The model, batch and number of steps of nanoGPT's README, with our optimizer.
-SAME_TOKENS = dict(n_layer=4, batch_size=12, max_steps=2000, eval_interval=2000, warmup_steps=50, lr=1e-2, muon_lr=0.01)
+SAME_TOKENS = dict(n_layer=4, n_kv_head=4, ffn="relu2", batch_size=12, max_steps=2000, eval_interval=2000,
+                   warmup_steps=50, lr=1e-2, muon_lr=0.01)
 # The same width and context; the rest is what reaches the loss of these 2000 steps soonest: docs/log.md.
-SOONEST = dict(n_layer=2, n_kv_head=1, batch_size=32, max_steps=180, eval_interval=180, warmup_steps=10, lr=2e-2,
-               muon_lr=0.03)
+SOONEST = dict(n_layer=1, n_kv_head=1, ffn="swiglu", qkv_bias=True, tie_embeddings=False, batch_size=32, max_steps=170,
+               eval_interval=170, warmup_steps=10, lr=2e-2, muon_lr=0.03, muon_momentum=0.9, schedule="wsd",
+               decay_share=0.6, min_lr=1e-3)
 # For SMOKE=1, on top of either.
 SMOKE = dict(d_model=32, n_layer=1, batch_size=4, max_steps=2, eval_interval=2, eval_tokens=640)
 TARGET = 1.87  # nats per character: what nanoGPT has after its 2000 steps
@@ -40,9 +42,9 @@ def run_ours(recipe: dict, folder: Path, text: str, seed: int) -> tuple[float, f
     cut = int(0.9 * len(text))
     (folder / "train.txt").write_text(text[:cut], encoding="utf-8")
     (folder / "val.txt").write_text(text[cut:], encoding="utf-8")
-    settings = dict(seq_len=64, d_model=128, n_head=4, n_kv_head=4, ffn="relu2", tokenizer="char",
-                    data_path=folder / "train.txt", val_path=folder / "val.txt", cache_dir=folder / f"cache{seed}",
-                    out_dir=folder / f"ours{seed}", eval_tokens=0, seed=seed) | recipe
+    settings = dict(seq_len=64, d_model=128, n_head=4, tokenizer="char", data_path=folder / "train.txt",
+                    val_path=folder / "val.txt", cache_dir=folder / f"cache{seed}", out_dir=folder / f"ours{seed}",
+                    eval_tokens=0, seed=seed) | recipe
     begin = time.perf_counter()
     log = train(settings)
     return float(log[-1]["val_loss"]), time.perf_counter() - begin
