@@ -1,10 +1,12 @@
 """Draw the pictures of docs/enigma.md and docs/preferences.md: python docs/pictures.py. Needs matplotlib:
 pip install matplotlib
 
-depth.json is the last line of `python -m benchmarks depth`; the run with rewards is that of `make reward`.
+depth.json is the last line of `python -m benchmarks depth`; the run with rewards is that of `make reward`; the two runs
+on poetry are those of docs/enigma.md.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -122,11 +124,31 @@ def draw_reward(path, log):
     plt.close(fig)
 
 
+def draw_poetry(path, runs):
+    """Bits per character of held-out poems against time. runs: {name: (its log.csv, seconds of a step)}"""
+    fig, ax = plt.subplots(figsize=(6.5, 3.4))
+    for (name, (log, seconds)), color, marker in zip(runs.items(), (BLUE, GREY), ("D", "o"), strict=True):
+        rows = [row for row in read_log(log) if row["val_loss"]]
+        minutes = [int(row["step"]) * seconds / 60 for row in rows]
+        bits = [float(row["val_loss"]) / math.log(2) for row in rows]
+        ax.plot(minutes, bits, color=color, marker=marker, ms=4, lw=1.3, label=name)
+    ax.set(xlabel="minutes on two cores", ylabel="bits per character, held-out poems", xlim=(0, None))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
 if __name__ == "__main__":
     draw_block(HERE / "enigma_block.png")
     draw_wheels(HERE / "enigma_wheels.png")
     if (HERE / "depth.json").is_file():
         draw_depth(HERE / "depth.png", HERE / "depth.json")
-    log = HERE.parent / "out" / "counting-grpo" / "log.csv"
+    out = HERE.parent / "out"
+    log = out / "counting-grpo" / "log.csv"
     if log.is_file():
         draw_reward(HERE / "reward.png", log)
+    runs = {"Enigma": (out / "poetry" / "log.csv", 0.73), "plain transformer": (out / "poetry-plain" / "log.csv", 0.54)}
+    if all(log.is_file() for log, _ in runs.values()):
+        draw_poetry(HERE / "poetry.png", runs)

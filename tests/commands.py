@@ -13,8 +13,8 @@ from configurator import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What is downloaded is not run here. Neither is what installs, a server, which would not end, nor `make test` itself.
-NEEDS_NETWORK = ("shakespeare_char", "config/gpt2.py", "tinystories", "gutenberg", "fineweb", "ancients", "hf:", "arc_",
-                 "hellaswag", "piqa", "pip install", "make test", "source ", "serve.py",
+NEEDS_NETWORK = ("shakespeare_char", "config/gpt2.py", "tinystories", "gutenberg", "fineweb", "ancients", "poetry",
+                 "hf:", "arc_", "hellaswag", "piqa", "pip install", "make test", "source ", "serve.py",
                  "make assistant", "smollm2", "~/models", "tests/peers.py")
 # Small enough for a second or two, whatever a config file says: the environment is stronger.
 TINY = dict(D_MODEL=32, N_LAYER=1, N_HEAD=2, N_KV_HEAD=2, SEQ_LEN=128, VOCAB_SIZE=512, BATCH_SIZE=10, MAX_STEPS=2,

@@ -70,7 +70,7 @@ def test_command_of_a_corpus_shows_how_its_documents_begin(tmp_path):
     assert done.stdout.count("the first documents begin") == 2 and done.stdout.count("characters: ") == 6
 
 
-@pytest.mark.parametrize("config", ["gpt2", "lumen", "mla_moe", "mini", "tinystories", "ancients"])
+@pytest.mark.parametrize("config", ["gpt2", "lumen", "mla_moe", "mini", "tinystories", "ancients", "poetry"])
 def test_preset_names_a_corpus_that_is_there(config):
     s = configure([ModelConfig, data.DataSettings], [], environ={})
     namespace = {}
@@ -111,6 +111,86 @@ def test_shakespeare_takes_the_file_that_is_there_and_splits_like_nanogpt(tmp_pa
     module.FILE.write_text("First Citizen:\n" * 100)
     (train,), (val,) = both(module)
     assert (len(train), len(val)) == (1350, 150) and train + val == "First Citizen:\n" * 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Poetry
+
+DAWN = {"title": "春曉", "author": "孟浩然", "paragraphs": ["春眠不覺曉，處處聞啼鳥。", "夜來風雨聲，花落知多少。"]}
+
+
+@pytest.fixture
+def poetry(monkeypatch, tmp_path):
+    """(the module, a function that writes a file of poems)"""
+    module = prepare("poetry")
+    monkeypatch.setattr(module, "FOLDER", tmp_path / "package")
+
+    def write(name: str, content: object) -> Path:
+        path = module.FOLDER / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        return path
+
+    return module, write
+
+
+def poems(module) -> list[str]:
+    train, val = both(module)
+    return train + val
+
+
+def test_poetry_says_how_to_fetch_it(poetry):
+    with pytest.raises(UserError, match="no poems in .*: run `npm pack chinese-poetry.* and `tar xf"):
+        poetry[0].sources()
+
+
+@pytest.mark.parametrize("content, documents", [
+    ([DAWN], ["春曉\n孟浩然\n\n春眠不覺曉，處處聞啼鳥。\n夜來風雨聲，花落知多少。\n"]),
+    ([{"rhythmic": "如梦令", "paragraphs": [" 昨夜雨疏风骤。", "", 7]}], ["如梦令\n\n昨夜雨疏风骤。\n"]),
+    ([{"title": None, "author": " ", "para": ["一"]}, {"content": "有字句之锦绣"}], ["\n一\n", "\n有字句之锦绣\n"]),
+    ({"title": "千家詩", "author": "王相", "content": [{"type": "五言", "content": [
+        {"chapter": "春眠", "author": "孟浩然", "paragraphs": ["春眠"]}, {"paragraphs": ["花落"]}]}]},
+     ["春眠\n孟浩然\n\n春眠\n", "千家詩\n王相\n\n花落\n"]),
+    ([{"name": "孟浩然", "desc": "盛唐詩人"}, "loose", None, 3], []),
+])
+def test_poetry_is_found_in_every_shape_of_json(poetry, content, documents):
+    module, write = poetry
+    write("a/poems.json", content)
+    assert sorted(poems(module)) == sorted(documents) and not module.skipped
+
+
+def test_a_poem_comes_once_whatever_its_edition(poetry):
+    module, write = poetry
+    edition = DAWN | {"title": "Other", "paragraphs": ["春眠不覺曉，處處聞啼鳥。夜來風雨聲，", "花落知多小。"]}
+    new = DAWN | {"paragraphs": ["春眠不覺曉，", "一", "二", "三"]}
+    write("a.json", [DAWN])
+    write("b.json", [edition, new, DAWN])
+    assert [text.splitlines()[3] for text in poems(module)] == ["春眠不覺曉，處處聞啼鳥。", "春眠不覺曉，"]
+
+
+def test_poetry_leaves_out_what_is_no_poem_and_counts_what_it_cannot_read(poetry):
+    module, write = poetry
+    write("a/bom.json", "\ufeff".encode() + json.dumps([DAWN]).encode())
+    for folder in ("strains/json", "error", "tang/error"):
+        write(f"{folder}/a.json", [{"paragraphs": ["仄仄平平仄"]}])
+    deep = {"content": ["deep"]}
+    for _ in range(300):
+        deep = {"content": [deep]}
+    broken = [write("broken.json", b'[{"content": "half'), write("deep.json", b"[" * 9999 + b"]" * 9999),
+              write("latin.json", b'["caf\xe9"]'), write("surrogate.json", b'[{"content": "\\ud83d"}]')]
+    write("deep_enough.json", deep)
+    assert len(poems(module)) == 2 and module.skipped == broken
+
+
+def test_poetry_holds_out_the_same_poems_when_others_are_added(poetry):
+    module, write = poetry
+    numbered = [{"content": f"poem{i}"} for i in range(600)]
+    write("b.json", numbered[:500])
+    train, val = both(module)
+    assert 2 <= len(val) <= 25 and len(train) + len(val) == 500
+    write("a.json", numbered[500:])
+    more_train, more_val = both(module)
+    assert set(train) < set(more_train) and set(val) <= set(more_val) and not set(more_train) & set(more_val)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
