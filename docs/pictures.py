@@ -2,7 +2,7 @@
 pip install matplotlib
 
 depth.json is the last line of `python -m benchmarks depth`; the run with rewards is that of `make reward`; the two runs
-on poetry are those of docs/enigma.md.
+on poetry are those of config/poetry.py.
 """
 
 import json
