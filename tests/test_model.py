@@ -167,6 +167,24 @@ def test_loss_stays_fp32_under_bf16_autocast():
     assert nats.dtype == torch.float32 and torch.allclose(nats, expected, atol=1e-5)
 
 
+def test_a_hopeless_token_has_a_finite_loss():
+    """Its probability is 0 in fp32."""
+    x, weight, targets = torch.ones(1, 1), torch.tensor([[300.0], [0.0]]), torch.tensor([1])
+    nats, dx, _ = head_pass(x, weight, targets, torch.ones(1), need_grad=True)
+    assert nats.item() == 300 and dx.item() == 300
+
+
+def test_a_frozen_head_needs_no_second_pass(monkeypatch):
+    """Each token's factor multiplies its own row of the gradient."""
+    x, weight, targets = torch.randn(64, 16, requires_grad=True), torch.randn(97, 16), torch.randint(97, (64,))
+    factor = torch.rand(64)
+    nats = loss.HeadLoss.apply(x, weight, targets, None, 0.0, 0.0)
+    monkeypatch.setattr(loss, "head_pass", None)
+    (dx,) = torch.autograd.grad((nats * factor).sum(), x)
+    expected = F.cross_entropy(x @ weight.T, targets, reduction="none")
+    assert torch.allclose(dx, torch.autograd.grad((expected * factor).sum(), x)[0], atol=1e-5)
+
+
 def test_accumulation_of_small_batches_equals_one_large_batch():
     model = tiny().train()
     ids, targets = torch.randint(97, (32, 32)), torch.randint(97, (32, 32))

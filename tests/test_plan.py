@@ -7,6 +7,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import train
 from configurator import ROOT, UserError, configure
 from lora import LoraSettings, inject
+from loss import GROUP_ELEMENTS, rows_that_hold
 from model import LanguageModel, ModelConfig
 from optim import EMA, Optimizer, OptimSettings
 from runtime import ledger, plan
@@ -226,6 +227,12 @@ def test_the_largest_batch_fits_and_the_next_does_not(shards):
 
 def test_a_gpu_has_larger_groups_of_logits():
     assert head_chunks(8192, 32, 2**16, FP32, "meta") > 2 * head_chunks(8192, 32, 2**16, FP32, "cpu")
+
+
+def test_a_group_of_logits_is_gone_before_the_next():
+    group = rows_that_hold(GROUP_ELEMENTS["cpu"], 2**16)
+    one, two = (head_chunks(n * group, 32, 2**16, FP32, "cpu") for n in (1, 2))
+    assert two < 1.2 * one
 
 
 def test_the_ledger_forgets_what_is_gone():
