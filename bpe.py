@@ -39,7 +39,20 @@ from configurator import ROOT, UserError, need, write_path
 from runtime.files import Either, read_json, write_json, writing
 from runtime.screen import run
 from text.merges import BYTES, INVISIBLE, VISIBLE, Pair, encode_piece, learn_merges
-from text.pieces import CUTTABLE, PATTERNS, count_pieces, find_names, find_pieces, ids_of, safe_chunks, split_text, utf8
+from text.pieces import (
+    CUTTABLE,
+    MARK,
+    PATTERNS,
+    count_pieces,
+    find_names,
+    find_pieces,
+    for_marked,
+    ids_of,
+    marked,
+    safe_chunks,
+    split_text,
+    utf8,
+)
 from text.records import files_pieces, text_files
 from text.tokenizer import LARGEST_ID, SPECIALS, Tokenizer, Unwritable, check_files, config_for, naming, read_config
 
@@ -198,20 +211,24 @@ class BPETokenizer(Tokenizer):
 
     def encode_to_numpy(self, text: str, allow_special: bool = False, starts: bool = True) -> np.ndarray:
         """Ids as uint32: the fastest way, which also lets other threads run."""
-        if self._core is None:
+        if self._known is None:
             return np.array(self.encode_reference(text, allow_special), np.uint32)
-        core, our_ids = self._core
+        ranks, our_ids = self._known
         found = [np.empty(0, np.uint32)]
         for segment in self._segments(text, allow_special):
             if isinstance(segment, int):
                 found.append(np.array([segment], np.uint32))
                 continue
             for part in split_text(segment, self.patterns[:-1]):  # tiktoken takes one pattern, the last
+                if self._quick_core and (text := marked(part, self.patterns[-1])):
+                    ids = self._quick_core.encode_to_numpy(text, disallowed_special=())
+                    found.append(our_ids[ids[ids != ranks[utf8(MARK)]]])
+                    continue
                 if self.patterns[-1] in CUTTABLE and not has_long_white_space(part):
-                    found.append(our_ids[core.encode_to_numpy(part, disallowed_special=())])
+                    found.append(our_ids[self._core.encode_to_numpy(part, disallowed_special=())])
                     continue
                 for piece in find_pieces(part, self.patterns[-1]):
-                    found.append(our_ids[core._encode_single_piece(piece)])
+                    found.append(our_ids[self._core._encode_single_piece(piece)])
         return np.concatenate(found)
 
     def encode_reference(self, text: str, allow_special: bool = False) -> list[int]:
@@ -229,7 +246,7 @@ class BPETokenizer(Tokenizer):
         return ids
 
     def encode_batch(self, texts: Iterable[str], allow_special: bool = False, threads: int = 0) -> list[list[int]]:
-        _ = self._core  # built once here, not by every thread
+        _ = self._known and (self._quick_core or self._core)  # built once here, not by every thread
         return super().encode_batch(texts, allow_special, threads)
 
     def independent_chunks(self, texts: Iterable[str], allow_special: bool = False) -> Iterator[str]:
@@ -265,17 +282,28 @@ class BPETokenizer(Tokenizer):
         return text.translate(dict.fromkeys(map(ord, lacking), sign)), sum(map(text.count, lacking))
 
     @cached_property
-    def _core(self) -> tuple[tiktoken.Encoding, np.ndarray] | None:
-        """(tiktoken's encoder, array from its ranks to our ids); None if its ids could differ from ours."""
+    def _known(self) -> tuple[dict[bytes, int], np.ndarray] | None:
+        """(tiktoken's rank of each token, array from ranks to our ids); None if its ids could differ from ours."""
         order = self._order()
         if not order:
             return None
         tokens = dict(zip(self.vocab.values(), self.vocab, strict=True))
-        ranks = ids_of(map(tokens.__getitem__, order))
-        # tiktoken may never finish an unknown pattern: we split here, with a time limit, and give it single pieces.
-        pattern = self.patterns[-1] if self.patterns[-1] in CUTTABLE else r"[\s\S]+"
-        core = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens=NEVER)
-        return core, np.array(order, np.uint32)
+        return ids_of(map(tokens.__getitem__, order)), np.array(order, np.uint32)
+
+    def _encoder(self, pattern: str) -> tiktoken.Encoding:
+        return tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=self._known[0], special_tokens=NEVER)
+
+    @cached_property
+    def _core(self) -> tiktoken.Encoding:
+        """tiktoken may never finish an unknown pattern: we split here, with a time limit, and give it single pieces."""
+        return self._encoder(self.patterns[-1] if self.patterns[-1] in CUTTABLE else r"[\s\S]+")
+
+    @cached_property
+    def _quick_core(self) -> tiktoken.Encoding | None:
+        """For text that is `marked`; None if the last pattern is unknown."""
+        if self.patterns[-1] not in CUTTABLE or utf8(MARK) not in self._known[0]:
+            return None
+        return self._encoder(for_marked(self.patterns[-1]))
 
     def _order(self) -> list[int]:
         """Our ids in the order of tiktoken's ranks: bytes, tokens by their merge, tokens without one; [] if none fits.

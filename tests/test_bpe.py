@@ -134,6 +134,15 @@ def test_training_without_specials_works():
 # ---- encoding --------------------------------------------------------------------------------------------------------
 
 
+def test_runs_of_white_space_are_split_as_by_the_reference_encoder(trained):
+    rng = random.Random(2)
+    parts = [" ", "  ", "\n", "\t", "\r", "\x0b", "\x0c", "\x1c", "a", "B", "1", "'s", ".", "/", "é", "世",
+             "\u0301", "\0", "\xa0"]
+    for n in range(2000):
+        text = "".join(rng.choices(parts[: -2 if n % 8 else None], k=rng.randint(0, 12)))
+        assert trained.encode(text) == trained.encode_reference(text)
+
+
 def test_ids_are_those_of_the_reference_encoder(trained):
     for text in [*TEXTS, *fuzz(300)]:
         assert trained.encode(text) == trained.encode_reference(text)

@@ -191,7 +191,7 @@ def test_any_vocabulary_has_the_ids_of_tokenizers():
         rng.shuffle(merges)
         extra = ["".join(rng.choices("abc", k=rng.randint(2, 6))) for _ in range(rng.randint(0, 3))]
         hf, ours = odd_tokenizer(trial % 2 == 0, extra, merges)
-        with_core += ours._core is not None
+        with_core += ours._known is not None
         words = ["".join(rng.choices("abc", k=rng.randint(1, 12))) for _ in range(40)] + tokens + extra
         for word in words:
             assert ours.encode(word) == hf_ids(hf, word) == ours.encode_reference(word), (merges, extra, word)
