@@ -82,8 +82,7 @@ class LoraLinear(nn.Module):
         """W + scale · B A (out, in), in fp32 under autocast and for narrower weights too."""
         wide = torch.promote_types(self.base.weight.dtype, torch.float32)
         with torch.autocast(self.lora_a.device.type, enabled=False):
-            product = self.lora_b.to(wide) @ self.lora_a.to(wide)
-            return product.mul_(self.scale).add_(self.base.weight.to(wide))  # in place: one matrix, not three
+            return torch.addmm(self.base.weight.to(wide), self.lora_b.to(wide), self.lora_a.to(wide), alpha=self.scale)
 
     @property
     def weight(self) -> Tensor:
@@ -107,11 +106,18 @@ class LoraLinear(nn.Module):
         delta = F.linear(self.scale * F.linear(dropped, a), b)  # (..., in) -> (..., r) -> (..., out)
         if self.lora_magnitude is None:
             return self.base(x) + delta
-        with torch.no_grad():  # a constant, so V needs no graph
-            norms = row_norms(self.combined())
-        y = F.linear(x, self.base.weight) + delta
-        y = (self.lora_magnitude / norms * y).to(y.dtype)  # the factor is near 1: bf16 would round its changes away
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return scaled(F.linear(x, self.base.weight) + delta, self.lora_magnitude / self.row_lengths(), self.bias)
+
+    @torch.no_grad()
+    def row_lengths(self) -> Tensor:
+        """|V| (out,), without V: |W + B A|² = |W|² + Σ B ∘ (2 W Aᵀ + B A Aᵀ), where B has the scale in it."""
+        weight, a, b = self.base.weight, self.lora_a, self.scale * self.lora_b
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        with torch.autocast(a.device.type, enabled=False):
+            cross = F.linear(weight, a.to(weight.dtype))  # (out, r)
+            square = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
+            square += (b * (2 * cross + b @ (a @ a.T))).sum(dim=1)
+        return square.clamp(min=0).sqrt().clamp(min=torch.finfo(torch.float32).tiny)  # as row_norms
 
     def merge(self) -> None:
         """Give the base the effective weight, computed in fp32 and rounded once. Does nothing if merged already."""
@@ -126,6 +132,17 @@ class LoraLinear(nn.Module):
             weight = self.kept[0]
             weight.data = weight.data.to(self.base.weight.device)  # the model may have moved since
             self.base.weight, self.kept = weight, ()
+
+
+def scaled(y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    """y (..., F) · factor (F,) + bias (F,). The factor of DoRA is near 1, and bf16 would round its changes away: this
+    is what a batch norm computes whose mean is 0 and variance 1, in fp32, and in one pass over y forward and back."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    factor = factor.to(wide)
+    zeros = torch.zeros_like(factor)
+    bias = zeros if bias is None else bias.to(wide)
+    flat = F.batch_norm(y.flatten(0, -2), zeros, torch.ones_like(factor), weight=factor, bias=bias, eps=0.0)
+    return flat.view_as(y)
 
 
 def row_norms(weight: Tensor) -> Tensor:

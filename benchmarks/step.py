@@ -16,10 +16,11 @@ import ffn
 from benchmarks.timing import limits, output_of, show, summary, take_turns, timed
 from configurator import Settings, find_path
 from ffn import FeedForward, MoE
-from lora import LoraSettings, inject
+from lora import LoraSettings, inject, narrow
 from model import LanguageModel, ModelConfig
 from optim import Optimizer, OptimSettings, clip_grad_norm
 from runtime.device import MachineSettings, choose_machine, peak_memory
+from runtime.files import optional
 
 
 def step_ours(s: Settings, argv: list[str]) -> dict:
@@ -29,6 +30,7 @@ def step_ours(s: Settings, argv: list[str]) -> dict:
     model = LanguageModel(s.part(ModelConfig)).to(machine.device)
     if s.use_lora:
         inject(model, s.part(LoraSettings))
+        narrow(model, machine.dtype)  # as a run does
     optimizer = Optimizer(model, s.part(OptimSettings))
     ids = torch.randint(s.vocab_size, (s.batch_size, s.seq_len + 1), device=machine.device)
     ids, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -44,7 +46,7 @@ def step_ours(s: Settings, argv: list[str]) -> dict:
     seconds = timed(step, 2 if s.smoke else 4)[1:]
     weights = 0
     for p in model.parameters():
-        weights += 4 * p.numel()
+        weights += p.numel() * p.element_size()
         if p.requires_grad:
             weights += 12 * p.numel()  # its gradient and AdamW's two moments
     return {"seconds": seconds, "gb": peak_memory(machine), "weights_gb": weights / 1e9}
@@ -81,7 +83,40 @@ def step_nanogpt(s: Settings, argv: list[str]) -> dict:
     return {"seconds": timed(step, 4)[1:], "gb": peak_memory(machine)}
 
 
-VARIANTS = {"step_ours": step_ours, "step_nanogpt": step_nanogpt}  # benchmarks that another one starts
+def step_peft(s: Settings, argv: list[str]) -> dict:
+    """The same for PEFT's adapters on all matrices of transformers' Llama. The same as ours: shapes, rank, dtypes of
+    frozen weights and products. Their own: the rest; the optimizer is torch's fused AdamW."""
+    transformers = optional("transformers", "transformers", "this comparison")
+    peft = optional("peft", "peft", "this comparison")
+    machine, cfg, lora = choose_machine(s.part(MachineSettings)), s.part(ModelConfig), s.part(LoraSettings)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=cfg.vocab_size, max_position_embeddings=cfg.seq_len, hidden_size=cfg.d_model,
+        intermediate_size=cfg.d_ff, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
+        num_key_value_heads=cfg.n_kv_head, tie_word_embeddings=True, use_cache=False))
+    matrices = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    model = peft.get_peft_model(model.to(machine.device, machine.dtype), peft.LoraConfig(
+        r=lora.lora_rank, lora_alpha=lora.lora_alpha, target_modules=[*matrices, "lm_head"], use_dora=lora.lora_dora))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+    ids = torch.randint(s.vocab_size, (s.batch_size, s.seq_len), device=machine.device)
+
+    def step():
+        with machine.autocast():
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds = timed(step, 2 if s.smoke else 4)[1:]
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights += 12 * sum(p.numel() for p in trained)
+    return {"seconds": seconds, "gb": peak_memory(machine), "weights_gb": weights / 1e9}
+
+
+# Benchmarks that another one starts.
+VARIANTS = {"step_ours": step_ours, "step_nanogpt": step_nanogpt, "step_peft": step_peft}
 
 
 def alone(variant: str, argv: list[str]) -> dict:
@@ -116,6 +151,7 @@ def bench_step(s: Settings, argv: list[str]) -> dict:
 STACKS = {"plain": [], "checkpointing": ["checkpoint_activations=1"], "reversible": ["reversible=1"],
           "reversible, no grid": ["reversible=1", "reversible_grid=0"]}
 TUNING = {"all weights": [], "LoRA": ["use_lora=1"], "DoRA": ["use_lora=1", "lora_dora=1"]}
+PEFT = {"PEFT's LoRA": TUNING["LoRA"], "PEFT's DoRA": TUNING["DoRA"]}
 
 
 def bench_depth(s: Settings, argv: list[str]) -> dict:
@@ -130,10 +166,15 @@ def bench_depth(s: Settings, argv: list[str]) -> dict:
 
 
 def bench_lora(s: Settings, argv: list[str]) -> dict:
-    """Fine-tuning a model of 47 M parameters: all of them, or adapters of rank 16."""
-    shape = dict(seq_len=512, d_model=512, n_head=8, n_kv_head=8, n_layer=12, vocab_size=16384, ffn="relu2",
-                 optimizer="adamw", lr=1e-3)
-    return {"rows": compare_steps(s, argv, TUNING, shape)}
+    """Fine-tuning a Llama of 47 M parameters: all of them, or adapters of rank 16, ours and those of PEFT."""
+    shape = dict(seq_len=512, d_model=512, n_head=8, n_kv_head=8, n_layer=12, vocab_size=16384, ffn="swiglu",
+                 qk_norm=0, optimizer="adamw", lr=1e-3)
+    variants = TUNING
+    if importlib.util.find_spec("peft") and importlib.util.find_spec("transformers"):
+        variants = TUNING | PEFT
+    else:
+        print("without PEFT, with which we compare: pip install peft transformers")
+    return {"rows": compare_steps(s, argv, variants, shape)}
 
 
 def compare_steps(s: Settings, argv: list[str], variants: dict[str, list[str]], shape: dict) -> list[dict]:
@@ -143,7 +184,7 @@ def compare_steps(s: Settings, argv: list[str], variants: dict[str, list[str]], 
     print(f"{' '.join(shape)}\n"
           f"  {'':<20} {'ms/step':>9} {'relative':>9} {'peak GB':>9} {'beside weights and moments, GB':>31}")
     for name, more in variants.items():
-        one = alone("step_ours", [*argv, *shape, *more])
+        one = alone("step_peft" if name in PEFT else "step_ours", [*argv, *shape, *more])
         ms = statistics.median(one["seconds"]) * 1e3
         activations = one["gb"] - one["weights_gb"]
         rows.append({"variant": name, "ms": ms, "gb": one["gb"], "activations_gb": activations} | sizes)
