@@ -106,7 +106,7 @@ class LoraLinear(nn.Module):
         delta = F.linear(self.scale * F.linear(dropped, a), b)  # (..., in) -> (..., r) -> (..., out)
         if self.lora_magnitude is None:
             return self.base(x) + delta
-        return scaled(F.linear(x, self.base.weight) + delta, self.lora_magnitude / self.row_lengths(), self.bias)
+        return scale_rows(F.linear(x, self.base.weight) + delta, self.lora_magnitude / self.row_lengths(), self.bias)
 
     @torch.no_grad()
     def row_lengths(self) -> Tensor:
@@ -134,7 +134,7 @@ class LoraLinear(nn.Module):
             self.base.weight, self.kept = weight, ()
 
 
-def scaled(y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+def scale_rows(y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
     """y (..., F) · factor (F,) + bias (F,). The factor of DoRA is near 1, and bf16 would round its changes away: this
     is what a batch norm computes whose mean is 0 and variance 1, in fp32, and in one pass over y forward and back."""
     wide = torch.promote_types(y.dtype, torch.float32)
