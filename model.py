@@ -42,7 +42,7 @@ class ModelConfig:
     seq_len: Count = 256        # context length in tokens
     d_model: Dim = 192          # width of the residual stream
     n_layer: Layers = 4         # number of transformer blocks
-    n_head: Dim = 6             # number of query heads
+    n_head: Dim = 4             # number of query heads
     n_kv_head: DimOrZero = 2    # key/value heads, each shared by a group of query heads; 0 = n_head
     head_dim: DimOrZero = 0     # width of a head; 0 = d_model / n_head
     d_ff: DimOrZero = 0         # hidden width of the feed-forward; 0 = 4 d_model, or 8/3 d_model for swiglu

@@ -41,7 +41,7 @@ class OptimSettings:
     beta1: Decay = 0.9          # AdamW: decay rate of the first moment
     beta2: Decay = 0.95         # AdamW: decay rate of the second moment
     eps: NotNegative = 1e-8     # AdamW: added to the root of the second moment
-    muon_momentum: Decay = 0.95  # Muon: decay rate of the momentum
+    muon_momentum: Decay = 0.9  # Muon: decay rate of the momentum
     grad_clip: NotNegative = 1.0  # largest global norm of the gradient; 0 = no clipping
     schedule: Literal["cosine", "cosine_restarts", "linear", "wsd", "constant"] = "cosine"  # curve of the learning rate
     warmup_steps: Size = 30     # steps in which the learning rate rises; at most half of the run

@@ -56,13 +56,13 @@ class TrainSettings:
     out_dir: str = ""           # folder of the run; out/<config name> if empty, out/quickstart without a config
     init_from: str = "auto"     # auto: resume the run in out_dir, if any; scratch: a new one; or a checkpoint's path
     seed: Amount = 1337         # seed of the initial weights, the order of the data, and dropout
-    max_steps: Count = 480      # length of the run in optimizer steps
+    max_steps: Count = 720      # length of the run in optimizer steps
     max_tokens: Amount = 0      # length of the run in tokens instead of steps; 0 = max_steps
     batch_size: Batch = 16      # sequences in one forward pass of one process
     grad_accum: Batch = 1       # forward passes per step, all processes together
     total_batch_size: Size = 0  # tokens per step, all processes together; 0 = batch_size x grad_accum x seq_len
     log_interval: Count = 10    # steps between lines of the log
-    eval_interval: Count = 120  # steps between validations; each new best also saves a checkpoint
+    eval_interval: Count = 180  # steps between validations; each new best also saves a checkpoint
     save_interval: Size = 0     # steps between checkpoints; 0 = eval_interval
     eval_tokens: Amount = 50_000  # validation tokens scored each time; 0 = all
     keep_checkpoints: Count = 2  # number of step checkpoints to keep

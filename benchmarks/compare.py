@@ -35,7 +35,7 @@ MODELS = {  # about 2.4 M active parameters each, by d_ff
 def compare_models(s: Settings, argv: list[str]) -> dict:
     """Each kind of model trained on the same tokens of the standard library, one process at a time."""
     base = dict(vocab_size=4096, seq_len=256, d_model=192, n_head=6, n_kv_head=2, n_layer=4, ffn="relu2",
-                max_steps=s.steps or 240, eval_interval=s.steps or 240, eval_tokens=100_000)
+                muon_momentum=0.95, max_steps=s.steps or 240, eval_interval=s.steps or 240, eval_tokens=100_000)
     models, rows = list(MODELS.items()), {}
     if s.smoke:
         base |= dict(vocab_size=512, seq_len=32, d_model=48, eval_tokens=640)
@@ -86,7 +86,8 @@ def compare_ablation(s: Settings, argv: list[str]) -> dict:
     """Validation bits per byte on two corpora, with equal parameters (by d_ff), equal tokens and several seeds."""
     corpora = {"shakespeare": {"data_path": s.data_path, "tokenizer": "char"}, "stdlib": {"vocab_size": 4096}}
     base = dict(seq_len=128, d_model=128, n_head=4, n_kv_head=4, n_layer=0, n_enigma=4, reversible=1, ffn="relu2",
-                batch_size=16, max_steps=s.steps or 400, eval_interval=s.steps or 400, eval_tokens=100_000, lr=1e-2)
+                batch_size=16, max_steps=s.steps or 400, eval_interval=s.steps or 400, eval_tokens=100_000, lr=1e-2,
+                muon_momentum=0.95)
     variants = list(ABLATION.items())
     if s.smoke:
         corpora["stdlib"]["vocab_size"] = 512

@@ -14,7 +14,7 @@ from configurator import ROOT, Settings, find_path, need
 
 # The model, batch and number of steps of nanoGPT's README, with our optimizer.
 SAME_TOKENS = dict(n_layer=4, n_kv_head=4, ffn="relu2", batch_size=12, max_steps=2000, eval_interval=2000,
-                   warmup_steps=50, lr=1e-2, muon_lr=0.01)
+                   warmup_steps=50, lr=1e-2, muon_lr=0.01, muon_momentum=0.95)
 # The same width and context; the rest is what reaches the loss of these 2000 steps soonest: docs/log.md.
 SOONEST = dict(n_layer=1, n_kv_head=1, ffn="swiglu", qkv_bias=True, tie_embeddings=False, batch_size=32, max_steps=170,
                eval_interval=170, warmup_steps=10, lr=2e-2, muon_lr=0.03, muon_momentum=0.9, schedule="wsd",

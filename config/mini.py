@@ -13,6 +13,7 @@ ffn = "gelu"
 
 lr = 1e-2
 muon_ratio = 0.5
+muon_momentum = 0.95
 warmup_steps = 100
 batch_size = 16
 max_steps = 2000

@@ -27,6 +27,7 @@ balance = "bias"
 
 lr = 1e-2
 muon_ratio = 0.5
+muon_momentum = 0.95
 warmup_steps = 300
 batch_size = 8
 total_batch_size = 240 * 1024  # 245,760 tokens a step

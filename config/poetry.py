@@ -25,6 +25,7 @@ reversible = True
 
 lr = 1e-2
 muon_ratio = 0.5
+muon_momentum = 0.95
 batch_size = 16
 warmup_steps = 100
 max_steps = 1240

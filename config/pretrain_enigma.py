@@ -20,6 +20,7 @@ reversible = True
 
 lr = 1e-2
 muon_ratio = 0.5
+muon_momentum = 0.95
 warmup_steps = 300
 batch_size = 8
 total_batch_size = 40 * 2048  # 81,920 tokens: divides by 1, 2, 4, 5, 8 and 10 processes

@@ -8,6 +8,7 @@ ffn = "relu2"
 dropout = 0.1
 lr = 1e-2
 muon_ratio = 0.5
+muon_momentum = 0.95
 max_steps = 1500
 eval_interval = 250
 eval_tokens = 0
