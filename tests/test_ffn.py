@@ -67,7 +67,15 @@ def load(moe: MoE) -> float:
     return (moe.counts.max() / moe.counts.float().mean()).item()
 
 
-# ---- norms -----------------------------------------------------------------------------------------------------------
+# ---- norms and activations -------------------------------------------------------------------------------------------
+
+
+def test_relu_squared_and_its_gradient():
+    x = torch.randn(4, 8, requires_grad=True)
+    y, expected = ACTIVATIONS["relu2"](x), F.relu(x).square()
+    assert torch.equal(y, expected)
+    dy = torch.randn(4, 8)
+    assert torch.equal(torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(expected, x, dy)[0])
 
 
 def test_norm_of_a_wide_stream_is_as_exact_as_the_stream_and_silent(recwarn):
