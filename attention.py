@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ffn import rms_norm
+
 
 class Place:
     """What every block needs to know about the tokens of a forward pass; the model computes it once. No dataclass:
@@ -159,11 +161,12 @@ class Attention(nn.Module):
         else:
             shared = self.n_kv_head * self.head_dim
             q, k, v = self.qkv(x).split((self.n_head * self.head_dim, shared, shared), dim=-1)
-        q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, H, T, Dh)
-        k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, K, T, Dh)
-        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, K, T, Dh)
+        q = q.view(B, T, self.n_head, self.head_dim)
+        k = k.view(B, T, self.n_kv_head, self.head_dim)
+        v = v.view(B, T, self.n_kv_head, self.head_dim)
         if self.q_norm is not None:
             q, k = norm_heads(q, self.q_norm), norm_heads(k, self.k_norm)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, Dh), and (B, K, T, Dh) twice
         # 2) rotate
         if turn is not None:
             q, k = turn(q), turn(k)
@@ -184,7 +187,7 @@ class Attention(nn.Module):
 
 def norm_heads(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     """x (..., Dh) -> x / root mean square · gain, in fp32."""
-    return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps)
+    return rms_norm(x.float(), norm.weight.float(), norm.eps)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None = None, mask: Tensor | None = None,

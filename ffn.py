@@ -30,7 +30,40 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(torch.promote_types(self.weight.dtype, x.dtype))
-        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        return rms_norm(x, weight, self.eps)
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x (..., D), gain (D,) -> x / root mean square · gain. torch has no kernel for it on CPUs, so we take few passes
+    there."""
+    if x.device.type == "cpu" and x.dtype.itemsize > 2 and not torch.compiler.is_compiling():
+        return NormInFewPasses.apply(x, gain, eps)
+    return F.rms_norm(x, gain.shape, gain, eps)
+
+
+class NormInFewPasses(torch.autograd.Function):
+    """y = x · r · gain with r = (mean(x²) + eps)^(-1/2).
+
+    The gradient of LayerNorm with a mean of 0 is that of RMSNorm less r · mean(dy · gain), which comes from the mean.
+    torch has a kernel for LayerNorm's, so we let it compute, and add this term.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        r = (norm.square() / x.shape[-1] + eps).rsqrt()  # (..., 1)
+        ctx.save_for_backward(x, gain, r)
+        return (x * r).mul_(gain)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, gain, r = ctx.saved_tensors
+        r = r.contiguous()  # the kernel does not ask
+        dx, dgain, _ = torch.ops.aten.native_layer_norm_backward(
+            dy, x, gain.shape, torch.zeros_like(r), r, gain, None, [True, True, False])
+        with torch.autocast(x.device.type, enabled=False):
+            mean = (dy @ gain)[..., None] / len(gain)
+        return dx.add_(r * mean), dgain, None
 
 
 class LayerNorm(nn.LayerNorm):

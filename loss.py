@@ -47,7 +47,7 @@ class HeadLoss(torch.autograd.Function):
         if dweight is not None and not is_one_number:  # compute again with a factor per token
             _, _, dweight = head_pass(x, weight, targets, scale, ctx.smoothing, ctx.softcap, True, True)
         elif dweight is not None:
-            dweight = dweight * upstream[:1]  # in fp32
+            dweight = dweight * upstream[0]
         if dweight is not None:
             dweight = dweight.to(ctx.dtypes[1])
         return (dx * scale[:, None]).to(ctx.dtypes[0]), dweight, None, None, None, None
@@ -69,7 +69,7 @@ def rows_that_hold(elements: int, width: int) -> int:
 def head_pass(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, smoothing: float = 0.0, softcap: float = 0.0,
               need_grad: bool = False, need_dweight: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x (N, D), weight (V, D) -> nats (N,) fp32 and, if needed, the gradients of sum(nats) by x (N, D) and of
-    sum(scale · nats) by weight (V, D), the latter fp32 if there are several groups.
+    sum(scale · nats) by weight (V, D), the latter fp32.
 
     Two loops: over groups of rows for the products, and over blocks of a group's logits, which the softmax's gradient
     replaces in place.
@@ -94,10 +94,9 @@ def head_pass(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, smoothi
             dx[rows] = held @ weight  # (G, V) @ (V, D)
         if need_dweight:
             scaled = (x[rows] * scale[rows, None]).to(x.dtype)  # (G, D)
-            if dweight is None:
-                dweight = held.T @ scaled  # (V, G) @ (G, D)
-            else:
-                dweight = dweight.float().add_(held.T @ scaled)
+            more = held.T @ scaled  # (V, G) @ (G, D)
+            dweight = more.float() if dweight is None else dweight.add_(more)
+            del more
         del held, part, parts  # or they would be there beside the next group's
     return nats, dx, dweight
 

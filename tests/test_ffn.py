@@ -1,10 +1,12 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import ffn
-from ffn import ACTIVATIONS, FeedForward, MoE, RMSNorm, update_balance
+from ffn import ACTIVATIONS, FeedForward, MoE, RMSNorm, rms_norm, update_balance
 from model import LanguageModel, ModelConfig
 from optim import Optimizer, OptimSettings
 from reversible import Branch, Chain
@@ -78,13 +80,24 @@ def test_relu_squared_and_its_gradient():
     assert torch.equal(torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(expected, x, dy)[0])
 
 
+@pytest.mark.parametrize("shape", [(7, 24), (2, 3, 5, 8)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_rms_norm_in_few_passes_equals_torch(shape, turned):
+    x, gain = torch.randn(shape, dtype=torch.float64), torch.rand(shape[-1], dtype=torch.float64, requires_grad=True)
+    if turned:
+        x = x.transpose(0, -2)
+    x.requires_grad_()
+    torch.testing.assert_close(rms_norm(x, gain, 1e-3), F.rms_norm(x, gain.shape, gain, 1e-3))
+    assert torch.autograd.gradcheck(partial(rms_norm, eps=1e-3), (x, gain))
+
+
 def test_norm_of_a_wide_stream_is_as_exact_as_the_stream_and_silent(recwarn):
-    norm = RMSNorm(16).bfloat16()
+    norm = RMSNorm(16, eps=1e-6).bfloat16()
     torch.nn.init.uniform_(norm.weight)
     x = torch.randn(3, 16)
     y = norm(x)
     assert y.dtype == torch.float32 and not recwarn.list
-    expected = x / (x.double().square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    expected = x / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
     torch.testing.assert_close(y.double(), expected * norm.weight.double())
 
 

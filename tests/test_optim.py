@@ -106,6 +106,7 @@ def test_decay_shrinks_matrices_but_not_embeddings_norms_and_biases():
 
 def test_muon_equals_torch(monkeypatch):
     monkeypatch.setattr(optim, "matmul_dtype", lambda device: torch.bfloat16)  # as torch, on every machine
+    monkeypatch.setattr(optim, "POLAR_EXPRESS", ((3.4445, -4.7750, 2.0315),) * 5)  # torch has one quintic
     torch.manual_seed(0)
     ours = nn.ModuleList(nn.Linear(n, m, bias=False) for m, n in ((32, 32), (64, 32), (32, 96)))
     theirs = copy.deepcopy(ours)
@@ -123,11 +124,24 @@ def test_muon_equals_torch(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(48, 48), (96, 32), (3, 32, 96)])
-def test_orthogonalize_brings_singular_values_near_one(shape):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalize_brings_singular_values_near_one(shape, dtype):
+    """Down to 0.005 of the norm; the directions stay."""
     torch.manual_seed(0)
-    result = optim.orthogonalize(torch.randn(shape), torch.float32)
-    values = torch.linalg.svdvals(result)
-    assert result.shape == shape and 0.5 < values.min() and values.max() < 1.3
+    u, _, vt = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    values = torch.logspace(0, -1.8, u.shape[-1])
+    result = optim.orthogonalize(u * values @ vt, dtype).float()
+    assert result.shape == shape
+    found = torch.linalg.svdvals(result)
+    assert 0.75 < found.min() and found.max() < 1.25
+    assert (u.mT @ result @ vt.mT).diagonal(dim1=-2, dim2=-1).min() > 0.7
+
+
+def test_large_matrices_are_orthogonalized_as_small_ones():
+    torch.manual_seed(0)
+    g = torch.randn(3, 512, 512)
+    by_one, batch = optim.orthogonalize_all(g, torch.float32), optim.orthogonalize(g, torch.float32)
+    torch.testing.assert_close(by_one, batch, rtol=0, atol=1e-5)
 
 
 def test_muon_treats_stacks_and_experts_as_single_matrices():
