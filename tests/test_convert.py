@@ -782,7 +782,7 @@ def adapters_on(run, folder, **settings):
     for name, module in adapted(model).items():
         torch.nn.init.normal_(module.lora_b)
         scale = 7.0 / (math.sqrt(3) if chosen.lora_rs else 3)
-        weight = state["model"][f"{name}.weight"] + scale * (module.lora_b @ module.lora_a)
+        weight = torch.addmm(state["model"][f"{name}.weight"], module.lora_b, module.lora_a, alpha=scale)
         if chosen.lora_dora:
             torch.nn.init.uniform_(module.lora_magnitude, 0.5, 2.0)
             weight = (module.lora_magnitude / weight.norm(dim=1))[:, None] * weight

@@ -4,6 +4,7 @@ processes."""
 import os
 import shutil
 import signal
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import eval as evaluation
 import lora
+import optim
 import train
 from configurator import UserError
 from conftest import WORDS, tiny_run, tune
@@ -98,8 +100,14 @@ def test_three_processes_share_97_rows_and_two_experts():
 # ---- runs
 
 
+def full_products(device: torch.device) -> torch.dtype:
+    """Muon's dtype in these runs: products in bfloat16 would amplify what several processes round otherwise."""
+    return torch.float32
+
+
 def run_all(rank: int, world_size: int, ports: list[int], runs: list[list[str]]) -> None:
     torch.set_num_threads(1)
+    optim.matmul_dtype = full_products
     groups = []  # kept: to delete one may abort when a peer has left it already
     for port, argv in zip(ports, runs, strict=True):
         if groups:
@@ -130,8 +138,9 @@ RUNS = {
 def folder(text, tmp_path_factory):
     """Runs of one process, and the same ones sharded over two."""
     folder = tmp_path_factory.mktemp("sharded")
-    for name, changes in RUNS.items():
-        assert train.main(tiny_run(text, folder / "one" / name, **changes)) == 0
+    with mock.patch("optim.matmul_dtype", full_products):
+        for name, changes in RUNS.items():
+            assert train.main(tiny_run(text, folder / "one" / name, **changes)) == 0
     run_on(2, *(tiny_run(text, folder / "two" / name, **changes) for name, changes in RUNS.items()))
     return folder
 
@@ -141,7 +150,7 @@ def test_a_sharded_run_is_that_of_one_process_and_ends_with_one_file(text, folde
     one, two = folder / "one" / name, folder / "two" / name
     tolerance = {"experts": 1e-2}  # rounding may change the choice of a token between two
     for figure in ("loss", "grad_norm", "val_loss"):
-        assert column(two, figure) == pytest.approx(column(one, figure), rel=tolerance.get(name, 2e-3))
+        assert column(two, figure) == pytest.approx(column(one, figure), rel=tolerance.get(name, 1e-3))
     assert sorted(path.name for path in two.glob("*.*")) == [
         "best.pt", "log.csv", "samples.txt", *(f"step_000000{n:02}.shards" for n in (6, 12))]
     last, best = (checkpoint.load(two / each) for each in ("step_00000012.shards", "best.pt"))
