@@ -179,23 +179,11 @@ def fused_adamw(tensors: list[tuple[Tensor, ...]], t: Tensor, lr: float, weight_
 # ---- Muon ----
 
 
-# Coefficients of p(s) = a s + b s³ + c s⁵, the odd quintic nearest to 1 where the steps before it have left singular
-# values from 0.003 to 1 (Remez), for s / 1.02: rounding may push one above the end of its interval.
-POLAR_EXPRESS = (
-    (8.2193, -23.3375, 16.6266),
-    (3.9641, -2.8377, 0.5158),
-    (3.4368, -2.4752, 0.4762),
-    (2.4901, -1.8343, 0.4368),
-)
-
-
 def orthogonalize(g: Tensor, dtype: torch.dtype) -> Tensor:
-    """g = U S V^T, (m, n) or (N, m, n) -> about U V^T, the same shape in `dtype`: singular values in 0.75 … 1.2, where
-    they were above 0.003 of the Frobenius norm.
+    """g = U S V^T, (m, n) or (N, m, n) -> about U V^T, the same shape in `dtype`: singular values in 0.68 … 1.2.
 
-    Four Newton-Schulz steps, each with the quintic that is best after those before it (Polar Express, Amsel et al.,
-    arXiv 2505.16932). They rise as fast at zero as Muon's five steps with one quintic (Keller Jordan,
-    kellerjordan.github.io/posts/muon), and that is what training needs, rather than an exact limit.
+    Five Newton-Schulz steps with the quintic of Keller Jordan (kellerjordan.github.io/posts/muon), which prefers a
+    steep slope at zero to an exact limit: small singular values rise fast, and that is what training needs.
     """
     multiply_add = torch.baddbmm  # beta * first + alpha * second @ third
     if g.ndim == 2:
@@ -205,10 +193,10 @@ def orthogonalize(g: Tensor, dtype: torch.dtype) -> Tensor:
     if tall:
         x = x.mT  # (m, n) with m <= n from here on
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for a, b, c in POLAR_EXPRESS:
+    for _ in range(5):
         gram = x @ x.mT  # (m, m)
-        poly = multiply_add(gram, gram, gram, beta=b, alpha=c)
-        x = multiply_add(x, poly, x, beta=a)  # a x + b (x x^T) x + c (x x^T)^2 x
+        poly = multiply_add(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = multiply_add(x, poly, x, beta=3.4445)  # 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
     return x.mT if tall else x
 
 

@@ -106,7 +106,6 @@ def test_decay_shrinks_matrices_but_not_embeddings_norms_and_biases():
 
 def test_muon_equals_torch(monkeypatch):
     monkeypatch.setattr(optim, "matmul_dtype", lambda device: torch.bfloat16)  # as torch, on every machine
-    monkeypatch.setattr(optim, "POLAR_EXPRESS", ((3.4445, -4.7750, 2.0315),) * 5)  # torch has one quintic
     torch.manual_seed(0)
     ours = nn.ModuleList(nn.Linear(n, m, bias=False) for m, n in ((32, 32), (64, 32), (32, 96)))
     theirs = copy.deepcopy(ours)
@@ -133,8 +132,8 @@ def test_orthogonalize_brings_singular_values_near_one(shape, dtype):
     result = optim.orthogonalize(u * values @ vt, dtype).float()
     assert result.shape == shape
     found = torch.linalg.svdvals(result)
-    assert 0.75 < found.min() and found.max() < 1.25
-    assert (u.mT @ result @ vt.mT).diagonal(dim1=-2, dim2=-1).min() > 0.7
+    assert 0.65 < found.min() and found.max() < 1.22
+    assert (u.mT @ result @ vt.mT).diagonal(dim1=-2, dim2=-1).min() > 0.65
 
 
 def test_large_matrices_are_orthogonalized_as_small_ones():
