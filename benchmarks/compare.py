@@ -87,7 +87,7 @@ def compare_ablation(s: Settings, argv: list[str]) -> dict:
     corpora = {"shakespeare": {"data_path": s.data_path, "tokenizer": "char"}, "stdlib": {"vocab_size": 4096}}
     base = dict(seq_len=128, d_model=128, n_head=4, n_kv_head=4, n_layer=0, n_enigma=4, reversible=1, ffn="relu2",
                 batch_size=16, max_steps=s.steps or 400, eval_interval=s.steps or 400, eval_tokens=100_000, lr=1e-2,
-                muon_momentum=0.95)
+                muon_ratio=0.5, muon_momentum=0.95)
     variants = list(ABLATION.items())
     if s.smoke:
         corpora["stdlib"]["vocab_size"] = 512
