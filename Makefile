@@ -1,4 +1,4 @@
-# make quickstart   install, prepare a corpus without any download, train for about three minutes, sample,
+# make quickstart   install, prepare a corpus without any download, train for two to three minutes, sample,
 #                   and write the model for llama.cpp
 # make chat         fine-tune the same model to answer (LoRA, some minutes), then ask it four questions
 # make reward       train a very small model to count letters, first from examples, then from rewards (some minutes)
