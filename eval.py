@@ -264,30 +264,58 @@ def to_choice(tokenizer: Tokenizer, context: str, choice: str, seq_len: int, beg
 @torch.inference_mode()
 def log_likelihoods(model: LanguageModel, rows: list[Choice], machine: Machine) -> list[float]:
     """Log probability, in nats, of each continuation after its context. Equal contexts are read once, and their choices
-    continue from the cache."""
-    from generate import prefill
+    continue from copies of the cache."""
+    from generate import read_parts
 
-    contexts, continuations = [row.context for row in rows], [row.continuation for row in rows]
-    length = max(1, *map(len, continuations))
-    if max(map(len, contexts)) + length > model.cfg.seq_len + 1 and len(rows) > 1:  # too long with padding
-        order = sorted(range(len(rows)), key=lambda i: len(contexts[i]))
+    length = max(1, *(len(row.continuation) for row in rows))
+    longest = max(len(row.context) for row in rows)
+    if longest + length > model.cfg.seq_len + 1 and len(rows) > 1:  # too long with padding
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].context))
         scores = [0.0] * len(rows)
         for half in (order[: len(order) // 2], order[len(order) // 2 :]):
             for i, score in zip(half, log_likelihoods(model, [rows[i] for i in half], machine), strict=True):
                 scores[i] = score
         return scores
-    ids = torch.zeros(len(rows), length, dtype=torch.int64)
-    learned = torch.zeros(len(rows), length)
-    for i, continuation in enumerate(continuations):
-        ids[i, : len(continuation)] = torch.tensor(continuation, dtype=torch.int64)
-        learned[i, : len(continuation)] = 1
-    ids, learned = ids.to(machine.device), learned.to(machine.device)
+    contexts = list(dict.fromkeys(tuple(row.context) for row in rows))
+    number = {context: i for i, context in enumerate(contexts)}
+    scores = torch.zeros(len(rows), device=machine.device)
     with machine.autocast():
-        cache, logits = prefill(model, contexts, length)
-        scores = logits.float().log_softmax(dim=-1).gather(1, ids[:, :1])[:, 0] * learned[:, 0]  # the first tokens
-        if length > 1:
-            scores = scores - model(ids[:, :-1], ids[:, 1:].contiguous(), learned[:, 1:], cache=cache).sum(dim=1)
+        cache = model.new_cache(len(contexts), min(model.cfg.seq_len, longest + length))
+        logits = read_parts(model, cache, 0, list(map(list, contexts)))[:, -1]
+        first = logits.float().log_softmax(dim=-1)  # of the continuations' first tokens
+        for group in alike([len(row.continuation) for row in rows]):  # the empty ones come last and score 0
+            which = [number[tuple(rows[i].context)] for i in group]
+            ids, learned = padded([rows[i].continuation for i in group], machine.device)
+            found = first[which].gather(1, ids[:, :1])[:, 0] * learned[:, 0]
+            if ids.shape[1] > 1:
+                found -= model(ids[:, :-1], ids[:, 1:].contiguous(), learned[:, 1:], cache=cache.view(which)).sum(dim=1)
+            scores[group] = found
     return scores.tolist()
+
+
+def padded(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids (B, T) int64, T at least 1, and weights (B, T), 0 for padding."""
+    ids = torch.zeros(len(rows), max(1, *map(len, rows)), dtype=torch.int64)
+    weights = torch.zeros(ids.shape)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        weights[i, : len(row)] = 1
+    return ids.to(device), weights.to(device)
+
+
+def alike(lengths: list[int], least: int = 256) -> Iterator[list[int]]:
+    """The indices in groups, the longest first. Rows of a group are padded to its longest, so a group of `least` tokens
+    ends where the lengths fall below three quarters of that."""
+    group: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if group:
+            longest = lengths[group[0]]
+            if len(group) * longest >= least and lengths[i] < 0.75 * longest:
+                yield group
+                group = []
+        group.append(i)
+    if group:
+        yield group
 
 
 def cast_products(model: LanguageModel, dtype: torch.dtype) -> None:
@@ -300,16 +328,17 @@ def cast_products(model: LanguageModel, dtype: torch.dtype) -> None:
 
 
 def question_batches(rows: list[list[Choice]], batch_tokens: int) -> Iterator[list[int]]:
-    """Batches of question indices, the longest first; the padded choices of a batch fit into `batch_tokens` tokens."""
-    sizes = [max(map(len, choices)) for choices in rows]
-    batch, count = [], 0  # and its choices
-    for i in sorted(range(len(rows)), key=lambda i: -sizes[i]):
-        if batch and (count + len(rows[i])) * sizes[batch[0]] > batch_tokens:
-            yield batch
-            batch, count = [], 0
-        batch.append(i)
-        count += len(rows[i])
-    if batch:
+    """Batches of question indices, those with the longest contexts first; the padded choices of a batch fit into
+    `batch_tokens` tokens."""
+    for group in alike([len(choices[0].context) for choices in rows], least=1024):
+        batch, count, size = [], 0, 0  # questions, their choices, tokens of the longest choice
+        for i in group:
+            size = max(size, *map(len, rows[i]))
+            if batch and (count + len(rows[i])) * size > batch_tokens:
+                yield batch
+                batch, count, size = [], 0, max(map(len, rows[i]))
+            batch.append(i)
+            count += len(rows[i])
         yield batch
 
 

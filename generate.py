@@ -301,22 +301,10 @@ def read_parts(model: LanguageModel, cache: Cache, slot: int, parts: list[list[i
     lengths = list(map(len, parts))
     longest = max(lengths)
     ids = torch.tensor([part + [0] * (longest - len(part)) for part in parts], device=model.embed.weight.device)
-    rows = cache.view(slot, len(parts)) if slot else cache
+    rows = cache.view(slice(slot, slot + len(parts))) if slot else cache
     logits = model(ids, cache=rows, lengths=lengths if min(lengths) < longest else None, n_logits=n_logits)
     cache.lengths[slot : slot + len(parts)] = rows.lengths[: len(parts)]
     return logits
-
-
-def prefill(model: LanguageModel, prompts: list[list[int]], more: int) -> tuple[Cache, Tensor]:
-    """Read all prompts at once, equal ones only once. Returns a cache with room for up to `more` further tokens, and
-    the logits (B, V) of the next one."""
-    different = list(dict.fromkeys(map(tuple, prompts)))
-    cache = model.new_cache(len(prompts), min(model.cfg.seq_len, max(map(len, different)) + more))
-    logits = read_parts(model, cache, 0, list(map(list, different)))[:, -1]
-    which = [different.index(tuple(prompt)) for prompt in prompts]
-    if which != list(range(len(prompts))):
-        cache.assign(list(range(len(prompts))), which)
-    return cache, logits[which]
 
 
 def generate(model: LanguageModel, prompts: list[list[int]], sampling: SamplingSettings | None = None,

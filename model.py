@@ -211,19 +211,19 @@ class Cache:
         """Whether a row may forget its newest tokens: its length is set back, and what follows is overwritten."""
         return all(state is None or state.axis is not None for state in self.states())
 
-    def view(self, first: int, count: int) -> "Cache":
-        """Rows first … first + count - 1 as a cache of their own, in the same memory."""
+    def view(self, rows: slice | list[int]) -> "Cache":
+        """These rows as a cache of their own: a slice in the same memory, listed ones as copies."""
 
         def part(state):
             if state is None:
                 return None
             result = copy(state)
             for name, tensor in vars(state).items():
-                setattr(result, name, tensor[first : first + count])
+                setattr(result, name, tensor[rows])
             return result
 
         blocks = [list(map(part, states)) for states in self.blocks]
-        return Cache(blocks, self.size, self.lengths[first : first + count])
+        return Cache(blocks, self.size, torch.tensor(self.lengths)[rows].tolist())
 
     def swap(self, a: int, b: int) -> None:
         self.assign([a, b], [b, a])

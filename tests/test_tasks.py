@@ -15,6 +15,7 @@ import eval as evaluation
 from configurator import UserError
 from eval import (
     Choice,
+    alike,
     begin_ids,
     cast_products,
     log_likelihoods,
@@ -225,7 +226,7 @@ def test_scores_of_every_kind_of_model_are_those_of_whole_texts_one_by_one(kind)
     model = LanguageModel(ModelConfig(vocab_size=50, seq_len=40, d_model=32, n_layer=2, n_head=4, **KINDS[kind])).eval()
     r = random.Random(0)
     rows = []
-    for length in (3, 17, 17, 30, 1):
+    for length in (3, 17, 17, 30, 1) * 6:  # enough for choices of several lengths to go apart
         context = r.choices(range(50), k=length)
         rows += [Choice(context, r.choices(range(50), k=k), False) for k in (1, 4, 10)]
     rows += [Choice(r.choices(range(50), k=39), [4, 5], False), Choice([1], r.choices(range(50), k=40), False)]
@@ -265,6 +266,12 @@ def test_batches_hold_every_example_once_and_keep_to_their_size():
     for batch in found:
         longest = max(len(row.context) + len(row.continuation) for i in batch for row in rows[i])
         assert len(batch) == 1 or 4 * len(batch) * longest <= 1000
+
+
+def test_rows_of_about_one_length_go_together():
+    assert list(alike([2, 9, 8, 6, 5, 10], least=18)) == [[5, 1, 2], [3, 4, 0]]
+    assert list(alike([2, 9, 8], least=1000)) == [[1, 2, 0]]
+    assert list(alike([])) == []
 
 
 def test_of_equal_scores_the_first_choice_counts():
