@@ -29,24 +29,26 @@ from dataclasses import asdict, dataclass
 from itertools import chain, takewhile
 from pathlib import Path
 
-from configurator import Settings, UserError, cache_folder, configure, find_path, need, write_path
-from model import ModelConfig
-from runtime.checkpoint import find_tokenizer
+from configurator import Count, Settings, UserError, cache_folder, configure, find_path, need, write_path
 from runtime.files import Either, read_json, read_notes, require_file, working, write_json, writing
 from runtime.screen import ProgressLine, run, say, visible
 from text import corpus
-from text.batches import TokenStream
 from text.corpus import TRAINED, Corpus, DataSettings
+from text.foreign_shards import count_shards, find_shards
 from text.overwrite import Overwrite
 from text.records import SEPARATOR, files_pieces, path_name, reading, text_files
-from text.shards import FORMAT, PREPARED, count_shards, find_shards, read_meta, write_meta, write_split
-from text.tokenizer_files import TIKTOKEN, load_tokenizer, train_tokenizer
+from text.shards import FORMAT, PREPARED, TokenStream, read_meta, write_meta, write_split
+from text.tokenizer_files import TIKTOKEN, holds_tokenizer, load_tokenizer, train_tokenizer
 
 OFTEN = 4  # passes over a part of a mixture; we mention more
 
 
 @dataclass
-class OnlyTokenizer:
+class ScriptSettings:
+    """The settings of this script alone. The first two are ModelConfig's: its file would load torch."""
+
+    vocab_size: Count = 4096    # entries of the vocabulary; a loaded tokenizer sets it
+    seq_len: Count = 256        # context length in tokens; text that is shorter is refused
     tokenizer_dir: str = ""     # train a tokenizer on all of the text, write it to this folder, and prepare nothing
     profile: bool = False       # with tokenizer_dir: train in one process and show where the time goes
 
@@ -297,8 +299,13 @@ def find_source(data: DataSettings) -> tuple[Corpus, object, dict[str, list[Path
 
 def named_tokenizer(name: str):
     """A ready tokenizer: its file or folder, a run's, or an encoding of tiktoken."""
-    need(name in TIKTOKEN or find_path(name).exists(),
+    path = find_path(name)
+    need(name in TIKTOKEN or path.exists(),
          f"tokenizer={name} is none of {', '.join((*TRAINED, *TIKTOKEN))}, nor a file or folder that exists")
+    if not path.exists() or holds_tokenizer(path):
+        return load_tokenizer(name)
+    from runtime.checkpoint import find_tokenizer  # loads torch, which takes a second
+
     return find_tokenizer(name)
 
 
@@ -427,7 +434,7 @@ def main(argv: list[str] | None = None) -> int:
         argv = [f"dataset={inputs[0]}", "data_path=", *argv]
     elif len(inputs) == 1:
         argv = [f"data_path={inputs[0]}", *argv]
-    s = configure([ModelConfig, DataSettings, OnlyTokenizer], argv, doc=__doc__)
+    s = configure([DataSettings, ScriptSettings], argv, doc=__doc__)
     try:
         if s.tokenizer_dir:
             print(visible(only_tokenizer(inputs or [s.data_path or s.dataset], s)))

@@ -48,10 +48,10 @@ from runtime.device import Machine, MachineSettings, choose_machine, init_proces
 from runtime.files import own_file, own_folder, write_json, write_text, writing
 from runtime.resume import data_words, find_tokens, read_made_of, tokenizer_words
 from runtime.screen import ProgressLine, run
-from text.batches import TokenStream, Validation
+from text.batches import Validation
 from text.corpus import DataSettings
 from text.records import Position, files_pieces, text_files, total_size
-from text.shards import rest_of_document
+from text.shards import TokenStream, rest_of_document
 from text.tokenizer import Excerpt, LostCharacters, Tokenizer
 
 # train.py needs `evaluate` alone, so benchmarks, chat and examples are imported where they are used.

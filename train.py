@@ -46,9 +46,10 @@ from runtime.resume import (
 )
 from runtime.run import choose_task, claim_folder, describe_run, fit_to_data, longer, make_model, open_run, run_folder
 from runtime.screen import clock, run
-from text.batches import Batches, Prefetcher, TokenStream, Validation
+from text.batches import Batches, Prefetcher, Validation
 from text.chat import ChatSettings, SftSettings, make_template
 from text.corpus import DataSettings
+from text.shards import TokenStream
 
 
 @dataclass

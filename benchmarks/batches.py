@@ -5,7 +5,8 @@ import statistics
 from benchmarks.timing import show, timed
 from configurator import Settings
 from data import prepare
-from text.batches import Batches, TokenStream
+from text.batches import Batches
+from text.shards import TokenStream
 
 
 def bench_batches(s: Settings, argv: list[str]) -> dict:

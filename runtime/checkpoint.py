@@ -298,12 +298,14 @@ def find(where: str | Path = "", root: Path | None = None) -> Path:
 
 def find_tokenizer(where: str | Path) -> Tokenizer:
     """The tokenizer that the user names: its file or folder, an encoding of tiktoken, a checkpoint, or a run."""
-    from text.tokenizer_files import kind_of, load_tokenizer, tokenizer_file, tokenizer_from_dict
+    from text.tokenizer_files import holds_tokenizer, load_tokenizer, tokenizer_from_dict
 
     path = find_path(where)
-    if path.is_dir() and not is_whole(path) and not tokenizer_file(path):
+    if holds_tokenizer(path):
+        return load_tokenizer(where)
+    if path.is_dir() and not is_whole(path):
         path = next(iter(checkpoints(path)), path)
-    if is_whole(path) and (path.is_dir() or kind_of(path) == "checkpoint"):
+    if is_whole(path):
         return tokenizer_from_dict(load(path, "meta")["tokenizer"], f"the tokenizer in {path}")
     return load_tokenizer(where)
 

@@ -67,14 +67,14 @@ def sentence(error: UserError) -> str:
 
 
 def run_data(argv: list[str]) -> None:
-    data.prepare(configure([ModelConfig, data.DataSettings], argv), quiet=True)
+    data.prepare(configure([data.DataSettings, data.ScriptSettings], argv), quiet=True)
 
 
 SCRIPTS = {
     "train.py": (train.main, train.SETTINGS),
     "sample.py": (sample.main, sample.SETTINGS),
     "eval.py": (evaluation.main, evaluation.SETTINGS),
-    "data.py": (run_data, [ModelConfig, data.DataSettings]),
+    "data.py": (run_data, [data.DataSettings, data.ScriptSettings]),
 }
 
 

@@ -51,6 +51,11 @@ def test_training_loads_few_files():
     assert len(loaded) <= 27, [str(path.relative_to(ROOT)) for path in loaded]
 
 
+def test_data_is_prepared_without_torch():
+    """It takes a second to load."""
+    subprocess.run([sys.executable, "-c", "import sys, data; assert 'torch' not in sys.modules"], cwd=ROOT, check=True)
+
+
 def test_the_root_is_what_people_read_and_run():
     """Few files, and the model begins near the top of its file. A later capability can add one file, up to 22."""
     assert len([path for path in FILES if path.parent == ROOT]) <= 22

@@ -16,13 +16,12 @@ from configurator import ROOT, UserError
 from text.batches import (
     Batches,
     Prefetcher,
-    TokenStream,
     Validation,
     document_rows,
     permute,
     round_keys,
 )
-from text.shards import FORMAT, ShardWriter
+from text.shards import FORMAT, ShardWriter, TokenStream
 
 EOT = 9
 
@@ -230,7 +229,8 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import numpy as np
-from text.batches import Batches, TokenStream
+from text.batches import Batches
+from text.shards import TokenStream
 
 def anonymous():
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

@@ -13,9 +13,9 @@ from data import prepare
 from model import ModelConfig
 from test_records import documents, write
 from text import corpus
-from text.batches import TokenStream, read_meta
 from text.corpus import Corpus, DataSettings, Mixture, mixture_shares, open_corpus, open_mixture
 from text.records import split_by_name, text_files
+from text.shards import TokenStream, read_meta
 from text.tokenizer_files import load_tokenizer
 
 

@@ -21,9 +21,9 @@ from runtime import files
 from runtime.files import fcntl, working
 from text import overwrite
 from text import shards as sharding
-from text.batches import Batches, TokenStream, Validation
+from text.batches import Batches, Validation
 from text.corpus import TRAINED, DataSettings
-from text.shards import CHECKED, read_meta
+from text.shards import CHECKED, TokenStream, read_meta
 from text.tokenizer_files import load_tokenizer, train_tokenizer
 
 WORDS = "the cat sat on a mat and then it ran away from the big red dog because of a long loud noise".split()
@@ -181,6 +181,11 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, theirs):
 
 
 # ---- The cache -------------------------------------------------------------------------------------------------------
+
+
+def test_script_and_model_mean_the_same_sizes():
+    model, script = ModelConfig(), data.ScriptSettings()
+    assert (script.vocab_size, script.seq_len) == (model.vocab_size, model.seq_len)
 
 
 def test_second_call_makes_nothing(tmp_path, corpus_file, capsys, monkeypatch):

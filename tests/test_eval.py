@@ -24,7 +24,7 @@ from eval import Choice, Score, TextWindows, evaluate, log_likelihoods, overlapp
 from model import LanguageModel, ModelConfig
 from runtime import checkpoint, resume
 from runtime.device import MachineSettings, choose_machine
-from text.batches import TokenStream
+from text.shards import TokenStream
 from text.tokenizer_files import train_tokenizer
 
 MACHINE = choose_machine(MachineSettings(device="cpu", dtype="float32"))

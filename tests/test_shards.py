@@ -18,9 +18,8 @@ from model import ModelConfig
 from test_data import made, prose
 from test_data import write as write_text
 from text import shards
-from text.batches import TokenStream
 from text.corpus import Corpus, DataSettings
-from text.shards import CHECKED, ShardWriter, open_shard, read_meta, token_content, write_meta, write_split
+from text.shards import CHECKED, ShardWriter, TokenStream, open_shard, read_meta, token_content, write_meta, write_split
 from text.tokenizer_files import train_tokenizer
 
 

@@ -136,7 +136,8 @@ def test_validation_does_not_change_the_training(go, tmp_path):
 def test_best_holds_the_weights_that_were_scored_and_last_those_at_the_end(go, text, tmp_path):
     from eval import evaluate
     from runtime.device import MachineSettings, choose_machine
-    from text.batches import TokenStream, Validation
+    from text.batches import Validation
+    from text.shards import TokenStream
 
     go(lr=0.3, muon_lr=0.3, max_steps=18, ema=0.5, eval_interval=3)  # so large that it gets worse again
     losses = column(tmp_path / "run", "val_loss")

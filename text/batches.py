@@ -1,6 +1,6 @@
-"""From token ids on disk to batches: the stream that joins shards, training and validation rows, a prefetch thread.
+"""From token ids on disk to batches: training and validation rows, a prefetch thread.
 
-    stream = TokenStream(folder, "train", tokenizer)     # memory-mapped; folder from data.prepare
+    stream = TokenStream(folder, "train", tokenizer)     # of text.shards; folder from data.prepare
     batches = Batches(stream, seq_len=256, seed=1)
     ids, targets, weights = batches.get(first, count)    # (count, 256) each; samples first ... first + count - 1
 
@@ -14,7 +14,6 @@ import math
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,73 +21,12 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from configurator import need
-from text.shards import check_shards, open_shard, read_meta, shard_path
+from text.shards import TokenStream
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # ids (B, T) int64, targets (B, T) int64, weights (B, T) float32
 
 
-
-class TokenStream:
-    """The shards of one split of a prepared folder as one array of ids, memory-mapped.
-
-    With `tokenizer`, raises UserError if the ids come from another one.
-    """
-
-    def __init__(self, folder: Path, split: str, tokenizer=None):
-        meta = read_meta(folder)
-        if tokenizer:
-            need(tokenizer.fingerprint == meta["tokenizer"],
-                 f"the tokens in {folder} come from tokenizer {meta['tokenizer']}, but tokenizer "
-                 f"{tokenizer.fingerprint} is in use")
-        part = meta["splits"].get(split, {"shards": []})
-        need(part["shards"], f"{folder / 'meta.json'} names no shards for {split}")
-        self.name, self.eot = f"{split} of {meta['name']}", meta["eot"]
-        self.content = part.get("content", "")  # hash of the text
-        self.shards = []
-        for name, tokens in part["shards"]:
-            path = shard_path(folder, meta, name)
-            ids = open_shard(path, meta.get("bin_ids", "uint16"))
-            need(len(ids) == tokens, f"{path} holds {len(ids):,} ids, but its meta.json says {tokens:,}")
-            self.shards.append(ids)
-        check_shards(folder, split, meta, self.shards)
-        self.bounds = np.cumsum([0, *map(len, self.shards)])  # shard k is bounds[k] ... bounds[k + 1]
-
-    def __len__(self) -> int:
-        return int(self.bounds[-1])
-
-    def read(self, start: int, length: int) -> np.ndarray:
-        """Ids start ... start + length - 1, across shards; fewer at the end of the stream."""
-        parts, stop = [self.shards[0][:0]], min(start + length, len(self))
-        while start < stop:
-            k = int(np.searchsorted(self.bounds, start, side="right")) - 1
-            end = min(stop, int(self.bounds[k + 1]))
-            parts.append(self.shards[k][start - self.bounds[k] : end - self.bounds[k]])
-            start = end
-        return np.concatenate(parts)
-
-    def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """(B, length) int64: the ids from each of B starts on, zeros after the end of the stream."""
-        rows = np.zeros((len(starts), length), np.int64)
-        shard = np.searchsorted(self.bounds, starts, side="right") - 1
-        inside = starts + length <= self.bounds[shard + 1]
-        for k in np.unique(shard[inside]):
-            mine = inside & (shard == k)
-            rows[mine] = sliding_window_view(self.shards[k], length)[starts[mine] - self.bounds[k]]
-        for i in np.flatnonzero(~inside):  # across a border
-            ids = self.read(int(starts[i]), length)
-            rows[i, : len(ids)] = ids
-        return rows
-
-    def document_ends(self) -> np.ndarray:
-        """The positions after each end-of-text token, and the end of the stream; one pass over the shards."""
-        ends = [np.array([len(self)])]
-        for begin, ids in zip(self.bounds[:-1], self.shards, strict=True):
-            ends.append(begin + 1 + np.flatnonzero(ids == self.eot))
-        return np.unique(np.concatenate(ends))
-
-
 # ---- Training rows ---------------------------------------------------------------------------------------------------
-
 
 RULE = 2    # how a new run cuts its windows
 PIECE = 16  # tokens that are hashed together

@@ -1,8 +1,9 @@
-"""Shards: files of token ids, and the meta.json that describes them.
+"""Shards: files of token ids, the meta.json that describes them, and the stream that joins them.
 
     part = write_split(folder, "train", raw, tokenizer, shard_tokens=1 << 25)    # documents -> shards, by all cores
     ids = open_shard(folder / "train_00000.npy")                                 # memory-mapped; also .bin of others
     meta = read_meta(folder)
+    stream = TokenStream(folder, "train", tokenizer)                             # the ids of all shards of a split
 
 The text is cut into jobs of about a megabyte, always at the same places. Workers encode the jobs, and this process
 writes their ids in the order of the text, in bounded memory. After each whole shard, `state.json` records where in the
@@ -24,12 +25,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
-from configurator import UserError, find_path, need
+from configurator import UserError, need
 from runtime.files import file_state, read_json, read_notes, replacing, require_file, write_json
 from runtime.screen import ProgressLine, say
 from text.corpus import Corpus, Mixture
-from text.records import SEPARATOR, Parts, Piece, list_files, reading, split_by_name
+from text.records import SEPARATOR, Piece, reading
 from text.tokenizer import Excerpt, Unwritable
 
 FORMAT = 1  # of meta.json
@@ -224,6 +226,68 @@ def measure(path: Path, ids: np.ndarray, progress: ProgressLine | None = None) -
     return [checksum, largest]
 
 
+# ---- Reading ids ----------------------------------------------------------------------------------------------------
+
+
+class TokenStream:
+    """The shards of one split of a prepared folder as one array of ids, memory-mapped.
+
+    With `tokenizer`, raises UserError if the ids come from another one.
+    """
+
+    def __init__(self, folder: Path, split: str, tokenizer=None):
+        meta = read_meta(folder)
+        if tokenizer:
+            need(tokenizer.fingerprint == meta["tokenizer"],
+                 f"the tokens in {folder} come from tokenizer {meta['tokenizer']}, but tokenizer "
+                 f"{tokenizer.fingerprint} is in use")
+        part = meta["splits"].get(split, {"shards": []})
+        need(part["shards"], f"{folder / 'meta.json'} names no shards for {split}")
+        self.name, self.eot = f"{split} of {meta['name']}", meta["eot"]
+        self.content = part.get("content", "")  # hash of the text
+        self.shards = []
+        for name, tokens in part["shards"]:
+            path = shard_path(folder, meta, name)
+            ids = open_shard(path, meta.get("bin_ids", "uint16"))
+            need(len(ids) == tokens, f"{path} holds {len(ids):,} ids, but its meta.json says {tokens:,}")
+            self.shards.append(ids)
+        check_shards(folder, split, meta, self.shards)
+        self.bounds = np.cumsum([0, *map(len, self.shards)])  # shard k is bounds[k] ... bounds[k + 1]
+
+    def __len__(self) -> int:
+        return int(self.bounds[-1])
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Ids start ... start + length - 1, across shards; fewer at the end of the stream."""
+        parts, stop = [self.shards[0][:0]], min(start + length, len(self))
+        while start < stop:
+            k = int(np.searchsorted(self.bounds, start, side="right")) - 1
+            end = min(stop, int(self.bounds[k + 1]))
+            parts.append(self.shards[k][start - self.bounds[k] : end - self.bounds[k]])
+            start = end
+        return np.concatenate(parts)
+
+    def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """(B, length) int64: the ids from each of B starts on, zeros after the end of the stream."""
+        rows = np.zeros((len(starts), length), np.int64)
+        shard = np.searchsorted(self.bounds, starts, side="right") - 1
+        inside = starts + length <= self.bounds[shard + 1]
+        for k in np.unique(shard[inside]):
+            mine = inside & (shard == k)
+            rows[mine] = sliding_window_view(self.shards[k], length)[starts[mine] - self.bounds[k]]
+        for i in np.flatnonzero(~inside):  # across a border
+            ids = self.read(int(starts[i]), length)
+            rows[i, : len(ids)] = ids
+        return rows
+
+    def document_ends(self) -> np.ndarray:
+        """The positions after each end-of-text token, and the end of the stream; one pass over the shards."""
+        ends = [np.array([len(self)])]
+        for begin, ids in zip(self.bounds[:-1], self.shards, strict=True):
+            ends.append(begin + 1 + np.flatnonzero(ids == self.eot))
+        return np.unique(np.concatenate(ends))
+
+
 # ---- Documents -> shards ---------------------------------------------------------------------------------------------
 
 
@@ -398,69 +462,3 @@ def find_job(jobs: Iterator[Job], number: int, mark: str, folder: Path) -> Job:
         (folder / "state.json").unlink(missing_ok=True)
         raise UserError(f"the text is not that of the interrupted run whose shards are in {folder}; start again")
     return job
-
-
-# ---- Token ids of other programs -------------------------------------------------------------------------------------
-
-
-def find_shards(data_path: str, val_path: str) -> Parts | None:
-    """The files of token ids at `data_path`, split by name; None if it holds text."""
-    files = shard_files(data_path)
-    if not files:
-        return None
-    has_text = list_files(data_path, (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet"))
-    need(not (has_text and find_path(data_path).is_dir()),
-         f"{data_path} holds both text and token ids; keep one of them there, or name a single file")
-    parts = split_by_name(data_path, files, shard_files(val_path) if val_path else [])
-    need(parts.train and parts.val,
-         f"{data_path} has {len(parts.train)} shards to train on and {len(parts.val)} to validate on (these have "
-         "val in their names, or set val_path=<file or folder of shards>)")
-    return parts
-
-
-def shard_files(path: str | Path) -> list[Path]:
-    suffixes = (".npy", ".bin")
-    return [file.absolute() for file in list_files(path, suffixes) if file.suffix in suffixes]
-
-
-def count_shards(files: list[Path], tokenizer, bin_dtype: str, progress: ProgressLine) -> dict:
-    """The part of meta.json for these shards. Reads all ids once, to check that the tokenizer has them and to count
-    their bytes."""
-    counts = np.zeros(tokenizer.vocab_size, np.int64)
-    shards, content = [], hashlib.blake2b(digest_size=16)
-    progress.total = sum(path.stat().st_size for path in files)
-    for path in files:
-        if bin_dtype == "auto":
-            refuse_wide(path, len(counts))
-        ids = open_shard(path, bin_dtype)
-        shards.append([str(path), len(ids)])
-        for start in range(0, len(ids), BLOCK):
-            some = ids[start : start + BLOCK]
-            smallest, largest = int(some.min()), int(some.max())
-            if smallest < 0 or largest >= len(counts):
-                bad = min(smallest, 0) or largest
-                wide = "; or set bin_dtype=uint16 or uint32 to their width" if path.suffix == ".bin" else ""
-                raise UserError(f"{path} holds id {bad}, but tokenizer {tokenizer.fingerprint} has ids 0 ... "
-                                f"{len(counts) - 1}: set the tokenizer that made them{wide}")
-            content.update(some)
-            counts += np.bincount(some, minlength=len(counts))
-            progress.add(some.nbytes)
-    progress.close()
-    unk = tokenizer.role("unk")
-    return {"documents": int(counts[tokenizer.role("eot")]), "bytes": int(counts @ tokenizer.token_sizes),
-            "unknown": int(counts[unk]) if unk is not None else 0, "tokens": int(counts.sum()),
-            "shards": shards, "content": content.hexdigest()}
-
-
-def refuse_wide(path: Path, vocab_size: int) -> None:
-    """UserError for a headerless .bin file whose ids are more likely uint32 than uint16: as uint32, all of them are in
-    the vocabulary, so as uint16 every second one is (nearly) 0."""
-    if path.suffix != ".bin" or header_dtype(path):
-        return
-    ids, size = np.fromfile(path, "<u4", 1 << 20), path.stat().st_size
-    if len(ids) < 2 or size % 4 or ids.max() >= vocab_size:
-        return
-    need(len(ids) < 4 or size % 8 or ids[1::2].any(),
-         f"{path} looks like ids of eight bytes: save them as .npy, or as .bin of two or four bytes")
-    raise UserError(f"{path} looks like ids of four bytes, because every second pair of bytes is about 0: set "
-                    "bin_dtype=uint32, or bin_dtype=uint16 if they have two")

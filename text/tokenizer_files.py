@@ -100,6 +100,13 @@ def read_tokenizer(path: Path, pattern: str) -> Tokenizer:
     return tokenizer_from_dict({"tokenizer": document, "config": read_config(file)}, str(file))
 
 
+def holds_tokenizer(path: Path) -> bool:
+    """Whether a file or folder is a tokenizer, and not a checkpoint or a run, which have theirs inside."""
+    if path.is_dir():
+        return tokenizer_file(path) is not None
+    return path.is_file() and kind_of(path) != "checkpoint"
+
+
 def kind_of(path: Path) -> str:
     """json, checkpoint, ranks, or sentencepiece: the kind of a tokenizer's file, from its first bytes."""
     try:
