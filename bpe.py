@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property, partial
-from itertools import chain, pairwise
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +40,12 @@ from runtime.files import Either, read_json, write_json, writing
 from runtime.screen import run
 from text.merges import BYTES, INVISIBLE, VISIBLE, Pair, encode_piece, learn_merges
 from text.pieces import (
+    AT_END,
     CUTTABLE,
+    END,
     MARK,
     PATTERNS,
+    can_be_marked,
     count_pieces,
     find_names,
     find_pieces,
@@ -53,8 +56,18 @@ from text.pieces import (
     split_text,
     utf8,
 )
-from text.records import files_pieces, text_files
-from text.tokenizer import LARGEST_ID, SPECIALS, Tokenizer, Unwritable, check_files, config_for, naming, read_config
+from text.records import Piece, files_pieces, text_files
+from text.tokenizer import (
+    LARGEST_ID,
+    SPECIALS,
+    LostCharacters,
+    Tokenizer,
+    Unwritable,
+    check_files,
+    config_for,
+    naming,
+    read_config,
+)
 
 # ---- the textbook ----------------------------------------------------------------------------------------------------
 
@@ -213,16 +226,14 @@ class BPETokenizer(Tokenizer):
         """Ids as uint32: the fastest way, which also lets other threads run."""
         if self._known is None:
             return np.array(self.encode_reference(text, allow_special), np.uint32)
-        ranks, our_ids = self._known
-        found = [np.empty(0, np.uint32)]
+        our_ids, found = self._known[1], [np.empty(0, np.uint32)]
         for segment in self._segments(text, allow_special):
             if isinstance(segment, int):
                 found.append(np.array([segment], np.uint32))
                 continue
             for part in split_text(segment, self.patterns[:-1]):  # tiktoken takes one pattern, the last
-                if self._quick_core and (text := marked(part, self.patterns[-1])):
-                    ids = self._quick_core.encode_to_numpy(text, disallowed_special=())
-                    found.append(our_ids[ids[ids != ranks[utf8(MARK)]]])
+                if self._quick_core and can_be_marked(part):
+                    found.append(our_ids[self._quick_ranks(part)])
                     continue
                 if self.patterns[-1] in CUTTABLE and not has_long_white_space(part):
                     found.append(our_ids[self._core.encode_to_numpy(part, disallowed_special=())])
@@ -230,6 +241,37 @@ class BPETokenizer(Tokenizer):
                 for piece in find_pieces(part, self.patterns[-1]):
                     found.append(our_ids[self._core._encode_single_piece(piece)])
         return np.concatenate(found)
+
+    def encode_documents(self, pieces: Iterable[Piece], eot: int) -> np.ndarray:
+        if not self._takes_several:
+            return super().encode_documents(pieces, eot)
+        (known, our_ids), found = self._known, [np.empty(0, np.uint32)]
+        for together, some in groupby(pieces, lambda piece: can_be_marked(piece[0])):
+            if not together:
+                found.append(super().encode_documents(some, eot))
+                continue
+            parts = []
+            for text, ends in some:
+                parts.append(text)
+                if ends:
+                    parts.append(END)
+            ranks = self._quick_ranks("".join(parts))
+            ids = our_ids[ranks]
+            ids[ranks == known[utf8(END)]] = eot
+            found.append(ids)
+        return np.concatenate(found)
+
+    @cached_property
+    def _takes_several(self) -> bool:
+        """Whether documents can be encoded together, with END behind each."""
+        if self.nfc or self._missing or self._finders[False] or len(self.patterns) > 1 or AT_END in self.patterns[-1]:
+            return False
+        return self._known is not None and self._quick_core is not None
+
+    def _quick_ranks(self, text: str) -> np.ndarray:
+        """tiktoken's ranks of the tokens of a text that `can_be_marked`, and of END."""
+        ranks = self._quick_core.encode_to_numpy(marked(text, self.patterns[-1]), disallowed_special=())
+        return ranks[ranks != self._known[0][utf8(MARK)]]
 
     def encode_reference(self, text: str, allow_special: bool = False) -> list[int]:
         """The same ids as `encode`, computed without tiktoken."""
@@ -281,6 +323,11 @@ class BPETokenizer(Tokenizer):
         lacking = list(filter(self._lacks, set(text)))
         return text.translate(dict.fromkeys(map(ord, lacking), sign)), sum(map(text.count, lacking))
 
+    def lost(self, text: str) -> LostCharacters:
+        if self._missing or self.nfc:
+            return super().lost(text)
+        return LostCharacters(0.0, "")  # every byte has its token
+
     @cached_property
     def _known(self) -> tuple[dict[bytes, int], np.ndarray] | None:
         """(tiktoken's rank of each token, array from ranks to our ids); None if its ids could differ from ours."""
@@ -301,7 +348,7 @@ class BPETokenizer(Tokenizer):
     @cached_property
     def _quick_core(self) -> tiktoken.Encoding | None:
         """For text that is `marked`; None if the last pattern is unknown."""
-        if self.patterns[-1] not in CUTTABLE or utf8(MARK) not in self._known[0]:
+        if self.patterns[-1] not in CUTTABLE or not {utf8(MARK), utf8(END)} <= self._known[0].keys():
             return None
         return self._encoder(for_marked(self.patterns[-1]))
 

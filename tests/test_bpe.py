@@ -148,6 +148,13 @@ def test_ids_are_those_of_the_reference_encoder(trained):
         assert trained.encode(text) == trained.encode_reference(text)
 
 
+def test_documents_encoded_together_have_the_ids_of_each_alone(trained):
+    texts = fuzz(1000, extra=(bpe.END,))
+    expected = [i for text in texts for i in (*trained.encode_reference(text), 7)]
+    assert trained.encode_documents([(text, True) for text in texts], 7).tolist() == expected
+    assert trained.encode_documents([(texts[0], False), ("", True)], 7).tolist() == [*trained.encode(texts[0]), 7]
+
+
 def test_white_space_too_long_for_the_engine_has_the_ids_of_the_reference(trained, monkeypatch):
     text = "a" + " " * 3000 + "b\n" + "\n" * 2000 + " \u3000" * 900 + "x  y"
     expected = trained.encode(text)

@@ -212,27 +212,31 @@ def last_cut(text: str, finder: regex.Pattern | None, reach: int) -> int:
 
 # tiktoken splits at half the speed if a pattern looks ahead. All in CUTTABLE do, only for white space: of a run before
 # other text, they leave the last character to the next piece. So we put a mark there, and drop the token of the mark.
-MARK = "\0"
+# Another mark ends a document, so that many short ones are encoded at once.
+MARK, END = "\0", "\1"
+AT_END = r"\s+(?!.|\n)"  # cl100k: white space where the text ends
 # All white space but \t \n \v \f \r and the space.
 RARE_WHITE = re.compile("[\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
 
 
 def for_marked(pattern: str) -> str:
     """The pattern that finds in a `marked` text the pieces of the text, and marks."""
-    pattern = pattern.replace(r"\s+(?!.|\n)", r"\s+\z").replace(r"|\s+(?!\S)", "")
-    return pattern.replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{N}\x00]") + r"|\x00"
+    pattern = pattern.replace(AT_END, r"\s+\z").replace(r"|\s+(?!\S)", "")
+    return pattern.replace(r"\p{L}\p{N}]", r"\p{L}\p{N}\x00\x01]") + r"|[\x00\x01]"
+
+
+def can_be_marked(text: str) -> bool:
+    return not (MARK in text or END in text or not text.isascii() and RARE_WHITE.search(text))
 
 
 def marked(text: str, pattern: str) -> str:
-    """`text` with a mark before the last of two or more white-space characters; "" if it cannot be marked.
+    """`text`, perhaps of several documents, with a mark before the last of two or more white-space characters.
 
     "if x:\n    y" -> "if x:\n   \0 y". Most patterns have `\\s*[\\r\\n]+`, which takes a run that ends in a line break.
     """
-    if MARK in text or not text.isascii() and RARE_WHITE.search(text):
-        return ""
     data = np.frombuffer(utf8(text), np.uint8)
     white = (data == ord(" ")) | (data - np.uint8(ord("\t")) < 5)
-    last = white[1:-1] & white[:-2] & ~white[2:]
+    last = white[1:-1] & white[:-2] & ~white[2:] & (data[2:] != ord(END))
     if r"\s*[\r\n]+" in pattern:
         last &= (data[1:-1] != ord("\n")) & (data[1:-1] != ord("\r"))
     return np.insert(data, np.flatnonzero(last) + 1, ord(MARK)).tobytes().decode()

@@ -343,7 +343,7 @@ def write_split(folder: Path, split: str, raw: Corpus, tokenizer, shard_tokens: 
     writer = ShardWriter(folder, split, tokenizer.vocab_size, shard_tokens, begun["shards"], begun["sums"])
     text = CountedText(raw, split, tokenizer, replace)
     progress = ProgressLine(f"{split} tokens", raw.size(split), raw.unit, raw.scale, quiet, note)
-    jobs, encode_job = text.jobs(), partial(encode, tokenizer, np.array([tokenizer.role("eot")], np.uint32))
+    jobs, encode_job = text.jobs(), partial(encode, tokenizer, tokenizer.role("eot"))
     try:
         if split in state:
             job = find_job(jobs, begun["task"], begun["mark"], folder)
@@ -411,17 +411,11 @@ def rest_of_document(pieces: Iterator[Piece]) -> Iterator[str]:
             return
 
 
-def encode(tokenizer, eot: np.ndarray, job: Job) -> np.ndarray:
+def encode(tokenizer, eot: int, job: Job) -> np.ndarray:
     """The ids, with end-of-text after each document that ends here; uint16 if they fit, to send less back."""
     ids = job.work
     if isinstance(ids, list):
-        parts = []
-        for text, ends in job.work:
-            if text:
-                parts.append(tokenizer.encode_to_numpy(text))
-            if ends:
-                parts.append(eot)
-        ids = np.concatenate(parts)
+        ids = tokenizer.encode_documents(ids, eot)
     if ids.max(initial=0) < 1 << 16:
         return ids.astype(np.uint16)
     return ids.astype(np.uint32)

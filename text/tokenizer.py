@@ -103,6 +103,16 @@ class Tokenizer:
         for chunk in self.independent_chunks(texts, allow_special):
             yield self.encode_to_numpy(chunk, allow_special)
 
+    def encode_documents(self, pieces: Iterable[tuple[str, bool]], eot: int) -> np.ndarray:
+        """Ids of documents in pieces, (text, True if the document ends with it), with `eot` after each document."""
+        end, found = np.array([eot], np.uint32), [np.empty(0, np.uint32)]
+        for text, ends in pieces:
+            if text:
+                found.append(self.encode_to_numpy(text))
+            if ends:
+                found.append(end)
+        return np.concatenate(found)
+
     def decode_bytes(self, ids: Iterable[int], after: Iterable[int] = ()) -> bytes:
         """Bytes of `ids`, special tokens by their names. UserError for an id that is not in the vocabulary.
 
