@@ -37,8 +37,9 @@ from text.corpus import TRAINED, Corpus, DataSettings
 from text.foreign_shards import count_shards, find_shards
 from text.overwrite import Overwrite
 from text.records import SEPARATOR, files_pieces, path_name, reading, text_files
-from text.shards import FORMAT, PREPARED, TokenStream, read_meta, write_meta, write_split
+from text.shards import FORMAT, PREPARED, TokenStream, read_meta, write_meta
 from text.tokenizer_files import TIKTOKEN, holds_tokenizer, load_tokenizer, train_tokenizer
+from text.write_shards import write_splits
 
 OFTEN = 4  # passes over a part of a mixture; we mention more
 
@@ -170,7 +171,7 @@ class Preparation:
         return True
 
     def build(self, folder: Path, note: Callable[[str], None]) -> None:
-        """Fill the folder. Validation comes first: if it is empty, we fail at once."""
+        """Fill the folder. Validation with files of its own comes first: if it is empty, we fail at once."""
         data, raw, quiet = self.data, self.raw, self.quiet
         (folder / "meta.json").unlink(missing_ok=True)
         if self.overwrite.is_due(folder, "tokens"):
@@ -189,13 +190,13 @@ class Preparation:
         if data.mixture and data.mixture_unit == "tokens":
             raw = corpus.open_mixture(data, count_tokens)
         splits = {}
-        for split in ("val", "train"):
-            if self.shards:
-                progress = ProgressLine(f"reading {split}", 0, "MB", 1e6, quiet, note)
-                splits[split] = count_shards(self.shards[split], tokenizer, data.bin_dtype, progress)
-            else:
-                splits[split] = write_split(folder, split, raw, tokenizer, data.shard_tokens, data.workers, quiet,
-                                            note, data.replace_missing)
+        for split, files in self.shards.items():
+            progress = ProgressLine(f"reading {split}", 0, "MB", 1e6, quiet, note)
+            splits[split] = count_shards(files, tokenizer, data.bin_dtype, progress)
+        for together in raw.passes():
+            if not self.shards:
+                splits |= write_splits(folder, together, raw, tokenizer, data.shard_tokens, data.workers, quiet, note,
+                                       data.replace_missing)
         if raw.sources() != self.sources:
             (folder / "state.json").unlink(missing_ok=True)
             raise UserError(f"the files of {raw.name} changed while we read them; start again")
@@ -294,7 +295,7 @@ def find_source(data: DataSettings) -> tuple[Corpus, object, dict[str, list[Path
         if (folder / "meta.json").is_file():
             TokenStream(folder, "val", tokenizer)  # shards of ours: refuses another tokenizer
     raw = Corpus(path_name(data.data_path), files, notes=parts.notes)
-    return raw, tokenizer, {"train": parts.train, "val": parts.val}
+    return raw, tokenizer, {"val": parts.val, "train": parts.train}
 
 
 def named_tokenizer(name: str):

@@ -50,8 +50,8 @@ from runtime.resume import data_words, find_tokens, read_made_of, tokenizer_word
 from runtime.screen import ProgressLine, run
 from text.batches import Validation
 from text.corpus import DataSettings
-from text.records import Position, files_pieces, text_files, total_size
-from text.shards import TokenStream, rest_of_document
+from text.records import Position, files_pieces, rest_of_document, text_files, total_size
+from text.shards import TokenStream
 from text.tokenizer import Excerpt, LostCharacters, Tokenizer
 
 # train.py needs `evaluate` alone, so benchmarks, chat and examples are imported where they are used.

@@ -21,7 +21,8 @@ from text.batches import (
     permute,
     round_keys,
 )
-from text.shards import FORMAT, ShardWriter, TokenStream
+from text.shards import FORMAT, TokenStream
+from text.write_shards import ShardWriter
 
 EOT = 9
 

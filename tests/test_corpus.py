@@ -67,8 +67,7 @@ def test_document_without_newlines_is_cut_all_the_same(tmp_path):
 
 def test_the_training_part_of_a_single_document_ends_where_validation_begins():
     pieces, plan = [("ab\n", False), ("cd\n", True)], corpus.Split(cut_at=3)
-    assert list(corpus.split_pieces(pieces, plan, "train")) == [("ab\n", True)]
-    assert list(corpus.split_pieces(pieces, plan, "val")) == [("cd\n", True)]
+    assert list(corpus.label_pieces(pieces, plan)) == [("train", "ab\n", True), ("val", "cd\n", True)]
 
 
 def test_many_documents_are_split_whole_and_their_copies_never_part(tmp_path):

@@ -19,8 +19,7 @@ from data import prepare
 from model import ModelConfig
 from runtime import files
 from runtime.files import fcntl, working
-from text import overwrite
-from text import shards as sharding
+from text import overwrite, write_shards
 from text.batches import Batches, Validation
 from text.corpus import TRAINED, DataSettings
 from text.shards import CHECKED, TokenStream, read_meta
@@ -232,8 +231,8 @@ def test_file_that_changes_while_it_is_read_is_refused(tmp_path, corpus_file, mo
         write(corpus_file, "changed " + prose(2000))
         return cut(*args)
 
-    cut = sharding.cut_into_jobs
-    monkeypatch.setattr(sharding, "cut_into_jobs", slow)
+    cut = write_shards.cut_into_jobs
+    monkeypatch.setattr(write_shards, "cut_into_jobs", slow)
     with pytest.raises(UserError, match="changed while we read them"):
         made(tmp_path, data_path=corpus_file)
     assert not list(tmp_path.glob("cache/*/meta.json"))
@@ -333,15 +332,15 @@ SCRIPT = """
 import sys, time
 sys.path.insert(0, {root!r})
 import data
-from text import shards
+from text import write_shards
 from configurator import configure
 from model import ModelConfig
-cut = shards.cut_into_jobs
+cut = write_shards.cut_into_jobs
 def slow(*args):
     print("working", flush=True)
     time.sleep({seconds})
     yield from cut(*args)
-shards.cut_into_jobs = slow
+write_shards.cut_into_jobs = slow
 print(data.prepare(configure([ModelConfig, data.DataSettings], {argv!r}, {{}})), flush=True)
 """
 

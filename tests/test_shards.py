@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,16 +18,24 @@ from data import prepare
 from model import ModelConfig
 from test_data import made, prose
 from test_data import write as write_text
-from text import shards
-from text.corpus import Corpus, DataSettings
-from text.shards import CHECKED, ShardWriter, TokenStream, open_shard, read_meta, token_content, write_meta, write_split
+from text import shards, write_shards
+from text.corpus import Corpus, DataSettings, open_corpus
+from text.shards import (
+    CHECKED,
+    TokenStream,
+    open_shard,
+    read_meta,
+    token_content,
+    write_meta,
+)
 from text.tokenizer_files import train_tokenizer
+from text.write_shards import ShardWriter, write_splits
 
 
 @pytest.fixture(autouse=True)
 def small_tasks(monkeypatch):
-    monkeypatch.setattr(shards, "JOB", 2000)
-    monkeypatch.setattr(shards, "FEW", 2)
+    monkeypatch.setattr(write_shards, "JOB", 2000)
+    monkeypatch.setattr(write_shards, "FEW", 2)
     monkeypatch.setattr("text.pieces.CHUNK", 2000)
 
 
@@ -53,7 +62,7 @@ def corpus(documents=DOCUMENTS) -> Corpus:
 
 def write(folder, raw=None, workers=1, tokenizer=TOKENIZER, shard_tokens=1500):
     folder.mkdir(exist_ok=True)
-    return write_split(folder, "train", raw or corpus(), tokenizer, shard_tokens, workers, quiet=True)
+    return write_splits(folder, ("train",), raw or corpus(), tokenizer, shard_tokens, workers, quiet=True)["train"]
 
 
 def interrupt(folder, stop_at: int, **changes) -> None:
@@ -133,11 +142,39 @@ def test_interrupted_run_goes_on_and_encodes_nothing_twice_that_is_in_a_whole_sh
     done = json.loads((folder / "state.json").read_text())["train"]
     times = {name: (folder / name).stat().st_mtime_ns for name, _ in done["shards"]}
     assert times
-    encoded, encode = [], shards.encode
-    monkeypatch.setattr(shards, "encode", lambda *args: encoded.append(1) or encode(*args))
+    encoded, encode = [], write_shards.encode
+    monkeypatch.setattr(write_shards, "encode", lambda *args: encoded.append(1) or encode(*args))
     assert write(folder) == expected and shard_bytes(folder) == shard_bytes(tmp_path / "whole")
     assert {name: (folder / name).stat().st_mtime_ns for name in times} == times, "a whole shard was written again"
-    assert len(encoded) == len(list(shards.cut_into_jobs(corpus().pieces("train"), TOKENIZER))) - done["task"]
+    jobs = list(write_shards.cut_into_jobs(corpus().split_pieces(("train",)), TOKENIZER))
+    assert len(encoded) == len(jobs) - done["task"]
+
+
+@pytest.mark.parametrize("stop_at", [100, 200, 290])
+def test_training_and_validation_of_one_pass_go_on_after_an_interruption(tmp_path, monkeypatch, stop_at):
+    file, encoded = tmp_path / "a.jsonl", []
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in [prose(20, seed) for seed in range(300)]))
+    raw = open_corpus(DataSettings(data_path=str(file), val_share=0.3))
+    (splits,) = raw.passes()
+
+    def prepare_in(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        return write_splits(tmp_path / name, splits, raw, TOKENIZER, 1500, 1, quiet=True)
+
+    def first_pieces(files):
+        yield from islice(type(raw).read(raw, files), stop_at)
+        raise KeyboardInterrupt
+
+    expected = prepare_in("whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(raw, "read", first_pieces)
+        prepare_in("cut")
+    begun, encode = json.loads((tmp_path / "cut" / "state.json").read_text()), write_shards.encode
+    assert begun["val"]["task"] > 0 and begun["train"]["task"] > 0
+    monkeypatch.setattr(write_shards, "encode", lambda *args: encoded.append(args[-1]) or encode(*args))
+    assert prepare_in("cut") == expected and list(expected) == ["val", "train"]
+    assert shard_bytes(tmp_path / "cut") == shard_bytes(tmp_path / "whole")
+    assert all(job.number >= begun[job.split]["task"] for job in encoded)
 
 
 def test_unknown_tokens_are_counted_over_an_interruption(tmp_path):
@@ -416,13 +453,13 @@ SCRIPT = """
 import sys, time
 sys.path.insert(0, {root!r})
 import data
-from text import shards
-shards.JOB, shards.FEW = 20_000, 2
-encode = shards.encode
+from text import write_shards
+write_shards.JOB, write_shards.FEW = 20_000, 2
+encode = write_shards.encode
 def slow(*args):
     time.sleep(0.1)
     return encode(*args)
-shards.encode = slow
+write_shards.encode = slow
 sys.argv = ["data.py", *{argv!r}]
 data.run(data.main)
 """
@@ -472,7 +509,7 @@ def test_killed_run_leaves_no_process_and_the_same_command_goes_on(tmp_path, mon
     assert all(path.stat().st_mtime_ns == t for path, t in old.items()) and not (folder / "state.json").exists()
     s = configure([ModelConfig, DataSettings], [*argv[:1], f"cache_dir={tmp_path / 'other'}", *argv[2:4],
                                                 "workers=1", argv[5]], environ={})
-    monkeypatch.setattr(shards, "JOB", 20_000)
+    monkeypatch.setattr(write_shards, "JOB", 20_000)
     whole = prepare(s, quiet=True)
     assert read_meta(whole)["splits"] == read_meta(folder)["splits"]
     assert shard_bytes(whole) == shard_bytes(folder)

@@ -102,7 +102,19 @@ class Corpus:
             return ((text, True) for text in self.module.documents(split) if text)
         if self.val_files:
             return self.read(self.train_files)
-        return split_pieces(self.read(self.train_files), self.plan, split)
+        return ((text, ends) for name, text, ends in self.split_pieces(("val", "train")) if name == split)
+
+    def passes(self) -> list[tuple[str, ...]]:
+        """The splits that one pass over the corpus gives together."""
+        if self.module or self.val_files:
+            return [("val",), ("train",)]
+        return [("val", "train")]
+
+    def split_pieces(self, splits: tuple[str, ...]) -> Iterator[tuple[str, str, bool]]:
+        """(split, text, True if the document ends) of a pass."""
+        if len(splits) > 1:
+            return label_pieces(self.read(self.train_files), self.plan)
+        return ((split, *piece) for split in splits for piece in self.pieces(split))
 
     def read(self, files: list[Path], progress: ProgressLine | None = None) -> Iterator[Piece]:
         self.position = Position()
@@ -280,22 +292,21 @@ def plan_split(pieces: Iterable[Piece], share: float) -> Split:
     return Split(cut_at=max(1, int(total * (1 - share))))
 
 
-def split_pieces(pieces: Iterable[Piece], plan: Split, split: str) -> Iterator[Piece]:
-    """The pieces that belong to one split."""
+def label_pieces(pieces: Iterable[Piece], plan: Split) -> Iterator[tuple[str, str, bool]]:
+    """(split, text, True if the document ends) of each piece."""
     position, is_val = 0, None  # is_val: of the document that we are in
     for text, ends in pieces:
         if plan.cut_at:
             here, position = plan.cut_at - position, position + len(text)
             if 0 < here < len(text):
                 line = text.rfind("\n", 0, here) + 1 or here
-                halves = {"train": (text[:line], True), "val": (text[line:], ends)}
-                yield halves[split]
+                yield "train", text[:line], True
+                yield "val", text[line:], ends
                 continue
             is_val, ends = here <= 0, ends or here == len(text)  # where validation begins, the training part ends
         elif is_val is None:
             is_val = plan.is_val(text)
-        if is_val == (split == "val"):
-            yield text, ends
+        yield "val" if is_val else "train", text, ends
         if ends:
             is_val = None
 

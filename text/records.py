@@ -230,6 +230,13 @@ def files_pieces(files: list[Path], text_field: str, position: Position | None =
                 yield text, True
 
 
+def rest_of_document(pieces: Iterator[Piece]) -> Iterator[str]:
+    for text, ends in pieces:
+        yield text
+        if ends:
+            return
+
+
 def find_text(files: list[Path], text_field: str, test: Callable[[str], bool]) -> str:
     """ "file, line n" of the first line or record for which `test` is true, "" if there is none."""
     for path in files:

@@ -1,38 +1,25 @@
 """Shards: files of token ids, the meta.json that describes them, and the stream that joins them.
 
-    part = write_split(folder, "train", raw, tokenizer, shard_tokens=1 << 25)    # documents -> shards, by all cores
-    ids = open_shard(folder / "train_00000.npy")                                 # memory-mapped; also .bin of others
+    ids = open_shard(folder / "train_00000.npy")        # memory-mapped; also .bin of others
     meta = read_meta(folder)
-    stream = TokenStream(folder, "train", tokenizer)                             # the ids of all shards of a split
+    stream = TokenStream(folder, "train", tokenizer)    # the ids of all shards of a split
 
-The text is cut into jobs of about a megabyte, always at the same places. Workers encode the jobs, and this process
-writes their ids in the order of the text, in bounded memory. After each whole shard, `state.json` records where in the
-text it ends. The next call reads the text up to there without encoding it, and its shards equal those of an
-uninterrupted run, byte for byte.
+`text.write_shards` makes them.
 """
 
-import hashlib
-import io
 import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import closing
-from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from configurator import UserError, need
-from runtime.files import file_state, read_json, read_notes, replacing, require_file, write_json
-from runtime.screen import ProgressLine, say
-from text.corpus import Corpus, Mixture
-from text.records import SEPARATOR, Piece, reading
-from text.tokenizer import Excerpt, Unwritable
+from runtime.files import file_state, read_json, read_notes, require_file, write_json
+from runtime.screen import ProgressLine
+from text.records import reading
 
 FORMAT = 1  # of meta.json
 HEADERS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version) of llm.c and modded-nanogpt -> dtype of ids
@@ -49,53 +36,7 @@ PART = SHARDS | {"documents": int, "bytes": int, "unknown": int, "tokens": int, 
 PREPARED = META | {"vocab_size": int, "tokenizer_sum?": int, "trained": str, "skipped": int,
                    "splits": {"train": PART, "val": PART}}  # what data.prepare writes
 
-JOB = 1 << 20  # characters that are encoded together
-FEW = 8        # jobs; fewer are not worth starting workers
-
-
 # ---- Files of ids ----------------------------------------------------------------------------------------------------
-
-
-class ShardWriter:
-    """Cuts a stream of ids into .npy files of `shard_tokens` each: uint16 if the vocabulary fits, else uint32.
-
-    `shards` and `sums` list the files so far; with those of an interrupted writer, this one continues after them.
-    """
-
-    def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int, shards: list = (),
-                 sums: list = ()):
-        self.folder, self.split, self.vocab_size = folder, split, vocab_size
-        self.buffer = np.empty(shard_tokens, np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-        self.filled = 0
-        self.shards, self.sums = list(shards), list(sums)
-        self.tokens = sum(tokens for _, tokens in shards)
-
-    def write(self, ids: np.ndarray) -> None:
-        if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
-            raise UserError(f"the tokenizer gave ids up to {ids.max()}, beyond its vocabulary of {self.vocab_size}")
-        self.tokens += len(ids)
-        while len(ids):
-            some = ids[: len(self.buffer) - self.filled]
-            self.buffer[self.filled : self.filled + len(some)] = some
-            self.filled, ids = self.filled + len(some), ids[len(some) :]
-            if self.filled == len(self.buffer):
-                self.flush()
-
-    def flush(self) -> None:
-        name, ids, header = f"{self.split}_{len(self.shards):05d}.npy", self.buffer[: self.filled], io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(ids))
-        with replacing(self.folder / name) as file:
-            file.write(header.getvalue())
-            file.write(ids.data)
-        self.shards.append([name, self.filled])
-        self.sums.append([zlib.crc32(ids.data, zlib.crc32(header.getvalue())), int(ids.max())])
-        self.filled = 0
-
-    def close(self) -> list[list]:
-        """[[file name, tokens], ...] of all shards."""
-        if self.filled:
-            self.flush()
-        return self.shards
 
 
 def open_shard(path: Path, bin_ids: str = "uint16") -> np.ndarray:
@@ -286,173 +227,3 @@ class TokenStream:
         for begin, ids in zip(self.bounds[:-1], self.shards, strict=True):
             ends.append(begin + 1 + np.flatnonzero(ids == self.eot))
         return np.unique(np.concatenate(ends))
-
-
-# ---- Documents -> shards ---------------------------------------------------------------------------------------------
-
-
-class Job(NamedTuple):
-    number: int
-    mark: str    # hash of the text up to its end
-    done: float  # how much of the corpus was read when it was cut
-    work: list[Piece] | np.ndarray  # ids, if only the tokenizer can cut the text
-
-
-class CountedText:
-    """The pieces of a split on their way to the tokenizer: counted, hashed, and repaired if `replace`."""
-
-    def __init__(self, raw: Corpus, split: str, tokenizer, replace: bool):
-        self.raw, self.split, self.tokenizer, self.replace = raw, split, tokenizer, replace
-        self.counts = {"documents": 0, "bytes": 0, "markers": 0, "replaced": 0}
-        self.content, self.head = hashlib.blake2b(digest_size=16), Excerpt()
-
-    def pieces(self) -> Iterator[Piece]:
-        for text, ends in self.raw.pieces(self.split):
-            if self.replace:
-                text, replaced = self.tokenizer.repaired(text)
-                self.counts["replaced"] += replaced
-            data = text.encode("utf-8")
-            self.content.update(data)
-            if ends:
-                self.content.update(b"\xff")  # a byte that UTF-8 never uses
-                self.counts["documents"] += 1
-            self.counts["bytes"] += len(data)
-            self.counts["markers"] += text.count(SEPARATOR)
-            self.head.add(text)
-            yield text, ends
-
-    def jobs(self) -> Iterator[Job]:
-        for number, work in enumerate(cut_into_jobs(self.pieces(), self.tokenizer)):
-            yield Job(number, self.content.hexdigest(), self.raw.done(self.counts["bytes"]), work)
-
-
-def write_split(folder: Path, split: str, raw: Corpus, tokenizer, shard_tokens: int, workers: int = 0,
-                quiet: bool = False, note: Callable[[str], None] | None = None, replace: bool = False) -> dict:
-    """Encode one split into shards of `folder`; returns its part of meta.json. `workers`: 0 = one per CPU.
-
-    `replace` writes U+FFFD for characters that the tokenizer lacks, and counts them; without it they cause a UserError
-    with file and line.
-    """
-    from runtime.workers import in_order
-
-    state = read_state(folder, quiet)
-    if "content" in state.get(split, {}):  # the whole split was done
-        return state[split]
-    begun = state.get(split, {"skip": 0, "unknown": 0, "shards": [], "sums": []})
-    skip, unknown, unk = begun["skip"], begun["unknown"], tokenizer.role("unk")
-    writer = ShardWriter(folder, split, tokenizer.vocab_size, shard_tokens, begun["shards"], begun["sums"])
-    text = CountedText(raw, split, tokenizer, replace)
-    progress = ProgressLine(f"{split} tokens", raw.size(split), raw.unit, raw.scale, quiet, note)
-    jobs, encode_job = text.jobs(), partial(encode, tokenizer, tokenizer.role("eot"))
-    try:
-        if split in state:
-            job = find_job(jobs, begun["task"], begun["mark"], folder)
-            jobs = chain([job], jobs)
-            progress.restart(job.done)
-            say(f"data: resumes after {text.counts['bytes'] / 1e6:,.1f} MB, {writer.tokens:,} tokens of {split}",
-                quiet)
-        with closing(in_order(encode_job, jobs, workers, few=FEW)) as encoded:
-            for job, ids in encoded:
-                whole, begin = len(writer.shards), writer.tokens - skip  # where in the split the ids begin
-                writer.write(ids[skip:])
-                skip = 0
-                if len(writer.shards) > whole:
-                    inside = writer.tokens - writer.filled - begin
-                    state[split] = {"task": job.number, "mark": job.mark, "skip": inside, "unknown": unknown,
-                                    "shards": writer.shards, "sums": writer.sums}
-                    write_state(folder, state)
-                if unk is not None:
-                    unknown += int(np.count_nonzero(ids == unk))
-                progress.show(job.done, f"{writer.tokens:,} tokens")
-    except Unwritable as error:
-        where = raw.find(lambda text: tokenizer.repaired(text)[1] > 0)
-        raise UserError(f"{where or raw.name}: {error}; REPLACE_MISSING=1 learns U+FFFD in their place, and counts "
-                        "them") from None
-    progress.close()
-    part = text.counts | {"unknown": unknown, "tokens": writer.tokens, "shards": writer.close(), "sums": writer.sums,
-                          "content": text.content.hexdigest()}
-    need(writer.tokens, f"{raw.name} holds no text for {split}; give more documents, or val_path=<a file>")
-    if isinstance(raw.module, Mixture):
-        part["mixture"] = raw.module.mixed[split]
-    lost = tokenizer.lost(text.head.text())
-    if lost.rate:
-        part["lost"] = str(lost)
-    write_state(folder, state | {split: part})
-    return part
-
-
-def cut_into_jobs(pieces: Iterator[Piece], tokenizer) -> Iterator[list[Piece] | np.ndarray]:
-    """Short documents in groups of about JOB characters, long ones in parts with the same ids as the whole."""
-    group, size = [], 0
-    for text, ends in pieces:
-        if ends:
-            group.append((text, True))
-            size += len(text)
-        if group and (size >= JOB or not ends):
-            yield group
-            group, size = [], 0
-        if not ends:
-            document = chain([text], rest_of_document(pieces))
-            chunks = tokenizer.independent_chunks(document)
-            if chunks is None:
-                yield from tokenizer.encode_stream_to_numpy(document)
-            else:
-                for chunk in chunks:
-                    yield [(chunk, False)]
-            group = [("", True)]
-    if group:
-        yield group
-
-
-def rest_of_document(pieces: Iterator[Piece]) -> Iterator[str]:
-    for text, ends in pieces:
-        yield text
-        if ends:
-            return
-
-
-def encode(tokenizer, eot: int, job: Job) -> np.ndarray:
-    """The ids, with end-of-text after each document that ends here; uint16 if they fit, to send less back."""
-    ids = job.work
-    if isinstance(ids, list):
-        ids = tokenizer.encode_documents(ids, eot)
-    if ids.max(initial=0) < 1 << 16:
-        return ids.astype(np.uint16)
-    return ids.astype(np.uint32)
-
-
-# ---- Progress of an interrupted run ----------------------------------------------------------------------------------
-
-
-def read_state(folder: Path, quiet: bool = False) -> dict:
-    """{split: its part of meta.json, or where its last whole shard ends}; {} if the file or a shard is damaged."""
-    path = folder / "state.json"
-    if not path.exists():
-        return {}
-    try:
-        state = read_json(path, {"check": int})
-        need(state.pop("check") == meta_check(state), f"{path} is damaged")
-        for part in state.values():
-            need(len(part["shards"]) == len(part["sums"]), f"{path} is damaged")
-            for (name, tokens), sums in zip(part["shards"], part["sums"], strict=True):
-                shard = shard_path(folder, {}, name)
-                ids = open_shard(shard)
-                need(len(ids) == tokens and measure(shard, ids) == sums, f"{shard} is damaged")
-    except UserError as error:
-        say(f"data: {error}; we start from the beginning", quiet)
-        return {}
-    return state
-
-
-def write_state(folder: Path, state: dict) -> None:
-    write_json(folder / "state.json", state | {"check": meta_check(state)})
-
-
-def find_job(jobs: Iterator[Job], number: int, mark: str, folder: Path) -> Job:
-    """The job in which the last whole shard ends. UserError if the text has changed: a remote stream may, while files
-    are part of the folder's name."""
-    job = next((job for job in jobs if job.number == number), None)
-    if job is None or job.mark != mark:
-        (folder / "state.json").unlink(missing_ok=True)
-        raise UserError(f"the text is not that of the interrupted run whose shards are in {folder}; start again")
-    return job

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 from configurator import UserError, find_path
 from runtime.files import optional
-from text.corpus import document_hash, plan_split, show_dataset, split_pieces
+from text.corpus import document_hash, label_pieces, plan_split, show_dataset
 from text.records import Piece, list_files
 
 VAL_SHARE, VAL_DOCUMENTS = 0.01, 2000
@@ -115,7 +115,8 @@ def carve(choice: Choice, rows: Iterable[dict], split: str) -> Iterator[str]:
     def pieces() -> Iterator[Piece]:
         return ((text, True) for text in texts(choice, rows))
 
-    mine = (text for text, _ in split_pieces(pieces(), plan_split(pieces(), VAL_SHARE), split))
+    labelled = label_pieces(pieces(), plan_split(pieces(), VAL_SHARE))
+    mine = (text for name, text, _ in labelled if name == split)
     return itertools.islice(mine, VAL_DOCUMENTS if split == "val" else None)
 
 
