@@ -81,7 +81,7 @@ def stepping(positions: Tensor, count: int, head_dim: int, carry: bool = False) 
     return partial(turn_wheels, index=index)
 
 
-# ---- dynamic convolution ---------------------------------------------------------------------------------------------
+# ---- convolutions ----------------------------------------------------------------------------------------------------
 
 
 class ConvCache:
@@ -107,13 +107,13 @@ class DynamicConv(nn.Module):
 
     def __init__(self, d_model: int, n_head: int, kernel: int, bias: bool = False):
         super().__init__()
-        self.n_head, self.kernel = n_head, kernel
+        self.d_model, self.n_head, self.kernel = d_model, n_head, kernel
         self.up = nn.Linear(d_model, 2 * d_model, bias=bias)
         self.taps = nn.Linear(d_model, n_head * kernel, bias=False)
         self.down = nn.Linear(d_model, d_model, bias=bias)
 
     def new_cache(self, batch: int, dtype: torch.dtype, device) -> ConvCache:
-        return ConvCache((batch, self.kernel - 1, self.taps.in_features), dtype, device)
+        return ConvCache((batch, self.kernel - 1, self.d_model), dtype, device)
 
     def forward(self, x: Tensor, positions: Tensor, cache: ConvCache | None = None,
                 lengths: Tensor | None = None) -> Tensor:
@@ -132,6 +132,37 @@ class DynamicConv(nn.Module):
         for j in range(1, self.kernel):
             y = y + taps[..., j, :] * rows[:, before - j : -j]
         return self.down(y.view(B, T, D))
+
+
+class ShortConv(nn.Module):
+    """y(t) = x(t) + sum over j < kernel of w(j) · x(t - j), with fixed taps w for each channel, zero at first: a Canon
+    layer (Allen-Zhu, arXiv 2512.17351). Tap j counts only within the same text, as above."""
+
+    new_cache = DynamicConv.new_cache
+
+    def __init__(self, d_model: int, kernel: int):
+        super().__init__()
+        self.d_model, self.kernel = d_model, kernel
+        self.taps = nn.Parameter(torch.empty(kernel * d_model))  # oldest token first; flat, as Muon takes matrices
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.taps)
+
+    def forward(self, x: Tensor, positions: Tensor, cache: ConvCache | None = None,
+                lengths: Tensor | None = None) -> Tensor:
+        """x (B, T, D), positions (T,) or (B, T) -> (B, T, D). `lengths` (B,), if rows differ: their tokens in x."""
+        T, D, K = x.shape[1], self.d_model, self.kernel
+        taps = self.taps.view(K, D).to(x.dtype)
+        rows = F.pad(x, (0, 0, K - 1, 0)) if cache is None else cache.update(x, lengths)  # (B, K - 1 + T, D)
+        if cache is None and positions.ndim == 1:  # one text a row: channels last, in a sixth of the time
+            taps = torch.cat((taps[:-1], taps[-1:] + 1))  # x(t) itself
+            y = F.conv2d(rows[:, :, None].permute(0, 3, 1, 2), taps.t().reshape(D, 1, K, 1), groups=D)
+            return y[..., 0].transpose(1, 2)
+        reach = torch.arange(K - 1, -1, -1, device=x.device)
+        reached = positions[..., None, :] >= reach[:, None]  # (K, T) or (B, K, T)
+        rows = rows.unfold(1, T, 1).transpose(2, 3)  # (B, K, T, D), a view
+        return x + (rows * (taps[:, None] * reached[..., None])).sum(1)
 
 
 # ---- the block -------------------------------------------------------------------------------------------------------

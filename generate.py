@@ -125,7 +125,7 @@ class Decoder:
         self.drafts: list[list[int]] = []  # the n - 1 drafted ids of each row
         self.unused = torch.tensor(list(unused), dtype=torch.int64, device=self.device)
         need(not speculation or self.cache.can_shorten, "speculate= needs a model that can take back what it read: "
-             "one with a sliding window, or with the convolution of Enigma, cannot")
+             "one with a sliding window, or with a convolution, cannot")
 
     def add(self, row: Row) -> None:
         if not row.ended:

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import Attention, LatentAttention, Place, RopeScaling, example_mask, rotation, seen_keys, sinusoids
 from configurator import BelowOne, Count, NotNegative, Positive, Range, Size, check_fields, need
-from enigma import EnigmaBlock, stepping
+from enigma import EnigmaBlock, ShortConv, stepping
 from ffn import Experts, FeedForward, LayerNorm, MoE, RMSNorm, default_d_ff
 from loss import HeadLoss, soft_cap
 from reversible import Branch, Chain, Held, probe
@@ -82,6 +82,7 @@ class ModelConfig:
     balance_rate: NotNegative = 1e-3  # balance=bias: how far the router bias moves each step
     bias: bool = False          # biases in linear layers and LayerNorm
     qkv_bias: bool = False      # biases of queries, keys and values alone, as in Qwen2
+    short_conv: DimOrZero = 0   # taps of a convolution of each block's input to attention, 4 is usual; 0 = none
     dropout: BelowOne = 0.0     # dropout on embeddings, attention weights and branch outputs
     init_std: NotNegative = 0.02  # standard deviation of initial weights; for branch outputs divided by √branches
     checkpoint_activations: bool = False  # save memory: keep only the blocks' inputs, recompute the rest
@@ -110,14 +111,17 @@ class Block(nn.Module):
         self.post = cfg.norm_position == "post"
         self.parallel = cfg.residual == "parallel"
         self.attn_norm = make_norm(cfg)
+        self.conv = ShortConv(cfg.d_model, cfg.short_conv) if cfg.short_conv else None
         self.attn = make_attention(cfg, layer)
         self.ffn_norm = make_norm(cfg)
         self.ffn = make_ffn(cfg, layer)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def attend(self, x: Tensor, place: Place, cache=None) -> Tensor:
+    def attend(self, x: Tensor, place: Place, cache=None, conv_cache=None) -> Tensor:
         if not self.post:
             x = self.attn_norm(x)
+        if self.conv is not None:
+            x = self.conv(x, place.positions, conv_cache, place.lengths)
         return self.dropout(self.attn(x, place.turn, cache, place))
 
     def think(self, x: Tensor, place: Place, cache: None = None) -> Tensor:
@@ -130,9 +134,9 @@ class Block(nn.Module):
             place.balance.append(balance)
         return self.dropout(y)
 
-    def forward(self, x: Tensor, place: Place, cache=None) -> Tensor:
+    def forward(self, x: Tensor, place: Place, cache=None, conv_cache=None) -> Tensor:
         """x (B, T, D) -> (B, T, D), on a single stream."""
-        attended = x + self.attend(x, place, cache)
+        attended = x + self.attend(x, place, cache, conv_cache)
         if self.parallel:
             return attended + self.think(x, place)
         if self.post:
@@ -141,8 +145,11 @@ class Block(nn.Module):
         return attended + self.think(attended, place)
 
     def new_caches(self, batch: int, length: int, dtype: torch.dtype, device) -> list:
-        """A cache of the past for each branch; None if it needs none."""
-        return [self.attn.new_cache(batch, length, dtype, device), None]
+        """The pasts of attention and of the convolution before it; None if there is none."""
+        conv_cache = None
+        if self.conv is not None:
+            conv_cache = self.conv.new_cache(batch, dtype, device)
+        return [self.attn.new_cache(batch, length, dtype, device), conv_cache]
 
 
 class ReversibleBlock(Block):
@@ -279,12 +286,13 @@ class LanguageModel(nn.Module):
         shears                                0: no mixing yet
         a tied embedding                      divided by embed_scale, or the head would start that much larger
         gains of norms                        1
+        taps of short_conv                    0: the input passes as it is
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding | Experts):
                 for p in module.parameters():
                     nn.init.normal_(p, std=self.cfg.init_std) if p.ndim > 1 else nn.init.zeros_(p)
-            elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+            elif isinstance(module, nn.RMSNorm | nn.LayerNorm | ShortConv):
                 module.reset_parameters()
         branches = 2 * len(self.blocks)
         if self.cfg.kernel:
@@ -373,7 +381,7 @@ class LanguageModel(nn.Module):
             if recompute:
                 x = checkpoint(block, x, place, use_reentrant=False)
             else:
-                x = block(x, place, None if cache is None else cache.blocks[i][0])
+                x = block(x, place, *(() if cache is None else cache.blocks[i]))
         return x
 
     def on_two_streams(self, x: Tensor, place: Place, cache: Cache | None) -> Tensor:
@@ -521,9 +529,10 @@ def check_sizes(cfg: ModelConfig) -> None:
         needs_multiples(cfg, "attention=mla", rope_dim=2)
     if cfg.n_expert:
         check_experts(cfg)
+    need(cfg.short_conv <= cfg.seq_len, f"short_conv={cfg.short_conv} must be at most seq_len={cfg.seq_len}")
     if cfg.reversible:  # every branch is computed twice, and must give the same result
         needs_values(cfg, "reversible=True", dropout=0, checkpoint_activations=False)
-        needs_values(cfg, "reversible=True", norm_position="pre", residual="serial")
+        needs_values(cfg, "reversible=True", norm_position="pre", residual="serial", short_conv=0)
     if cfg.n_enigma:
         needs_values(cfg, f"n_enigma={cfg.n_enigma}", reversible=True, norm="rmsnorm", qkv_bias=False, window=0)
         need(cfg.head_dim >= 4, f"head_dim={cfg.head_dim} must be at least 4 in Enigma blocks")

@@ -154,7 +154,7 @@ class SmallModel:
     def __init__(self, model: LanguageModel, capacity: int, unused: list[int]):
         self.decoder = Decoder(model, capacity, unused=unused)
         need(self.decoder.cache.can_shorten, "the draft model cannot take back what it read, with a sliding window or "
-             "the convolution of Enigma: speculate with another one")
+             "a convolution: speculate with another one")
 
     def propose(self, rows: list[Row], lengths: list[int]) -> list[list[int]]:
         drafts = [self.copy(row, length) for row, length in zip(rows, lengths, strict=True)]

@@ -100,7 +100,8 @@ GPT2_SIZES = [("vocab_size", "vocab_size", "vocab_size"), ("seq_len", "n_positio
 
 SOME = "at least one"  # of a setting that a family needs: any value but 0
 UNBIASED = "loss or none"  # of balance: a router without a bias
-PLAIN = dict(norm_position="pre", residual="serial", embed_scale=1.0, logit_softcap=0.0, reversible=False, n_enigma=0)
+PLAIN = dict(norm_position="pre", residual="serial", embed_scale=1.0, logit_softcap=0.0, short_conv=0, reversible=False,
+             n_enigma=0)
 ROTARY = PLAIN | dict(norm="rmsnorm", position="rope", bias=False)
 LLAMA = ROTARY | dict(attention="gqa", ffn="swiglu", qk_norm=False, qkv_bias=False, window=0, n_expert=0)
 SPARSE = dict(n_expert=SOME, n_shared=0, n_dense=0, router="softmax", router_scale=1.0, n_group=1, balance=UNBIASED)

@@ -159,7 +159,8 @@ def random_config(rng: random.Random) -> dict:
              "window": [0, 0, 1, 3, 100], "window_pattern": ["S", "SL", "SSL", "", "x"], "n_expert": [0, 0, 1, 4, 8],
              "top_k": [1, 2, 3, 8], "n_shared": [0, 1, 2], "d_expert": [0, 8, 16, 5], "n_dense": [0, 0, 1, 2],
              "n_group": [1, 2, 3], "topk_group": [1, 2], "n_enigma": [0, 0, 1, 2], "kernel": [0, 1, 4, 9],
-             "kv_rank": [0, 8, 5], "q_rank": [0, 8, 5], "rope_dim": [0, 2, 3, 4], "rope_original": [0, 4]}
+             "kv_rank": [0, 8, 5], "q_rank": [0, 8, 5], "rope_dim": [0, 2, 3, 4], "rope_original": [0, 4],
+             "short_conv": [0, 0, 1, 4, 9]}
     extreme = [0, 1, -1, 1.5, 1e-30, 1e30, float("nan"), float("inf"), 10**19, None, "x", True]
     chosen = {"d_model": rng.choice([8, 16, 24, 32]), "n_head": rng.choice([1, 2, 4]), "vocab_size": 64,
               "n_kv_head": rng.choice([0, 1, 2]), "seq_len": rng.choice([4, 16]), "n_layer": 2}

@@ -658,8 +658,9 @@ OTHER = dict(  # values of every setting
     top_k=[2], n_shared=[0, 2], d_expert=[24], n_dense=[0, 1], router=["softmax", "sigmoid"],
     router_renormalise=[True, False], router_scale=[2.5], n_group=[1, 2], topk_group=[1, 2],
     balance=["loss", "bias", "none"], balance_loss=[0.5], balance_rate=[0.5], bias=[True, False],
-    qkv_bias=[True, False], dropout=[0.3], init_std=[2.0], checkpoint_activations=[True], reversible=[True],
-    reversible_grid=[3], n_enigma=[1], wheels=["none"], kernel=[0], shears=[False], label_smoothing=[0.2])
+    qkv_bias=[True, False], short_conv=[4], dropout=[0.3], init_std=[2.0], checkpoint_activations=[True],
+    reversible=[True], reversible_grid=[3], n_enigma=[1], wheels=["none"], kernel=[0], shears=[False],
+    label_smoothing=[0.2])
 
 
 @pytest.mark.parametrize("kind", OURS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attention import example_mask
-from enigma import ConvCache, DynamicConv, turn_wheels, wheel_index, wheel_offsets, wheel_sizes
+from enigma import ConvCache, DynamicConv, ShortConv, turn_wheels, wheel_index, wheel_offsets, wheel_sizes
 from test_model import shaken, tiny
 
 VARIANTS = {
@@ -121,6 +121,21 @@ def test_dynamic_convolution_by_pieces_equals_the_whole(chunks):
     assert torch.allclose(torch.cat(parts, 1), conv(x, torch.arange(7)), atol=1e-6)
 
 
+@pytest.mark.parametrize("starts", [[0], [0, 3, 4]])
+def test_short_convolution_equals_its_definition(starts):
+    """In both its forms: a row is one text, or has several."""
+    conv, x = shaken(ShortConv(8, 3)), torch.randn(2, 7, 8)
+    positions = torch.arange(7)
+    if len(starts) > 1:
+        positions = torch.tensor([t - max(s for s in starts if s <= t) for t in range(7)]).expand(2, -1)
+    y, taps = x.clone(), conv.taps.view(3, 8).flip(0)
+    for t in range(7):
+        for j in range(min(3, t - max(s for s in starts if s <= t) + 1)):
+            y[:, t] += taps[j] * x[:, t - j]
+    assert torch.allclose(conv(x, positions), y, atol=1e-6)
+    assert torch.equal(ShortConv(8, 3)(x, positions), x)
+
+
 # ---- the model
 
 
@@ -160,7 +175,8 @@ def test_every_part_has_an_effect(variant):
     assert torch.equal(base(ids), changed(ids)) == (variant == "as it is")
 
 
-@pytest.mark.parametrize("kind", ["enigma", "reversible", "alibi", "quickstart", "gpt2", "mla", "window"])
+@pytest.mark.parametrize("kind", ["enigma", "reversible", "alibi", "quickstart", "gpt2", "mla", "window",
+                                  "short convolution"])
 def test_packed_examples_do_not_touch(kind):
     model = shaken(tiny(kind))
     ids = torch.randint(97, (2, 24))

@@ -32,6 +32,7 @@ KINDS = {
     "mla moe": dict(attention="mla", qk_norm=False, n_expert=8, top_k=3, n_shared=1, d_expert=16, n_dense=1,
                     router="sigmoid", router_scale=2.5, balance="bias", n_group=4, topk_group=2),
     "reversible moe": dict(reversible=True, n_expert=4, d_expert=32, balance="bias", n_kv_head=2),
+    "short convolution": dict(short_conv=4, n_kv_head=2),
     "nope": dict(ffn="silu", position="none", n_kv_head=1, head_dim=12),
 }
 
@@ -253,6 +254,8 @@ EXPERTS = dict(n_expert=8, top_k=3, d_expert=24)
     ("kernel", dict(kernel=-1) | ENIGMA),
     ("kernel=99", dict(kernel=99) | ENIGMA),
     ("window=0", dict(window=4) | ENIGMA),
+    ("short_conv=33", dict(short_conv=33)),
+    ("short_conv=0", dict(short_conv=4, reversible=True)),
     ("balance=bias", dict(reversible=True) | EXPERTS),
     ("top_k=9", EXPERTS | dict(top_k=9)),
     ("top_k=0", EXPERTS | dict(top_k=0)),

@@ -20,7 +20,8 @@ KINDS = {
     "learned": "POSITION=learned NORM=layernorm BIAS=1", "dropout": "DROPOUT=0.1",
     "latent": "ATTENTION=mla QK_NORM=0", "experts": "N_EXPERT=4 D_EXPERT=16 N_SHARED=1",
     "reversible": "REVERSIBLE=1", "enigma": "REVERSIBLE=1 N_ENIGMA=1 POSITION=alibi",
-    "checkpointed": "CHECKPOINT_ACTIVATIONS=1", "lora": "USE_LORA=1 LORA_RANK=2",
+    "convolution": "SHORT_CONV=4", "checkpointed": "CHECKPOINT_ACTIVATIONS=1",
+    "lora": "USE_LORA=1 LORA_RANK=2",
 }
 
 
