@@ -149,6 +149,6 @@ if __name__ == "__main__":
     log = out / "counting-grpo" / "log.csv"
     if log.is_file():
         draw_reward(HERE / "reward.png", log)
-    runs = {"Enigma": (out / "poetry" / "log.csv", 0.73), "plain transformer": (out / "poetry-plain" / "log.csv", 0.54)}
+    runs = {"Enigma": (out / "poetry" / "log.csv", 0.73), "plain transformer": (out / "poetry-plain" / "log.csv", 0.52)}
     if all(log.is_file() for log, _ in runs.values()):
         draw_poetry(HERE / "poetry.png", runs)
