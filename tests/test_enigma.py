@@ -136,6 +136,14 @@ def test_short_convolution_equals_its_definition(starts):
     assert torch.equal(ShortConv(8, 3)(x, positions), x)
 
 
+def test_taps_of_every_plain_block_change_what_the_model_says():
+    model, ids = shaken(tiny("short convolution")), torch.randint(97, (1, 12))
+    for block in model.blocks:
+        before = model(ids)
+        block.conv.reset_parameters()
+        assert not torch.allclose(model(ids), before, atol=1e-4)
+
+
 # ---- the model
 
 
