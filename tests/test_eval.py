@@ -20,12 +20,13 @@ import eval as module
 import train
 from configurator import ROOT, UserError, configure
 from conftest import tiny_run
-from eval import Choice, Score, TextWindows, evaluate, log_likelihoods, overlapping
+from eval import Choice, Score, evaluate, log_likelihoods
 from model import LanguageModel, ModelConfig
 from runtime import checkpoint, resume
 from runtime.device import MachineSettings, choose_machine
 from text.shards import TokenStream
 from text.tokenizer_files import train_tokenizer
+from text.windows import TextWindows, overlapping
 
 MACHINE = choose_machine(MachineSettings(device="cpu", dtype="float32"))
 TEXT = "Ein süßer Hund, 水 and the quick brown fox.\n" * 30

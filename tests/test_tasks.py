@@ -16,7 +16,6 @@ from configurator import UserError
 from eval import (
     Choice,
     alike,
-    begin_ids,
     cast_products,
     log_likelihoods,
     question_batches,
@@ -292,8 +291,8 @@ def test_the_marks_of_wikihow_go_as_in_the_harness(data):
 def test_a_begin_token_is_added_as_the_files_say_or_as_asked(tokenizers):
     plain, with_bos = tokenizers["plain"][0], tokenizers["bos"][0]
     eot = plain.role("eot")
-    assert (begin_ids(plain), begin_ids(with_bos)) == ([], [eot])
-    assert (begin_ids(plain, "yes"), begin_ids(with_bos, "no")) == ([eot], [])
+    assert (plain.begin_ids(), with_bos.begin_ids()) == ([], [eot])
+    assert (plain.begin_ids("yes"), with_bos.begin_ids("no")) == ([eot], [])
 
 
 def test_white_space_at_the_end_of_a_context_goes_to_the_continuation(tokenizers):

@@ -179,6 +179,12 @@ class Tokenizer:
             return "SpecialToken" in steps[0]
         return bool(self.config.get("add_bos_token"))
 
+    def begin_ids(self, bos: str = "auto") -> list[int]:
+        """The ids before a text: its begin-of-text token if `bos` is "yes", or "auto" and the files ask for one."""
+        if bos == "no" or (bos == "auto" and not self.adds_bos()):
+            return []
+        return [self.needs("eot" if self.role("bos") is None else "bos")]
+
     def needs(self, name: str) -> int:
         """`role(name)`; UserError if there is none."""
         i = self.role(name)
