@@ -273,8 +273,13 @@ def matmul_dtype(device: torch.device) -> torch.dtype:
     """bf16 where the hardware multiplies it natively, else fp32."""
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        native = cpu_multiplies("bf16")
     return torch.bfloat16 if native else torch.float32
+
+
+def cpu_multiplies(name: str) -> bool:
+    """Whether this CPU has instructions for "bf16" or "fp16", as oneDNN knows. PyTorch for Macs lacks oneDNN."""
+    return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
 
 
 # ---- both together ----

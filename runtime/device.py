@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import Size, UserError, check_fields, need, process_rank, shown
-from optim import matmul_dtype
+from optim import cpu_multiplies, matmul_dtype
 from runtime.screen import leaving, tell
 
 
@@ -151,7 +151,9 @@ def choose_machine(s: MachineSettings) -> Machine:
 def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype of matrix products, and why."""
     if wanted != "auto":
-        return getattr(torch, wanted), "as set"
+        short = {"bfloat16": "bf16", "float16": "fp16"}.get(wanted)
+        is_slow = device.type == "cpu" and short and not cpu_multiplies(short)
+        return getattr(torch, wanted), "as set; this cpu is much faster in float32" if is_slow else "as set"
     if matmul_dtype(device) == torch.bfloat16:
         return torch.bfloat16, f"native on this {device.type}"
     if device.type == "cuda":

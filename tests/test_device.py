@@ -35,9 +35,25 @@ def test_device_and_dtype_are_as_set():
     assert choose_machine(MachineSettings(device="meta")).device == torch.device("meta")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         machine = choose_machine(MachineSettings(device="cpu", dtype=str(dtype).removeprefix("torch.")))
-        assert (machine.dtype, machine.reason) == (dtype, "as set")
+        assert machine.dtype == dtype and machine.reason.startswith("as set")
         with machine.autocast():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_without_onednn_products_are_in_float32(monkeypatch):
+    """PyTorch for Macs has none, and then torch.ops.mkldnn is empty."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    assert choose_machine(MachineSettings(device="cpu")).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype, native, is_slow", [
+    ("float32", False, False), ("bfloat16", False, True), ("bfloat16", True, False), ("float16", False, True),
+])
+def test_a_dtype_that_is_slow_on_this_cpu_is_said(monkeypatch, dtype, native, is_slow):
+    monkeypatch.setattr("runtime.device.cpu_multiplies", lambda name: native)
+    said = choose_machine(MachineSettings(device="cpu", dtype=dtype)).describe()
+    assert ("faster in float32" in said) == is_slow and dtype in said
 
 
 @pytest.mark.parametrize("device, compile, is_set, wanted", [
