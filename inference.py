@@ -122,8 +122,8 @@ class PackedLinear(nn.Linear):
     A few rows are multiplied in float32, and stay it, by a copy of W in float16, in the layout of fbgemm, which comes
     with torch for x86. It is exact for every |w| from 6e-5 to 65,504, and of smaller ones 3e-8 are lost. oneDNN's
     bfloat16 products read such rows at half of the speed of memory or less, but are faster for many rows
-    (docs/log.md). With AVX-512, a row's result does not depend on the other rows. With AVX2 alone, fbgemm adds up one
-    or two rows in another order than more, so they may differ by the rounding of float32.
+    (docs/log.md). With AVX-512, a row's result does not depend on the other rows. With AVX2 alone, fbgemm adds up
+    one or two rows in another order than more, so a row alone and among others may differ by float32's rounding.
     """
 
     packed = None
