@@ -7,6 +7,7 @@ are sent, so nothing depends on speed. The last ones have the real server and sm
 import json
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -61,7 +62,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def fail(self, status: int, message: str):
-        self.reply(status, "application/json", json.dumps({"error": {"message": message}}).encode())
+        self.reply(status, "application/json", b"")
+        time.sleep(0.1)  # a network may bring the reason later than the status
+        self.wfile.write(json.dumps({"error": {"message": message}}).encode())
 
     def allowed(self) -> bool:
         return self.headers["Authorization"] == f"Bearer {self.server.key}" or not self.server.key
