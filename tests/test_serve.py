@@ -1,6 +1,5 @@
 """The server, in this process: real sockets, a tiny model."""
 
-import contextlib
 import http.client
 import json
 import re
@@ -223,12 +222,10 @@ def test_a_body_that_comes_too_slowly_is_not_waited_for(server, monkeypatch):
     monkeypatch.setattr(web, "READ_SECONDS", 0.3)
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as connection:
         connection.sendall(b"POST /completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
-        began = time.monotonic()
-        with contextlib.suppress(OSError):
-            while True:
+        with pytest.raises(OSError):  # before the body is whole
+            for _ in range(1000):
                 connection.sendall(b" ")
                 time.sleep(0.05)
-        assert time.monotonic() - began < 10
     wait_until(lambda: not server.deadlines and not server.answering)
 
 
@@ -256,10 +253,9 @@ def test_a_signal_ends_the_server_at_once_and_it_says_what_it_cut(run, number, c
         return json.loads(health.getresponse().read())["texts"] > 0
 
     wait_until(answering)
-    began = time.monotonic()
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    assert time.monotonic() - began < 5 and process.returncode == code
+    assert process.returncode == code
     assert said.endswith("stopped; answers that were cut: 1\n") and "Traceback" not in said
     answer = connection.getresponse()
     assert answer.status == 503 and "the server ends" in json.loads(answer.read())["error"]["message"]
