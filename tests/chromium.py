@@ -119,7 +119,7 @@ class Page:
         assert "exceptionDetails" not in out, out["exceptionDetails"]
         return out["result"].get("value")
 
-    def wait(self, expression: str, seconds: float = 10):
+    def wait(self, expression: str, seconds: float = 60):
         """Until the expression is true; its value."""
         end = time.monotonic() + seconds
         while not (value := self.see(expression)):
