@@ -17,7 +17,7 @@ ledger counts the bytes that are alive. What kernels need inside, and the holes 
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -28,9 +28,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import loss
 from configurator import Settings
 from lora import LoraSettings, inject, narrow
-from loss import GROUP_ELEMENTS, head_pass, rows_that_hold
 from model import LanguageModel, ModelConfig, NoDraws
 from optim import Optimizer, OptimSettings, matmul_dtype, muon_step
 
@@ -46,6 +46,8 @@ class Ledger(TorchDispatchMode):
         self.known: dict[int, weakref.ref] = {}  # storages, by address
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.prim.device.default:  # most of the calls; the mode below takes long to answer
+            return args[0].fake_device
         if function is torch.ops.aten._grouped_mm.default:  # torch knows the shape of its result in bfloat16 only
             result = grouped_result(*args)
         else:
@@ -67,6 +69,21 @@ class Ledger(TorchDispatchMode):
         self.known[key] = weakref.ref(storage, gone)
         self.alive += size
         self.most = max(self.most, self.alive)
+
+    def once(self, function: Callable[..., None]) -> Callable[..., None]:
+        """`function`, which works in place and keeps nothing: run for the first arguments of each shape alone. For the
+        others, what it needed then is alive for a moment."""
+        needs: dict[tuple, int] = {}
+
+        def run(*args) -> None:
+            key = tuple((arg.shape, arg.dtype) if isinstance(arg, Tensor) else arg for arg in args)
+            if key not in needs:
+                most, self.most = self.most, self.alive
+                function(*args)
+                needs[key], self.most = self.most - self.alive, most
+            self.most = max(self.most, self.alive + needs[key])
+
+        return run
 
     def settle(self, parameter: Tensor) -> None:
         self.stages.append((self.settled, self.most - self.settled))
@@ -93,8 +110,13 @@ def stand_in(gpu: bool) -> str:
 @contextmanager
 def ghosts(device: str = "cpu") -> Iterator[Ledger]:
     """Inside, tensors have no memory, and a ledger counts what they would have."""
+    of_block = loss.softmax_loss  # a head has thousands of them, all alike
     with FakeTensorMode(), NoDraws(), torch.device(device), Ledger() as ledger:
-        yield ledger
+        loss.softmax_loss = ledger.once(of_block)
+        try:
+            yield ledger
+        finally:
+            loss.softmax_loss = of_block
 
 
 def sum_bytes(tensors) -> int:
@@ -205,11 +227,11 @@ def count_pass(s: Settings, rows: int, dtype: torch.dtype, gpu: bool, shards: bo
             x = model.norm(model.through_blocks(x, place, None))
             activations, forward = ledger.alive - before, ledger.most - before
             ledger.restart()
-            loss = model.nats(x, ids, None).sum()
+            total = model.nats(x, ids, None).sum()
         head = ledger.most - before
         del x, place
         ledger.restart()
-        loss.backward()
+        total.backward()
         stages = [(settled, most - before) for settled, most in ledger.stages]
         found = Pass(activations, forward, head, stages)
     if gpu:  # whose chunks of logits are larger
@@ -221,14 +243,14 @@ def count_pass(s: Settings, rows: int, dtype: torch.dtype, gpu: bool, shards: bo
 @cache
 def head_chunks(tokens: int, width: int, entries: int, dtype: torch.dtype, device: str) -> float:
     """Most bytes while the head reads its tokens. After some groups of them, more add only their own rows."""
-    group = rows_that_hold(GROUP_ELEMENTS[device], entries)
+    group = loss.rows_that_hold(loss.GROUP_ELEMENTS[device], entries)
     if tokens > 4 * group:
         three, four = (head_chunks(n * group, width, entries, dtype, device) for n in (3, 4))
         return three + (four - three) * (tokens / group - 3)
     with ghosts(device) as ledger, torch.no_grad():
         x, weight = torch.empty(tokens, width, dtype=dtype), torch.empty(entries, width, dtype=dtype)
         targets, scale = torch.empty(tokens, dtype=torch.int64), torch.empty(tokens)
-        head_pass(x, weight, targets, scale, need_grad=True, need_dweight=True)
+        loss.head_pass(x, weight, targets, scale, need_grad=True, need_dweight=True)
         return ledger.most
 
 

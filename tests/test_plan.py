@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import loss
 import train
 from configurator import ROOT, UserError, configure
 from lora import LoraSettings, inject
-from loss import GROUP_ELEMENTS, rows_that_hold
 from model import LanguageModel, ModelConfig
 from optim import EMA, Optimizer, OptimSettings
 from runtime import ledger, plan
@@ -231,9 +231,22 @@ def test_a_gpu_has_larger_groups_of_logits():
 
 
 def test_a_group_of_logits_is_gone_before_the_next():
-    group = rows_that_hold(GROUP_ELEMENTS["cpu"], 2**16)
+    group = loss.rows_that_hold(loss.GROUP_ELEMENTS["cpu"], 2**16)
     one, two = (head_chunks(n * group, 32, 2**16, FP32, "cpu") for n in (1, 2))
     assert two < 1.2 * one
+
+
+@pytest.mark.parametrize("words", ["", "LOGIT_SOFTCAP=30 LABEL_SMOOTHING=0.1"])
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
+def test_blocks_of_logits_that_are_not_run_are_counted_as_if_they_were(monkeypatch, words, dtype):
+    """Groups of 64 rows, the last of 48, in blocks of 10, the last of a group of 4 or 8."""
+    monkeypatch.setitem(loss.GROUP_ELEMENTS, "cpu", 64 * 5000)
+    monkeypatch.setitem(loss.BLOCK_ELEMENTS, "cpu", 10 * 5000)
+    s, runs = settings(f"VOCAB_SIZE=5000 SEQ_LEN=16 {words}"), []
+    counted = count_pass(s, 11, dtype, gpu=False)
+    monkeypatch.setattr(ledger.Ledger, "once", lambda self, function: lambda *a: runs.append(1) or function(*a))
+    assert count_pass(s, 11, dtype, gpu=False) == counted
+    assert len(runs) == 2 * 7 + 5
 
 
 def test_the_ledger_forgets_what_is_gone():
