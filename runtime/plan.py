@@ -96,8 +96,8 @@ def program_bytes(machine: Machine) -> float:
 
 
 def tokens_per_second(s: Settings, plan, machine: Machine) -> float | None:
-    """Tokens/s of a process, from about a second of one block of each kind, the head and the update, which are scaled
-    by FLOPs and parameters. None if these alone are large."""
+    """Tokens/s of a process, from some seconds of one block of each kind, the head and the update, which are scaled by
+    FLOPs and parameters. None if these alone are large."""
     cfg = s.part(ModelConfig)
     dense = min(1, cfg.n_dense)
     cut = replace(cfg, n_enigma=min(1, cfg.n_enigma), n_dense=dense, n_layer=min(dense + 1, cfg.n_layer))
